@@ -1,0 +1,341 @@
+"""Bytes -> RGB pixels -> CLIP's input -> features: the steps that every script and the service share.
+
+    image = decode_image(data)          # bytes -> PIL image, RGB, upright
+    pixels = preprocess(image, 224)     # -> float32 [3, 224, 224], bit for bit CLIP's own transform
+    features = encoder.encode(pixels[None])   # -> float32 [1, d]
+
+Errors that a user can cause, each told in one line with exit code 2 (the service: a fitting status):
+
+    DetectorError
+      |- UsageError         a flag, a folder, a file or a setting
+      |- EncoderError       CLIP weights or a prepared encoder
+      |- ModelError         a model file
+      |- ImageError         one image; `status` is the HTTP status that fits
+           |- UnsupportedImage   415: not a format we take
+           |- BrokenImage        422: truncated or corrupt
+           |- ImageTooLarge      413: too many pixels
+"""
+import ctypes
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+# The plug-ins of the formats we take, by name: otherwise Pillow imports all forty at the first WebP.
+from PIL import (AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin,  # noqa: F401
+                 PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin)
+
+try:  # HEIC only where the optional pillow-heif is installed
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
+
+HERE = Path(__file__).resolve().parent
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF") + (("HEIF",) if pillow_heif else ())
+MAX_PIXELS = 200_000_000        # on the command line: the Kaggle set has sides of 14,000
+MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
+PREPROCESSING = "clip-1"        # changes whenever the same bytes would become other pixels; part of an encoder's identity
+# Channel mean and standard deviation of OpenAI's training images: clip/clip.py, _transform
+MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
+STD = np.float32([0.26862954, 0.26130258, 0.27577711])
+
+# Pillow warns above its limit and refuses above twice that; a bomb must never get as far as a warning.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+class DetectorError(Exception):
+    """Something the user can mend; the message names the value and the remedy."""
+
+
+class UsageError(DetectorError):
+    pass
+
+
+class EncoderError(DetectorError):
+    pass
+
+
+class ModelError(DetectorError):
+    pass
+
+
+class ImageError(DetectorError):
+    status = 422
+
+
+class UnsupportedImage(ImageError):
+    status = 415
+
+
+class BrokenImage(ImageError):
+    status = 422
+
+
+class ImageTooLarge(ImageError):
+    status = 413
+
+
+# ---- bytes -> RGB ----
+
+def sniff(data):
+    """Name of the format that the first bytes announce, or None."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "AVIF"
+    for magic, name in ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"),
+                        (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF")):
+        if data.startswith(magic):
+            return name
+    return None
+
+
+def open_image(data, max_pixels=MAX_PIXELS):
+    """Image bytes -> PIL image with its header read and its size checked, nothing decoded yet.
+
+    The content decides on the format, never a name. Raises UnsupportedImage, BrokenImage, ImageTooLarge.
+    """
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        known = sniff(data)
+        if known:
+            raise BrokenImage(f"the file starts like {known} but its header cannot be read: it is damaged") from None
+        what = "the file is empty" if not data else "not an image format we take"
+        raise UnsupportedImage(f"{what} (taken: {', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageTooLarge(f"the image has more than the {max_pixels:,} pixels allowed") from None
+    except Exception as error:  # Pillow's parsers raise almost anything on crafted bytes
+        raise BrokenImage(f"the image cannot be opened: {error}") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageTooLarge(f"the image has {width} x {height} pixels; at most {max_pixels:,} are allowed")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageTooLarge(f"the image has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other")
+    return image
+
+
+def upright(image):
+    """EXIF orientation applied; unreadable EXIF counts as none."""
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:
+        return image
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def to_rgb(image):
+    """A loaded PIL image of any mode -> RGB: 16-bit scaled to 8, alpha over white, ICC profiles ignored (as CLIP does)."""
+    if image.mode in ("I", "I;16", "I;16L", "I;16B"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UnsupportedImage("floating-point pixels have no agreed white: save the image with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_rgb(image):
+    """An image from `open_image` -> decoded RGB, upright. Truncated files are errors, not grey images.
+
+    Raises BrokenImage, UnsupportedImage.
+    """
+    try:
+        image.load()
+        return to_rgb(upright(image))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise BrokenImage(f"the image cannot be decoded: {error}") from None
+
+
+def decode_image(data, max_pixels=MAX_PIXELS):
+    """Image bytes -> PIL image, RGB, upright (first frame of an animation). Raises ImageError's kinds."""
+    return load_rgb(open_image(data, max_pixels))
+
+
+# ---- RGB -> CLIP's input ----
+
+def preprocess(image, resolution):
+    """PIL RGB image -> float32 [3, resolution, resolution], normalised, bit for bit what `clip.load`'s transform gives.
+
+    Short side to `resolution` (bicubic), centre crop, /255, minus mean, by standard deviation; the roundings are
+    torchvision's (Resize, CenterCrop).
+    """
+    width, height = image.size
+    if width <= height:
+        size = resolution, int(resolution * height / width)
+    else:
+        size = int(resolution * width / height), resolution
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (int(round((side - resolution) / 2.0)) for side in size)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(image).astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1))
+
+
+# ---- CLIP's input -> features ----
+
+def cache_dir():
+    """Where CLIP's weights and prepared encoders live: CLIP_CACHE, or ~/.cache/clip as OpenAI's package has it."""
+    return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
+
+
+def encoder_folders():
+    """{folder: manifest} of all prepared encoders: the shipped one first, then the cache."""
+    folders = [HERE / "models" / "tiny", *sorted((cache_dir() / "encoders").glob("*"))]
+    return {f: json.loads((f / "encoder.json").read_text()) for f in folders if (f / "encoder.json").is_file()}
+
+
+def cuda_visible():
+    """Is there a CUDA device? Asked of the driver, because importing torch to ask takes over a second."""
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except OSError:
+        return False
+
+
+class Encoder:
+    """A prepared vision tower: CLIP's input -> features.
+
+    encoder = Encoder(folder)           # a folder that prepare_clip.py wrote
+    encoder.encode(pixels)              # float32 [n, 3, r, r] -> float32 [n, d]
+
+    `identity` names the weights, layers and preprocessing; `precision` is how they are run ('float32', 'bfloat16',
+    on CUDA 'float16') and does not change the identity.
+    """
+
+    def __init__(self, folder, device="auto", precision="auto", threads=0):
+        self.manifest = json.loads((Path(folder) / "encoder.json").read_text())
+        self.name, self.identity = self.manifest["name"], self.manifest["identity"]
+        self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
+        self.notice = self.manifest.get("notice")
+        self._lock = threading.Lock()  # one forward pass at a time: it takes all cores already
+        weights = Path(folder) / "vision.safetensors"
+        if device == "cuda" and not cuda_visible():
+            raise EncoderError("--device cuda: no CUDA device is visible here; use --device cpu")
+        if device == "cuda" and not weights.is_file():
+            raise EncoderError(f"--device cuda: '{self.name}' is shipped for CPU only; use --device cpu")
+        if device != "cpu" and weights.is_file() and cuda_visible():
+            self._forward, self.precision = torch_forward(weights, self.manifest, "cuda", precision)
+        else:
+            self._forward, self.precision = openvino_forward(folder, precision, threads)
+
+    def encode(self, pixels):
+        """float32 [n, 3, r, r] (from `preprocess`) -> float32 [n, d], CLIP's `encode_image`, not normalised."""
+        with self._lock:
+            return self._forward(pixels)
+
+
+def openvino_forward(folder, precision, threads):
+    """Prepared folder -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) on the CPU."""
+    import openvino as ov
+    core = ov.Core()
+    config = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = threads
+    if precision != "auto":
+        if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise EncoderError("--precision bfloat16: this processor has no bfloat16; use --precision float32")
+        config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    compiled = core.compile_model(Path(folder) / "encoder.xml", "CPU", config)
+    request = compiled.create_infer_request()
+    run_as = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return (lambda pixels: request.infer([pixels])[0].copy()), {"f32": "float32", "bf16": "bfloat16"}[run_as]
+
+
+def torch_forward(weights, manifest, device, precision):
+    """vision.safetensors -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) in torch."""
+    import torch
+    from safetensors.torch import load_file
+    from prepare_clip import vision_tower
+    dtype = torch.float32 if precision == "float32" else torch.float16
+    tower = vision_tower(manifest["arch"])
+    tower.load_state_dict(load_file(weights))
+    tower = tower.to(device, dtype).eval()
+
+    @torch.inference_mode()
+    def forward(pixels):
+        return tower(torch.from_numpy(pixels).to(device, dtype)).float().cpu().numpy()
+    return forward, str(dtype).removeprefix("torch.")
+
+
+# ---- what every script does ----
+
+@contextmanager
+def atomic_write(path, mode="wb"):
+    """Write to a temporary name beside `path`, rename at the end: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; name another place") from None
+    try:
+        with os.fdopen(handle, mode) as file:
+            yield file
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_bytes(path):
+    """The bytes of a file; UsageError where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def code_commit():
+    """Commit of this code (CODE_COMMIT where there is no git, as in a container), '-dirty' with uncommitted changes."""
+    try:
+        git = ["git", "-C", str(HERE)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        return commit + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("CODE_COMMIT", "unknown")
+
+
+def say(message):
+    """Progress and warnings go to stderr; results to stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Call a script's main(); a DetectorError becomes one line and exit code 2."""
+    try:
+        sys.exit(main())
+    except DetectorError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    except BrokenPipeError:  # `classify.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
