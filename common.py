@@ -40,6 +40,8 @@ except ImportError:
     pillow_heif = None
 
 HERE = Path(__file__).resolve().parent
+CLASSES = ("real", "fake")      # labels 0 and 1
+OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF") + (("HEIF",) if pillow_heif else ())
 MAX_PIXELS = 200_000_000        # on the command line: the Kaggle set has sides of 14,000
 MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
@@ -47,6 +49,9 @@ PREPROCESSING = "clip-1"        # changes whenever the same bytes would become o
 # Channel mean and standard deviation of OpenAI's training images: clip/clip.py, _transform
 MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
 STD = np.float32([0.26862954, 0.26130258, 0.27577711])
+
+# Intel's usage statistics: with this entry OpenVINO takes its silent stand-in. A detector phones nobody.
+sys.modules.setdefault("openvino_telemetry", None)
 
 # Pillow warns above its limit and refuses above twice that; a bomb must never get as far as a warning.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -111,7 +116,7 @@ def open_image(data, max_pixels=MAX_PIXELS):
     except UnidentifiedImageError:
         known = sniff(data)
         if known:
-            raise BrokenImage(f"the file starts like {known} but its header cannot be read: it is damaged") from None
+            raise BrokenImage(f"the file starts like {known} but its header cannot be read: damaged, or of a rare kind") from None
         what = "the file is empty" if not data else "not an image format we take"
         raise UnsupportedImage(f"{what} (taken: {', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -198,10 +203,17 @@ def cache_dir():
     return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
 
 
-def encoder_folders():
-    """{folder: manifest} of all prepared encoders: the shipped one first, then the cache."""
-    folders = [HERE / "models" / "tiny", *sorted((cache_dir() / "encoders").glob("*"))]
-    return {f: json.loads((f / "encoder.json").read_text()) for f in folders if (f / "encoder.json").is_file()}
+def find_encoder(**wanted):
+    """Folder of the prepared encoder whose manifest has these values (identity=..., source=...), or None.
+
+    The shipped one is looked at first, then the cache.
+    """
+    for folder in (HERE / "models" / "tiny", *sorted((cache_dir() / "encoders").glob("*"))):
+        manifest = folder / "encoder.json"
+        if manifest.is_file() and all(
+                json.loads(manifest.read_text()).get(key) == value for key, value in wanted.items()):
+            return folder
+    return None
 
 
 def cuda_visible():

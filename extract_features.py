@@ -1,38 +1,240 @@
-"""Folder of labelled images -> the list of what is in it: labels, splits and sources from folder names."""
+"""Folder of images -> features.npz: CLIP features of each, with labels, splits and sources from the folder names.
+
+    python extract_features.py --data_dir DIR --output_file features.npz
+    CLIP_MODEL=tiny python extract_features.py --data_dir DIR
+    python extract_features.py --data_dir DIR --limit 4000
+
+Folders: train/real/..., train/fake/..., test/real/..., test/fake/... as in the Kaggle set; other folders on the path
+are the source (a generator, a camera). Interrupted runs go on; images added later are encoded alone.
+"""
+import argparse
+import hashlib
+import json
 import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import UsageError
+import numpy as np
 
-LABELS = {**dict.fromkeys("real 0_real nature natural human photo photos".split(), 0),
-          **dict.fromkeys("fake 1_fake ai generated synthetic ai_generated".split(), 1)}
-SPLITS = "train,val,test,external,extra"
+import common
+from common import CLASSES, ImageError, UsageError, say
+from dataset import COLUMNS, FACTS, SEEN, SPLITS, list_images, load_features
 
 
-def describe(path, split_names):
-    """Relative path 'test/progan/cat/0_real/1.png' -> (label 0 | 1 | -1, split 'test', source 'progan/cat').
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
+    parser.add_argument("--output_file", default="features.npz", metavar="FILE", help="features to write")
+    parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
+                        help="OpenAI's name, a checkpoint, or tiny; CLIP_MODEL sets the default")
+    parser.add_argument("--limit", type=int, metavar="N", help="a seeded draw of N images, balanced over class and split")
+    parser.add_argument("--unlabelled", action="store_true", help="take any folder; all labels are -1")
+    parser.add_argument("--split_names", default=",".join(SPLITS), metavar="A,B", help="folder names that are splits")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, metavar="X",
+                        help="share of unreadable images that fails the run")
+    parser.add_argument("--max_pixels", type=int, default=common.MAX_PIXELS, metavar="N", help="largest image taken")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="images in one forward pass")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="auto: the fastest that the processor has")
+    return parser.parse_args(argv)
 
-    Raises UsageError where two folders of the path name different labels.
+
+def draw(entries, limit, seed=0):
+    """`limit` entries, seeded, as even over (label, split) as their numbers allow; in the order they came."""
+    rng = np.random.default_rng(seed)
+    cells = {}
+    for i in rng.permutation(len(entries)):
+        cells.setdefault((entries[i].label, entries[i].split), []).append(int(i))
+    rank = sorted((k, cell, i) for cell, members in cells.items() for k, i in enumerate(members))
+    return [entries[i] for i in sorted(i for _, _, i in rank[:limit])]
+
+
+# ---- state that survives being killed ----
+
+def set_aside(path, why):
+    """Rename what other flags, another encoder or another folder left, and say so; nothing is ever overwritten."""
+    number = 1
+    while (aside := Path(f"{path}.old-{number}")).exists():
+        number += 1
+    os.replace(path, aside)
+    say(f"{path} {why}: set aside as {aside}")
+
+
+def old_columns(output, key, entries):
+    """Columns of an earlier run with the same key on the same folder, else None (and the file is set aside)."""
+    if not output.is_file():
+        return None
+    try:
+        columns = load_features(output)
+    except UsageError:
+        set_aside(output, "cannot be read")
+        return None
+    if columns["meta"]["key"] != key:
+        set_aside(output, "was made with other flags, another encoder or precision")
+    elif not np.isin(columns["paths"], [e.path for e in entries]).any():
+        set_aside(output, "holds none of the images of this folder")
+    else:
+        return columns
+    return None
+
+
+def still_valid(columns, data_dir):
+    """Which rows still stand: the file is gone (the row is kept) or has the same bytes. -> bool [n]"""
+    from tqdm import tqdm
+
+    def same(row):
+        path, digest = Path(data_dir, row[0]), row[1]
+        return not path.is_file() or common.sha256(common.read_bytes(path)) == digest
+    rows = list(zip(columns["paths"], columns["sha256"]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.array(list(tqdm(pool.map(same, rows), total=len(rows), desc="comparing", unit="image")), bool)
+
+
+# ---- encoding ----
+
+def read_row(data_dir, entry, resolution, max_pixels):
+    """One image -> (entry, pixels float32 [3, r, r], its stored columns), or (entry, None, why not)."""
+    from audit import describe_image
+    try:
+        rgb, row = describe_image(Path(data_dir, entry.path).read_bytes(), max_pixels)
+        return entry, common.preprocess(rgb, resolution), row
+    except (ImageError, OSError) as error:
+        return entry, None, str(error)
+
+
+def encode_batch(rows, encoder):
+    """Rows from `read_row` -> the columns of one part, and 'bad': JSON of [path, reason] pairs."""
+    good = [(entry, pixels, row) for entry, pixels, row in rows if pixels is not None]
+    features = encoder.encode(np.stack([p for _, p, _ in good])) if good else np.empty((0, encoder.dim), np.float32)
+    return {"features": features, "paths": np.array([e.path for e, _, _ in good], dtype=str),
+            "sha256": np.array([r["sha256"] for _, _, r in good], dtype="U64"),
+            "facts": np.array([r["facts"] for _, _, r in good], dtype=FACTS),
+            "thumb": np.array([r["thumb"] for _, _, r in good], np.uint8).reshape(-1, 64),
+            "bad": np.array(json.dumps([[e.path, why] for e, pixels, why in rows if pixels is None]))}
+
+
+def part_name(number, batch, data_dir):
+    """File name of a batch: changes when any of its files does, so stale parts are never picked up."""
+    stats = [(e.path, s.st_size, s.st_mtime_ns) for e in batch for s in [os.stat(Path(data_dir, e.path))]]
+    return f"{number:06d}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.npz"
+
+
+def encode_missing(batches, parts, args, encoder):
+    """Encode every batch that has no part yet; -> the parts' paths in order. Each part is there whole or not at all.
+
+    Two batches are decoded ahead, in threads (Pillow releases the interpreter's lock), while one is encoded.
     """
-    folders = path.split("/")[:-1]
-    found = [(i, LABELS[f.lower()]) for i, f in enumerate(folders) if f.lower() in LABELS]
-    if len({label for _, label in found}) > 1:
-        names = "' and '".join(folders[i] for i, _ in found)
-        raise UsageError(f"{path}: the folders '{names}' name both labels; rename one of them")
-    above = folders[:found[0][0]] if found else folders
-    split = next((i for i, f in enumerate(above) if f.lower() in split_names), None)
-    skip = {split, *(i for i, _ in found)}
-    source = "/".join(f for i, f in enumerate(folders) if i not in skip)
-    return found[0][1] if found else -1, "" if split is None else folders[split].lower(), source
+    from tqdm import tqdm
+    paths = [parts / part_name(i, batch, args.data_dir) for i, batch in enumerate(batches)]
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    if len(missing) < len(paths):
+        say(f"going on: {len(paths) - len(missing)} of {len(paths)} batches are stored already")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=sum(map(len, batches)), unit="image") as progress:
+        progress.update(progress.total - sum(len(batches[i]) for i in missing))
+        progress.initial = progress.n
+        waiting = []
+        for position, i in enumerate(missing):
+            for j in missing[position + len(waiting):position + 3]:
+                waiting.append([pool.submit(read_row, args.data_dir, e, encoder.resolution, args.max_pixels)
+                                for e in batches[j]])
+            part = encode_batch([row.result() for row in waiting.pop(0)], encoder)
+            for path, why in json.loads(str(part["bad"])):
+                tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
+            with common.atomic_write(paths[i]) as file:
+                np.savez(file, **part)
+            progress.update(len(batches[i]))
+    return paths
 
 
-def list_files(data_dir):
-    """Sorted paths of all files below `data_dir`, relative and '/'-separated; names that start with a dot left out."""
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UsageError(f"--data_dir {data_dir}: no such folder")
-    paths = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        paths += [Path(folder, f).relative_to(root).as_posix() for f in files if not f.startswith(".")]
-    return sorted(paths)
+# ---- the features file ----
+
+def assemble(part_paths, old, entries, encoder, meta):
+    """Old rows, then the parts' -> all columns of the features file, old rows first and as they were; and the bad ones."""
+    parts = [dict(np.load(path, allow_pickle=False)) for path in part_paths]
+    bad = [pair for part in parts for pair in json.loads(str(part["bad"]))]
+    stored = ("features", "paths", "sha256", "facts", "thumb")
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in stored} if parts else None
+    if columns is not None:
+        by_path = {e.path: e for e in entries}
+        rows = [by_path[path] for path in columns["paths"]]
+        seen = np.isin([digest[:16] for digest in columns["sha256"]], encoder.manifest.get("seen", []))
+        columns |= {"labels": np.array([e.label for e in rows], np.int8),
+                    "splits": np.where(seen, SEEN, np.array([e.split for e in rows], dtype=str)),
+                    "sources": np.array([e.source for e in rows], dtype=str),
+                    "view": np.zeros(len(rows), np.int8)}
+    columns = join_columns([c for c in (old, columns) if c is not None])
+    labels = columns["labels"]
+    counts = {"images": len(labels), "bad": len(bad), **{c: int((labels == i).sum()) for i, c in enumerate(CLASSES)}}
+    columns["meta"] = np.array(json.dumps({**meta, "counts": counts}, sort_keys=True))
+    return columns, bad
+
+
+def join_columns(several):
+    """Rows of several column sets one below the other; text columns as wide as the longest needs."""
+    return {name: np.concatenate([columns[name] for columns in several]) for name in COLUMNS}
+
+
+def summary(columns, bad, total):
+    """One line for stdout: what was written."""
+    counts = {f"{s or 'no split'}/{CLASSES[label] if label >= 0 else 'unlabelled'}":
+              int(((columns["splits"] == s) & (columns["labels"] == label)).sum())
+              for s in np.unique(columns["splits"]) for label in np.unique(columns["labels"])}
+    return (f"{len(columns['labels'])} images, {columns['features'].shape[1]}-d features ("
+            + ", ".join(f"{k} {v}" for k, v in counts.items() if v) + f"); {len(bad)} of {total} skipped")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    for name in ("limit", "batch_size", "max_pixels"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
+    entries = list_images(args.data_dir, args.split_names.lower().split(","), args.unlabelled)
+    if args.limit:
+        entries = draw(entries, args.limit)
+    output, parts = Path(args.output_file), Path(f"{args.output_file}.parts")
+    with common.atomic_write(parts / "probe"):  # an unwritable place is told before the hours, not after
+        pass
+
+    from prepare_clip import ensure_encoder
+    encoder = common.Encoder(ensure_encoder(args.clip_model), args.device, args.precision)
+    if encoder.notice:
+        say(f"note: {encoder.notice}")
+    key = {"encoder": encoder.identity, "precision": encoder.precision, "batch_size": args.batch_size,
+           "limit": args.limit, "unlabelled": args.unlabelled, "split_names": args.split_names,
+           "max_pixels": args.max_pixels}
+    state = parts / "key.json"
+    if state.is_file() and json.loads(state.read_text()) != key:
+        set_aside(parts, "was left by other flags, another encoder or precision")
+    with common.atomic_write(state, "w") as file:
+        json.dump(key, file)
+
+    old = old_columns(output, key, entries)
+    if old is not None:
+        keep = still_valid(old, args.data_dir)
+        old = {name: old[name][keep] for name in COLUMNS}
+        say(f"{output} is there: {int(keep.sum())} of its rows stay as they are")
+    known = set() if old is None else set(old["paths"])
+    todo = [e for e in entries if e.path not in known]
+    batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
+    part_paths = encode_missing(batches, parts, args, encoder)
+
+    meta = {"format": 1, "key": key, "commit": common.code_commit(),
+            "encoder": {k: encoder.manifest[k] for k in ("name", "identity", "layers", "dim")}}
+    columns, bad = assemble(part_paths, old, entries, encoder, meta)
+    if len(bad) > args.max_bad_fraction * len(entries):
+        raise UsageError(f"{len(bad)} of {len(entries)} images cannot be read, more than --max_bad_fraction "
+                         f"{args.max_bad_fraction}; mend them (see the lines above) or raise the limit")
+    if (columns["splits"] == SEEN).any():
+        say(f"{int((columns['splits'] == SEEN).sum())} images were used to train this encoder: split '{SEEN}', not for training a classifier")
+    with common.atomic_write(output) as file:
+        np.savez_compressed(file, **columns)
+    shutil.rmtree(parts)
+    print(f"{output}: {summary(columns, bad, len(entries))}")
+
+
+if __name__ == "__main__":
+    common.run(main)

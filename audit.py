@@ -1,0 +1,200 @@
+"""What a data set's files betray before any detector sees a pixel: twins across splits and labels, format, size.
+
+    python audit.py --data_dir DIR
+    python audit.py --features_file features.npz
+
+Needs no model. Exit code 1 where something was found that makes a test figure worthless.
+"""
+import argparse
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+import common
+from common import UsageError
+from dataset import FACTS, list_images, load_features
+
+NEAR_BITS = 6           # of 64: perceptual hashes this close are candidates
+NEAR_GREY = 6.0         # mean difference of the 8x8 thumbnails, in grey levels: re-saved copies stay below 4
+NEAR_COSINE = 0.5       # of whitened features: unrelated images lie around 0
+MAX_CLUSTER = 0.05      # share of the data in one cluster of twins (and more than 50 images) that stops everything
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
+    group.add_argument("--features_file", metavar="FILE", help="or the facts stored by extract_features.py")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser.parse_args(argv)
+
+
+# ---- one image ----
+
+def describe_image(data, max_pixels=common.MAX_PIXELS):
+    """Image bytes -> (decoded RGB, {'sha256': ..., 'facts': record of FACTS, 'thumb': uint8 [64]}). Raises ImageError's kinds."""
+    opened = common.open_image(data, max_pixels)
+    rgb = common.load_rgb(opened)
+    return rgb, {"sha256": common.sha256(data), "facts": container_facts(opened, rgb, len(data)), "thumb": thumbnail(rgb)}
+
+
+def container_facts(opened, rgb, size):
+    """Opened PIL image, its decoded RGB and the file's size in bytes -> one record of FACTS."""
+    tables = getattr(opened, "quantization", None) or {}
+    values = [v for key in sorted(tables) for v in tables[key]]
+    format_name = "JPEG" if opened.format == "MPO" else opened.format
+    return np.array((*opened.size, size, format_name, np.mean(values) if values else 0,
+                     zlib.crc32(json.dumps(values).encode()) if values else 0, blockiness(rgb)), dtype=FACTS)
+
+
+def blockiness(rgb):
+    """Grey steps across the 8x8 grid over those inside it, in the middle 512 pixels; 1 where no JPEG ever was."""
+    left, top = (max(0, (side - 512) // 2) // 8 * 8 for side in rgb.size)
+    crop = rgb.crop((left, top, min(left + 512, rgb.width), min(top + 512, rgb.height)))
+    grey = np.asarray(crop.convert("L")).astype(np.int16)
+    if min(grey.shape) < 16:
+        return 1.0
+    across, down = np.abs(np.diff(grey, axis=1)).mean(axis=0), np.abs(np.diff(grey, axis=0)).mean(axis=1)
+    edge = np.concatenate([across[7::8], down[7::8]]).mean()
+    inside = np.concatenate([np.delete(d, np.s_[7::8]) for d in (across, down)]).mean()
+    return float((edge + 0.1) / (inside + 0.1))
+
+
+def thumbnail(rgb):
+    """8x8 grey picture, uint8 [64]."""
+    small = rgb.resize((8, 8), common.Image.Resampling.BOX, reducing_gap=2.0)
+    return np.asarray(small.convert("L")).reshape(64)
+
+
+# ---- twins ----
+
+def near_pairs(thumb):
+    """uint8 [n, 64] -> index pairs [m, 2] whose thumbnails agree: median hash within NEAR_BITS, greys within NEAR_GREY."""
+    bits = np.packbits(thumb > np.median(thumb, axis=1, keepdims=True), axis=1).view(np.uint64)[:, 0]
+    grey, pairs = thumb.astype(np.int16), []
+    for i in range(len(thumb) - 1):
+        j = i + 1 + np.flatnonzero(np.bitwise_count(bits[i + 1:] ^ bits[i]) <= NEAR_BITS)
+        j = j[np.abs(grey[j] - grey[i]).mean(axis=1) <= NEAR_GREY]
+        pairs.append(np.stack([np.full(len(j), i), j], axis=1))
+    return np.concatenate(pairs) if pairs else np.empty((0, 2), int)
+
+
+def whiten(features, reference):
+    """Features centred and whitened on the reference rows, at unit length: unrelated images lie around cosine 0."""
+    mean = reference.mean(axis=0)
+    _, size, axes = np.linalg.svd(reference - mean, full_matrices=False)
+    keep = size > 1e-3 * size[0]
+    white = (features - mean) @ axes[keep].T / size[keep]
+    return white / np.maximum(np.linalg.norm(white, axis=1, keepdims=True), 1e-12)
+
+
+def twin_clusters(thumb, sha256, features=None, reference=None):
+    """Cluster number of each image, int [n]: byte-identical and near-identical images share one.
+
+    Near-identity is seen in the pictures and, where features are there, confirmed by them. Raises UsageError where
+    one cluster holds more than MAX_CLUSTER of the data: then either the data are copies of a few pictures, or
+    something chains them together, and grouping by clusters would be meaningless.
+    """
+    _, cluster = np.unique(sha256, return_inverse=True)
+    pairs = near_pairs(thumb)
+    if features is not None and len(pairs):
+        white = whiten(features, features if reference is None else reference)
+        pairs = pairs[(white[pairs[:, 0]] * white[pairs[:, 1]]).sum(axis=1) >= NEAR_COSINE]
+    cluster = merge(cluster, pairs)
+    sizes = np.bincount(cluster)
+    if sizes.max() > max(50, MAX_CLUSTER * len(cluster)):
+        raise UsageError(f"{sizes.max()} of {len(cluster)} images look like one and the same picture: "
+                         "remove the copies (audit.py lists them), then extract again")
+    return cluster
+
+
+def merge(cluster, pairs):
+    """Cluster numbers joined along index pairs [m, 2], renumbered from 0."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+    n = int(cluster.max()) + 1
+    left, right = cluster[pairs[:, 0]], cluster[pairs[:, 1]]
+    return connected_components(coo_matrix((np.ones(len(pairs)), (left, right)), (n, n)), directed=False)[1][cluster]
+
+
+# ---- findings ----
+
+def auc(values, labels):
+    """AUC of one number for fake against real; ties count half (Mann and Whitney)."""
+    from scipy.stats import rankdata
+    n1 = int((labels == 1).sum())
+    n0 = len(labels) - n1
+    return float((rankdata(values)[labels == 1].sum() - n1 * (n1 + 1) / 2) / (n0 * n1))
+
+
+def audit(columns):
+    """Columns of a features file -> findings, a dict of plain numbers and strings."""
+    known = np.flatnonzero(columns["labels"] >= 0)
+    labels, facts = columns["labels"][known], columns["facts"][known]
+    splits, cluster = columns["splits"][known], twin_clusters(columns["thumb"], columns["sha256"])[known]
+    pixels = facts["width"].astype(float) * facts["height"]
+    numbers = {"pixels": pixels, "aspect ratio": np.abs(np.log(facts["width"] / facts["height"])),
+               "bytes per pixel": facts["bytes"] / pixels, "quantisation": facts["quant_mean"],
+               "blockiness": facts["blockiness"]}
+    both = [c for c in np.unique(cluster) if len(set(labels[cluster == c])) == 2]
+    trained = np.isin(cluster, cluster[splits == "train"])
+    return {
+        "images": len(known),
+        "formats": {name: {str(f): int(n) for f, n in zip(*np.unique(facts["format"][labels == value], return_counts=True))}
+                    for name, value in (("real", 0), ("fake", 1))},
+        "twins": {"test": int((splits == "test").sum()), "test_with_twin_in_train": int(trained[splits == "test"].sum()),
+                  "clusters_with_both_labels": len(both), "largest_cluster": int(np.bincount(cluster).max())},
+        "auc_of_one_number": {name: round(auc(value, labels), 3) for name, value in numbers.items()}
+        if len(set(labels)) == 2 else {},
+    }
+
+
+def sentences(found):
+    """Findings -> (lines that are fatal for a test figure, lines to know)."""
+    twins, fatal, note = found["twins"], [], []
+    if twins["test_with_twin_in_train"]:
+        fatal.append(f"{twins['test_with_twin_in_train']} of {twins['test']} test images have a twin in train: a test "
+                     "accuracy on this split says how well pictures are remembered. Train with --resplit.")
+    if twins["clusters_with_both_labels"]:
+        fatal.append(f"{twins['clusters_with_both_labels']} pictures stand under both labels, as copies of each other.")
+    for name, value in found["auc_of_one_number"].items():
+        if max(value, 1 - value) >= 0.7:
+            note.append(f"{name} alone separates the labels: AUC {value:.2f}.")
+    return fatal, note
+
+
+def describe_folder(data_dir):
+    """Folder -> the columns that `audit` needs; images that cannot be read are told and left out."""
+    from tqdm import tqdm
+    entries, rows = [], []
+    for entry in tqdm(list_images(data_dir), desc="reading", unit="image"):
+        try:
+            rows.append(describe_image(Path(data_dir, entry.path).read_bytes())[1])
+            entries.append(entry)
+        except (OSError, common.ImageError) as error:
+            tqdm.write(f"left out {entry.path}: {error}", file=sys.stderr)
+    if not rows:
+        raise UsageError(f"--data_dir {data_dir}: no readable image")
+    return {"labels": np.array([e.label for e in entries]), "splits": np.array([e.split for e in entries]),
+            **{name: np.array([row[name] for row in rows]) for name in rows[0]}}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    columns = describe_folder(args.data_dir) if args.data_dir else load_features(args.features_file)
+    found = audit(columns)
+    fatal, note = sentences(found)
+    if args.json:
+        print(json.dumps({**found, "fatal": fatal, "note": note}))
+    else:
+        print(f"{found['images']} images; formats of reals {found['formats']['real']}, of fakes {found['formats']['fake']}")
+        print("\n".join([*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]
+                        or ["no twins across splits or labels, no single number that separates them"]))
+    return 1 if fatal else 0
+
+
+if __name__ == "__main__":
+    common.run(main)

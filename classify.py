@@ -1,0 +1,161 @@
+"""Image -> real or fake, with a calibrated confidence.
+
+    python classify.py --image_path photo.jpg --model_path model.joblib
+    python classify.py --image_path folder/ --json
+    cat photo.jpg | python classify.py --image_path -
+"""
+import argparse
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import common
+from common import EncoderError, ImageError, UsageError, say
+
+SHIPPED_MODEL = common.HERE / "models" / "baseline.joblib"
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--image_path", required=True, nargs="+", metavar="IMG",
+                        help="images, folders, or - for the bytes of one on stdin")
+    parser.add_argument("--model_path", metavar="FILE",
+                        help="from train_model.py (default: model.joblib where there is one, else the shipped baseline)")
+    parser.add_argument("--json", action="store_true", help="print JSON; of several images one object a line, with the path")
+    parser.add_argument("--max_pixels", type=int, default=common.MAX_PIXELS, metavar="N",
+                        help="largest image taken (default: %(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                        help="where to encode (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+class Detector:
+    """A model and the encoder it was trained on: bytes of an image -> verdict.
+
+    detector = Detector("model.joblib")
+    detector.classify(data)          # ('real', 0.95)
+
+    The encoder is found in the cache by the identity that the model names; CLIP_MODEL plays no part. Raises
+    ModelError, EncoderError.
+    """
+
+    def __init__(self, model_path, device="auto", threads=0):
+        from model import load_model
+        self.model = load_model(model_path)
+        self.encoder = common.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
+
+    def p_fake(self, images):
+        """PIL RGB images -> calibrated probability of fake, float64 [n]."""
+        import numpy as np
+        from model import decision, probability
+        pixels = np.stack([common.preprocess(image, self.encoder.resolution) for image in images])
+        return probability(self.model, decision(self.model, self.encoder.encode(pixels)))
+
+    def classify(self, data, max_pixels=common.MAX_PIXELS):
+        """Image bytes -> (classification, confidence). Raises ImageError's kinds."""
+        from model import verdict
+        return verdict(self.model, self.p_fake([common.decode_image(data, max_pixels)])[0])
+
+
+def encoder_folder(encoder, model_path):
+    """The prepared folder that a model's encoder entry names; one of OpenAI's is prepared where it is missing."""
+    folder = common.find_encoder(identity=encoder["identity"])
+    if folder is None and encoder["name"] in common.OPENAI_NAMES:
+        from prepare_clip import ensure_encoder
+        ensure_encoder(encoder["name"])
+        folder = common.find_encoder(identity=encoder["identity"])
+    if folder is None:
+        raise EncoderError(f"{model_path} was trained on encoder '{encoder['name']}' ({encoder['identity'][:12]}), which is "
+                           f"not in {common.cache_dir()}: run python prepare_clip.py --clip_model with its checkpoint")
+    return folder
+
+
+def choose_model(model_path):
+    """The given path, else model.joblib, else the shipped baseline; says which where it was not given."""
+    if model_path is None:
+        model_path = "model.joblib" if Path("model.joblib").is_file() else SHIPPED_MODEL
+        say(f"model: {'the shipped baseline' if model_path is SHIPPED_MODEL else model_path}")
+    if not Path(model_path).is_file():
+        raise UsageError(f"--model_path {model_path}: no such file; make it with train_model.py")
+    return model_path
+
+
+def list_paths(given):
+    """Arguments of --image_path -> list of files; folders give all their files, sorted. '-' stays as it is."""
+    from dataset import list_files
+    paths = []
+    for path in given:
+        if path != "-" and Path(path).is_dir():
+            inside = [os.path.join(path, name) for name in list_files(path)]
+            if not inside:
+                raise UsageError(f"--image_path {path}: the folder is empty")
+            paths += inside
+        elif path != "-" and not Path(path).exists():
+            raise UsageError(f"--image_path {path}: no such file")
+        else:
+            paths.append(path)
+    return paths
+
+
+def load(path, max_pixels):
+    """One image -> PIL RGB, or the error that says why not."""
+    try:
+        return common.decode_image(sys.stdin.buffer.read() if path == "-" else common.read_bytes(path), max_pixels)
+    except (ImageError, UsageError) as error:
+        return error
+
+
+def classify_all(detector, paths, max_pixels, batch=8):
+    """Yield (path, (classification, confidence) or the error), in order, decoding ahead in threads."""
+    from model import verdict
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), batch):
+            chunk = paths[start:start + batch]
+            images = list(pool.map(lambda path: load(path, max_pixels), chunk))
+            good = [image for image in images if not isinstance(image, Exception)]
+            answers = iter(detector.p_fake(good) if good else ())
+            for path, image in zip(chunk, images):
+                yield path, image if isinstance(image, Exception) else verdict(detector.model, next(answers))
+
+
+def answer(classification, confidence):
+    """The documented JSON, exactly these keys."""
+    return {"classification": classification, "confidence": confidence}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
+    paths = list_paths(args.image_path)
+    detector = Detector(choose_model(args.model_path), args.device)
+    if detector.encoder.notice:
+        say(f"note: {detector.encoder.notice}")
+    if single:
+        image = load(paths[0], args.max_pixels)
+        if isinstance(image, Exception):
+            raise UsageError(f"{paths[0]}: {image}")
+        from model import verdict
+        result = verdict(detector.model, detector.p_fake([image])[0])
+        print(json.dumps(answer(*result)) if args.json else f"{result[0]} (confidence {result[1]:.2f})")
+        return 0
+
+    from tqdm import tqdm
+    bad = 0
+    for path, result in tqdm(classify_all(detector, paths, args.max_pixels), total=len(paths), unit="image", disable=None):
+        if isinstance(result, Exception):
+            bad += 1
+            tqdm.write(f"{path}: error: {result}", file=sys.stderr)
+            if args.json:
+                tqdm.write(json.dumps({"path": path, "error": str(result)}))
+        else:
+            tqdm.write(json.dumps({"path": path, **answer(*result)}) if args.json
+                       else f"{path}: {result[0]} (confidence {result[1]:.2f})")
+    if bad:
+        say(f"{bad} of {len(paths)} images could not be read")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,92 @@
+"""A folder of images and a features file: what is in them. Labels, splits and sources come from folder names.
+
+    entries = list_images("data")             # sorted, each (path, label, split, source)
+    columns = load_features("features.npz")   # dict of arrays, and "meta" as a dict
+"""
+import json
+import os
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+
+from common import CLASSES, UsageError
+
+LABELS = {**dict.fromkeys("real 0_real nature natural human photo photos".split(), 0),
+          **dict.fromkeys("fake 1_fake ai generated synthetic ai_generated".split(), 1)}
+SPLITS = ("train", "val", "test", "external", "extra")
+SEEN = "seen"  # split of the images that the encoder itself was trained on: good for nothing any more
+
+# Of each file: what a leak probe needs. Sizes as in the header (before EXIF rotation), bytes of the whole file.
+FACTS = np.dtype([("width", np.int32), ("height", np.int32), ("bytes", np.int64), ("format", "U8"),
+                  ("quant_mean", np.float32), ("quant_hash", np.uint32), ("blockiness", np.float32)])
+COLUMNS = ("features", "labels", "paths", "splits", "sources", "sha256", "view", "facts", "thumb")
+Entry = namedtuple("Entry", "path label split source")
+
+
+def describe(path, split_names=SPLITS):
+    """Relative path 'test/progan/cat/0_real/1.png' -> Entry(path, label 0 | 1 | -1, split 'test', source 'progan/cat').
+
+    The split is the first of `split_names` above the label; all other folders are the source. Raises UsageError where
+    two folders name different labels.
+    """
+    folders = path.split("/")[:-1]
+    named = {i: LABELS[f.lower()] for i, f in enumerate(folders) if f.lower() in LABELS}
+    if len(set(named.values())) > 1:
+        both = "' and '".join(folders[i] for i in named)
+        raise UsageError(f"{path}: the folders '{both}' name both labels; rename one of them")
+    above = folders[:min(named, default=len(folders))]
+    split = next((i for i, f in enumerate(above) if f.lower() in split_names), None)
+    source = "/".join(f for i, f in enumerate(folders) if i not in named and i != split)
+    return Entry(path, min(named.values(), default=-1), "" if split is None else folders[split].lower(), source)
+
+
+def list_files(data_dir):
+    """Sorted paths of all files below `data_dir`, relative and '/'-separated; names that start with a dot left out."""
+    if not Path(data_dir).is_dir():
+        raise UsageError(f"--data_dir {data_dir}: no such folder")
+    paths = []
+    for folder, folders, files in os.walk(data_dir):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        below = os.path.relpath(folder, data_dir).replace(os.sep, "/")
+        paths += [f if below == "." else f"{below}/{f}" for f in files if not f.startswith(".")]
+    return sorted(paths)
+
+
+def list_images(data_dir, split_names=SPLITS, unlabelled=False):
+    """Folder -> sorted list of Entry. Files outside any label folder are left out, unless `unlabelled`.
+
+    Raises UsageError where the folder is empty, holds no label or only one class.
+    """
+    entries = [describe(path, split_names) for path in list_files(data_dir)]
+    if not entries:
+        raise UsageError(f"--data_dir {data_dir}: the folder is empty")
+    if unlabelled:
+        return [e._replace(label=-1) for e in entries]
+    labelled = [e for e in entries if e.label >= 0]
+    if not labelled:
+        raise UsageError(f"--data_dir {data_dir}: no folder below it names a label; expected real/ and fake/ "
+                         f"(or {', '.join(LABELS)}), or --unlabelled")
+    if len({e.label for e in labelled}) == 1:
+        raise UsageError(f"--data_dir {data_dir}: only one class is there ('{CLASSES[labelled[0].label]}'); "
+                         "a detector needs both, or --unlabelled")
+    return labelled
+
+
+def load_features(path):
+    """features.npz -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed. Raises UsageError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name] for name in (*COLUMNS, "meta")}
+    except FileNotFoundError:
+        raise UsageError(f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR") from None
+    except KeyError as error:
+        raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UsageError(f"--features_file {path} is not a features file ({error}); extract again") from None
+    columns["meta"] = json.loads(str(columns["meta"]))
+    lengths = {len(columns[name]) for name in COLUMNS}
+    if len(lengths) != 1 or columns["features"].ndim != 2:
+        raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")
+    return columns

@@ -1,0 +1,114 @@
+"""The model file: one plain dict of arrays, strings and numbers. Saved, read, scored with numpy alone.
+
+    model = load_model("model.joblib")
+    scores = decision(model, features)              # float32 [n, d] -> float64 [n]
+    p_fake = probability(model, scores)             # float64 [n], calibrated at equal shares of both classes
+    classification, confidence = verdict(model, p_fake[0])
+
+`joblib.load` reads the file too, but runs whatever a planted one says; `load_model` refuses everything that is not
+plain data.
+"""
+import io
+import pickle
+
+import numpy as np
+
+from common import CLASSES, ModelError, atomic_write, read_bytes, sha256
+
+FORMAT = 1
+REMEDY = "train it again with train_model.py"
+# What a model must hold. Arrays as (dtype kind, number of dimensions).
+FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1), "support_vectors": ("f", 2),
+          "dual_coef": ("f", 1), "gamma": float, "intercept": float, "calibrator": ("f", 1), "threshold": float,
+          "threshold_rule": str, "encoder": dict, "versions": dict, "training_data": dict, "out_of_fold": dict,
+          "metrics": dict}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Knows the two names that a numpy array needs and no others, so nothing in the file can be called."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if module in ("numpy._core.numeric", "numpy.core.numeric") and name == "_frombuffer":
+            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
+        raise ModelError(f"it holds '{module}.{name}', which is not plain data, and may be planted")
+
+
+def save_model(path, model):
+    """Model dict -> file, whole or not at all. Pickle protocol 5 keeps arrays as plain buffers."""
+    check(model)
+    with atomic_write(path) as file:
+        file.write(pickle.dumps(model, protocol=5))
+
+
+def load_model(path):
+    """File -> model dict; 'sha256' of the file is added. Raises ModelError that says what is wrong with it."""
+    data = read_bytes(path)
+    try:
+        model = PlainUnpickler(io.BytesIO(data)).load()
+        check(model)
+    except ModelError as error:
+        raise ModelError(f"{path} is refused: {error}; {REMEDY}") from None
+    except Exception as error:  # a torn or crafted pickle raises almost anything
+        raise ModelError(f"{path} is not a model file ({type(error).__name__}: {error}); {REMEDY}") from None
+    return {**model, "sha256": sha256(data)}
+
+
+def check(model):
+    """Every field there, of its type, finite, and of sizes that fit together. Raises ModelError."""
+    if not isinstance(model, dict) or "format" not in model:
+        raise ModelError("it is no model")
+    if model["format"] != FORMAT:
+        raise ModelError(f"its format is {model['format']!r}, this code reads {FORMAT}")
+    for name, kind in FIELDS.items():
+        value = model.get(name)
+        if isinstance(kind, tuple):
+            good = isinstance(value, np.ndarray) and (value.dtype.kind, value.ndim) == kind and np.isfinite(value).all()
+        else:
+            good = type(value) is kind and not (kind is float and not np.isfinite(value))
+        if not good:
+            raise ModelError(f"its field '{name}' is missing or not what it should be")
+    vectors, d = model["support_vectors"], len(model["center"])
+    if vectors.shape != (len(model["dual_coef"]), d) or len(model["scale"]) != d or len(model["calibrator"]) != 2:
+        raise ModelError("the sizes of its arrays do not fit together")
+    if not {"name", "identity"} <= model["encoder"].keys():
+        raise ModelError("it does not say which encoder it was trained on")
+
+
+def standardise(model, features):
+    """float32 [n, d] -> float32 [n, d], each feature at mean 0 and deviation 1 of the training rows."""
+    x = features.astype(np.float32)
+    if x.ndim != 2 or x.shape[1] != len(model["center"]):
+        raise ModelError(f"features have shape {x.shape}, the model takes [n, {len(model['center'])}]")
+    x -= model["center"]
+    x /= model["scale"]
+    return x
+
+
+def decision(model, features):
+    """Decision values of the RBF SVM, float32 [n, d] -> float64 [n]; above 0 leans to fake.
+
+    sum_i alpha_i exp(-gamma |x - v_i|^2) + b, as libsvm has it; |x - v|^2 is expanded, so one matrix product does it.
+    """
+    x, vectors = standardise(model, features).astype(np.float64), model["support_vectors"].astype(np.float64)
+    distance = (x * x).sum(1)[:, None] - 2 * x @ vectors.T + (vectors * vectors).sum(1)
+    return np.exp(-model["gamma"] * np.maximum(distance, 0)) @ model["dual_coef"] + model["intercept"]
+
+
+def probability(model, scores):
+    """Decision values -> probability of fake, float64 [n]: Platt's sigmoid 1 / (1 + exp(a score + b)).
+
+    Calibrated at equal shares of both classes, as stated in the README.
+    """
+    a, b = model["calibrator"]
+    return 0.5 * (1 - np.tanh(0.5 * (a * np.asarray(scores) + b)))
+
+
+def verdict(model, p_fake):
+    """Probability of fake -> ('real' | 'fake', calibrated probability of that class, rounded to four places).
+
+    With a threshold other than 0.5 the confidence may be below 0.5.
+    """
+    fake = bool(p_fake >= model["threshold"])
+    return CLASSES[fake], round(float(p_fake if fake else 1 - p_fake), 4)

@@ -1,0 +1,163 @@
+"""CLIP weights -> one vision-only encoder folder in the cache, once. The other scripts call this when they need to.
+
+    python prepare_clip.py                              # ViT-L/14, downloaded and checked by OpenAI's package
+    python prepare_clip.py --clip_model ViT-B/16
+    python prepare_clip.py --clip_model finetuned.pt    # a checkpoint of one's own
+
+The folder (in CLIP_CACHE or ~/.cache/clip, below encoders/) holds encoder.xml and encoder.bin for OpenVINO,
+vision.safetensors for CUDA and encoder.json, which says what it is.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import common
+from common import OPENAI_NAMES, PREPROCESSING, EncoderError, cache_dir, find_encoder
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
+                        help=f"{', '.join(OPENAI_NAMES)}, a checkpoint in OpenAI's format, or tiny "
+                             "(default: CLIP_MODEL, else ViT-L/14)")
+    return parser.parse_args(argv)
+
+
+def ensure_encoder(clip_model):
+    """Name or checkpoint -> folder of the prepared encoder; prepares it where it is missing. Raises EncoderError."""
+    source = source_of(clip_model)
+    folder = find_encoder(source=source)
+    if folder is None:
+        from filelock import FileLock
+        (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir() / "encoders.lock"):  # a second process waits here, then finds the folder
+            folder = find_encoder(source=source) or prepare(clip_model, source)
+    return folder
+
+
+def source_of(clip_model):
+    """What an encoder is looked up by: the name itself, or for a file 'sha256:' and the hash of its bytes."""
+    if clip_model in (*OPENAI_NAMES, "tiny"):
+        return clip_model
+    if Path(clip_model).is_file():
+        with open(clip_model, "rb") as file:
+            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    raise EncoderError(f"'{clip_model}' is neither a file nor one of {', '.join(OPENAI_NAMES)}, tiny; "
+                       "set --clip_model or CLIP_MODEL to one of these")
+
+
+def prepare(clip_model, source):
+    """Load, convert and store: -> the new folder. Written beside its place and renamed, so never half there."""
+    try:
+        import torch  # noqa: F401
+        from tqdm import tqdm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # clip-anytorch: pkg_resources is deprecated
+            import clip  # noqa: F401
+    except ImportError as error:
+        raise EncoderError(f"preparing '{clip_model}' needs torch and clip ({error}): pip install -r requirements.txt, "
+                           "or copy a prepared folder into " + str(cache_dir() / "encoders")) from None
+    with tqdm(total=3, desc=f"preparing {clip_model}", unit="step") as progress:
+        visual = load_visual(clip_model)
+        progress.update()
+        name = clip_model if source == clip_model else Path(clip_model).stem
+        card = Path(clip_model).with_suffix(".json")  # finetune_clip.py's: which images it has seen
+        manifest = json.loads(card.read_text()) if source != clip_model and card.is_file() else {}
+        manifest |= {"name": name, "source": source, "identity": identity_of(visual), "layers": "final",
+                     "preprocessing": PREPROCESSING, "resolution": visual.input_resolution,
+                     "dim": visual.output_dim, "arch": architecture(visual)}
+        scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
+        try:
+            write_folder(visual, manifest, scratch, progress)
+            folder = cache_dir() / "encoders" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{manifest['identity'][:12]}"
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def load_visual(clip_model):
+    """Vision tower of a model as `clip.load` builds it, float32, eval mode. Raises EncoderError with the way out."""
+    import clip
+    target = cache_dir() / os.path.basename(clip.clip._MODELS.get(clip_model, ""))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.load is deprecated; a copy with another hash is fetched again
+            return clip.load(clip_model, device="cpu", download_root=str(cache_dir()))[0].visual.float().eval()
+    except Exception as error:  # torch's unpickler and the network raise anything
+        reason = str(error).split("\n")[0]
+        if clip_model not in OPENAI_NAMES:
+            raise EncoderError(f"{clip_model} is not a CLIP checkpoint that clip.load can read: {reason}") from None
+        if "SHA256" in reason:
+            target.unlink(missing_ok=True)
+            reason = "what arrived does not have the SHA-256 that OpenAI states"
+        raise EncoderError(f"cannot download {clip_model} ({reason}): copy {target.name} to {target.parent}, "
+                           "or set CLIP_MODEL=tiny (a demonstration)") from None
+
+
+def architecture(visual):
+    """The arguments that build this tower again; heads included, since another number of them loads without an error."""
+    if hasattr(visual, "transformer"):
+        return dict(kind="VisionTransformer", input_resolution=visual.input_resolution,
+                    patch_size=visual.conv1.kernel_size[0], width=visual.conv1.out_channels,
+                    layers=visual.transformer.layers, heads=visual.transformer.resblocks[0].attn.num_heads,
+                    output_dim=visual.output_dim)
+    return dict(kind="ModifiedResNet", layers=[len(getattr(visual, f"layer{i}")) for i in (1, 2, 3, 4)],
+                output_dim=visual.output_dim, heads=visual.attnpool.num_heads,
+                input_resolution=visual.input_resolution, width=2 * visual.conv1.out_channels)
+
+
+def vision_tower(arch):
+    """`architecture`'s answer -> the torch module, weights to be loaded."""
+    import clip.model
+    arguments = dict(arch)
+    return getattr(clip.model, arguments.pop("kind"))(**arguments)
+
+
+def identity_of(visual):
+    """SHA-256 over the tower's fp16 tensors in name order, layers and preprocessing: the same for every file form."""
+    digest = hashlib.sha256(f"layers=final preprocessing={PREPROCESSING} {sorted(architecture(visual).items())}".encode())
+    for name, tensor in sorted(visual.state_dict().items()):
+        if tensor.is_floating_point():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_folder(visual, manifest, folder, progress):
+    """Vision tower -> encoder.xml, encoder.bin, vision.safetensors and encoder.json in `folder`.
+
+    fp16 weights: OpenAI ships fp16, so nothing is lost.
+    """
+    import openvino as ov
+    import torch
+    from safetensors.torch import save_file
+    side = visual.input_resolution
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's tracer doubts the asserts in multi-head attention
+        model = ov.convert_model(visual, example_input=torch.zeros(2, 3, side, side), input=[-1, 3, side, side])
+    progress.update()
+    ov.save_model(model, folder / "encoder.xml", compress_to_fp16=True)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in visual.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "vision.safetensors")
+    (folder / "encoder.json").write_text(json.dumps(manifest, indent=1))
+    folder.chmod(0o755)  # a service under another user reads it
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    progress.update()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    print(ensure_encoder(args.clip_model))
+
+
+if __name__ == "__main__":
+    common.run(main)
