@@ -20,6 +20,7 @@ from dataset import FACTS, list_images, load_features
 NEAR_BITS = 6           # of 64: perceptual hashes this close are candidates
 NEAR_GREY = 6.0         # mean difference of the 8x8 thumbnails, in grey levels: re-saved copies stay below 4
 NEAR_COSINE = 0.5       # of whitened features: unrelated images lie around 0
+MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing
 MAX_CLUSTER = 0.05      # share of the data in one cluster of twins (and more than 50 images) that stops everything
 
 
@@ -155,14 +156,17 @@ def audit(columns):
 def sentences(found):
     """Findings -> (lines that are fatal for a test figure, lines to know)."""
     twins, fatal, note = found["twins"], [], []
-    if twins["test_with_twin_in_train"]:
-        fatal.append(f"{twins['test_with_twin_in_train']} of {twins['test']} test images have a twin in train: a test "
-                     "accuracy on this split says how well pictures are remembered. Train with --resplit.")
+    if repeated := twins["test_with_twin_in_train"]:
+        line = f"{repeated} of {twins['test']} test images have a twin in train"
+        if repeated > MAX_REPEATED * twins["test"]:
+            fatal.append(f"{line}: a test accuracy on this split says how well pictures are remembered. Train with --resplit.")
+        else:
+            note.append(f"{line}.")
     if twins["clusters_with_both_labels"]:
         fatal.append(f"{twins['clusters_with_both_labels']} pictures stand under both labels, as copies of each other.")
     for name, value in found["auc_of_one_number"].items():
         if max(value, 1 - value) >= 0.7:
-            note.append(f"{name} alone separates the labels: AUC {value:.2f}.")
+            note.append(f"{name} alone separates the labels: AUC {max(value, 1 - value):.2f}.")
     return fatal, note
 
 

@@ -40,6 +40,7 @@ except ImportError:
     pillow_heif = None
 
 HERE = Path(__file__).resolve().parent
+SHIPPED = HERE / "models" / "tiny"  # the encoder that comes with the project
 CLASSES = ("real", "fake")      # labels 0 and 1
 OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF") + (("HEIF",) if pillow_heif else ())
@@ -203,15 +204,19 @@ def cache_dir():
     return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
 
 
+def read_manifest(folder):
+    """encoder.json of a prepared folder, as a dict; {} where there is none."""
+    path = Path(folder) / "encoder.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def find_encoder(**wanted):
     """Folder of the prepared encoder whose manifest has these values (identity=..., source=...), or None.
 
     The shipped one is looked at first, then the cache.
     """
-    for folder in (HERE / "models" / "tiny", *sorted((cache_dir() / "encoders").glob("*"))):
-        manifest = folder / "encoder.json"
-        if manifest.is_file() and all(
-                json.loads(manifest.read_text()).get(key) == value for key, value in wanted.items()):
+    for folder in (SHIPPED, *sorted((cache_dir() / "encoders").glob("*"))):
+        if wanted.items() <= {k: v for k, v in read_manifest(folder).items() if k in wanted}.items():
             return folder
     return None
 
@@ -236,7 +241,7 @@ class Encoder:
     """
 
     def __init__(self, folder, device="auto", precision="auto", threads=0):
-        self.manifest = json.loads((Path(folder) / "encoder.json").read_text())
+        self.manifest = read_manifest(folder)
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
         self.notice = self.manifest.get("notice")

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import common
-from common import OPENAI_NAMES, PREPROCESSING, EncoderError, cache_dir, find_encoder
+from common import OPENAI_NAMES, PREPROCESSING, SHIPPED, EncoderError, cache_dir, find_encoder
 
 
 def parse_args(argv):
@@ -31,6 +31,8 @@ def parse_args(argv):
 
 def ensure_encoder(clip_model):
     """Name or checkpoint -> folder of the prepared encoder; prepares it where it is missing. Raises EncoderError."""
+    if clip_model == "tiny":
+        return SHIPPED
     source = source_of(clip_model)
     folder = find_encoder(source=source)
     if folder is None:
@@ -43,7 +45,7 @@ def ensure_encoder(clip_model):
 
 def source_of(clip_model):
     """What an encoder is looked up by: the name itself, or for a file 'sha256:' and the hash of its bytes."""
-    if clip_model in (*OPENAI_NAMES, "tiny"):
+    if clip_model in OPENAI_NAMES:
         return clip_model
     if Path(clip_model).is_file():
         with open(clip_model, "rb") as file:

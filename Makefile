@@ -1,0 +1,50 @@
+# make demo        see what it does, in three minutes, without torch
+# make test        set up the full environment and run the tests (15 minutes at most)
+# make test-long   what takes longer: full-size checkpoints
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+DEMO_VENV ?= .venv-demo
+
+.PHONY: help demo test test-long tiny ship
+help:
+	@grep -E '^# make' Makefile | cut -c3-
+
+$(VENV)/.ready: requirements.txt requirements-serve.txt requirements-demo.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+$(DEMO_VENV)/.ready: requirements-serve.txt requirements-demo.txt
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install -q -r requirements-demo.txt
+	touch $@
+
+# make demo DATA=DIR CLIP_MODEL=ViT-L/14: the three commands on your own labelled folder
+ifdef DATA
+CLIP_MODEL ?= ViT-L/14
+demo: $(DEMO_VENV)/.ready
+	@if [ "$(CLIP_MODEL)" != tiny ]; then $(MAKE) $(VENV)/.ready && $(VENV)/bin/python prepare_clip.py --clip_model "$(CLIP_MODEL)"; fi
+	CLIP_MODEL="$(CLIP_MODEL)" $(DEMO_VENV)/bin/python extract_features.py --data_dir "$(DATA)" --output_file demo/features.npz
+	$(DEMO_VENV)/bin/python train_model.py --features_file demo/features.npz --model_output_path demo/model.joblib
+	$(DEMO_VENV)/bin/python classify.py --image_path "$(DATA)" --model_path demo/model.joblib | head -20
+else
+demo: $(DEMO_VENV)/.ready
+	$(DEMO_VENV)/bin/python demo.py
+endif
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest --fail-on-skip
+
+test-long: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest --fail-on-skip -m long
+
+# make tiny IMAGES=DIR: train the shipped encoder again; make ship IMAGES=DIR: its folder, features and baseline model
+tiny: $(VENV)/.ready
+	$(VENV)/bin/python finetune_clip.py --arch tiny-resnet --data_dir "$(IMAGES)" --output runs/tiny.pt
+	$(MAKE) ship
+ship: $(VENV)/.ready
+	CLIP_CACHE=runs/cache $(VENV)/bin/python prepare_clip.py --clip_model runs/tiny.pt
+	rm -rf models/tiny models/features.npz && mkdir -p models
+	cp -r runs/cache/encoders/tiny-* models/tiny && rm models/tiny/vision.safetensors && rm -r runs/cache
+	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file models/features.npz
+	$(VENV)/bin/python train_model.py --features_file models/features.npz --model_output_path models/baseline.joblib

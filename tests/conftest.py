@@ -1,0 +1,94 @@
+"""Fixtures: real photographs that installed packages bring, a labelled folder made of them, the scripts as subprocesses."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SETTINGS = ("CLIP_MODEL", "CLIP_CACHE", "CODE_COMMIT", "MODEL_PATH", "ALLOW_DEMO_MODEL")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    """No setting of the host changes a test; each has an empty home and cache of its own."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "home" / "clip"))
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """Paths of photographs that scikit-image, scikit-learn and matplotlib install, {name: path}."""
+    found = {}
+    for package, folder, names in (("skimage", "data", ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"]),
+                                   ("sklearn", "datasets/images", ["china.jpg", "flower.jpg"]),
+                                   ("matplotlib", "mpl-data/sample_data", ["grace_hopper.jpg"])):
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            pytest.skip(f"{package} is not installed: pip install -r requirements-dev.txt")
+        found |= {name: Path(spec.origin).parent / folder / name for name in names}
+    return found
+
+
+@pytest.fixture(scope="session")
+def make_folder(photos):
+    """Function: (folder, {'train/real/a': 12, ...}) -> the folder filled with that many different crops of photographs.
+
+    Crops under a fake label have their channels swapped: something simple to learn, real pictures all the same.
+    """
+    def make(folder, counts, seed=0):
+        rng = np.random.default_rng(seed)
+        sources = [Image.open(path).convert("RGB") for path in photos.values()]
+        for below, n in counts.items():
+            (Path(folder) / below).mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                image = sources[rng.integers(len(sources))]
+                side = int(rng.integers(80, 200))
+                left, top = rng.integers(image.width - side), rng.integers(image.height - side)
+                crop = image.crop((left, top, left + side, top + side)).rotate(90 * int(rng.integers(4)))
+                if "fake" in below:
+                    crop = Image.merge("RGB", crop.split()[::-1])
+                crop.save(Path(folder) / below / f"{i:03d}.jpg", quality=int(rng.integers(60, 95)))
+        return Path(folder)
+    return make
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Function: script('classify.py', '--json', ..., CLIP_MODEL='tiny') -> CompletedProcess, run in an empty folder."""
+    def run(name, *args, cwd=tmp_path, stdin=None, **env):
+        return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd,
+                              env={**os.environ, **env}, input=stdin, capture_output=True, text=not isinstance(stdin, bytes),
+                              timeout=300)
+    return run
+
+
+def assert_one_line_error(result, *words):
+    """Exit code 2 and one line on stderr that says all of `words`; no traceback."""
+    text = result.stderr if isinstance(result.stderr, str) else result.stderr.decode()
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2, text
+    assert "Traceback" not in text
+    assert len(lines) == 1, text
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fail-on-skip", action="store_true", help="a skipped test counts as failed (make test uses this)")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and item.config.getoption("--fail-on-skip"):
+        report.outcome = "failed"
