@@ -10,6 +10,7 @@ import argparse
 import io
 import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -157,7 +158,7 @@ def main(argv=None):
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     check(read_settings())
     os.chdir(common.HERE)  # gunicorn looks for its settings and the app here
-    os.execvp("gunicorn", ["gunicorn", "app:create_app()"])
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "app:create_app()"])
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def parse_args(argv):
     parser.add_argument("--train_splits", default="train,extra", metavar="A,B", help="splits to learn from")
     parser.add_argument("--keep", type=float, default=0.5, metavar="SHARE",
                         help="share of 'train' that is kept from the encoder, for the classifier")
-    parser.add_argument("--steps", type=int, default=6000, metavar="N", help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="optimiser steps")
     parser.add_argument("--batch_size", type=int, default=48, metavar="N", help="images a step, half of each class")
-    parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (AdamW, cosine)")
+    parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate (AdamW, cosine)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and of every draw")
     return parser.parse_args(argv)
 
@@ -160,6 +160,7 @@ def main(argv=None):
         loss = torch.nn.functional.binary_cross_entropy_with_logits(scores.float(), target)
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # without it a long run fell from AUC 0.77 to 0.70
         optimizer.step()
         schedule.step()
         average.update_parameters(model)

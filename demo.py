@@ -1,0 +1,194 @@
+"""What this project does, in three acts and three minutes, offline and without torch: `make demo`.
+
+    python demo.py
+
+Act 1: do verdicts stay put when a photograph is re-saved? Act 2: how good are they on sources never seen? Act 3: how a
+data set with nothing in it yields a fine test accuracy, and who notices. Then one image through a live service.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+import common
+import distort
+
+OUT = common.HERE / "demo"
+BASELINE = common.HERE / "models" / "baseline.joblib"
+FEATURES = common.HERE / "models" / "features.npz"
+PHOTOS = {"skimage": ("data", "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+                              "moon.png motorcycle_left.png rocket.jpg"),
+          "sklearn": ("datasets/images", "china.jpg flower.jpg"),
+          "matplotlib": ("mpl-data/sample_data", "grace_hopper.jpg")}
+COPIES = 24
+
+
+def installed_photos():
+    """Photographs that scikit-image, scikit-learn and matplotlib install: list of paths."""
+    return [Path(importlib.util.find_spec(package).origin).parent / folder / name
+            for package, (folder, names) in PHOTOS.items() for name in names.split()]
+
+
+def title(text):
+    print(f"\n== {text}", flush=True)
+
+
+def command(*words, quiet=False):
+    """Run one of the project's commands as a user would type it; -> its stdout."""
+    print("$ python " + " ".join(map(str, words)), flush=True)
+    result = subprocess.run([sys.executable, *map(str, words)], cwd=common.HERE, text=True, capture_output=True,
+                            env={**os.environ, "CLIP_MODEL": "tiny"})
+    if result.returncode == 2:
+        sys.exit(result.stderr)
+    if not quiet:
+        print(result.stdout.rstrip())
+    return result.stdout
+
+
+def stay_put(detector, photos):
+    """Act 1: verdict on each photograph, and on what a site would hand out of it."""
+    title(f"1. Verdicts that stay put, or not: {len(photos)} photographs, all real, by the shipped '{detector.encoder.name}'")
+    tiers = {"768 px q60": (768, 60), "512 px q40": (512, 40)}
+    print(f"{'':22}{'as it is':>12}" + "".join(f"{name:>14}" for name in tiers))
+    wrong, flips = np.zeros(3, int), dict.fromkeys(tiers, 0)
+    for path in photos:
+        data = path.read_bytes()
+        rgb = common.decode_image(data)
+        answers = [detector.classify(d) for d in (data, *(distort.social_bytes(rgb, *t) for t in tiers.values()))]
+        wrong += [a[0] == "fake" for a in answers]
+        for name, again in zip(tiers, answers[1:]):
+            flips[name] += again[0] != answers[0][0]
+        cells = [f"{c} {p:.2f}" + ("*" if c != answers[0][0] else " ") for c, p in answers]
+        print(f"{path.name:22}{cells[0]:>12}" + "".join(f"{cell:>14}" for cell in cells[1:]))
+    print("called fake: " + ", ".join(f"{k} of {len(photos)}" for k in wrong)
+          + "; verdicts flipped (*): " + ", ".join(f"{k} at {name}" for name, k in flips.items()))
+
+
+def never_seen():
+    """Act 2: train on the shipped features, then accuracy by source, known and external apart."""
+    from dataset import load_features
+    from model import decision, load_model, probability
+    from report import by_source, measure
+    title("2. Sources never seen: trained live on the shipped features (numbers; no picture ships)")
+    command("train_model.py", "--features_file", FEATURES.relative_to(common.HERE), "--model_output_path", "demo/model.joblib",
+            quiet=True)
+    model, columns = load_model(OUT / "model.joblib"), load_features(FEATURES)
+    for split, words in (("test", "known sources, images not trained on"), ("external", "sources never seen")):
+        rows = columns["splits"] == split
+        labels, sources = columns["labels"][rows].astype(int), columns["sources"][rows]
+        p_fake = probability(model, decision(model, columns["features"][rows]))
+        m = measure(labels, p_fake, model["threshold"], sources)
+        print(f"{words}: n {m['n']}, balanced accuracy {interval(m['balanced_accuracy'])}, AUC {interval(m['auc'])}")
+        worst = [row for row in by_source(labels, p_fake, model["threshold"], sources) if row["n"] >= 5][:5]
+        for row in worst:
+            print(f"    {row['source'][:38]:38} {row['label']}  n {row['n']:3}  accuracy {interval(row)}")
+
+
+def interval(metric):
+    return f"{metric['value']:.2f} [{metric['interval'][0]:.2f}, {metric['interval'][1]:.2f}]"
+
+
+def build_trap(photos, folder):
+    """Call half of the photographs fake, re-save each COPIES times at random sizes and qualities, put the copies at
+    random into train and test: there is nothing to find."""
+    rng = np.random.default_rng(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    fake = set(rng.permutation(len(photos))[:len(photos) // 2])
+    for i, path in enumerate(photos):
+        rgb = common.decode_image(path.read_bytes())
+        for k in range(COPIES):
+            place = folder / ("train" if rng.random() < 0.8 else "test") / ("fake" if i in fake else "real")
+            place.mkdir(parents=True, exist_ok=True)
+            data = distort.social_bytes(rgb, int(rng.integers(160, 512)), int(rng.integers(30, 96)))
+            (place / f"{path.stem}-{k:02d}.jpg").write_bytes(data)
+    return len(fake)
+
+
+def trap(photos):
+    """Act 3: the user's three commands on that folder, the audit, and the same again with an honest split."""
+    title("3. The trap: the same photographs, all real; half of them called fake, each re-saved "
+          f"{COPIES} times, copies in train and test")
+    build_trap(photos, OUT / "trap")
+    (OUT / "trap.npz").unlink(missing_ok=True)
+    command("extract_features.py", "--data_dir", "demo/trap", "--output_file", "demo/trap.npz")
+    command("train_model.py", "--features_file", "demo/trap.npz", "--model_output_path", "demo/trap.joblib", quiet=True)
+    believed = metrics_of("trap")
+    command("classify.py", "--image_path", f"demo/trap/test/fake/{next((OUT / 'trap/test/fake').iterdir()).name}",
+            "--model_path", "demo/trap.joblib")
+    command("audit.py", "--data_dir", "demo/trap")
+    command("train_model.py", "--features_file", "demo/trap.npz", "--model_output_path", "demo/resplit.joblib", "--resplit", quiet=True)
+    honest = metrics_of("resplit")
+    print(f"{'':34}{'accuracy':24}{'AUC':24}n")
+    for words, m in (("split as the folders have it", believed), ("--resplit, no picture on both sides", honest)):
+        print(f"{words:36}{interval(m['balanced_accuracy']):22}{interval(m['auc']):22}{m['n']}")
+    print("There was nothing to find. A test accuracy without the audit would have been believed.")
+
+
+def metrics_of(name):
+    return json.loads((OUT / f"{name}_report" / "metrics.json").read_text())["test"]
+
+
+def serve(photo):
+    """One image through a live service, stopped again."""
+    title("One image through a live service")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"MODEL_PATH": str(BASELINE), "ALLOW_DEMO_MODEL": "1", "PORT": str(port)}
+    with open(OUT / "service.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "app.py"], cwd=common.HERE, env={**os.environ, **settings}, stdout=log, stderr=log)
+        try:
+            wait_ready(server, f"http://127.0.0.1:{port}/readyz")
+            print(f"$ curl -F image=@{photo.name} http://127.0.0.1:{port}/classify")
+            print(post(f"http://127.0.0.1:{port}/classify", photo))
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def wait_ready(server, url):
+    for _ in range(300):
+        try:
+            return urllib.request.urlopen(url, timeout=5)
+        except OSError:
+            if server.poll() is not None:
+                break
+            time.sleep(0.1)
+    sys.exit(f"the service did not start; see {OUT / 'service.log'}")
+
+
+def post(url, photo):
+    """Multipart upload with the standard library alone; -> the answer as text."""
+    boundary = "photograph"
+    body = (f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{photo.name}"\r\n\r\n'.encode()
+            + photo.read_bytes() + f"\r\n--{boundary}--\r\n".encode())
+    request = urllib.request.Request(url, body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode().strip()
+
+
+def main(argv=None):
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(argv)
+    from classify import Detector
+    OUT.mkdir(exist_ok=True)
+    photos, detector = installed_photos(), Detector(BASELINE)
+    print(f"note: {detector.encoder.notice}")
+    stay_put(detector, photos)
+    never_seen()
+    trap(photos)
+    serve(next(p for p in photos if p.name == "china.jpg"))
+    print("\nPlots and metrics: demo/model_report/, demo/trap_report/, demo/resplit_report/")
+    print("Your own folder: make demo DATA=DIR CLIP_MODEL=ViT-L/14")
+
+
+if __name__ == "__main__":
+    common.run(main)
