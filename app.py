@@ -41,9 +41,13 @@ def read_settings(given=None):
     values = {name: (given or {}).get(name, os.environ.get(name) or default) for name, (default, _) in SETTINGS.items()}
     for name, (default, _) in SETTINGS.items():
         if default.isdigit():
-            if not str(values[name]).isdigit():
+            if not str(values[name]).isdecimal():
                 raise UsageError(f"{name}={values[name]}: must be a whole number")
             values[name] = int(values[name])
+    if values["PORT"] > 65535:
+        raise UsageError(f"PORT={values['PORT']}: must be at most 65535")
+    if not values["HTTP_THREADS"]:
+        raise UsageError("HTTP_THREADS=0: must be at least 1")
     return values
 
 
@@ -110,7 +114,7 @@ def create_app(config=None):
         return response
 
     app.register_error_handler(ImageError, lambda e: error(e.status, str(e)))
-    app.register_error_handler(HTTPException, lambda e: error(e.code, describe_http(e, settings)))
+    app.register_error_handler(HTTPException, lambda e: http_error(e, settings))
     app.register_error_handler(Exception, unexpected)
     return app
 
@@ -122,10 +126,14 @@ def error(status, message):
     return response
 
 
-def describe_http(exception, settings):
+def http_error(exception, settings):
+    """What Flask itself refuses, in our shape and with its headers (a 405 must say what is allowed)."""
+    message = f"{exception.name}: {exception.description}"
     if exception.code == 413:
-        return f"the request is larger than the {settings['MAX_UPLOAD_BYTES']:,} bytes allowed"
-    return f"{exception.name}: {exception.description}"
+        message = f"the request is larger than the {settings['MAX_UPLOAD_BYTES']:,} bytes allowed"
+    response = error(exception.code, message)
+    response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
+    return response
 
 
 def unexpected(exception):
@@ -145,6 +153,8 @@ def load_detector(state, settings):
         state["detector"] = detector
         log.info("ready after %.1f s: model %s on '%s', %s", time.monotonic() - started,
                  detector.model["versions"]["model"], detector.encoder.name, detector.encoder.precision)
+        if detector.encoder.notice:
+            log.warning("%s", detector.encoder.notice)
     except Exception as exception:
         state["error"] = f"the model cannot be loaded: {exception}"
         log.error("%s", state["error"], exc_info=not isinstance(exception, DetectorError))
@@ -156,7 +166,9 @@ def main(argv=None):
              for name, (default, text) in SETTINGS.items()]
     argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    check(read_settings())
+    settings = read_settings()
+    check(settings)
+    os.environ["MODEL_PATH"] = os.path.abspath(settings["MODEL_PATH"])
     os.chdir(common.HERE)  # gunicorn looks for its settings and the app here
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "app:create_app()"])
 

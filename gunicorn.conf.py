@@ -1,4 +1,6 @@
 """gunicorn's settings, each with its reason. gunicorn reads this file from the folder it is started in."""
+import logging
+import os
 import sys
 
 from app import check, read_settings
@@ -18,6 +20,7 @@ def load_settings():
 
 
 load_settings()
+logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")  # the app's own lines, to stderr
 bind = f"{settings['HOST']}:{settings['PORT']}"
 workers = 1                              # one model in memory; a forward pass takes all cores already
 worker_class = "gthread"
@@ -26,4 +29,6 @@ preload_app = False                      # OpenVINO's threads do not survive a f
 timeout = 60                             # a worker silent for so long is replaced
 graceful_timeout = 30                    # in-flight requests may finish; below Kubernetes' grace period
 control_socket_disable = True            # it would need a writable home
+# the heartbeat file: writable where the root is read-only, and never waits for a disk
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 accesslog = "-"
