@@ -43,8 +43,11 @@ tiny: $(VENV)/.ready
 	$(VENV)/bin/python finetune_clip.py --arch tiny-resnet --data_dir "$(IMAGES)" --output runs/tiny.pt
 	$(MAKE) ship
 ship: $(VENV)/.ready
+	rm -rf models/tiny models/features.npz runs/cache
 	CLIP_CACHE=runs/cache $(VENV)/bin/python prepare_clip.py --clip_model runs/tiny.pt
-	rm -rf models/tiny models/features.npz && mkdir -p models
 	cp -r runs/cache/encoders/tiny-* models/tiny && rm models/tiny/vision.safetensors && rm -r runs/cache
 	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file models/features.npz
 	$(VENV)/bin/python train_model.py --features_file models/features.npz --model_output_path models/baseline.joblib
+	$(VENV)/bin/python models/make_card.py --data_dir "$(IMAGES)"
+	$(VENV)/bin/python tests/make_golden.py
+	$(VENV)/bin/python docs/draw_sources.py

@@ -17,9 +17,8 @@ import common
 from common import UsageError
 from dataset import FACTS, list_images, load_features
 
-NEAR_BITS = 6           # of 64: perceptual hashes this close are candidates
-NEAR_GREY = 6.0         # mean difference of the 8x8 thumbnails, in grey levels: re-saved copies stay below 4
-NEAR_COSINE = 0.5       # of whitened features: unrelated images lie around 0
+NEAR_GREY = 3.0         # root mean square difference of two 8x8 thumbnails, in grey levels: copies re-saved at other
+NEAR_CORRELATION = 0.9  # sizes and qualities stay below 1.9 (and above 0.95), different photographs above 7
 MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing
 MAX_CLUSTER = 0.05      # share of the data in one cluster of twins (and more than 50 images) that stops everything
 
@@ -48,13 +47,15 @@ def container_facts(opened, rgb, size):
     values = [v for key in sorted(tables) for v in tables[key]]
     format_name = "JPEG" if opened.format == "MPO" else opened.format
     return np.array((*opened.size, size, format_name, np.mean(values) if values else 0,
-                     zlib.crc32(json.dumps(values).encode()) if values else 0, blockiness(rgb)), dtype=FACTS)
+                     zlib.crc32(json.dumps(values).encode()) if values else 0,
+                     # as stored: EXIF rotation moves the grid of a JPEG whose sides are no multiples of 8
+                     blockiness(opened if format_name == "JPEG" else rgb)), dtype=FACTS)
 
 
-def blockiness(rgb):
+def blockiness(image):
     """Grey steps across the 8x8 grid over those inside it, in the middle 512 pixels; 1 where no JPEG ever was."""
-    left, top = (max(0, (side - 512) // 2) // 8 * 8 for side in rgb.size)
-    crop = rgb.crop((left, top, min(left + 512, rgb.width), min(top + 512, rgb.height)))
+    left, top = (max(0, (side - 512) // 2) // 8 * 8 for side in image.size)
+    crop = image.crop((left, top, min(left + 512, image.width), min(top + 512, image.height)))
     grey = np.asarray(crop.convert("L")).astype(np.int16)
     if min(grey.shape) < 16:
         return 1.0
@@ -66,45 +67,41 @@ def blockiness(rgb):
 
 def thumbnail(rgb):
     """8x8 grey picture, uint8 [64]."""
-    small = rgb.resize((8, 8), common.Image.Resampling.BOX, reducing_gap=2.0)
+    small = rgb.resize((8, 8), common.Image.Resampling.BOX)  # no reducing_gap: it moves greys by 10
     return np.asarray(small.convert("L")).reshape(64)
 
 
 # ---- twins ----
 
-def near_pairs(thumb):
-    """uint8 [n, 64] -> index pairs [m, 2] whose thumbnails agree: median hash within NEAR_BITS, greys within NEAR_GREY."""
-    bits = np.packbits(thumb > np.median(thumb, axis=1, keepdims=True), axis=1).view(np.uint64)[:, 0]
-    grey, pairs = thumb.astype(np.int16), []
-    for i in range(len(thumb) - 1):
-        j = i + 1 + np.flatnonzero(np.bitwise_count(bits[i + 1:] ^ bits[i]) <= NEAR_BITS)
-        j = j[np.abs(grey[j] - grey[i]).mean(axis=1) <= NEAR_GREY]
-        pairs.append(np.stack([np.full(len(j), i), j], axis=1))
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), int)
+def near_pairs(thumb, block=256):
+    """uint8 [n, 64] -> index pairs [m, 2], first below second, whose 8x8 pictures agree.
+
+    Within NEAR_GREY of each other and, so that flat pictures do not all agree, correlated by NEAR_CORRELATION.
+    """
+    grey = thumb.astype(np.float32)
+    square = (grey * grey).sum(axis=1)
+    shape = grey - grey.mean(axis=1, keepdims=True)
+    shape /= np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 1e-6)
+    pairs = [np.empty((0, 2), int)]
+    for start in range(0, len(grey), block):
+        rows = slice(start, start + block)
+        distance = (square[rows, None] + square - 2 * grey[rows] @ grey.T) / 64
+        i, j = np.nonzero(distance <= NEAR_GREY ** 2)
+        i, j = i[start + i < j], j[start + i < j]
+        alike = (shape[start + i] * shape[j]).sum(axis=1) >= NEAR_CORRELATION
+        pairs.append(np.stack([start + i[alike], j[alike]], axis=1))
+    return np.concatenate(pairs)
 
 
-def whiten(features, reference):
-    """Features centred and whitened on the reference rows, at unit length: unrelated images lie around cosine 0."""
-    mean = reference.mean(axis=0)
-    _, size, axes = np.linalg.svd(reference - mean, full_matrices=False)
-    keep = size > 1e-3 * size[0]
-    white = (features - mean) @ axes[keep].T / size[keep]
-    return white / np.maximum(np.linalg.norm(white, axis=1, keepdims=True), 1e-12)
-
-
-def twin_clusters(thumb, sha256, features=None, reference=None):
+def twin_clusters(thumb, sha256):
     """Cluster number of each image, int [n]: byte-identical and near-identical images share one.
 
-    Near-identity is seen in the pictures and, where features are there, confirmed by them. Raises UsageError where
-    one cluster holds more than MAX_CLUSTER of the data: then either the data are copies of a few pictures, or
-    something chains them together, and grouping by clusters would be meaningless.
+    Seen in the pictures, not in features: on a few pictures saved many times whitened features tell copies apart
+    (cosine -0.5), and plain cosine chains half of a data set together. Raises UsageError where one cluster holds more
+    than MAX_CLUSTER of the data: then either the data are copies of a few pictures, or something chains them.
     """
     _, cluster = np.unique(sha256, return_inverse=True)
-    pairs = near_pairs(thumb)
-    if features is not None and len(pairs):
-        white = whiten(features, features if reference is None else reference)
-        pairs = pairs[(white[pairs[:, 0]] * white[pairs[:, 1]]).sum(axis=1) >= NEAR_COSINE]
-    cluster = merge(cluster, pairs)
+    cluster = merge(cluster, near_pairs(thumb))
     sizes = np.bincount(cluster)
     if sizes.max() > max(50, MAX_CLUSTER * len(cluster)):
         raise UsageError(f"{sizes.max()} of {len(cluster)} images look like one and the same picture: "
@@ -147,7 +144,7 @@ def audit(columns):
         "formats": {name: {str(f): int(n) for f, n in zip(*np.unique(facts["format"][labels == value], return_counts=True))}
                     for name, value in (("real", 0), ("fake", 1))},
         "twins": {"test": int((splits == "test").sum()), "test_with_twin_in_train": int(trained[splits == "test"].sum()),
-                  "clusters_with_both_labels": len(both), "largest_cluster": int(np.bincount(cluster).max())},
+                  "clusters_with_both_labels": len(both), "largest_cluster": int(np.bincount(cluster).max(initial=0))},
         "auc_of_one_number": {name: round(auc(value, labels), 3) for name, value in numbers.items()}
         if len(set(labels)) == 2 else {},
     }

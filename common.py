@@ -282,12 +282,15 @@ def openvino_forward(folder, precision, threads):
 def torch_forward(weights, manifest, device, precision):
     """vision.safetensors -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) in torch."""
     import torch
+    from clip.model import convert_weights
     from safetensors.torch import load_file
     from prepare_clip import vision_tower
     dtype = torch.float32 if precision == "float32" else torch.float16
     tower = vision_tower(manifest["arch"])
     tower.load_state_dict(load_file(weights))
-    tower = tower.to(device, dtype).eval()
+    if dtype == torch.float16:
+        convert_weights(tower)  # as clip.load on CUDA: the norms stay float32, their code wants it so
+    tower = tower.to(device).eval()
 
     @torch.inference_mode()
     def forward(pixels):

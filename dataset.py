@@ -6,6 +6,7 @@
 import json
 import os
 import zipfile
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -77,13 +78,13 @@ def list_images(data_dir, split_names=SPLITS, unlabelled=False):
 def load_features(path):
     """features.npz -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed. Raises UsageError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             columns = {name: file[name] for name in (*COLUMNS, "meta")}
     except FileNotFoundError:
         raise UsageError(f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR") from None
     except KeyError as error:
         raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file
         raise UsageError(f"--features_file {path} is not a features file ({error}); extract again") from None
     columns["meta"] = json.loads(str(columns["meta"]))
     lengths = {len(columns[name]) for name in COLUMNS}

@@ -55,6 +55,17 @@ def draw(entries, limit, seed=0):
 
 # ---- state that survives being killed ----
 
+def check_writable(output, parts):
+    """An output that cannot be written is told before the hours of encoding, not after. Raises UsageError."""
+    if output.is_dir():
+        raise UsageError(f"--output_file {output}: is a folder; name a file in it")
+    with common.atomic_write(parts / "probe"):
+        pass
+    (parts / "probe").unlink()
+    if not any(parts.iterdir()):  # leave no trace if nothing comes of this run
+        parts.rmdir()
+
+
 def set_aside(path, why):
     """Rename what other flags, another encoder or another folder left, and say so; nothing is ever overwritten."""
     number = 1
@@ -64,8 +75,11 @@ def set_aside(path, why):
     say(f"{path} {why}: set aside as {aside}")
 
 
-def old_columns(output, key, entries):
-    """Columns of an earlier run with the same key on the same folder, else None (and the file is set aside)."""
+def old_columns(output, key, data_dir):
+    """Rows of an earlier run with the same key on the same folder that still stand: the file is gone or has the same bytes.
+
+    None where there are no such rows; then the file is set aside.
+    """
     if not output.is_file():
         return None
     try:
@@ -75,23 +89,28 @@ def old_columns(output, key, entries):
         return None
     if columns["meta"]["key"] != key:
         set_aside(output, "was made with other flags, another encoder or precision")
-    elif not np.isin(columns["paths"], [e.path for e in entries]).any():
+        return None
+    found = compare(columns, data_dir)
+    if "same" not in found:  # the same names with other bytes in all of them are another folder too
         set_aside(output, "holds none of the images of this folder")
-    else:
-        return columns
-    return None
+        return None
+    keep = np.array(found) != "changed"
+    say(f"{output} is there: {int(keep.sum())} of its rows stay as they are")
+    return {name: columns[name][keep] for name in COLUMNS}
 
 
-def still_valid(columns, data_dir):
-    """Which rows still stand: the file is gone (the row is kept) or has the same bytes. -> bool [n]"""
+def compare(columns, data_dir):
+    """What became of the file of each row: list of 'same', 'changed' (other bytes) or 'gone'."""
     from tqdm import tqdm
 
-    def same(row):
-        path, digest = Path(data_dir, row[0]), row[1]
-        return not path.is_file() or common.sha256(common.read_bytes(path)) == digest
-    rows = list(zip(columns["paths"], columns["sha256"]))
+    def fate(path, digest):
+        path = Path(data_dir, path)
+        if not path.is_file():
+            return "gone"
+        return "same" if common.sha256(common.read_bytes(path)) == digest else "changed"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.array(list(tqdm(pool.map(same, rows), total=len(rows), desc="comparing", unit="image")), bool)
+        return list(tqdm(pool.map(fate, columns["paths"], columns["sha256"]), total=len(columns["paths"]),
+                         desc="comparing", unit="image"))
 
 
 # ---- encoding ----
@@ -119,8 +138,21 @@ def encode_batch(rows, encoder):
 
 def part_name(number, batch, data_dir):
     """File name of a batch: changes when any of its files does, so stale parts are never picked up."""
-    stats = [(e.path, s.st_size, s.st_mtime_ns) for e in batch for s in [os.stat(Path(data_dir, e.path))]]
+    def stamp(path):
+        try:
+            stat = os.stat(path)
+            return stat.st_size, stat.st_mtime_ns
+        except OSError:  # a dangling link, or gone since it was listed: told when it is read
+            return None
+    stats = [(e.path, stamp(Path(data_dir, e.path))) for e in batch]
     return f"{number:06d}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.npz"
+
+
+def tell_skipped(part):
+    """One line for each image of a part that could not be read."""
+    from tqdm import tqdm
+    for path, why in json.loads(str(part["bad"])):
+        tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
 
 
 def encode_missing(batches, parts, args, encoder):
@@ -132,6 +164,9 @@ def encode_missing(batches, parts, args, encoder):
     paths = [parts / part_name(i, batch, args.data_dir) for i, batch in enumerate(batches)]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     if len(missing) < len(paths):
+        for i in sorted(set(range(len(paths))) - set(missing)):
+            with np.load(paths[i], allow_pickle=False) as part:
+                tell_skipped(part)
         say(f"going on: {len(paths) - len(missing)} of {len(paths)} batches are stored already")
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=sum(map(len, batches)), unit="image") as progress:
         progress.update(progress.total - sum(len(batches[i]) for i in missing))
@@ -142,8 +177,7 @@ def encode_missing(batches, parts, args, encoder):
                 waiting.append([pool.submit(read_row, args.data_dir, e, encoder.resolution, args.max_pixels)
                                 for e in batches[j]])
             part = encode_batch([row.result() for row in waiting.pop(0)], encoder)
-            for path, why in json.loads(str(part["bad"])):
-                tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
+            tell_skipped(part)
             with common.atomic_write(paths[i]) as file:
                 np.savez(file, **part)
             progress.update(len(batches[i]))
@@ -192,12 +226,13 @@ def main(argv=None):
     for name in ("limit", "batch_size", "max_pixels"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
-    entries = list_images(args.data_dir, args.split_names.lower().split(","), args.unlabelled)
+    output, parts = Path(args.output_file), Path(f"{args.output_file}.parts")
+    entries = list_images(args.data_dir, [name.strip() for name in args.split_names.lower().split(",")], args.unlabelled)
+    own = os.path.relpath(output, args.data_dir).replace(os.sep, "/")  # the output may lie among the images
+    entries = [e for e in entries if e.path != own and not e.path.startswith((f"{own}.parts", f"{own}.old-"))]
     if args.limit:
         entries = draw(entries, args.limit)
-    output, parts = Path(args.output_file), Path(f"{args.output_file}.parts")
-    with common.atomic_write(parts / "probe"):  # an unwritable place is told before the hours, not after
-        pass
+    check_writable(output, parts)
 
     from prepare_clip import ensure_encoder
     encoder = common.Encoder(ensure_encoder(args.clip_model), args.device, args.precision)
@@ -207,16 +242,13 @@ def main(argv=None):
            "limit": args.limit, "unlabelled": args.unlabelled, "split_names": args.split_names,
            "max_pixels": args.max_pixels}
     state = parts / "key.json"
-    if state.is_file() and json.loads(state.read_text()) != key:
+    left_by = json.loads(state.read_text()) if state.is_file() else None
+    if left_by != key and any(parts.glob("*.npz")):
         set_aside(parts, "was left by other flags, another encoder or precision")
     with common.atomic_write(state, "w") as file:
         json.dump(key, file)
 
-    old = old_columns(output, key, entries)
-    if old is not None:
-        keep = still_valid(old, args.data_dir)
-        old = {name: old[name][keep] for name in COLUMNS}
-        say(f"{output} is there: {int(keep.sum())} of its rows stay as they are")
+    old = old_columns(output, key, args.data_dir)
     known = set() if old is None else set(old["paths"])
     todo = [e for e in entries if e.path not in known]
     batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
@@ -230,8 +262,11 @@ def main(argv=None):
                          f"{args.max_bad_fraction}; mend them (see the lines above) or raise the limit")
     if (columns["splits"] == SEEN).any():
         say(f"{int((columns['splits'] == SEEN).sum())} images were used to train this encoder: split '{SEEN}', not for training a classifier")
-    with common.atomic_write(output) as file:
+    with common.atomic_write(parts / "all") as file:  # in there, so that a killed run leaves nothing else behind
         np.savez_compressed(file, **columns)
+    os.replace(parts / "all", output)
+    for path in parts.glob("*.npz"):  # key.json goes last: parts never lie there without a word on how they were made
+        path.unlink()
     shutil.rmtree(parts)
     print(f"{output}: {summary(columns, bad, len(entries))}")
 

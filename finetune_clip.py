@@ -21,6 +21,7 @@ ARCHITECTURES = {  # arguments of clip.model.ModifiedResNet; heads follow from t
 }
 AVERAGE = 0.998          # weights averaged by this factor a step: worth about 3 points of AUC
 NOTICE = "this encoder is a demonstration, trained from scratch on a few thousand images: not a detector to rely on"
+SAVE_EVERY = 200         # steps between stored states
 SMOOTHING = 0.05         # a few percent of the labels are wrong
 
 
@@ -160,7 +161,7 @@ def main(argv=None):
         schedule.step()
         average.update_parameters(model)
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             with common.atomic_write(state_file) as file:
                 torch.save({"step": step + 1, **{k: v.state_dict() for k, v in parts.items()}}, file)
             if kept:

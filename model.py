@@ -32,7 +32,7 @@ class PlainUnpickler(pickle.Unpickler):
             return np.dtype
         if module in ("numpy._core.numeric", "numpy.core.numeric") and name == "_frombuffer":
             return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
-        raise ModelError(f"it holds '{module}.{name}', which is not plain data, and may be planted")
+        raise ModelError(f"it holds {f'{module}.{name}'!r}, which is not plain data, and may be planted")
 
 
 def save_model(path, model):
@@ -51,7 +51,8 @@ def load_model(path):
     except ModelError as error:
         raise ModelError(f"{path} is refused: {error}; {REMEDY}") from None
     except Exception as error:  # a torn or crafted pickle raises almost anything
-        raise ModelError(f"{path} is not a model file ({type(error).__name__}: {error}); {REMEDY}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line, whatever was planted in it
+        raise ModelError(f"{path} is not a model file ({reason}); {REMEDY}") from None
     return {**model, "sha256": sha256(data)}
 
 
@@ -72,7 +73,7 @@ def check(model):
     vectors, d = model["support_vectors"], len(model["center"])
     if vectors.shape != (len(model["dual_coef"]), d) or len(model["scale"]) != d or len(model["calibrator"]) != 2:
         raise ModelError("the sizes of its arrays do not fit together")
-    if not {"name", "identity"} <= model["encoder"].keys():
+    if not all(isinstance(model["encoder"].get(name), str) for name in ("name", "identity")):
         raise ModelError("it does not say which encoder it was trained on")
 
 
@@ -80,9 +81,10 @@ def standardise(model, features):
     """float32 [n, d] -> float32 [n, d], each feature at mean 0 and deviation 1 of the training rows."""
     x = features.astype(np.float32)
     if x.ndim != 2 or x.shape[1] != len(model["center"]):
-        raise ModelError(f"features have shape {x.shape}, the model takes [n, {len(model['center'])}]")
-    x -= model["center"]
-    x /= model["scale"]
+        raise ModelError(f"features have shape {list(x.shape)}, the model takes [n, {len(model['center'])}]: "
+                         f"extract them with its encoder, '{model['encoder']['name']}'")
+    x -= model["center"].astype(np.float32)  # StandardScaler rounds both to the features' type first
+    x /= model["scale"].astype(np.float32)
     return x
 
 

@@ -36,9 +36,14 @@ def ensure_encoder(clip_model):
     source = source_of(clip_model)
     folder = find_encoder(source=source)
     if folder is None:
+        require_torch(clip_model)
         from filelock import FileLock
-        (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir() / "encoders.lock"):  # a second process waits here, then finds the folder
+        try:
+            (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
+            lock = FileLock(cache_dir() / "encoders.lock").acquire()  # a second process waits here, then finds the folder
+        except OSError as error:
+            raise EncoderError(f"cannot write {cache_dir()}: {error.strerror}; set CLIP_CACHE to another place") from None
+        with lock:
             folder = find_encoder(source=source) or prepare(clip_model, source)
     return folder
 
@@ -54,17 +59,20 @@ def source_of(clip_model):
                        "set --clip_model or CLIP_MODEL to one of these")
 
 
-def prepare(clip_model, source):
-    """Load, convert and store: -> the new folder. Written beside its place and renamed, so never half there."""
+def require_torch(clip_model):
+    """Raises EncoderError where what preparing needs is not installed."""
     try:
-        import torch  # noqa: F401
-        from tqdm import tqdm
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # clip-anytorch: pkg_resources is deprecated
-            import clip  # noqa: F401
+            import clip, filelock, safetensors, torch  # noqa: E401, F401
     except ImportError as error:
         raise EncoderError(f"preparing '{clip_model}' needs torch and clip ({error}): pip install -r requirements.txt, "
-                           "or copy a prepared folder into " + str(cache_dir() / "encoders")) from None
+                           f"or copy a prepared folder into {cache_dir() / 'encoders'}") from None
+
+
+def prepare(clip_model, source):
+    """Load, convert and store: -> the new folder. Written beside its place and renamed, so never half there."""
+    from tqdm import tqdm
     with tqdm(total=3, desc=f"preparing {clip_model}", unit="step") as progress:
         visual = load_visual(clip_model)
         progress.update()
@@ -74,6 +82,8 @@ def prepare(clip_model, source):
         manifest |= {"name": name, "source": source, "identity": identity_of(visual), "layers": "final",
                      "preprocessing": PREPROCESSING, "resolution": visual.input_resolution,
                      "dim": visual.output_dim, "arch": architecture(visual)}
+        for left in cache_dir().glob(".preparing-*"):  # by a process that was killed: we hold the lock
+            shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
         try:
             write_folder(visual, manifest, scratch, progress)
@@ -97,9 +107,9 @@ def load_visual(clip_model):
         reason = str(error).split("\n")[0]
         if clip_model not in OPENAI_NAMES:
             raise EncoderError(f"{clip_model} is not a CLIP checkpoint that clip.load can read: {reason}") from None
-        if "SHA256" in reason:
-            target.unlink(missing_ok=True)
-            reason = "what arrived does not have the SHA-256 that OpenAI states"
+        if target.is_file() and source_of(str(target)).removeprefix("sha256:") not in clip.clip._MODELS[clip_model]:
+            target.unlink()  # half of a download, or another file of that name: clip would fetch it again as well
+            reason = "what arrived does not have the SHA-256 that OpenAI states" + ("" if "SHA256" in reason else f": {reason}")
         raise EncoderError(f"cannot download {clip_model} ({reason}): copy {target.name} to {target.parent}, "
                            "or set CLIP_MODEL=tiny (a demonstration)") from None
 
@@ -136,15 +146,22 @@ def identity_of(visual):
 def write_folder(visual, manifest, folder, progress):
     """Vision tower -> encoder.xml, encoder.bin, vision.safetensors and encoder.json in `folder`.
 
-    fp16 weights: OpenAI ships fp16, so nothing is lost.
+    fp16 weights: OpenAI ships fp16, so nothing is lost. That is why the frontend is called rather than
+    `ov.convert_model`, which multiplies a ResNet's batch norms into its convolutions first, and the products are no
+    fp16 numbers (cosine 0.99999 to the original, instead of 1.0).
     """
     import openvino as ov
     import torch
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     from safetensors.torch import save_file
     side = visual.input_resolution
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's tracer doubts the asserts in multi-head attention
-        model = ov.convert_model(visual, example_input=torch.zeros(2, 3, side, side), input=[-1, 3, side, side])
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchScriptPythonDecoder(visual, example_input=torch.zeros(2, 3, side, side))
+        model = frontend.convert(frontend.load(decoder))  # which must not outlive the decoder
+        model.reshape([-1, 3, side, side])
     progress.update()
     ov.save_model(model, folder / "encoder.xml", compress_to_fp16=True)
     state = {k: v.half() if v.is_floating_point() else v for k, v in visual.state_dict().items()}

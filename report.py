@@ -20,7 +20,8 @@ def wilson(successes, n):
         return [0.0, 1.0]
     z, p = 1.959964, successes / n
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))]
+    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return [0.0 if successes == 0 else float(low), 1.0 if successes == n else float(high)]  # exact, without rounding
 
 
 def share(mask):
@@ -32,7 +33,7 @@ def share(mask):
 def bootstrap(function, groups, *arrays, seed=0):
     """95% interval of `function(*arrays)`, resampling whole groups: images of one group are not independent.
 
-    Resamples without both classes are left out. -> [low, high], NaN where there are none.
+    Resamples without both classes are left out. -> [low, high]; [0, 1] where there are none.
     """
     rng = np.random.default_rng(seed)
     _, inverse = np.unique(groups, return_inverse=True)
@@ -43,7 +44,7 @@ def bootstrap(function, groups, *arrays, seed=0):
         value = function(*(a[rows] for a in arrays))
         if value is not None:
             values.append(value)
-    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if values else [float("nan")] * 2
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if values else [0.0, 1.0]
 
 
 def balanced_accuracy(labels, fake):
@@ -138,9 +139,10 @@ def plot_roc(metrics):
     area = metrics["test"]["auc"]
     figure, ax = axes(f"ROC, {metrics['encoder']}, {len(labels)} test images", "reals called fake", "fakes called fake")
     ax.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    ax.plot(fpr, tpr, label=f"AUC {area['value']:.3f} [{area['interval'][0]:.3f}, {area['interval'][1]:.3f}]")
-    ax.plot(1 - metrics["test"]["recall_real"]["value"], metrics["test"]["recall_fake"]["value"], "o", label="threshold")
-    ax.legend(loc="lower right")
+    if area["value"] is not None:  # a test set of one class has no curve
+        ax.plot(fpr, tpr, label=f"AUC {area['value']:.3f} [{area['interval'][0]:.3f}, {area['interval'][1]:.3f}]")
+        ax.plot(1 - metrics["test"]["recall_real"]["value"], metrics["test"]["recall_fake"]["value"], "o", label="threshold")
+        ax.legend(loc="lower right")
     return figure
 
 

@@ -7,6 +7,7 @@
 Images that look alike stay on one side of every split; with ten sources or more, whole sources do.
 """
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,13 @@ def load_columns(paths):
     return columns, encoders[0]
 
 
-def make_groups(columns, train):
+def make_groups(columns):
     """Group number of each row, int [n]: twins share one; with 10 sources or more (5 of each class), sources do.
 
-    `train`: the rows on which features are whitened to confirm twins. -> (groups, what they are, in words)
+    -> (groups, what they are, in words)
     """
     from audit import merge, twin_clusters
-    cluster = twin_clusters(columns["thumb"], columns["sha256"], columns["features"], columns["features"][train])
+    cluster = twin_clusters(columns["thumb"], columns["sha256"])
     sources, number = np.unique(columns["sources"], return_inverse=True)
     of_class = [len(np.unique(number[columns["labels"] == label])) for label in (0, 1)]
     if len(sources) < 10 or min(of_class) < FOLDS:
@@ -73,12 +74,16 @@ def choose_rows(columns, args, seed):
     """-> (train row numbers, test row numbers, groups of all rows, words on how they were chosen)."""
     labelled = columns["labels"] >= 0
     splits, wanted = columns["splits"], args.train_splits.split(",")
+    missing = sorted(set(wanted) - set(splits[labelled]))
+    if missing and args.train_splits != "train":  # without a split called so the default means our own
+        raise UsageError(f"--train_splits {args.train_splits}: no labelled images in '{missing[0]}' "
+                         f"(splits there: {', '.join(filter(None, sorted(set(splits[labelled])))) or 'none'})")
     in_train = labelled & np.isin(splits, wanted)
     in_test = labelled & (splits == "test")
-    own = args.resplit or not in_train.any() or not in_test.any()
+    own = args.resplit or not in_train.any() or not in_test.any() or "test" in wanted
     pool = labelled & (np.isin(splits, POOL) if args.resplit or not in_train.any() else in_train)
     check_classes(columns, pool if own else in_train, "to train on")
-    groups, kind = make_groups(columns, pool if own else in_train)
+    groups, kind = make_groups(columns)
     if not own:
         return np.flatnonzero(in_train), np.flatnonzero(in_test), groups, f"the folders' split; folds by {kind}"
     rows = np.flatnonzero(pool)
@@ -195,6 +200,17 @@ def evaluate_rows(model, columns, rows, groups):
             "scores": {"labels": labels.tolist(), "p_fake": p_fake.round(6).tolist()}}
 
 
+def check_output(path):
+    """An unwritable place is told before the training, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"--model_output_path {path}: cannot be written ({error.strerror}); name another place") from None
+    if path.is_dir():
+        raise UsageError(f"--model_output_path {path} is a folder; name a file in it")
+
+
 def left_out(columns, used):
     """Splits that neither trained nor tested, with their numbers: '415 external, 634 seen' or ''."""
     splits, n = np.unique(np.delete(columns["splits"], used), return_counts=True)
@@ -203,6 +219,7 @@ def left_out(columns, used):
 
 def main(argv=None):
     args = parse_args(argv)
+    check_output(Path(args.model_output_path))
     columns, encoder = load_columns(args.features_file)
     train, test, groups, how = choose_rows(columns, args, args.seed)
     say(f"{len(train)} images to train, {len(test)} to test ({how})")

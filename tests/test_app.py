@@ -1,0 +1,408 @@
+"""The service: documented JSON for verdicts and errors, settings that are refused in one line, nothing on disk."""
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import flask
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+import app as service
+import classify
+import common
+from conftest import ROOT, assert_one_line_error
+from made_up import BASELINE, baseline_for, other_encoder
+
+DEMO = {"MODEL_PATH": str(BASELINE), "ALLOW_DEMO_MODEL": "1"}
+NAMES = ("china.jpg", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
+
+
+def assert_error(response, status, *words):
+    """The one shape of every error, of flask's test client and of requests alike: {"error": one line that says `words`}."""
+    body = json.loads(response.text)
+    assert (response.status_code, response.headers["Content-Type"]) == (status, "application/json"), response.text
+    assert list(body) == ["error"] and isinstance(body["error"], str)
+    assert body["error"] and len(body["error"].splitlines()) == 1 and "Traceback" not in body["error"]
+    for word in words:
+        assert word in body["error"]
+
+
+def wait_until_ready(ask):
+    """Call `ask()` for the status of /readyz until it is 200."""
+    deadline = time.monotonic() + 60
+    while (status := ask()) != 200:
+        assert time.monotonic() < deadline, f"/readyz answers {status}"
+        time.sleep(0.05)
+
+
+def ready_client(**settings):
+    client = service.create_app({**DEMO, **settings}).test_client()
+    wait_until_ready(lambda: client.get("/readyz").status_code)
+    return client
+
+
+@pytest.fixture(scope="module")
+def client():
+    return ready_client()
+
+
+def post(client, *images, field="image"):
+    """Multipart upload of these bytes, each under `field`. (The test client would build it in a temporary file.)"""
+    files = [(field, (f"{i}.bin", data)) for i, data in enumerate(images)]
+    ready = requests.Request("POST", "http://x", files=files).prepare()
+    return client.post("/classify", data=ready.body, content_type=ready.headers["Content-Type"])
+
+
+@pytest.fixture(scope="module")
+def data(photos):
+    """Bytes of the photographs, {name: bytes}."""
+    return {name: path.read_bytes() for name, path in photos.items()}
+
+
+# ---- verdicts ----
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_verdict_is_that_of_classify_py_in_the_documented_json(client, script, photos, data, name):
+    response = post(client, data[name])
+    assert response.status_code == 200 and response.headers["Content-Type"] == "application/json"
+    assert list(response.json) == ["classification", "confidence"]
+    printed = script("classify.py", "--image_path", photos[name], "--model_path", BASELINE, "--json").stdout
+    assert response.json == json.loads(printed)
+
+
+def test_a_demonstration_says_so_in_a_header_and_the_json_stays_as_documented(client, data):
+    assert post(client, data["china.jpg"]).headers["X-Model-Notice"] == common.read_manifest(common.SHIPPED)["notice"]
+
+
+def test_a_model_on_another_encoder_needs_no_permission_and_has_no_notice(data, tmp_path, client):
+    other_encoder()
+    other = ready_client(MODEL_PATH=baseline_for(tmp_path / "other.joblib"), ALLOW_DEMO_MODEL="0")
+    response = post(other, data["china.jpg"])
+    assert "X-Model-Notice" not in response.headers and response.json == post(client, data["china.jpg"]).json
+
+
+def test_health_and_readiness_are_answered(client):
+    assert (client.get("/healthz").json, client.get("/readyz").json) == ({"status": "ok"}, {"status": "ready"})
+
+
+# ---- errors of a request ----
+
+@pytest.mark.parametrize("body, content_type", [
+    ({}, "multipart/form-data"), ({"image": "text, no file"}, "multipart/form-data"), (b"", None),
+    (b'{"image": "..."}', "application/json"), (b"\xff\xd8\xff", "image/jpeg"), (b"no boundary", "multipart/form-data"),
+    (b"--x\r\n", "multipart/form-data; boundary=x"),
+], ids=["no field", "text", "no body", "json", "bare image", "no boundary", "torn"])
+def test_a_request_without_a_file_in_the_field_image_is_400(client, body, content_type):
+    assert_error(client.post("/classify", data=body, content_type=content_type), 400, "'image'", "got 0")
+
+
+def test_a_file_in_another_field_is_400(client, data):
+    assert_error(post(client, data["china.jpg"], field="file"), 400, "'image'", "got 0")
+
+
+def test_a_repeated_field_is_400(client, data):
+    assert_error(post(client, data["china.jpg"], data["coffee.png"]), 400, "'image'", "got 2")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"%PDF-1.7 ...", b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
+                         ids=["empty", "text", "pdf", "svg"])
+def test_what_is_no_image_is_415(client, content):
+    assert_error(post(client, content), 415, "JPEG")
+
+
+@pytest.mark.parametrize("name, kept", [("china.jpg", 0.5), ("coffee.png", 0.5), ("china.jpg", 0.001)])
+def test_a_truncated_image_is_422(client, data, name, kept):
+    assert_error(post(client, data[name][:int(kept * len(data[name]))]), 422)
+
+
+@pytest.mark.parametrize("method, path, allowed", [("get", "/classify", "POST"), ("put", "/classify", "POST"),
+                                                   ("delete", "/readyz", "GET"), ("post", "/healthz", "GET")])
+def test_another_method_is_405_and_says_which_is_allowed(client, method, path, allowed):
+    response = getattr(client, method)(path)
+    assert_error(response, 405)
+    assert allowed in response.headers["Allow"]
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/classify/", "/static/x.css", "/../app.py"])
+def test_an_unknown_path_is_404(client, path):
+    assert_error(client.get(path), 404)
+
+
+@pytest.fixture(scope="module")
+def limited():
+    return ready_client(MAX_UPLOAD_BYTES="20000", MAX_PIXELS="10000")
+
+
+def png(width, height):
+    buffer = io.BytesIO()
+    Image.new("L", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_an_image_up_to_the_limit_of_pixels_is_taken_and_above_it_is_413(limited):
+    assert post(limited, png(100, 100)).status_code == 200
+    assert_error(post(limited, png(100, 101)), 413, "100 x 101", "10,000")
+
+
+def test_a_body_above_the_limit_of_bytes_is_413(limited, data):
+    assert_error(post(limited, data["china.jpg"]), 413, "20,000 bytes")
+
+
+def test_a_body_of_unstated_length_is_cut_off_at_the_same_limit(limited):
+    body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + bytes(50_000) + b"\r\n--x--\r\n"
+    response = limited.post("/classify", input_stream=io.BytesIO(body), content_type="multipart/form-data; boundary=x",
+                            environ_overrides={"wsgi.input_terminated": True})
+    assert_error(response, 413, "20,000 bytes")
+
+
+def test_a_bomb_is_refused_from_its_header_before_decoding(client, monkeypatch):
+    def never(*_):
+        raise AssertionError("decoded")
+    monkeypatch.setattr(common, "load_rgb", never)
+    assert_error(post(client, png(20_000, 20_000)), 413, "50,000,000")
+
+
+def test_our_own_bug_is_500_and_tells_the_client_nothing(client, data, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("secret")
+    monkeypatch.setattr(classify.Detector, "classify", broken)
+    response = post(client, data["china.jpg"])
+    assert_error(response, 500, "internal error")
+    assert "secret" not in response.text
+
+
+def test_an_error_does_not_stop_the_service(client, data):
+    before = post(client, data["china.jpg"]).json
+    for content in (b"hello", data["china.jpg"][:1000], b""):
+        assert post(client, content).status_code >= 400
+    assert post(client, data["china.jpg"]).json == before
+
+
+# ---- loading ----
+
+def test_while_the_model_loads_it_is_alive_but_not_ready(monkeypatch, data):
+    may_load, load = threading.Event(), classify.Detector.__init__
+
+    def slow(self, *args, **options):
+        assert may_load.wait(60)
+        load(self, *args, **options)
+    monkeypatch.setattr(classify.Detector, "__init__", slow)
+    client = service.create_app(DEMO).test_client()
+    assert client.get("/healthz").status_code == 200
+    for response in (client.get("/readyz"), post(client, data["china.jpg"])):
+        assert_error(response, 503, "still loading")
+    may_load.set()
+    wait_until_ready(lambda: client.get("/readyz").status_code)
+    assert post(client, data["china.jpg"]).status_code == 200
+
+
+def test_where_the_model_cannot_be_loaded_it_says_why_and_never_is_ready(monkeypatch, data):
+    def broken(self, *_, **__):
+        raise common.EncoderError("the weights are gone")
+    monkeypatch.setattr(classify.Detector, "__init__", broken)
+    client = service.create_app(DEMO).test_client()
+    deadline = time.monotonic() + 30
+    while "gone" not in client.get("/readyz").text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for response in (client.get("/readyz"), post(client, data["china.jpg"])):
+        assert_error(response, 503, "cannot be loaded", "the weights are gone")
+
+
+# ---- nothing on disk ----
+
+WRITES = []  # paths opened for writing while this is watched
+WATCHED = threading.local()
+
+
+def note_writes(event, arguments):
+    if event == "open" and getattr(WATCHED, "on", False) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        WRITES.append(arguments[0])
+
+
+@pytest.fixture(scope="module")
+def watch():
+    """Function: call something -> the paths that Python opened for writing meanwhile. An audit hook stays for good."""
+    sys.addaudithook(note_writes)
+
+    def run(function, *args):
+        WRITES.clear()
+        WATCHED.on = True
+        try:
+            function(*args)
+        finally:
+            WATCHED.on = False
+        return list(WRITES)
+    return run
+
+
+def megabytes():
+    """A PNG of noise, 2.7 MB: beyond the size from which uploads usually go to a temporary file."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1000, 900, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_an_upload_never_touches_the_disk(client, watch):
+    upload = megabytes()
+    assert len(upload) > 1_000_000
+    assert watch(lambda: post(client, upload)) == []
+    assert post(client, upload).status_code == 200
+
+
+def test_the_watch_above_does_see_what_flask_does_by_itself(client, watch, monkeypatch):
+    monkeypatch.setattr(client.application, "request_class", flask.Request)
+    assert watch(lambda: post(client, megabytes())) != []
+
+
+# ---- settings ----
+
+@pytest.mark.parametrize("name, value", [(n, v) for n in ("PORT", "THREADS", "MAX_PIXELS", "ALLOW_DEMO_MODEL")
+                                         for v in ("eighty", "-1", "1.5", "²")] + [("PORT", "70000"), ("HTTP_THREADS", "0")])
+def test_a_bad_number_is_refused_by_name_and_value(name, value):
+    with pytest.raises(common.UsageError, match=f"{name}={value}: must be"):
+        service.read_settings({name: value})
+
+
+def test_the_environment_counts_and_an_empty_setting_is_none(monkeypatch):
+    monkeypatch.setenv("PORT", "1234")
+    monkeypatch.setenv("HOST", "")
+    settings = service.read_settings()
+    assert (settings["PORT"], settings["HOST"]) == (1234, "127.0.0.1")
+    assert service.read_settings({"PORT": 99})["PORT"] == 99
+
+
+def test_help_lists_every_setting_with_its_default(script):
+    result = script("app.py", "--help", MODEL_PATH="")
+    assert result.returncode == 0, result.stderr
+    for name, (default, text) in service.SETTINGS.items():
+        line = next(line for line in result.stdout.splitlines() if line.split()[:1] == [name])
+        assert text in line and (f"(default: {default})" in line or not default)
+    assert all(len(line) <= 120 for line in result.stdout.splitlines())
+
+
+@pytest.fixture(params=["python app.py", "gunicorn"])
+def start(request, script):
+    """Function: start the service in both ways, in the project's folder -> CompletedProcess; for starts that must fail."""
+    def run(**env):
+        if request.param == "python app.py":
+            return script("app.py", cwd=ROOT, **env)
+        return subprocess.run([Path(sys.executable).parent / "gunicorn", "app:create_app()"], cwd=ROOT,
+                              env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    return run
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({}, ["MODEL_PATH is not set", "train_model.py"]),
+    ({"MODEL_PATH": "nowhere.joblib"}, ["MODEL_PATH=nowhere.joblib", "no such file", "train_model.py"]),
+    ({"MODEL_PATH": "models"}, ["MODEL_PATH=models", "no such file"]),
+    ({"MODEL_PATH": "pyproject.toml"}, ["pyproject.toml", "not a model file"]),
+    ({"MODEL_PATH": str(BASELINE)}, ["demonstration", "ALLOW_DEMO_MODEL=1"]),
+    ({**DEMO, "PORT": "eighty"}, ["PORT=eighty", "whole number"]),
+    ({**DEMO, "PORT": "70000"}, ["PORT=70000", "65535"]),
+], ids=["no model", "missing", "a folder", "not a model", "demonstration", "port of letters", "port too high"])
+def test_it_does_not_start_on_a_bad_setting(start, settings, words):
+    assert_one_line_error(start(**settings), *words)
+
+
+def test_it_does_not_start_without_the_models_encoder(start, tmp_path):
+    path = str(baseline_for(tmp_path / "m.joblib", name="mine"))
+    assert_one_line_error(start(MODEL_PATH=path), "'mine'", "prepare_clip.py")
+
+
+# ---- a live service ----
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+class Live:
+    """The service as a process of its own, started from another folder than the project's."""
+
+    def __init__(self, folder, **settings):
+        port = free_port()
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen([sys.executable, ROOT / "app.py"], cwd=folder, stdout=log, stderr=log,
+                                            env={**os.environ, **DEMO, "PORT": str(port), **settings})
+        self.session = requests.Session()
+        self.session.trust_env = False  # no proxy of the host
+        wait_until_ready(self.status)
+
+    def status(self):
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.session.get(f"{self.url}/readyz", timeout=10).status_code
+        except requests.ConnectionError:
+            return None
+
+    def post(self, image):
+        return self.session.post(f"{self.url}/classify", files={"image": image}, timeout=60)
+
+    def stop(self):
+        self.session.close()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(40)
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    server = Live(tmp_path_factory.mktemp("live"))
+    yield server
+    server.stop()
+
+
+def test_live_answers_are_those_of_the_test_client(live, client, data):
+    for name in NAMES:
+        response = live.post(data[name])
+        assert (response.status_code, response.json()) == (200, post(client, data[name]).json)
+        assert response.headers["X-Model-Notice"]
+
+
+@pytest.mark.parametrize("status, image", [(415, b"hello"), (422, b"\xff\xd8\xff\xe0"), (413, bytes(11_000_000))],
+                         ids=["text", "truncated", "too many bytes"])
+def test_live_errors_have_the_one_shape(live, status, image):
+    assert_error(live.post(image), status)
+
+
+def test_live_unknown_paths_and_methods_have_it_too(live):
+    assert_error(live.session.get(f"{live.url}/nowhere", timeout=10), 404)
+    assert_error(live.session.get(f"{live.url}/classify", timeout=10), 405)
+
+
+def test_requests_at_the_same_time_get_the_answers_that_they_get_alone(live, data):
+    names = NAMES * 4
+    alone = {name: live.post(data[name]).json() for name in NAMES}
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda name: live.post(data[name]).json(), names))
+    assert together == [alone[name] for name in names]
+    assert len({answer["confidence"] for answer in alone.values()}) > 1  # so that a mix-up would show
+
+
+def test_a_client_that_goes_away_does_no_harm(live, data):
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as gone:
+        gone.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+                     b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+    assert live.post(data["china.jpg"]).status_code == 200
+
+
+def test_sigterm_ends_it_with_exit_code_0_and_a_relative_model_path_is_that_of_the_users_folder(tmp_path):
+    (tmp_path / "mine.joblib").write_bytes(BASELINE.read_bytes())
+    server = Live(tmp_path, MODEL_PATH="mine.joblib")
+    assert server.stop() == 0
+    assert "Traceback" not in server.log.read_text() and "[ERROR]" not in server.log.read_text()

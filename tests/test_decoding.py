@@ -1,0 +1,241 @@
+"""What is refused, and as what: truncated and corrupt files, bombs, strangers. Never a grey image, never a traceback.
+
+Pillow warns about some broken files before it gives up on them. Warnings are errors in these tests but not for users,
+so what concerns broken files runs with warnings as users have them.
+"""
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+import common
+from common import BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
+
+
+@pytest.fixture
+def as_users_have_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(mode="RGB", size=(60, 44)):
+    """Smooth below, noise above: it compresses like a photograph, and no part of it is flat grey."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    wave = np.stack([128 + 90 * np.sin(x / 9 + i) * np.cos(y / 7 - i) for i in range(3)], axis=2)
+    wave += np.random.default_rng(0).normal(0, 20, wave.shape)
+    return Image.fromarray(wave.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+FILES = {
+    "JPEG": lambda: saved(picture(), "JPEG"),
+    "progressive JPEG": lambda: saved(picture(), "JPEG", progressive=True),
+    "grey JPEG": lambda: saved(picture("L"), "JPEG"),
+    "CMYK JPEG": lambda: saved(picture("CMYK"), "JPEG"),
+    "two-picture JPEG": lambda: saved(picture(), "MPO", save_all=True, append_images=[picture()]),
+    "PNG": lambda: saved(picture(), "PNG"),
+    "palette PNG": lambda: saved(picture().quantize(60), "PNG"),
+    "16-bit PNG": lambda: saved(Image.fromarray(np.asarray(picture("L")).astype(np.uint16) * 257), "PNG"),
+    "animated PNG": lambda: saved(picture(), "PNG", save_all=True, append_images=[picture("L").convert("RGB")]),
+    "WebP": lambda: saved(picture(), "WEBP"),
+    "lossless WebP": lambda: saved(picture(), "WEBP", lossless=True),
+    "animated WebP": lambda: saved(picture(), "WEBP", save_all=True, append_images=[picture("L").convert("RGB")]),
+    "AVIF": lambda: saved(picture(), "AVIF"),
+    "GIF": lambda: saved(picture().quantize(60), "GIF"),
+    "BMP": lambda: saved(picture(), "BMP"),
+    "TIFF": lambda: saved(picture(), "TIFF"),
+    "LZW TIFF": lambda: saved(picture(), "TIFF", compression="tiff_lzw"),
+    "deflate TIFF": lambda: saved(picture(), "TIFF", compression="tiff_adobe_deflate"),
+    "JPEG in TIFF": lambda: saved(picture(), "TIFF", compression="jpeg"),
+    "packbits TIFF": lambda: saved(picture(), "TIFF", compression="packbits"),
+    "fax TIFF": lambda: saved(picture("1"), "TIFF", compression="group4"),
+}
+MAGIC = 16  # bytes in which every format has announced itself
+
+
+def test_every_format_is_among_the_files_here():
+    made = {common.sniff(make()) for make in FILES.values()}
+    assert made == set(common.FORMATS) - {"HEIF"}  # pillow-heif is optional
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_cut_anywhere_is_broken_and_never_a_grey_image(kind, as_users_have_it):
+    data = FILES[kind]()
+    whole = np.asarray(common.decode_image(data))
+    for cut in sorted({*range(0, len(data), max(1, len(data) // 150)), *range(len(data) - 40, len(data))}):
+        try:
+            image = common.decode_image(data[:cut])
+        except BrokenImage:
+            continue
+        except UnsupportedImage:
+            assert cut < MAGIC, cut
+            continue
+        # Some formats end in bytes that no pixel needs: an end marker, a checksum, the second picture of two
+        assert cut > len(data) * (0.3 if "animated" in kind or "two" in kind else 0.9), cut
+        assert (np.asarray(image) == whole).all(), f"cut after {cut} of {len(data)} bytes: other pixels"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("kind", [k for k in FILES if "animated" not in k and "two" not in k])
+def test_a_file_that_lacks_a_part_is_told_as_broken(kind, share, as_users_have_it):
+    data = FILES[kind]()
+    with pytest.raises(BrokenImage) as error:
+        common.decode_image(data[:int(len(data) * share)])
+    assert "\n" not in str(error.value) and error.value.status == 422
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"hello, world\n" * 50, b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+                                  b"%PDF-1.7\n", bytes(1000), b"MZ" + bytes(500), b"P6 1 1 255 abc",
+                                  b"8BPS\0\1" + bytes(40), b"\0\0\1\0\1\0" + bytes(60)],
+                         ids=["empty", "one byte", "text", "SVG", "PDF", "zeros", "program", "PPM", "Photoshop", "icon"])
+def test_what_is_none_of_our_formats_is_unsupported(data):
+    with pytest.raises(UnsupportedImage) as error:
+        common.decode_image(data)
+    assert error.value.status == 415 and "JPEG" in str(error.value)
+
+
+def test_an_empty_file_is_called_empty():
+    with pytest.raises(UnsupportedImage, match="the file is empty"):
+        common.decode_image(b"")
+
+
+@pytest.mark.parametrize("magic", [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0*",
+                                   b"RIFF\0\0\0\0WEBP", b"\0\0\0 ftypavif"])
+def test_a_format_that_only_announces_itself_is_broken(magic):
+    with pytest.raises(BrokenImage):
+        common.decode_image(magic + b"and then nothing that fits" * 4)
+
+
+def test_the_name_of_a_file_plays_no_part(tmp_path):
+    for name, make in (("photo.txt", FILES["PNG"]), ("photo.png", FILES["JPEG"]), ("photo", FILES["WebP"])):
+        (tmp_path / name).write_bytes(make())
+        assert common.decode_image(common.read_bytes(tmp_path / name)).size == (60, 44)
+    (tmp_path / "text.jpg").write_bytes(b"no picture")
+    with pytest.raises(UnsupportedImage):
+        common.decode_image(common.read_bytes(tmp_path / "text.jpg"))
+
+
+def test_floating_point_pixels_are_refused_with_the_remedy():
+    with pytest.raises(UnsupportedImage, match="8 or 16 bits"):
+        common.decode_image(saved(picture("F"), "TIFF"))
+
+
+# ---- PNG's chunks ----
+
+def chunk(name, body, checksum=None):
+    checksum = zlib.crc32(name + body) if checksum is None else checksum
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
+
+
+def png(*chunks, size=(60, 44)):
+    """A grey PNG with `chunks` between its header and its pixels."""
+    rows = zlib.compress(b"".join(b"\0" + bytes(range(size[0])) for _ in range(size[1])))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_png_with_a_comment_is_read():
+    assert common.decode_image(png(chunk(b"tEXt", b"Comment\0a photograph"))).size == (60, 44)
+
+
+@pytest.mark.parametrize("name", [b"tEXt", b"gAMA", b"eXIf"])
+def test_a_png_chunk_with_a_wrong_checksum_is_broken(name):
+    with pytest.raises(BrokenImage):
+        common.decode_image(png(chunk(name, b"\0\0\1\0", checksum=12345)))
+
+
+def test_a_comment_that_unpacks_to_a_hundred_megabytes_is_not_unpacked():
+    bomb = zlib.compress(bytes(100_000_000))
+    with pytest.raises(BrokenImage):
+        common.decode_image(png(chunk(b"zTXt", b"Comment\0\0" + bomb)))
+
+
+# ---- bombs ----
+
+def huge_jpeg():
+    data = bytearray(FILES["JPEG"]())
+    at = data.index(b"\xff\xc0") + 5
+    data[at:at + 4] = struct.pack(">HH", 65000, 65000)
+    return bytes(data)
+
+
+BOMBS = {  # a few hundred bytes that declare billions of pixels
+    "PNG": lambda: b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    + chunk(b"IDAT", zlib.compress(bytes(200))) + chunk(b"IEND", b""),
+    "JPEG": huge_jpeg,
+    "GIF": lambda: b"GIF89a" + struct.pack("<HHBBB", 65000, 65000, 0x80, 0, 0) + bytes(6)
+    + b"," + struct.pack("<HHHHB", 0, 0, 65000, 65000, 0) + b"\2\2\x44\1\0;",
+    "BMP": lambda: b"BM" + struct.pack("<IHHI", 200, 0, 0, 54)
+    + struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(100),
+    "TIFF": lambda: b"II*\0" + struct.pack("<IH", 8, 6) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in
+        [(256, 60000), (257, 60000), (259, 1), (262, 1), (273, 8), (279, 8)]) + bytes(4),
+    "GIF frame larger than its screen": lambda: b"GIF89a" + struct.pack("<HHBBB", 10, 10, 0x80, 0, 0) + bytes(6)
+    + b"," + struct.pack("<HHHHB", 0, 0, 65000, 65000, 0) + b"\2\2\x44\1\0;",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_refused_by_its_header_before_memory_is_taken(kind, monkeypatch):
+    data = BOMBS[kind]()
+
+    def never(*_):
+        raise AssertionError("decoding has begun")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    monkeypatch.setattr(Image.core, "fill", never)
+    with pytest.raises(ImageTooLarge) as error:
+        common.decode_image(data)
+    assert error.value.status == 413 and "pixels" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [k for k in FILES if k != "two-picture JPEG"])
+def test_the_limit_on_pixels_counts_width_times_height(kind):
+    data = FILES[kind]()
+    assert common.open_image(data, max_pixels=60 * 44).size == (60, 44)
+    with pytest.raises(ImageTooLarge, match="60 x 44 pixels; at most 2,639"):
+        common.open_image(data, max_pixels=60 * 44 - 1)
+
+
+def test_a_limit_above_pillows_own_is_kept(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert common.decode_image(FILES["PNG"](), max_pixels=5000).size == (60, 44)
+
+
+@pytest.mark.parametrize("size", [(200, 1), (1, 200), (400, 2), (3, 600)])
+def test_strips_up_to_the_limit_of_their_shape_are_taken(size):
+    assert common.decode_image(saved(picture(size=size), "PNG")).size == size
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201), (401, 2), (2, 401), (5000, 3)])
+def test_longer_strips_are_refused(size):
+    with pytest.raises(ImageTooLarge, match=f"{size[0]} x {size[1]} pixels.*200 times"):
+        common.decode_image(saved(picture(size=size), "PNG"))
+
+
+# ---- whatever else arrives ----
+
+@pytest.mark.parametrize("kind", FILES)
+def test_scrambled_files_give_an_image_or_one_of_our_errors(kind, as_users_have_it):
+    data, rng = FILES[kind](), np.random.default_rng(0)
+    for _ in range(80):
+        scrambled = np.frombuffer(data, np.uint8).copy()
+        # mostly in the header, where the parsers are
+        at = (rng.random(int(rng.integers(1, 8))) ** 3 * len(data)).astype(int)
+        scrambled[at] = rng.integers(0, 256, len(at))
+        try:
+            image = common.decode_image(scrambled.tobytes(), max_pixels=1_000_000)
+        except ImageError as error:
+            assert str(error)
+        else:
+            assert image.mode == "RGB" and min(image.size) > 0

@@ -1,0 +1,209 @@
+"""The features of a prepared encoder are those of CLIP's own model with CLIP's own transform.
+
+Small checkpoints with random weights stand in for OpenAI's; small_clip.py says how they are made to show mistakes, and
+the planted faults below show that they do.
+"""
+import warnings
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import common
+
+torch = pytest.importorskip("torch", reason="the reference is CLIP in torch: pip install -r requirements.txt")
+clip = pytest.importorskip("clip", reason="the reference is CLIP in torch: pip install -r requirements.txt")
+import prepare_clip  # noqa: E402
+import small_clip  # noqa: E402
+from small_clip import one_thread  # noqa: E402, F401
+
+EXACT = 0.99999     # lowest cosine of any image in float32
+CLOSE = 0.9995      # mean cosine in bfloat16 (and of any single image, CLOSE_EACH)
+CLOSE_EACH = 0.998
+Case = namedtuple("Case", "images tower path folder pixels reference")
+
+
+@pytest.fixture(scope="module")
+def images(photos):
+    return small_clip.crops(photos)
+
+
+@pytest.fixture(scope="module", params=[(kind, form) for kind in small_clip.SMALL for form in small_clip.FORMS],
+                ids=lambda param: " as ".join(param))
+def case(request, images, tmp_path_factory):
+    """A checkpoint, its prepared folder, our pixels of the images, and the features that `clip.load` gives for them."""
+    kind, form = request.param
+    home = tmp_path_factory.mktemp("clip")
+    tower = small_clip.SMALL[kind](images)
+    path = small_clip.FORMS[form](tower, home / "small.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP_CACHE", str(home / "cache"))
+        folder = prepare_clip.ensure_encoder(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.load, which clip.load tries first, is deprecated
+        model, transform = clip.load(str(path), device="cpu")
+    with torch.inference_mode():
+        reference = model.encode_image(torch.stack([transform(image) for image in images])).numpy()
+    return Case(images, tower, path, folder, small_clip.pixels_of(images, model.visual.input_resolution), reference)
+
+
+def encoder_of(case, precision):
+    try:
+        return common.Encoder(case.folder, "cpu", precision)
+    except common.EncoderError as error:
+        if "no bfloat16" in str(error):
+            pytest.skip("this processor has no bfloat16")
+        raise
+
+
+def encode(encoder, pixels, batch_size):
+    return np.concatenate([encoder.encode(pixels[i:i + batch_size]) for i in range(0, len(pixels), batch_size)])
+
+
+def test_the_stand_ins_tell_images_apart(case):
+    """Without this the comparisons below would mean little."""
+    assert np.median(small_clip.pairwise_cosines(case.reference)) < 0.5
+    assert np.isfinite(case.reference).all() and case.reference.dtype == np.float32
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_float32_features_are_clips(case, batch_size):
+    features = encode(encoder_of(case, "float32"), case.pixels, batch_size)
+    assert features.dtype == np.float32 and features.shape == case.reference.shape
+    assert small_clip.centred_cosines(features, case.reference).min() >= EXACT
+    assert np.linalg.norm(features) == pytest.approx(np.linalg.norm(case.reference), rel=1e-4)  # CLIP does not normalise
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_bfloat16_features_are_close_to_clips(case, batch_size):
+    encoder = encoder_of(case, "bfloat16")
+    assert encoder.precision == "bfloat16"
+    cosines = small_clip.centred_cosines(encode(encoder, case.pixels, batch_size), case.reference)
+    assert cosines.mean() >= CLOSE and cosines.min() >= CLOSE_EACH
+
+
+def test_the_precision_by_default_is_one_of_the_two_and_does_not_change_the_identity(case):
+    encoder = encoder_of(case, "auto")
+    assert encoder.precision in ("float32", "bfloat16")
+    assert encoder.identity == encoder_of(case, "float32").identity
+
+
+@pytest.mark.parametrize("precision, least, least_each", [("float32", EXACT, EXACT), ("auto", CLOSE, CLOSE_EACH)])
+def test_the_cuda_path_gives_clips_features_as_far_as_a_cpu_can_tell(case, precision, least, least_each):
+    """`torch_forward` is what runs on CUDA ('auto': float16, prepared as clip.load does there); here with device 'cpu'.
+
+    What this cannot show: the device's own kernels, and moving data to it and back.
+    """
+    forward, run_as = common.torch_forward(case.folder / "vision.safetensors", common.read_manifest(case.folder),
+                                           "cpu", precision)
+    assert run_as == {"float32": "float32", "auto": "float16"}[precision]
+    cosines = small_clip.centred_cosines(encode(SimpleNamespace(encode=forward), case.pixels, 3), case.reference)
+    assert cosines.mean() >= least and cosines.min() >= least_each
+
+
+# ---- planted faults: the comparison must see them, at the looser of the two bounds ----
+
+def with_heads(case, factor):
+    """Features of the same weights in a tower that has another number of heads."""
+    arch = prepare_clip.architecture(case.tower)
+    tower = prepare_clip.vision_tower(arch | {"heads": int(arch["heads"] * factor)})
+    tower.load_state_dict(case.tower.state_dict())
+    with torch.inference_mode():
+        return tower.eval()(torch.from_numpy(case.pixels)).numpy()
+
+
+def prepared(case, pixels):
+    return encoder_of(case, "float32").encode(np.ascontiguousarray(pixels))
+
+
+FAULTS = {
+    "half the heads": lambda case: with_heads(case, 0.5),
+    "twice the heads": lambda case: with_heads(case, 2),
+    "swapped channels": lambda case: prepared(case, case.pixels[:, ::-1]),
+    "no normalisation": lambda case: prepared(case, case.pixels * common.STD[:, None, None] + common.MEAN[:, None, None]),
+    "two images exchanged": lambda case: prepared(case, case.pixels[[1, 0, *range(2, len(case.pixels))]]),
+    "a pixel's shift": lambda case: prepared(case, np.roll(case.pixels, 1, axis=3)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_comparison_sees_a_planted_fault(case, fault):
+    cosines = small_clip.centred_cosines(FAULTS[fault](case), case.reference)
+    assert cosines.mean() < CLOSE and cosines.min() < CLOSE_EACH
+
+
+def test_right_heads_pass_where_wrong_ones_fail(case):
+    """The builder of the fault above is itself right: with the derived number of heads it agrees."""
+    assert small_clip.centred_cosines(with_heads(case, 1), case.reference).min() >= EXACT
+
+
+# ---- determinism ----
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_pixels_give_the_same_features_every_time(case, precision):
+    first, second = encoder_of(case, precision), encoder_of(case, precision)
+    features = encode(first, case.pixels, 8)
+    assert (encode(first, case.pixels, 8) == features).all()
+    assert (encode(second, case.pixels, 8) == features).all()
+
+
+def test_features_returned_earlier_are_not_overwritten_by_later_calls(case):
+    encoder = encoder_of(case, "float32")
+    first = encoder.encode(case.pixels[:2])
+    kept = first.copy()
+    encoder.encode(case.pixels[2:4])
+    assert (first == kept).all()
+
+
+def test_neighbours_in_a_batch_do_not_matter(case):
+    encoder = encoder_of(case, "float32")
+    alone = encode(encoder, case.pixels, 1)
+    for order in (range(15, -1, -1), np.random.default_rng(0).permutation(16)):
+        together = np.empty_like(alone)
+        together[list(order)] = encode(encoder, case.pixels[list(order)], 16)
+        assert small_clip.centred_cosines(together, alone).min() >= EXACT
+
+
+def test_threads_that_share_an_encoder_get_their_own_features(case):
+    encoder = encoder_of(case, "float32")
+    alone = encode(encoder, case.pixels, 1)
+    with ThreadPoolExecutor(4) as pool:
+        together = np.concatenate(list(pool.map(lambda i: encoder.encode(case.pixels[i:i + 1]), range(16))))
+    assert small_clip.centred_cosines(together, alone).min() >= EXACT
+
+
+# ---- identity ----
+
+def identity(path):
+    return common.read_manifest(prepare_clip.ensure_encoder(str(path)))["identity"]
+
+
+@pytest.mark.parametrize("kind", small_clip.SMALL)
+def test_both_file_forms_of_the_same_weights_are_the_same_encoder(kind, images, tmp_path):
+    tower = small_clip.SMALL[kind](images)
+    (one, other) = [identity(save(tower, tmp_path / f"{form}.pt")) for form, save in small_clip.FORMS.items()]
+    assert one == other and len(one) == 64
+
+
+@pytest.mark.parametrize("kind", small_clip.SMALL)
+def test_other_weights_are_another_encoder(kind, images, tmp_path):
+    tower = small_clip.SMALL[kind](images)
+    before = prepare_clip.identity_of(tower)
+    with torch.no_grad():
+        weight = next(tower.parameters())
+        weight.view(-1)[0] += 0.5  # one number of all
+    assert prepare_clip.identity_of(tower) != before
+    assert prepare_clip.identity_of(small_clip.SMALL[kind](images, seed=1)) != before
+    assert prepare_clip.identity_of(small_clip.SMALL[kind](images)) == before
+
+
+def test_other_heads_or_statistics_are_another_encoder(images):
+    tower = small_clip.small_resnet(images)
+    before = prepare_clip.identity_of(tower)
+    tower.attnpool.num_heads = 8
+    assert prepare_clip.identity_of(tower) != before
+    tower.attnpool.num_heads = 16
+    tower.bn1.running_mean[0] += 1
+    assert prepare_clip.identity_of(tower) != before

@@ -1,0 +1,285 @@
+"""The model file: numpy scores as scikit-learn does, what is saved comes back, and nothing planted in it ever runs."""
+import pickle
+import subprocess
+import sys
+
+import joblib
+import numpy as np
+import pytest
+
+import train_model
+from common import ModelError, UsageError
+from conftest import ROOT
+from dataset import load_features
+from made_up import BASELINE, Planted, build, make_columns
+from model import FIELDS, decision, load_model, probability, save_model, verdict
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(make_columns(gap=1.5))
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """Function: the model with these fields changed (None: left out) -> file, written past every check."""
+    def save(**changes):
+        path = tmp_path / "model.joblib"
+        path.write_bytes(pickle.dumps({k: v for k, v in {**model, **changes}.items() if v is not None}, protocol=5))
+        return path
+    return save
+
+
+def refusal(path):
+    """The one line in which the file is refused; it names the file and the remedy."""
+    with pytest.raises(ModelError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert str(path) in message and "train it again with train_model.py" in message and len(message.splitlines()) == 1
+    return message
+
+
+# ---- the same numbers as scikit-learn ----
+
+def far_off_centre():
+    """Means twenty deviations from 0: what float32 forgives least."""
+    columns = make_columns(gap=1.0, dim=20)
+    columns["features"] = columns["features"] * np.float32(0.3) + np.linspace(-6, 6, 20, dtype=np.float32)
+    return columns
+
+
+def shipped_features():
+    columns = load_features(ROOT / "models" / "features.npz")
+    rows = np.flatnonzero(columns["labels"] >= 0)[::8]
+    return {name: column[rows] for name, column in columns.items() if name != "meta"}
+
+
+DATA = {"separable": make_columns, "noise": lambda: make_columns(gap=0), "1 to 5": lambda: make_columns(real=40, fake=200, gap=1),
+        "far off centre": far_off_centre, "the shipped features": shipped_features}
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_numpy_gives_the_decision_values_of_the_fitted_pipeline(data):
+    columns = data()
+    model = build(columns)
+    pipeline = train_model.fit_svm(columns["features"], columns["labels"].astype(int), model["C"], model["gamma"])
+    new = columns["features"] + np.float32(0.1)  # rows that it was not fitted on
+    for rows in (columns["features"], new, new[:1]):
+        ours, theirs = decision(model, rows), pipeline.decision_function(rows)
+        np.testing.assert_allclose(ours, theirs, atol=1e-9, rtol=0)
+        assert np.array_equal(ours > 0, theirs > 0)
+
+
+def calibrated_by_sklearn(features, labels, folds, C, gamma, by_fold):
+    """CalibratedClassifierCV with the balanced weights, which reach the steps of a pipeline by metadata routing.
+
+    `by_fold`: the machine balances the rows of each fold by itself, as ours does; the sigmoid has the weights either way.
+    """
+    import sklearn
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+    with sklearn.config_context(enable_metadata_routing=True):
+        pipeline = make_pipeline(StandardScaler().set_fit_request(sample_weight=False),
+                                 SVC(C=C, gamma=gamma, class_weight="balanced" if by_fold else None)
+                                 .set_fit_request(sample_weight=not by_fold))
+        calibrated = CalibratedClassifierCV(pipeline, method="sigmoid", ensemble=False, cv=folds)
+        return calibrated.fit(features, labels, sample_weight=train_model.balanced_weights(labels))
+
+
+@pytest.mark.parametrize("real, fake, by_fold", [
+    (100, 100, False), (100, 300, False),  # five folds divide these evenly, so the weights of all rows fit each fold
+    (77, 123, True), (41, 203, True),
+])
+@pytest.mark.parametrize("gap", [0.7, 2.0], ids=["overlapping", "apart"])
+def test_probabilities_are_those_of_calibrated_classifier_cv(real, fake, by_fold, gap):
+    columns = make_columns(real=real, fake=fake, gap=gap)
+    features, labels = columns["features"], columns["labels"].astype(int)
+    model = build(columns)
+    folds = train_model.fold_rows(labels, np.arange(len(labels)), 0)
+    theirs = calibrated_by_sklearn(features, labels, folds, model["C"], model["gamma"], by_fold)
+    (sigmoid,) = theirs.calibrated_classifiers_[0].calibrators
+    np.testing.assert_allclose(model["calibrator"], [sigmoid.a_, sigmoid.b_], rtol=1e-4, atol=1e-5)
+
+    new = make_columns(seed=1, gap=gap)["features"]
+    ours = probability(model, decision(model, new))
+    np.testing.assert_allclose(ours, theirs.predict_proba(new)[:, 1], atol=1e-5)
+    assert [verdict(model, p)[0] for p in ours] == [("real", "fake")[i] for i in theirs.predict(new)]
+
+
+def test_a_probability_rises_with_the_score_and_never_overflows(model):
+    p = probability(model, [-1e300, -1e6, -1, 0, 1, 1e6, 1e300])
+    assert (np.diff(p) >= 0).all() and p[0] == 0 and p[-1] == 1
+
+
+@pytest.mark.parametrize("p_fake, threshold, expected", [
+    (0.9, 0.5, ("fake", 0.9)), (0.1, 0.5, ("real", 0.9)), (0.5, 0.5, ("fake", 0.5)), (0.49996, 0.5, ("real", 0.5)),
+    (0.4, 0.3, ("fake", 0.4)), (0.6, 0.7, ("real", 0.4)), (1.0, 0.5, ("fake", 1.0)), (1 / 3, 0.5, ("real", 0.6667)),
+])
+def test_a_verdict_is_the_class_and_its_own_probability_to_four_places(model, p_fake, threshold, expected):
+    assert verdict({**model, "threshold": threshold}, np.float64(p_fake)) == expected
+    assert [type(v) for v in verdict(model, np.float64(p_fake))] == [str, float]
+
+
+# ---- the file ----
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return np.array_equal(a, b) and type(a) is type(b) and getattr(a, "dtype", None) == getattr(b, "dtype", None)
+
+
+def test_what_is_saved_comes_back(model, tmp_path):
+    save_model(tmp_path / "model.joblib", model)
+    back = load_model(tmp_path / "model.joblib")
+    assert len(back.pop("sha256")) == 64
+    assert equal(back, model)
+    features = make_columns(seed=2)["features"]
+    assert np.array_equal(decision(back, features), decision(model, features))
+
+
+def test_joblib_reads_the_file_too(model, tmp_path):
+    save_model(tmp_path / "model.joblib", model)
+    assert equal(joblib.load(tmp_path / "model.joblib"), model)
+
+
+def test_a_model_that_would_not_load_is_not_saved(model, tmp_path):
+    with pytest.raises(ModelError, match="gamma"):
+        save_model(tmp_path / "model.joblib", {**model, "gamma": float("nan")})
+    assert not (tmp_path / "model.joblib").exists()
+
+
+def test_classifying_imports_no_sklearn_no_torch_no_joblib():
+    code = ("import sys, numpy as np, model; m = model.load_model(sys.argv[1]);"
+            "p = model.probability(m, model.decision(m, np.zeros((2, len(m['center'])), np.float32)));"
+            "model.verdict(m, p[0]); print(*sys.modules)")
+    result = subprocess.run([sys.executable, "-c", code, BASELINE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"sklearn", "torch", "joblib", "scipy", "openvino"} & set(result.stdout.split())
+
+
+# ---- refusals ----
+
+def in_a_field(model, bomb):
+    return {**model, "versions": {**model["versions"], "note": ["deep", {"in": (1, bomb)}]}}
+
+
+def in_an_object_array(model, bomb):
+    return {**model, "center": np.array([bomb, 1.0], dtype=object)}
+
+
+PLANTS = {"alone": lambda model, bomb: bomb, "beside the fields": lambda model, bomb: {**model, "more": bomb},
+          "deep in a field": in_a_field, "in an object array": in_an_object_array,
+          "as a key": lambda model, bomb: {**model, "metrics": {(bomb,): 1}}}
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
+def test_a_planted_pickle_is_refused_and_never_runs(model, tmp_path, plant, protocol):
+    bomb, marker = Planted(tmp_path / "ran"), tmp_path / "ran"
+    data = pickle.dumps(plant(model, bomb), protocol=protocol)
+    try:
+        pickle.loads(data)  # the payload is a live one
+    except TypeError:       # and what it leaves behind, None, may not fit where it stood
+        pass
+    assert marker.exists()
+    marker.rmdir()
+    (tmp_path / "model.joblib").write_bytes(data)
+    assert "may be planted" in refusal(tmp_path / "model.joblib")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("compress", [0, 3], ids=["plain", "compressed"])
+@pytest.mark.parametrize("plant", [PLANTS["alone"], PLANTS["beside the fields"], in_an_object_array],
+                         ids=["alone", "beside the fields", "in an object array"])
+def test_a_file_planted_through_joblib_is_refused_and_never_runs(model, tmp_path, plant, compress):
+    marker, path = tmp_path / "ran", tmp_path / "model.joblib"
+    joblib.dump(plant(model, Planted(marker)), path, compress=compress)
+    refusal(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins\neval", "builtins\nexec", "numpy\nload", "numpy._core.multiarray\n_reconstruct",
+                                  "os\nsystem", "model\nload_model"])
+def test_no_name_but_the_two_of_an_array_is_looked_up(tmp_path, name):
+    (tmp_path / "model.joblib").write_bytes(b"c" + name.encode() + b"\n(S'1'\ntR.")
+    assert repr(name.replace("\n", ".")) in refusal(tmp_path / "model.joblib")
+
+
+def test_a_planted_name_cannot_break_the_error_into_two_lines(tmp_path):
+    stack_global = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(s)]) + s for s in (b"os\nerror: all is well", b"system")) + b"\x93."
+    (tmp_path / "model.joblib").write_bytes(stack_global)
+    refusal(tmp_path / "model.joblib")
+
+
+JUNK = {"empty": b"", "text": b"not a model\n", "a picture": b"\x89PNG\r\n\x1a\n" + bytes(100), "a list": pickle.dumps([1, 2]),
+        "an empty dict": pickle.dumps({}), "a number": pickle.dumps(1), "zeros": bytes(1000)}
+
+
+@pytest.mark.parametrize("data", JUNK.values(), ids=JUNK)
+def test_what_is_no_model_file_is_refused(tmp_path, data):
+    (tmp_path / "model.joblib").write_bytes(data)
+    refusal(tmp_path / "model.joblib")
+
+
+@pytest.mark.parametrize("kept", [0.001, 0.01, 0.1, 0.5, 0.9, 0.9999])
+def test_a_truncated_file_is_refused(saved, kept):
+    path = saved()
+    data = path.read_bytes()
+    path.write_bytes(data[:int(kept * len(data))])
+    refusal(path)
+
+
+def test_a_pickled_estimator_is_refused(tmp_path):
+    columns = make_columns()
+    joblib.dump(train_model.fit_svm(columns["features"], columns["labels"].astype(int), 1, 1), tmp_path / "model.joblib")
+    assert "sklearn" in refusal(tmp_path / "model.joblib")
+
+
+@pytest.mark.parametrize("number", [0, 2, "1", 1.5])
+def test_another_format_is_refused_by_its_number(saved, number):
+    assert f"its format is {number!r}, this code reads 1" in refusal(saved(format=number))
+
+
+@pytest.mark.parametrize("field", sorted(set(FIELDS) - {"format"}))
+def test_a_missing_field_is_named(saved, field):
+    assert f"'{field}'" in refusal(saved(**{field: None}))
+
+
+@pytest.mark.parametrize("field", sorted(name for name, kind in FIELDS.items() if isinstance(kind, tuple)))
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_array_with_a_nan_is_refused_by_name(model, saved, field, value):
+    array = model[field].copy()
+    array.flat[-1] = value
+    assert f"'{field}'" in refusal(saved(**{field: array}))
+
+
+@pytest.mark.parametrize("changes", [{"gamma": float("nan")}, {"intercept": float("inf")}, {"threshold": "0.5"}, {"gamma": 1},
+                                     {"center": [0.0] * 6}, {"dual_coef": np.zeros((3, 1))}, {"scale": np.ones(6, int)},
+                                     {"encoder": "tiny"}], ids=str)
+def test_a_field_of_another_kind_is_named(saved, changes):
+    assert f"'{next(iter(changes))}'" in refusal(saved(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"center": np.zeros(5)}, {"scale": np.ones(7)}, {"dual_coef": np.ones(1)},
+                                     {"support_vectors": np.zeros((1, 6), np.float32)}, {"calibrator": np.ones(3)}], ids=str)
+def test_arrays_that_do_not_fit_together_are_refused(saved, changes):
+    assert "do not fit together" in refusal(saved(**changes))
+
+
+@pytest.mark.parametrize("encoder", [{}, {"name": "tiny"}, {"identity": "ab"}, {"name": "tiny", "identity": 5}], ids=str)
+def test_a_model_must_say_which_encoder_it_was_trained_on(saved, encoder):
+    assert "which encoder" in refusal(saved(encoder=encoder))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 7), (6,), (0, 5)])
+def test_features_of_another_width_are_refused_with_both_widths_and_the_encoder(model, shape):
+    with pytest.raises(ModelError) as caught:
+        decision(model, np.zeros(shape, np.float32))
+    for words in (str(list(shape)), "[n, 6]", "made-up"):
+        assert words in str(caught.value)
+
+
+def test_a_missing_file_is_the_users_error(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        load_model(tmp_path / "nowhere.joblib")

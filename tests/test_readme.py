@@ -1,0 +1,134 @@
+"""README.md says what is so: every command in it runs, every setting and figure in it is the code's own.
+
+The commands run in order in one folder that holds what a reader would have: data/, folder/, photo.jpg, other.png.
+CLIP_MODEL=tiny stands in for OpenAI's CLIP, which is a download of 890 MB; the commands are the same.
+"""
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```\n(?:```\n(.*?)```)?", README, re.DOTALL)
+COMMANDS = [line.strip() for block, _ in BLOCKS for line in block.splitlines() if line.strip()]
+# Not run here, and where they are: they install, fetch or need an engine.
+ELSEWHERE = {
+    "pip install -r": "installing is what `make test` begins with",
+    "pytest": "this is pytest",
+    "make ": "demo.py is run by test_demo.py; the targets are looked at below",
+    "kaggle ": "needs an account of Kaggle's",
+    "docker ": "no engine at hand: test_deploy.py holds the Dockerfile against the repository",
+}
+SHORTER = {"finetune_clip.py": " --steps 2 --batch_size 8"}  # the same command, not the half hour
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory, make_folder, photos):
+    """A folder as a reader has it after cloning, and the environment in which the commands run."""
+    place = tmp_path_factory.mktemp("reader")
+    make_folder(place / "data", {f"{split}/{label}": n for split, n in (("train", 40), ("test", 15)) for label in ("real", "fake")})
+    make_folder(place / "folder", {".": 3})
+    shutil.copy(photos["china.jpg"], place / "photo.jpg")
+    shutil.copy(photos["coffee.png"], place / "other.png")
+    for script in ROOT.glob("*.py"):
+        (place / script.name).symlink_to(script)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    return place, {**os.environ, "PATH": path, "CLIP_MODEL": "tiny", "CLIP_CACHE": str(place / "cache"), "PORT": port,
+                   "ALLOW_DEMO_MODEL": "1"}
+
+
+def run(command, place, env):
+    return subprocess.run(["bash", "-c", command.replace(":8000", ":" + env["PORT"])], cwd=place, env=env,
+                          capture_output=True, text=True, timeout=200)
+
+
+def start_service(command, place, env):
+    """Start it as a reader would in another terminal; return when it is ready."""
+    server = subprocess.Popen(["bash", "-c", "exec env " + command], cwd=place, env=env, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{env['PORT']}/readyz", timeout=5).close()
+            return server
+        except OSError:
+            assert server.poll() is None, "the service ended"
+            time.sleep(0.1)
+    raise AssertionError("the service is not ready after 20 s")
+
+
+def test_every_command_runs_in_the_order_of_the_page(reader):
+    for needed in ("torch", "clip"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed: finetune_clip.py and prepare_clip.py need it")
+    place, env = reader
+    server = None
+    try:
+        for command in COMMANDS:
+            if command.startswith(tuple(ELSEWHERE)):
+                continue
+            if "app.py" in command:
+                server = start_service(command, place, env)
+                continue
+            result = run(command + next((more for name, more in SHORTER.items() if name in command), ""), place, env)
+            assert result.returncode == 0 or "audit.py" in command and result.returncode == 1, command + "\n" + result.stderr
+    finally:
+        if server:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+
+
+def test_the_printed_outputs_have_the_shape_that_the_page_shows(reader):
+    place, env = reader
+    shown = {block.splitlines()[-1]: output for block, output in BLOCKS if output}
+    first = run("rm -f model.joblib; python classify.py --image_path photo.jpg", place, env)
+    expected = next(output for command, output in shown.items() if command.endswith("photo.jpg"))
+    assert re.sub(r"\d\.\d\d", "0.00", first.stderr + first.stdout) == re.sub(r"\d\.\d\d", "0.00", expected)
+    for output in shown.values():
+        if output.startswith("{"):
+            assert list(json.loads(output)) == ["classification", "confidence"]
+
+
+def test_every_make_target_exists():
+    for command in COMMANDS:
+        if command.startswith("make "):
+            assert subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True).returncode == 0, command
+
+
+def test_the_settings_table_is_the_code_s():
+    from app import SETTINGS
+    table = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*) \|$", README, re.MULTILINE)
+    assert table == [(name, f"`{default}`" if default else "", text) for name, (default, text) in SETTINGS.items()]
+
+
+def test_the_figures_of_tiny_are_those_of_the_shipped_model():
+    """The row is written from models/baseline_report/summary.txt, which `make ship` makes."""
+    assert (ROOT / "models" / "baseline_report" / "summary.txt").read_text().strip() in README
+
+
+@pytest.mark.parametrize("script", ["extract_features.py", "train_model.py", "classify.py"])
+def test_the_help_of_the_three_user_scripts_fits_one_screen_and_names_the_user_s_flags_first(script):
+    text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,
+                          env={**os.environ, "COLUMNS": "80"}).stdout.splitlines()
+    assert len(text) <= 40 and max(map(len, text)) <= 80
+    flags = re.findall(r"^  (--\w+)", "\n".join(text), re.MULTILINE)
+    users = {"extract_features.py": ["--data_dir", "--output_file"], "classify.py": ["--image_path", "--model_path"],
+             "train_model.py": ["--features_file", "--model_output_path"]}[script]
+    assert flags[:2] == users
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_every_file_that_the_page_links_to_is_there(path):
+    assert (ROOT / path).is_file()
