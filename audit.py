@@ -20,7 +20,6 @@ from dataset import FACTS, list_images, load_features
 NEAR_GREY = 3.0         # root mean square difference of two 8x8 thumbnails, in grey levels: copies re-saved at other
 NEAR_CORRELATION = 0.9  # sizes and qualities stay below 1.9 (and above 0.95), different photographs above 7
 MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing
-MAX_CLUSTER = 0.05      # share of the data in one cluster of twins (and more than 50 images) that stops everything
 
 
 def parse_args(argv):
@@ -97,16 +96,10 @@ def twin_clusters(thumb, sha256):
     """Cluster number of each image, int [n]: byte-identical and near-identical images share one.
 
     Seen in the pictures, not in features: on a few pictures saved many times whitened features tell copies apart
-    (cosine -0.5), and plain cosine chains half of a data set together. Raises UsageError where one cluster holds more
-    than MAX_CLUSTER of the data: then either the data are copies of a few pictures, or something chains them.
+    (cosine -0.5), and plain cosine chains half of a data set together.
     """
     _, cluster = np.unique(sha256, return_inverse=True)
-    cluster = merge(cluster, near_pairs(thumb))
-    sizes = np.bincount(cluster)
-    if sizes.max() > max(50, MAX_CLUSTER * len(cluster)):
-        raise UsageError(f"{sizes.max()} of {len(cluster)} images look like one and the same picture: "
-                         "remove the copies (audit.py lists them), then extract again")
-    return cluster
+    return merge(cluster, near_pairs(thumb))
 
 
 def merge(cluster, pairs):
@@ -137,7 +130,7 @@ def audit(columns):
     numbers = {"pixels": pixels, "aspect ratio": np.abs(np.log(facts["width"] / facts["height"])),
                "bytes per pixel": facts["bytes"] / pixels, "quantisation": facts["quant_mean"],
                "blockiness": facts["blockiness"]}
-    both = [c for c in np.unique(cluster) if len(set(labels[cluster == c])) == 2]
+    both = np.intersect1d(cluster[labels == 0], cluster[labels == 1])
     trained = np.isin(cluster, cluster[splits == "train"])
     return {
         "images": len(known),
@@ -145,22 +138,32 @@ def audit(columns):
                     for name, value in (("real", 0), ("fake", 1))},
         "twins": {"test": int((splits == "test").sum()), "test_with_twin_in_train": int(trained[splits == "test"].sum()),
                   "clusters_with_both_labels": len(both), "largest_cluster": int(np.bincount(cluster).max(initial=0))},
+        "examples": [examples(columns["paths"][known], cluster, cluster[mask])
+                     for mask in (trained & (splits == "test"), np.isin(cluster, both))],
         "auc_of_one_number": {name: round(auc(value, labels), 3) for name, value in numbers.items()}
         if len(set(labels)) == 2 else {},
     }
+
+
+def examples(paths, cluster, chosen):
+    """Of the three largest of the chosen clusters, the paths of four images each."""
+    numbers, sizes = np.unique(chosen, return_counts=True)
+    return [[str(path) for path in paths[cluster == c][:4]] for c in numbers[np.argsort(-sizes, kind="stable")][:3]]
 
 
 def sentences(found):
     """Findings -> (lines that are fatal for a test figure, lines to know)."""
     twins, fatal, note = found["twins"], [], []
     if repeated := twins["test_with_twin_in_train"]:
-        line = f"{repeated} of {twins['test']} test images have a twin in train"
+        line = (f"{repeated} of {twins['test']} test images have a twin in train "
+                f"(such as {', '.join(found['examples'][0][0])})")
         if repeated > MAX_REPEATED * twins["test"]:
             fatal.append(f"{line}: a test accuracy on this split says how well pictures are remembered. Train with --resplit.")
         else:
             note.append(f"{line}.")
     if twins["clusters_with_both_labels"]:
-        fatal.append(f"{twins['clusters_with_both_labels']} pictures stand under both labels, as copies of each other.")
+        fatal.append(f"{twins['clusters_with_both_labels']} pictures stand under both labels, as copies of each other, "
+                     f"such as {', '.join(found['examples'][1][0])}.")
     for name, value in found["auc_of_one_number"].items():
         if max(value, 1 - value) >= 0.7:
             note.append(f"{name} alone separates the labels: AUC {max(value, 1 - value):.2f}.")
@@ -179,7 +182,7 @@ def describe_folder(data_dir):
             tqdm.write(f"left out {entry.path}: {error}", file=sys.stderr)
     if not rows:
         raise UsageError(f"--data_dir {data_dir}: no readable image")
-    return {"labels": np.array([e.label for e in entries]), "splits": np.array([e.split for e in entries]),
+    return {**{f"{name}s": np.array([getattr(e, name) for e in entries]) for name in ("label", "split", "path")},
             **{name: np.array([row[name] for row in rows]) for name in rows[0]}}
 
 

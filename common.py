@@ -56,6 +56,7 @@ sys.modules.setdefault("openvino_telemetry", None)
 
 # Pillow warns above its limit and refuses above twice that; a bomb must never get as far as a warning.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what it thinks of a file's metadata
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
@@ -285,6 +286,8 @@ def torch_forward(weights, manifest, device, precision):
     from clip.model import convert_weights
     from safetensors.torch import load_file
     from prepare_clip import vision_tower
+    if precision == "bfloat16":
+        raise EncoderError("--precision bfloat16 is for processors; on CUDA use auto (float16) or float32")
     dtype = torch.float32 if precision == "float32" else torch.float16
     tower = vision_tower(manifest["arch"])
     tower.load_state_dict(load_file(weights))

@@ -26,14 +26,15 @@ COLUMNS = ("features", "labels", "paths", "splits", "sources", "sha256", "view",
 Entry = namedtuple("Entry", "path label split source")
 
 
-def describe(path, split_names=SPLITS):
+def describe(path, split_names=SPLITS, unlabelled=False):
     """Relative path 'test/progan/cat/0_real/1.png' -> Entry(path, label 0 | 1 | -1, split 'test', source 'progan/cat').
 
-    The split is the first of `split_names` above the label; all other folders are the source. Raises UsageError where
+    The split is the first of `split_names` above the label; all other folders are the source; `unlabelled` takes no
+    folder for a label. Raises UsageError where
     two folders name different labels.
     """
     folders = path.split("/")[:-1]
-    named = {i: LABELS[f.lower()] for i, f in enumerate(folders) if f.lower() in LABELS}
+    named = {i: LABELS[f.lower()] for i, f in enumerate(folders) if f.lower() in LABELS and not unlabelled}
     if len(set(named.values())) > 1:
         both = "' and '".join(folders[i] for i in named)
         raise UsageError(f"{path}: the folders '{both}' name both labels; rename one of them")
@@ -60,11 +61,12 @@ def list_images(data_dir, split_names=SPLITS, unlabelled=False):
 
     Raises UsageError where the folder is empty, holds no label or only one class.
     """
-    entries = [describe(path, split_names) for path in list_files(data_dir)]
-    if not entries:
+    paths = list_files(data_dir)
+    if not paths:
         raise UsageError(f"--data_dir {data_dir}: the folder is empty")
+    entries = [describe(path, split_names, unlabelled) for path in paths]
     if unlabelled:
-        return [e._replace(label=-1) for e in entries]
+        return entries
     labelled = [e for e in entries if e.label >= 0]
     if not labelled:
         raise UsageError(f"--data_dir {data_dir}: no folder below it names a label; expected real/ and fake/ "

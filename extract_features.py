@@ -44,13 +44,17 @@ def parse_args(argv):
 
 
 def draw(entries, limit, seed=0):
-    """`limit` entries, seeded, as even over (label, split) as their numbers allow; in the order they came."""
-    rng = np.random.default_rng(seed)
+    """`limit` entries, as even over (label, split) as their numbers allow; in the order they came.
+
+    Drawn by a seeded hash of the path: images added later leave most of the draw as it was.
+    """
+    def chance(entry):
+        return hashlib.sha256(f"{seed} {entry.path}".encode()).hexdigest()
     cells = {}
-    for i in rng.permutation(len(entries)):
-        cells.setdefault((entries[i].label, entries[i].split), []).append(int(i))
-    rank = sorted((k, cell, i) for cell, members in cells.items() for k, i in enumerate(members))
-    return [entries[i] for i in sorted(i for _, _, i in rank[:limit])]
+    for entry in sorted(entries, key=chance):
+        cells.setdefault((entry.label, entry.split), []).append(entry)
+    rank = sorted((k, cell, entry) for cell, members in cells.items() for k, entry in enumerate(members))
+    return sorted((entry for _, _, entry in rank[:limit]), key=lambda entry: entry.path)
 
 
 # ---- state that survives being killed ----

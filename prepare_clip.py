@@ -77,8 +77,7 @@ def prepare(clip_model, source):
         visual = load_visual(clip_model)
         progress.update()
         name = clip_model if source == clip_model else Path(clip_model).stem
-        card = Path(clip_model).with_suffix(".json")  # finetune_clip.py's: which images it has seen
-        manifest = json.loads(card.read_text()) if source != clip_model and card.is_file() else {}
+        manifest = read_card(clip_model)
         manifest |= {"name": name, "source": source, "identity": identity_of(visual), "layers": "final",
                      "preprocessing": PREPROCESSING, "resolution": visual.input_resolution,
                      "dim": visual.output_dim, "arch": architecture(visual)}
@@ -93,6 +92,15 @@ def prepare(clip_model, source):
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def read_card(clip_model):
+    """What finetune_clip.py wrote beside a checkpoint (which images it has seen), {} where there is none."""
+    try:
+        card = json.loads(Path(clip_model).with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) and "seen" in card else {}
 
 
 def load_visual(clip_model):

@@ -21,6 +21,8 @@ MIN_IMAGES = 20          # of each class, for training
 SEARCH_ROWS = 3000       # C and gamma are searched on at most so many rows; the cost grows with their square
 C_GRID = (0.3, 1, 3, 10, 30)
 GAMMA_GRID = (0.1, 0.3, 1, 3)   # times 1 / number of features, scikit-learn's 'scale' for standardised features
+MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
+                         # data are copies of a few pictures, or something chains them, and groups mean nothing
 POOL = ("train", "val", "test", "")  # what --resplit divides anew; external, extra and seen images stay out of it
 
 
@@ -57,10 +59,15 @@ def load_columns(paths):
 def make_groups(columns):
     """Group number of each row, int [n]: twins share one; with 10 sources or more (5 of each class), sources do.
 
-    -> (groups, what they are, in words)
+    -> (groups, what they are, in words). Raises UsageError where one picture is more than MAX_CLUSTER of the data.
     """
     from audit import merge, twin_clusters
     cluster = twin_clusters(columns["thumb"], columns["sha256"])
+    largest = int(np.bincount(cluster).argmax())
+    n = int((cluster == largest).sum())
+    if n > max(50, MAX_CLUSTER * len(cluster)):
+        raise UsageError(f"{n} of {len(cluster)} images look like one and the same picture "
+                         f"({', '.join(columns['paths'][cluster == largest][:3])}, ...): remove the copies, then extract again")
     sources, number = np.unique(columns["sources"], return_inverse=True)
     of_class = [len(np.unique(number[columns["labels"] == label])) for label in (0, 1)]
     if len(sources) < 10 or min(of_class) < FOLDS:

@@ -108,19 +108,11 @@ def test_equal_bytes_are_twins_whatever_the_picture_says():
     assert cluster[0] == cluster[2] and len(set(cluster)) == 3
 
 
-@pytest.mark.parametrize("copies, others, stops", [(51, 100, True), (50, 100, False), (60, 1300, False), (70, 1300, True)])
-def test_a_cluster_of_too_many_stops_everything(copies, others, stops):
-    """Above 5% of the data and above 50 images."""
+def test_of_a_cluster_with_many_copies_all_are_found():
     rng = np.random.default_rng(0)
-    one, rest = rng.integers(0, 256, (1, 64)), rng.integers(0, 256, (others, 64))
-    thumb = np.concatenate([np.repeat(one, copies, axis=0), rest]).astype(np.uint8)
-    sha256 = np.array([str(i) for i in range(copies + others)])
-    if not stops:
-        assert np.bincount(twin_clusters(thumb, sha256)).max() == copies
-        return
-    with pytest.raises(UsageError, match=f"{copies} of {copies + others} images look like one and the same picture") as error:
-        twin_clusters(thumb, sha256)
-    assert "remove the copies" in str(error.value) and "\n" not in str(error.value)
+    one, rest = rng.integers(0, 256, (1, 64)), rng.integers(0, 256, (100, 64))
+    thumb = np.concatenate([np.repeat(one, 70, axis=0), rest]).astype(np.uint8)
+    assert np.bincount(twin_clusters(thumb, np.arange(170).astype(str))).max() == 70
 
 
 # ---- one number ----

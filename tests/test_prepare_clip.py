@@ -315,7 +315,8 @@ def no_torch(tmp_path):
 
 def test_the_shipped_encoder_never_needs_torch(script, no_torch, make_folder, tmp_path):
     make_folder(tmp_path / "data", {"train/real/a": 3, "train/fake/b": 3})
-    result = script("extract_features.py", "--data_dir", "data", "--output_file", "features.npz", CLIP_MODEL="tiny", **no_torch)
+    result = script("extract_features.py", "--data_dir", "data", "--output_file", "features.npz",
+                    CLIP_MODEL="tiny", **no_torch)
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "features.npz") as file:
         assert file["features"].shape[0] == 6 and np.isfinite(file["features"]).all()

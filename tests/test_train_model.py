@@ -448,3 +448,14 @@ def test_fold_rows_refuses_fewer_groups_than_folds():
     labels = np.repeat([0, 1], 50)
     with pytest.raises(UsageError, match="only 4 groups of real images for 5 folds"):
         fold_rows(labels, np.concatenate([np.arange(50) % 4, 10 + np.arange(50)]), 0)
+
+
+@pytest.mark.parametrize("copies, others, stops", [(51, 100, True), (50, 100, False), (60, 1300, False), (70, 1300, True)])
+def test_one_picture_above_5_percent_of_the_data_and_50_images_stops_everything(copies, others, stops):
+    columns = make_columns(real=copies + others - 40, fake=40)
+    columns["thumb"][:copies] = columns["thumb"][0]
+    if not stops:
+        assert np.bincount(train_model.make_groups(columns)[0]).max() == copies
+        return
+    with pytest.raises(UsageError, match=f"^{copies} of {copies + others} images look like one .*remove the copies"):
+        train_model.make_groups(columns)
