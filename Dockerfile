@@ -27,7 +27,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
 WORKDIR /app
 COPY requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements-serve.txt
-COPY app.py classify.py common.py dataset.py gunicorn.conf.py model.py prepare_clip.py ./
+COPY app.py classify.py common.py dataset.py encoders.py gunicorn.conf.py model.py prepare_clip.py ./
 ARG CODE_COMMIT=unknown
 ENV CODE_COMMIT=${CODE_COMMIT}
 # a number, so that Kubernetes can tell that it is not root
@@ -44,7 +44,7 @@ ENV CLIP_CACHE=/cache
 WORKDIR /app
 COPY requirements.txt requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements.txt
-COPY common.py prepare_clip.py ./
+COPY common.py encoders.py prepare_clip.py ./
 ARG CLIP_MODEL
 # vision.safetensors is CUDA's form of the same weights
 RUN python prepare_clip.py --clip_model "${CLIP_MODEL}" && rm /cache/encoders/*/vision.safetensors

@@ -19,6 +19,7 @@ from flask import Flask, Request, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 import common
+import encoders
 from common import DetectorError, ImageError, UsageError
 
 log = logging.getLogger("app")
@@ -61,7 +62,7 @@ def check(settings):
     if not Path(path).is_file():
         raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py")
     folder = encoder_folder(load_model(path)["encoder"], path)
-    notice = common.read_manifest(folder).get("notice")
+    notice = encoders.read_manifest(folder).get("notice")
     if notice and not settings["ALLOW_DEMO_MODEL"]:
         raise UsageError(f"MODEL_PATH={path}: {notice}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
+import encoders
 from common import EncoderError, ImageError, UsageError, say
 
 SHIPPED_MODEL = common.HERE / "models" / "baseline.joblib"
@@ -44,7 +45,7 @@ class Detector:
     def __init__(self, model_path, device="auto", threads=0):
         from model import load_model
         self.model = load_model(model_path)
-        self.encoder = common.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
+        self.encoder = encoders.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
 
     def p_fake(self, images):
         """PIL RGB images -> calibrated probability of fake, float64 [n]."""
@@ -61,14 +62,14 @@ class Detector:
 
 def encoder_folder(encoder, model_path):
     """The prepared folder that a model's encoder entry names; one of OpenAI's is prepared where it is missing."""
-    folder = common.find_encoder(identity=encoder["identity"])
-    if folder is None and encoder["name"] in common.OPENAI_NAMES:
+    folder = encoders.find_encoder(identity=encoder["identity"])
+    if folder is None and encoder["name"] in encoders.OPENAI_NAMES:
         from prepare_clip import ensure_encoder
         ensure_encoder(encoder["name"])
-        folder = common.find_encoder(identity=encoder["identity"])
+        folder = encoders.find_encoder(identity=encoder["identity"])
     if folder is None:
         raise EncoderError(f"{model_path} was trained on encoder '{encoder['name']}' ({encoder['identity'][:12]}), which is "
-                           f"not in {common.cache_dir()}: run python prepare_clip.py --clip_model with its checkpoint")
+                           f"not in {encoders.cache_dir()}: run python prepare_clip.py --clip_model with its checkpoint")
     return folder
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import common
+import encoders
 from common import CLASSES, ImageError, UsageError, say
 from dataset import COLUMNS, FACTS, SEEN, SPLITS, list_images, load_features
 
@@ -48,13 +49,13 @@ def draw(entries, limit, seed=0):
 
     Drawn by a seeded hash of the path: images added later leave most of the draw as it was.
     """
-    def chance(entry):
-        return hashlib.sha256(f"{seed} {entry.path}".encode()).hexdigest()
+    def chance(i):
+        return hashlib.sha256(f"{seed} {entries[i].path}".encode()).hexdigest()
     cells = {}
-    for entry in sorted(entries, key=chance):
-        cells.setdefault((entry.label, entry.split), []).append(entry)
-    rank = sorted((k, cell, entry) for cell, members in cells.items() for k, entry in enumerate(members))
-    return sorted((entry for _, _, entry in rank[:limit]), key=lambda entry: entry.path)
+    for i in sorted(range(len(entries)), key=chance):
+        cells.setdefault((entries[i].label, entries[i].split), []).append(i)
+    rank = sorted((k, cell, i) for cell, members in cells.items() for k, i in enumerate(members))
+    return [entries[i] for i in sorted(i for _, _, i in rank[:limit])]
 
 
 # ---- state that survives being killed ----
@@ -239,7 +240,7 @@ def main(argv=None):
     check_writable(output, parts)
 
     from prepare_clip import ensure_encoder
-    encoder = common.Encoder(ensure_encoder(args.clip_model), args.device, args.precision)
+    encoder = encoders.Encoder(ensure_encoder(args.clip_model), args.device, args.precision)
     if encoder.notice:
         say(f"note: {encoder.notice}")
     key = {"encoder": encoder.identity, "precision": encoder.precision, "batch_size": args.batch_size,
@@ -258,8 +259,8 @@ def main(argv=None):
     batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
     part_paths = encode_missing(batches, parts, args, encoder)
 
-    meta = {"format": 1, "key": key, "commit": common.code_commit(),
-            "encoder": {k: encoder.manifest[k] for k in ("name", "identity", "layers", "dim")}}
+    named = {k: v for k, v in encoder.manifest.items() if k in ("name", "identity", "layers", "dim", "notice")}
+    meta = {"format": 1, "key": key, "commit": common.code_commit(), "encoder": named}
     columns, bad = assemble(part_paths, old, entries, encoder, meta)
     if len(bad) > args.max_bad_fraction * len(entries):
         raise UsageError(f"{len(bad)} of {len(entries)} images cannot be read, more than --max_bad_fraction "

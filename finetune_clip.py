@@ -21,6 +21,7 @@ ARCHITECTURES = {  # arguments of clip.model.ModifiedResNet; heads follow from t
 }
 AVERAGE = 0.998          # weights averaged by this factor a step: worth about 3 points of AUC
 NOTICE = "this encoder is a demonstration, trained from scratch on a few thousand images: not a detector to rely on"
+PRECISION = "float32"    # how `auto` runs it: bfloat16 saves 0.7 ms an image here and turns 4 of 1,425 verdicts
 SAVE_EVERY = 200         # steps between stored states
 SMOOTHING = 0.05         # a few percent of the labels are wrong
 
@@ -94,7 +95,6 @@ def kept_auc(model, rows, resolution):
 
 def clip_state_dict(tower):
     """Vision tower -> a state dict as `clip.load` wants it: fp16, beside a text tower of width 64 that nobody uses."""
-    import torch
     from clip.model import CLIP
     stub = CLIP(tower.output_dim, 32, (1, 1, 1, 1), 2, None, 1, 1, 64, 1, 1).state_dict()
     state = {k: v for k, v in stub.items() if not k.startswith("visual.")}
@@ -107,7 +107,7 @@ def save(args, tower, rows):
     import torch
     with common.atomic_write(args.output) as file:
         torch.save(clip_state_dict(tower), file)
-    card = {"notice": NOTICE, "arguments": {k: v for k, v in vars(args).items() if k not in ("data_dir", "output")},
+    card = {"notice": NOTICE, "precision": PRECISION, "arguments": {k: v for k, v in vars(args).items() if k not in ("data_dir", "output")},
             "commit": common.code_commit(), "torch": torch.__version__,
             "images": len(rows), "seen": sorted(r[3][:16] for r in rows)}
     with common.atomic_write(Path(args.output).with_suffix(".json"), "w") as file:

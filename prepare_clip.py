@@ -18,7 +18,8 @@ import warnings
 from pathlib import Path
 
 import common
-from common import OPENAI_NAMES, PREPROCESSING, SHIPPED, EncoderError, cache_dir, find_encoder
+from common import PREPROCESSING, EncoderError
+from encoders import OPENAI_NAMES, SHIPPED, cache_dir, find_encoder
 
 
 def parse_args(argv):
@@ -132,13 +133,6 @@ def architecture(visual):
     return dict(kind="ModifiedResNet", layers=[len(getattr(visual, f"layer{i}")) for i in (1, 2, 3, 4)],
                 output_dim=visual.output_dim, heads=visual.attnpool.num_heads,
                 input_resolution=visual.input_resolution, width=2 * visual.conv1.out_channels)
-
-
-def vision_tower(arch):
-    """`architecture`'s answer -> the torch module, weights to be loaded."""
-    import clip.model
-    arguments = dict(arch)
-    return getattr(clip.model, arguments.pop("kind"))(**arguments)
 
 
 def identity_of(visual):

@@ -121,9 +121,14 @@ def axes(title, x, y):
     return figure, ax
 
 
+def encoder(metrics):
+    """Its name as every plot has it: a demonstration is called one."""
+    return metrics["encoder"] + (" (a demonstration)" if metrics.get("notice") else "")
+
+
 def plot_confusion(metrics):
     import seaborn
-    figure, ax = axes(f"{metrics['encoder']}, {metrics['test']['n']} test images", "answered", "is")
+    figure, ax = axes(f"{encoder(metrics)}, {metrics['test']['n']} test images", "answered", "is")
     seaborn.heatmap(metrics["test"]["confusion"], annot=True, fmt="d", cmap="Blues", cbar=False, square=True,
                     xticklabels=CLASSES, yticklabels=CLASSES, ax=ax)
     ax.set(xlabel="answered", ylabel="is")
@@ -137,7 +142,7 @@ def plot_roc(metrics):
     last = np.append(np.diff(p_fake[order]) != 0, True)  # ties move together
     fpr, tpr = (np.append(0, np.cumsum(labels[order] == i)[last] / max(1, (labels == i).sum())) for i in (0, 1))
     area = metrics["test"]["auc"]
-    figure, ax = axes(f"ROC, {metrics['encoder']}, {len(labels)} test images", "reals called fake", "fakes called fake")
+    figure, ax = axes(f"ROC, {encoder(metrics)}, {len(labels)} test images", "reals called fake", "fakes called fake")
     ax.plot([0, 1], [0, 1], color="grey", linestyle=":")
     if area["value"] is not None:  # a test set of one class has no curve
         ax.plot(fpr, tpr, label=f"AUC {area['value']:.3f} [{area['interval'][0]:.3f}, {area['interval'][1]:.3f}]")
@@ -149,7 +154,7 @@ def plot_roc(metrics):
 def plot_calibration(metrics):
     """Share of fakes against stated probability, in ten bins of equal numbers, with Wilson's intervals."""
     labels, p_fake = np.array(metrics["scores"]["labels"]), np.array(metrics["scores"]["p_fake"])
-    figure, ax = axes(f"Calibration, {metrics['encoder']}, {len(labels)} test images", "stated probability of fake",
+    figure, ax = axes(f"Calibration, {encoder(metrics)}, {len(labels)} test images", "stated probability of fake",
                       "share of fakes")
     ax.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for rows in np.array_split(np.argsort(p_fake, kind="stable"), min(10, len(labels))):

@@ -238,7 +238,9 @@ def main(argv=None):
     actual = np.repeat(["train", "test"], [len(train), len(test)])
     found = audit({**{name: columns[name][used] for name in COLUMNS}, "splits": actual})
     model = build_model(columns, train, groups, encoder, args)
-    metrics = {"encoder": encoder["name"], "model_version": args.model_version, "split": how, "C": model["C"],
+    if notice := encoder.get("notice"):
+        say(f"note: {notice}")
+    metrics = {"encoder": encoder["name"], "notice": notice, "model_version": args.model_version, "split": how, "C": model["C"],
                "gamma": model["gamma"], "training_data": model["training_data"],
                **evaluate_rows(model, columns, test, groups), "audit": found}
     model["metrics"] = {name: metrics[name] for name in ("encoder", "split", "test")}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+import encoders
 import extract_features
 from conftest import ROOT
 from dataset import load_features
@@ -43,12 +43,12 @@ def extract(data_dir, output, *flags):
 @pytest.fixture
 def encoded(monkeypatch):
     """List that grows by the size of each batch that is encoded."""
-    sizes, encode = [], common.Encoder.encode
+    sizes, encode = [], encoders.Encoder.encode
 
     def count(self, pixels):
         sizes.append(len(pixels))
         return encode(self, pixels)
-    monkeypatch.setattr(common.Encoder, "encode", count)
+    monkeypatch.setattr(encoders.Encoder, "encode", count)
     return sizes
 
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 import numpy as np
 
 import common
+import encoders
 import train_model
 from dataset import COLUMNS, FACTS
 from model import load_model, save_model
@@ -56,9 +57,9 @@ def build(columns, **changes):
 
 def other_encoder(name="other", identity="cd" * 32, **changes):
     """The shipped encoder under another name and identity in the cache, without its notice. -> its folder"""
-    folder = common.cache_dir() / "encoders" / name
-    shutil.copytree(common.SHIPPED, folder)
-    manifest = {**common.read_manifest(folder), "name": name, "identity": identity, **changes}
+    folder = encoders.cache_dir() / "encoders" / name
+    shutil.copytree(encoders.SHIPPED, folder)
+    manifest = {**encoders.read_manifest(folder), "name": name, "identity": identity, **changes}
     manifest.pop("notice", None)
     (folder / "encoder.json").write_text(json.dumps(manifest))
     return folder

@@ -20,6 +20,7 @@ from PIL import Image
 import app as service
 import classify
 import common
+import encoders
 from conftest import ROOT, assert_one_line_error
 from made_up import BASELINE, baseline_for, other_encoder
 
@@ -81,7 +82,7 @@ def test_the_verdict_is_that_of_classify_py_in_the_documented_json(client, scrip
 
 
 def test_a_demonstration_says_so_in_a_header_and_the_json_stays_as_documented(client, data):
-    assert post(client, data["china.jpg"]).headers["X-Model-Notice"] == common.read_manifest(common.SHIPPED)["notice"]
+    assert post(client, data["china.jpg"]).headers["X-Model-Notice"] == encoders.read_manifest(encoders.SHIPPED)["notice"]
 
 
 def test_a_model_on_another_encoder_needs_no_permission_and_has_no_notice(data, tmp_path, client):

@@ -8,7 +8,6 @@ from PIL import Image
 
 import audit
 from audit import describe_image, near_pairs, sentences, twin_clusters
-from common import UsageError
 from conftest import assert_one_line_error
 from written import encode, jpeg, pictures, rotated  # noqa: F401
 
@@ -129,7 +128,8 @@ def test_auc_is_scikit_learns_also_with_ties(seed):
 def columns_of(*images):
     """(file bytes, label, split) of each -> the columns that `audit` looks at."""
     made = [describe_image(data)[1] for data, _, _ in images]
-    return {"labels": np.array([label for _, label, _ in images]), "splits": np.array([split for _, _, split in images]),
+    return {"paths": np.array([f"{i}.jpg" for i in range(len(images))]),
+            "labels": np.array([label for _, label, _ in images]), "splits": np.array([split for _, _, split in images]),
             **{name: np.array([row[name] for row in made]) for name in made[0]}}
 
 
@@ -184,7 +184,7 @@ def test_a_test_image_with_a_copy_in_train_is_found(pictures, copy):
                                    *((jpeg(picture), i % 2, ("train", "test")[i // 2 % 2]) for i, picture in enumerate(rest))))
     assert found["twins"]["test_with_twin_in_train"] == 1 and found["twins"]["clusters_with_both_labels"] == 0
     fatal, _ = sentences(found)
-    assert fatal[0].startswith("1 of 4 test images have a twin in train") and "--resplit" in fatal[0] and len(fatal) == 1
+    assert fatal[0].startswith("1 of 4 test images have a twin in train (such as 0.jpg, 1.jpg)") and "--resplit" in fatal[0] and len(fatal) == 1
 
 
 @pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
@@ -193,7 +193,7 @@ def test_a_picture_that_stands_under_both_labels_is_found(pictures, copy):
     found = audit.audit(columns_of((encode(one, "PNG"), 0, "train"), (copy(one), 1, "train"),
                                    *((jpeg(picture), 0, "test") for picture in rest)))
     assert found["twins"]["clusters_with_both_labels"] == 1 and found["twins"]["test_with_twin_in_train"] == 0
-    assert sentences(found)[0] == ["1 pictures stand under both labels, as copies of each other."]
+    assert sentences(found)[0] == ["1 pictures stand under both labels, as copies of each other, such as 0.jpg, 1.jpg."]
 
 
 def test_twins_within_a_split_and_label_are_no_leak(pictures):
@@ -212,7 +212,7 @@ def test_a_twin_in_extra_is_no_twin_in_train(pictures):
 @pytest.mark.parametrize("repeated, is_fatal", [(0, False), (1, False), (2, True)])
 def test_one_repeated_image_in_a_hundred_is_noted_and_more_are_fatal(repeated, is_fatal):
     twins = {"test": 100, "test_with_twin_in_train": repeated, "clusters_with_both_labels": 0}
-    fatal, note = sentences({"twins": twins, "auc_of_one_number": {}})
+    fatal, note = sentences({"twins": twins, "auc_of_one_number": {}, "examples": [[["a", "b"]], []]})
     assert bool(fatal) == is_fatal and bool(note) == (repeated == 1)
 
 
@@ -252,7 +252,7 @@ def test_json_holds_the_findings_and_the_sentences(leaking, script):
     done = script("audit.py", "--data_dir", leaking, "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 1 and len(found["fatal"]) == 2
-    assert set(found) == {"images", "formats", "twins", "auc_of_one_number", "fatal", "note"}
+    assert set(found) == {"images", "formats", "twins", "examples", "auc_of_one_number", "fatal", "note"}
     assert found["images"] == 46
     assert set(found["auc_of_one_number"]) == {"pixels", "aspect ratio", "bytes per pixel", "quantisation", "blockiness"}
     assert found["twins"] == {"test": 25, "test_with_twin_in_train": 5, "clusters_with_both_labels": 1, "largest_cluster": 2}

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import common
+import encoders
 from classify import Detector, answer, classify_all
 from conftest import ROOT, assert_one_line_error
 from made_up import BASELINE, baseline_for, other_encoder
@@ -144,7 +144,7 @@ def test_with_a_model_path_nothing_is_said_about_the_choice(classify, photos):
 
 
 def test_a_demonstration_is_called_one_on_stderr_only(classify, photos):
-    notice = common.read_manifest(common.SHIPPED)["notice"]
+    notice = encoders.read_manifest(encoders.SHIPPED)["notice"]
     result = classify(photos["china.jpg"])
     assert f"note: {notice}" in result.stderr and notice not in result.stdout and "demonstration" in notice
 
@@ -294,23 +294,23 @@ def crops(make_folder, tmp_path_factory):
     return sorted(map(str, folder.rglob("*.jpg")))
 
 
-def test_bfloat16_and_float32_disagree_on_at_most_two_verdicts_in_a_thousand(crops):
-    # Beside those within 0.01 of the threshold, where either answer is a coin toss: crops of a few photographs lie there
-    # more often than pictures do, and the looser bound is for them.
+def test_tiny_runs_in_float32_everywhere_because_bfloat16_turns_some_of_its_verdicts(crops):
+    # of 1,425 whole pictures 4; crops of a few photographs lie near the threshold more often
+    assert encoders.Encoder(encoders.SHIPPED).precision == "float32"
     try:
-        encoders = [common.Encoder(common.SHIPPED, precision=precision) for precision in ("bfloat16", "float32")]
+        pair = [encoders.Encoder(encoders.SHIPPED, precision=precision) for precision in ("bfloat16", "float32")]
     except common.EncoderError as error:
         pytest.skip(f"bfloat16 against float32: {error}")
-    assert [e.precision for e in encoders] == ["bfloat16", "float32"]
+    assert [e.precision for e in pair] == ["bfloat16", "float32"]
     images = (common.decode_image(common.read_bytes(path)) for path in crops)
-    pixels, model = np.stack([common.preprocess(image, encoders[0].resolution) for image in images]), load_model(BASELINE)
+    pixels, model = np.stack([common.preprocess(image, pair[0].resolution) for image in images]), load_model(BASELINE)
     batches = np.split(pixels, range(8, len(pixels), 8))
     brief, full = (probability(model, decision(model, np.concatenate([e.encode(batch) for batch in batches])))
-                   for e in encoders)
+                   for e in pair)
     differ = (brief >= model["threshold"]) != (full >= model["threshold"])
     assert 0 < np.abs(brief - full).mean() < 0.005  # two computations, and close
-    assert differ[np.abs(full - model["threshold"]) > 0.01].mean() <= 0.002
-    assert differ.mean() <= 0.01
+    assert differ[np.abs(full - model["threshold"]) > 0.05].mean() <= 0.002
+    assert 0 < differ.mean() <= 0.02
 
 
 def test_an_image_alone_is_answered_as_among_others(crops):

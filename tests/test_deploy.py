@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import pytest
 import yaml

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import common
+import encoders
 
 torch = pytest.importorskip("torch", reason="the reference is CLIP in torch: pip install -r requirements.txt")
 clip = pytest.importorskip("clip", reason="the reference is CLIP in torch: pip install -r requirements.txt")
@@ -51,7 +52,7 @@ def case(request, images, tmp_path_factory):
 
 def encoder_of(case, precision):
     try:
-        return common.Encoder(case.folder, "cpu", precision)
+        return encoders.Encoder(case.folder, "cpu", precision)
     except common.EncoderError as error:
         if "no bfloat16" in str(error):
             pytest.skip("this processor has no bfloat16")
@@ -96,7 +97,7 @@ def test_the_cuda_path_gives_clips_features_as_far_as_a_cpu_can_tell(case, preci
 
     What this cannot show: the device's own kernels, and moving data to it and back.
     """
-    forward, run_as = common.torch_forward(case.folder / "vision.safetensors", common.read_manifest(case.folder),
+    forward, run_as = encoders.torch_forward(case.folder / "vision.safetensors", encoders.read_manifest(case.folder),
                                            "cpu", precision)
     assert run_as == {"float32": "float32", "auto": "float16"}[precision]
     cosines = small_clip.centred_cosines(encode(SimpleNamespace(encode=forward), case.pixels, 3), case.reference)
@@ -108,7 +109,7 @@ def test_the_cuda_path_gives_clips_features_as_far_as_a_cpu_can_tell(case, preci
 def with_heads(case, factor):
     """Features of the same weights in a tower that has another number of heads."""
     arch = prepare_clip.architecture(case.tower)
-    tower = prepare_clip.vision_tower(arch | {"heads": int(arch["heads"] * factor)})
+    tower = encoders.vision_tower(arch | {"heads": int(arch["heads"] * factor)})
     tower.load_state_dict(case.tower.state_dict())
     with torch.inference_mode():
         return tower.eval()(torch.from_numpy(case.pixels)).numpy()
@@ -177,7 +178,7 @@ def test_threads_that_share_an_encoder_get_their_own_features(case):
 # ---- identity ----
 
 def identity(path):
-    return common.read_manifest(prepare_clip.ensure_encoder(str(path)))["identity"]
+    return encoders.read_manifest(prepare_clip.ensure_encoder(str(path)))["identity"]
 
 
 @pytest.mark.parametrize("kind", small_clip.SMALL)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import common
+import encoders
 import extract_features
 import prepare_clip
 from conftest import ROOT, assert_one_line_error
@@ -42,7 +43,7 @@ def test_the_documented_command_writes_the_documented_columns(few, script, tmp_p
 
 def test_each_row_is_about_its_own_file(few, tmp_path):
     columns = extract(few, tmp_path / "f.npz", "--batch_size", 5)
-    encoder = common.Encoder(prepare_clip.SHIPPED)
+    encoder = encoders.Encoder(prepare_clip.SHIPPED)
     assert list(columns["paths"]) == sorted(p.relative_to(few).as_posix() for p in few.rglob("*.jpg"))
     for i, path in enumerate(columns["paths"]):
         data = (few / path).read_bytes()
@@ -62,7 +63,8 @@ def test_meta_says_how_the_features_came_about_and_nothing_of_when_and_where(few
     manifest = json.loads((ROOT / "models/tiny/encoder.json").read_text())
     # All of it: a clock, a host or a folder has no place to hide.
     assert meta == {"format": 1, "commit": "c0de", "counts": {"images": 24, "bad": 0, "real": 12, "fake": 12},
-                    "encoder": {"name": manifest["name"], "identity": manifest["identity"], "layers": "final", "dim": 128},
+                    "encoder": {"name": "tiny", "identity": manifest["identity"], "layers": "final", "dim": 128,
+                                "notice": manifest["notice"]},
                     "key": {"encoder": manifest["identity"], "precision": "float32", "batch_size": 16, "limit": None,
                             "unlabelled": False, "split_names": "train,val,test,external,extra", "max_pixels": 200_000_000}}
     with zipfile.ZipFile(tmp_path / "f.npz") as archive:
@@ -276,7 +278,7 @@ for folder in ("small", "large"):
 
 def test_no_more_than_three_batches_are_decoded_ahead_of_a_slow_encoder(few, tmp_path, monkeypatch):
     """Also where decoding is much the faster, as it is with a large encoder."""
-    read, encode = extract_features.read_row, common.Encoder.encode
+    read, encode = extract_features.read_row, encoders.Encoder.encode
     begun, done, ahead = [], [], []
 
     def count(data_dir, entry, *rest):
@@ -289,6 +291,6 @@ def test_no_more_than_three_batches_are_decoded_ahead_of_a_slow_encoder(few, tmp
         done.append(len(pixels))
         return encode(self, pixels)
     monkeypatch.setattr(extract_features, "read_row", count)
-    monkeypatch.setattr(common.Encoder, "encode", encode_slowly)
+    monkeypatch.setattr(encoders.Encoder, "encode", encode_slowly)
     extract(few, tmp_path / "f.npz", "--batch_size", 2)
     assert len(ahead) == 12 and max(ahead) <= 3 * 2

@@ -11,6 +11,7 @@ clip = pytest.importorskip("clip", reason="clip is not installed: training an en
 from PIL import Image  # noqa: E402
 
 import common  # noqa: E402
+import encoders  # noqa: E402
 import finetune_clip  # noqa: E402
 import prepare_clip  # noqa: E402
 from conftest import assert_one_line_error  # noqa: E402
@@ -33,7 +34,7 @@ def trained(folder, tmp_path_factory):
 
 def test_clip_load_reads_the_checkpoint_and_the_prepared_folder_gives_its_features(trained, photos):
     model, transform = clip.load(str(trained), device="cpu")
-    encoder = common.Encoder(prepare_clip.ensure_encoder(str(trained)), precision="float32")
+    encoder = encoders.Encoder(prepare_clip.ensure_encoder(str(trained)), precision="float32")
     images = [Image.open(path).convert("RGB") for path in photos.values()]
     with torch.inference_mode():
         theirs = model.encode_image(torch.stack([transform(image) for image in images])).numpy()

@@ -14,6 +14,7 @@ pytest.importorskip("clip", reason="clip is not installed: a full-size checkpoin
 from PIL import Image  # noqa: E402
 
 import common  # noqa: E402
+import encoders  # noqa: E402
 import prepare_clip  # noqa: E402
 from dataset import load_features  # noqa: E402
 from model import load_model  # noqa: E402
@@ -58,7 +59,7 @@ def test_its_features_are_those_of_clip_load(checkpoint, cache, photos, monkeypa
     folder = prepare_clip.ensure_encoder(str(checkpoint))
     images = [Image.open(path).convert("RGB") for path in photos.values()][:4]
     pixels = np.stack([common.preprocess(image, 224) for image in images])
-    exact, fast = (common.Encoder(folder, precision=precision).encode(pixels) for precision in ("float32", "auto"))
+    exact, fast = (encoders.Encoder(folder, precision=precision).encode(pixels) for precision in ("float32", "auto"))
     model, transform = clip.load(str(checkpoint), device="cpu")
     with torch.inference_mode():
         theirs = model.encode_image(torch.stack([transform(image) for image in images])).numpy()

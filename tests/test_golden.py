@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import common
+import encoders
 import demo
 from dataset import load_features
 from make_golden import GOLDEN, features_of
@@ -19,6 +19,7 @@ from report import measure
 pytestmark = pytest.mark.golden
 # AUC and the lower end of its interval that the shipped encoder was accepted with. Random weights and hand-made
 # statistics reach 0.60 to 0.64 on such images: what does not clear that has learnt nothing.
+# The intervals here are over images, as the floor was set; the card's are over sources, which are wider.
 FLOOR = {"test": (0.78, 0.70), "external": (0.70, 0.64)}
 
 
@@ -35,7 +36,7 @@ def baseline():
 def metrics_of(model, columns, split):
     rows = columns["splits"] == split
     p_fake = probability(model, decision(model, columns["features"][rows]))
-    return measure(columns["labels"][rows].astype(int), p_fake, model["threshold"], columns["sources"][rows])
+    return measure(columns["labels"][rows].astype(int), p_fake, model["threshold"], np.arange(rows.sum()))
 
 
 @pytest.mark.parametrize("split", FLOOR)
@@ -61,21 +62,20 @@ def test_training_again_on_the_shipped_features_gives_the_shipped_verdicts(basel
 
 
 def test_no_row_that_the_encoder_has_seen_trained_or_tested_the_model(baseline, columns):
-    seen = common.read_manifest(common.SHIPPED)["seen"]
+    seen = encoders.read_manifest(encoders.SHIPPED)["seen"]
     marked = columns["splits"] == "seen"
     assert np.array_equal(marked, np.isin([d[:16] for d in columns["sha256"]], seen))
     rows = {split: int((columns["splits"] == split).sum()) for split in ("train", "test")}
     assert baseline["training_data"]["real"] + baseline["training_data"]["fake"] == rows["train"]
 
 
-@pytest.mark.parametrize("precision, least", [("float32", 0.99999), ("auto", 0.999)])
-def test_the_encoder_sees_in_installed_photographs_what_was_stored(precision, least):
+def test_the_encoder_sees_in_installed_photographs_what_was_stored():
     golden, photos = np.load(GOLDEN), demo.installed_photos()
     assert [p.name for p in photos] == list(golden["names"])
-    now, then = features_of(photos, precision), golden["features"]
+    now, then = features_of(photos), golden["features"]
     now, then = now - then.mean(0), then - then.mean(0)
     cosine = (now * then).sum(1) / np.linalg.norm(now, axis=1) / np.linalg.norm(then, axis=1)
-    assert cosine.min() >= least, dict(zip(golden["names"], cosine.round(6)))
+    assert cosine.min() >= 0.99999, dict(zip(golden["names"], cosine.round(6)))
 
 
 if os.environ.get("IMAGES_DIR"):
@@ -86,4 +86,4 @@ if os.environ.get("IMAGES_DIR"):
         assert np.array_equal(fresh["paths"], columns["paths"]) and np.array_equal(fresh["splits"], columns["splits"])
         for split in FLOOR:
             now, then = (metrics_of(baseline, c, split)["auc"]["value"] for c in (fresh, columns))
-            assert now == pytest.approx(then, abs=0.005)  # bfloat16 here, float32 there
+            assert now == pytest.approx(then, abs=1e-6)

@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, assert_one_line_error
 
 import common
+import encoders
 from common import EncoderError
 
 torch = pytest.importorskip("torch", reason="preparing an encoder needs torch: pip install -r requirements.txt")
@@ -42,18 +43,18 @@ def archive(photos, tmp_path_factory):
 
 def prepared_folders():
     """Folders in the cache that any script would take for a prepared encoder."""
-    return sorted(p.parent for p in common.cache_dir().rglob("encoder.json") if p.parent.parent.name == "encoders")
+    return sorted(p.parent for p in encoders.cache_dir().rglob("encoder.json") if p.parent.parent.name == "encoders")
 
 
 def assert_whole(folder):
     assert {p.name for p in folder.iterdir()} == {"encoder.xml", "encoder.bin", "encoder.json", "vision.safetensors"}
-    encoder = common.Encoder(folder, "cpu", "float32")
+    encoder = encoders.Encoder(folder, "cpu", "float32")
     assert encoder.encode(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, encoder.dim) == (1, 32)
 
 
 def files_in_cache():
     """Everything in the cache but the lock."""
-    return {str(p.relative_to(common.cache_dir())) for p in common.cache_dir().rglob("*")} - {"encoders", "encoders.lock"}
+    return {str(p.relative_to(encoders.cache_dir())) for p in encoders.cache_dir().rglob("*")} - {"encoders", "encoders.lock"}
 
 
 # ---- downloads ----
@@ -112,29 +113,29 @@ def server(archive, monkeypatch):
 def test_a_name_is_downloaded_checked_and_prepared_once(server, archive):
     folder = prepare_clip.ensure_encoder(NAME)
     assert_whole(folder)
-    assert (common.cache_dir() / FILE).read_bytes() == archive["archive"].read_bytes()
-    assert common.read_manifest(folder)["name"] == NAME and folder.name.startswith("ViT-L-14-")
+    assert (encoders.cache_dir() / FILE).read_bytes() == archive["archive"].read_bytes()
+    assert encoders.read_manifest(folder)["name"] == NAME and folder.name.startswith("ViT-L-14-")
     assert prepare_clip.ensure_encoder(NAME) == folder
     assert server.requests == 1
 
 
 def test_a_prepared_encoder_needs_neither_the_download_nor_the_server(server):
     folder = prepare_clip.ensure_encoder(NAME)
-    (common.cache_dir() / FILE).unlink()
+    (encoders.cache_dir() / FILE).unlink()
     server.mode = "not found"
     assert prepare_clip.ensure_encoder(NAME) == folder and server.requests == 1
 
 
 def test_a_file_that_was_copied_in_by_hand_is_used_without_asking_the_server(server, archive):
-    common.cache_dir().mkdir(parents=True)
-    (common.cache_dir() / FILE).write_bytes(archive["archive"].read_bytes())
+    encoders.cache_dir().mkdir(parents=True)
+    (encoders.cache_dir() / FILE).write_bytes(archive["archive"].read_bytes())
     assert_whole(prepare_clip.ensure_encoder(NAME))
     assert server.requests == 0
 
 
 def test_a_wrong_file_of_the_right_name_is_fetched_again(server):
-    common.cache_dir().mkdir(parents=True)
-    (common.cache_dir() / FILE).write_bytes(b"half of it")
+    encoders.cache_dir().mkdir(parents=True)
+    (encoders.cache_dir() / FILE).write_bytes(b"half of it")
     assert_whole(prepare_clip.ensure_encoder(NAME))
     assert server.requests == 1
 
@@ -154,15 +155,15 @@ def test_a_failed_download_is_told_with_both_ways_out_and_leaves_nothing(server,
             prepare_clip.ensure_encoder(NAME)
     message = str(error.value)
     assert "\n" not in message and NAME in message and reason in message
-    assert f"copy {FILE} to {common.cache_dir()}" in message and "CLIP_MODEL=tiny" in message
+    assert f"copy {FILE} to {encoders.cache_dir()}" in message and "CLIP_MODEL=tiny" in message
     assert files_in_cache() == set()
     server.mode = "good"
     assert_whole(prepare_clip.ensure_encoder(NAME))
 
 
 def test_a_wrong_copy_is_named_when_the_server_is_away_too(server):
-    common.cache_dir().mkdir(parents=True)
-    (common.cache_dir() / FILE).write_bytes(b"half of it")
+    encoders.cache_dir().mkdir(parents=True)
+    (encoders.cache_dir() / FILE).write_bytes(b"half of it")
     server.mode = "not found"
     with pytest.raises(EncoderError, match="SHA-256.*404"):
         prepare_clip.ensure_encoder(NAME)
@@ -184,9 +185,9 @@ def test_a_good_download_is_kept_when_what_comes_after_it_fails(server, monkeypa
 def test_a_checkpoint_is_prepared_under_its_name_and_found_by_its_bytes(archive, form, tmp_path):
     folder = prepare_clip.ensure_encoder(str(archive[form]))
     assert_whole(folder)
-    manifest = common.read_manifest(folder)
+    manifest = encoders.read_manifest(folder)
     assert manifest["name"] == archive[form].stem and manifest["preprocessing"] == common.PREPROCESSING
-    assert common.find_encoder(identity=manifest["identity"]) == folder
+    assert encoders.find_encoder(identity=manifest["identity"]) == folder
     copy = tmp_path / "a copy.pt"
     copy.write_bytes(archive[form].read_bytes())
     before = (folder / "encoder.json").stat().st_mtime_ns
@@ -200,13 +201,13 @@ def test_a_file_that_changed_under_its_name_is_prepared_again(archive, tmp_path)
     for form in ("state dict", "other"):
         path.write_bytes(archive[form].read_bytes())
         folders.append(prepare_clip.ensure_encoder(str(path)))
-    assert len(set(folders)) == 2 == len({common.read_manifest(f)["identity"] for f in folders})
+    assert len(set(folders)) == 2 == len({encoders.read_manifest(f)["identity"] for f in folders})
 
 
 def test_what_is_known_of_a_checkpoint_goes_into_its_encoder(archive, tmp_path):
     (tmp_path / "mine.pt").write_bytes(archive["state dict"].read_bytes())
     (tmp_path / "mine.json").write_text('{"notice": "a demonstration", "seen": ["0123456789abcdef"], "name": "no"}')
-    encoder = common.Encoder(prepare_clip.ensure_encoder(str(tmp_path / "mine.pt")), "cpu")
+    encoder = encoders.Encoder(prepare_clip.ensure_encoder(str(tmp_path / "mine.pt")), "cpu")
     assert encoder.notice == "a demonstration" and encoder.manifest["seen"] == ["0123456789abcdef"]
     assert encoder.name == "mine"
 
@@ -241,13 +242,13 @@ def test_a_file_that_is_no_checkpoint_is_told_in_one_line(content, tmp_path):
 # ---- names and errors, as a user meets them ----
 
 def test_openais_names_are_those_of_the_clip_package():
-    assert list(common.OPENAI_NAMES) == clip.available_models()
+    assert list(encoders.OPENAI_NAMES) == clip.available_models()
 
 
 @pytest.mark.parametrize("name", ["ViT-L/15", "no-such-file.pt", "vit-l/14", "."])
 def test_an_unknown_name_lists_the_known_ones(script, name):
     result = script("prepare_clip.py", "--clip_model", name)
-    assert_one_line_error(result, f"'{name}'", *common.OPENAI_NAMES, "tiny", "CLIP_MODEL")
+    assert_one_line_error(result, f"'{name}'", *encoders.OPENAI_NAMES, "tiny", "CLIP_MODEL")
     assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
 
 
@@ -295,11 +296,11 @@ def test_a_killed_preparation_leaves_nothing_that_looks_prepared(archive, moment
                           "prepare_clip.main(sys.argv[1:])", "--clip_model", archive["archive"])
     process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL
-    left = list(common.cache_dir().glob(".preparing-*"))
+    left = list(encoders.cache_dir().glob(".preparing-*"))
     assert len(left) == 1 and (left[0] / "encoder.xml").is_file()  # it was killed in the midst of it
-    assert prepared_folders() == [] and list((common.cache_dir() / "encoders").iterdir()) == []
+    assert prepared_folders() == [] and list((encoders.cache_dir() / "encoders").iterdir()) == []
     assert_whole(prepare_clip.ensure_encoder(str(archive["archive"])))  # the lock is free, a later attempt works
-    assert list(common.cache_dir().glob(".preparing-*")) == []          # and sweeps up
+    assert list(encoders.cache_dir().glob(".preparing-*")) == []          # and sweeps up
 
 
 # ---- without torch ----
@@ -323,8 +324,8 @@ def test_the_shipped_encoder_never_needs_torch(script, no_torch, make_folder, tm
 
 
 def test_the_shipped_encoder_is_not_prepared_but_taken_as_it_is():
-    assert prepare_clip.ensure_encoder("tiny") == common.SHIPPED
-    assert not common.cache_dir().exists()
+    assert prepare_clip.ensure_encoder("tiny") == encoders.SHIPPED
+    assert not encoders.cache_dir().exists()
 
 
 def test_preparing_without_torch_says_what_to_install(script, no_torch, archive):

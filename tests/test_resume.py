@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import common
+import encoders
 import prepare_clip
 from conftest import ROOT
 from dataset import COLUMNS, load_features
@@ -105,7 +105,7 @@ def test_a_run_killed_about_the_time_of_the_last_write_goes_on_to_the_same_bytes
 
 # Each plants one fatal blow, at a moment that is too short to be met from outside; N is how often it lets pass.
 BLOWS = {
-    "before anything is stored": "common.Encoder = die",
+    "before anything is stored": "encoders.Encoder = die",
     "in the middle of a part": "np.savez = lambda file, **columns: count() and half(file) or savez(file, **columns)",
     "between a part's last byte and its name": "os.replace = lambda a, b: count() and die() or replace(a, b)",
     "in the middle of the file": "np.savez_compressed = lambda file, **columns: half(file)",
@@ -124,7 +124,7 @@ import itertools, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
-import common, extract_features
+import common, encoders, extract_features
 replace, savez, unlink, calls = os.replace, np.savez, Path.unlink, itertools.count(1)
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 half = lambda file: (file.write(b"half"), file.flush(), die())
@@ -193,8 +193,8 @@ def other_batches(tmp_path, monkeypatch):
 
 def other_precision(tmp_path, monkeypatch):
     # Whatever this processor runs by default is called something else.
-    forward = common.openvino_forward
-    monkeypatch.setattr(common, "openvino_forward", lambda *a: (forward(*a)[0], "float8"))
+    forward = encoders.openvino_forward
+    monkeypatch.setattr(encoders, "openvino_forward", lambda *a: (forward(*a)[0], "float8"))
     return []
 
 

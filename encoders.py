@@ -1,0 +1,128 @@
+"""CLIP's input -> features: prepared encoders, where they are found, and how they are run.
+
+    encoder = Encoder(find_encoder(source="ViT-L/14"))   # a folder that prepare_clip.py wrote
+    features = encoder.encode(pixels)                    # float32 [n, 3, r, r] -> float32 [n, d]
+"""
+import ctypes
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+from common import HERE, EncoderError
+
+SHIPPED = HERE / "models" / "tiny"  # the encoder that comes with the project
+OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+
+# Intel's usage statistics: with this entry OpenVINO takes its silent stand-in. A detector phones nobody.
+sys.modules.setdefault("openvino_telemetry", None)
+
+
+def cache_dir():
+    """Where CLIP's weights and prepared encoders live: CLIP_CACHE, or ~/.cache/clip as OpenAI's package has it."""
+    return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
+
+
+def read_manifest(folder):
+    """encoder.json of a prepared folder, as a dict; {} where there is none."""
+    path = Path(folder) / "encoder.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def find_encoder(**wanted):
+    """Folder of the prepared encoder whose manifest has these values (identity=..., source=...), or None.
+
+    The shipped one is looked at first, then the cache.
+    """
+    for folder in (SHIPPED, *sorted((cache_dir() / "encoders").glob("*"))):
+        if wanted.items() <= {k: v for k, v in read_manifest(folder).items() if k in wanted}.items():
+            return folder
+    return None
+
+
+def cuda_visible():
+    """Is there a CUDA device? Asked of the driver, because importing torch to ask takes over a second."""
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except OSError:
+        return False
+
+
+class Encoder:
+    """A prepared vision tower: CLIP's input -> features.
+
+    encoder = Encoder(folder)           # a folder that prepare_clip.py wrote
+    encoder.encode(pixels)              # float32 [n, 3, r, r] -> float32 [n, d]
+
+    `identity` names the weights, layers and preprocessing; `precision` is how they are run ('float32', 'bfloat16',
+    on CUDA 'float16') and does not change the identity.
+    """
+
+    def __init__(self, folder, device="auto", precision="auto", threads=0):
+        self.manifest = read_manifest(folder)
+        self.name, self.identity = self.manifest["name"], self.manifest["identity"]
+        self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
+        self.notice = self.manifest.get("notice")
+        if precision == "auto":
+            precision = self.manifest.get("precision", "auto")
+        self._lock = threading.Lock()  # one forward pass at a time: it takes all cores already
+        weights = Path(folder) / "vision.safetensors"
+        if device == "cuda" and not cuda_visible():
+            raise EncoderError("--device cuda: no CUDA device is visible here; use --device cpu")
+        if device == "cuda" and not weights.is_file():
+            raise EncoderError(f"--device cuda: '{self.name}' is shipped for CPU only; use --device cpu")
+        if device != "cpu" and weights.is_file() and cuda_visible():
+            self._forward, self.precision = torch_forward(weights, self.manifest, "cuda", precision)
+        else:
+            self._forward, self.precision = openvino_forward(folder, precision, threads)
+
+    def encode(self, pixels):
+        """float32 [n, 3, r, r] (from `preprocess`) -> float32 [n, d], CLIP's `encode_image`, not normalised."""
+        with self._lock:
+            return self._forward(pixels)
+
+
+def openvino_forward(folder, precision, threads):
+    """Prepared folder -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) on the CPU."""
+    import openvino as ov
+    core = ov.Core()
+    config = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = threads
+    if precision != "auto":
+        if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise EncoderError("--precision bfloat16: this processor has no bfloat16; use --precision float32")
+        config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    compiled = core.compile_model(Path(folder) / "encoder.xml", "CPU", config)
+    request = compiled.create_infer_request()
+    run_as = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return (lambda pixels: request.infer([pixels])[0].copy()), {"f32": "float32", "bf16": "bfloat16"}[run_as]
+
+
+def vision_tower(arch):
+    """`architecture`'s answer -> the torch module, weights to be loaded."""
+    import clip.model
+    arguments = dict(arch)
+    return getattr(clip.model, arguments.pop("kind"))(**arguments)
+
+
+def torch_forward(weights, manifest, device, precision):
+    """vision.safetensors -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) in torch."""
+    import torch
+    from clip.model import convert_weights
+    from safetensors.torch import load_file
+    if precision == "bfloat16":
+        raise EncoderError("--precision bfloat16 is for processors; on CUDA use auto (float16) or float32")
+    dtype = torch.float32 if precision == "float32" else torch.float16
+    tower = vision_tower(manifest["arch"])
+    tower.load_state_dict(load_file(weights))
+    if dtype == torch.float16:
+        convert_weights(tower)  # as clip.load on CUDA: the norms stay float32, their code wants it so
+    tower = tower.to(device).eval()
+
+    @torch.inference_mode()
+    def forward(pixels):
+        return tower(torch.from_numpy(pixels).to(device, dtype)).float().cpu().numpy()
+    return forward, str(dtype).removeprefix("torch.")
