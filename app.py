@@ -83,7 +83,7 @@ def create_app(config=None):
     check(settings)
     app = Flask(__name__, static_folder=None)
     app.request_class = MemoryRequest
-    app.config["MAX_CONTENT_LENGTH"] = settings["MAX_UPLOAD_BYTES"]
+    app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_FORM_MEMORY_SIZE"] = settings["MAX_UPLOAD_BYTES"]
     app.json.sort_keys = False
     state = app.extensions["detector"] = {"detector": None, "error": None}
     threading.Thread(target=load_detector, args=(state, settings), daemon=True).start()
@@ -104,9 +104,10 @@ def create_app(config=None):
     def classify():
         """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
         from classify import answer
-        detector, files = state["detector"], request.files.getlist("image")
+        detector = state["detector"]
         if detector is None:
             return error(503, state["error"] or "the model is still loading")
+        files = request.files.getlist("image")
         if len(files) != 1:
             return error(400, f"expected one file in the multipart field 'image', got {len(files)}")
         response = jsonify(answer(*detector.classify(files[0].read(), settings["MAX_PIXELS"])))
@@ -149,8 +150,7 @@ def load_detector(state, settings):
     started = time.monotonic()
     try:
         detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"])
-        side = detector.encoder.resolution
-        detector.p_fake([common.Image.new("RGB", (side, side))])
+        detector.p_fake(detector.pixels(common.Image.new("RGB", (640, 480)))[None])
         state["detector"] = detector
         log.info("ready after %.1f s: model %s on '%s', %s", time.monotonic() - started,
                  detector.model["versions"]["model"], detector.encoder.name, detector.encoder.precision)
@@ -167,9 +167,8 @@ def main(argv=None):
              for name, (default, text) in SETTINGS.items()]
     argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    settings = read_settings()
-    check(settings)
-    os.environ["MODEL_PATH"] = os.path.abspath(settings["MODEL_PATH"])
+    if os.environ.get("MODEL_PATH"):
+        os.environ["MODEL_PATH"] = os.path.abspath(os.environ["MODEL_PATH"])
     os.chdir(common.HERE)  # gunicorn looks for its settings and the app here
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "app:create_app()"])
 

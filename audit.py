@@ -19,7 +19,8 @@ from dataset import FACTS, list_images, load_features
 
 NEAR_GREY = 3.0         # root mean square difference of two 8x8 thumbnails, in grey levels: copies re-saved at other
 NEAR_CORRELATION = 0.9  # sizes and qualities stay below 1.9 (and above 0.95), different photographs above 7
-MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing
+MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing;
+                        # and share of all images that stand under both labels
 
 
 def parse_args(argv):
@@ -161,9 +162,14 @@ def sentences(found):
             fatal.append(f"{line}: a test accuracy on this split says how well pictures are remembered. Train with --resplit.")
         else:
             note.append(f"{line}.")
-    if twins["clusters_with_both_labels"]:
-        fatal.append(f"{twins['clusters_with_both_labels']} pictures stand under both labels, as copies of each other, "
-                     f"such as {', '.join(found['examples'][1][0])}.")
+    if both := twins["clusters_with_both_labels"]:
+        (fatal if both > MAX_REPEATED * found["images"] else note).append(
+            f"{both} pictures stand under both labels, as copies of each other, such as {', '.join(found['examples'][1][0])}.")
+    totals = [sum(found["formats"][c].values()) or 1 for c in common.CLASSES]
+    for name in sorted(set(found["formats"]["real"]) | set(found["formats"]["fake"])):
+        share = [found["formats"][c].get(name, 0) / n for c, n in zip(common.CLASSES, totals)]
+        if abs(share[0] - share[1]) >= 0.5:
+            note.append(f"{name} files are {share[0]:.0%} of the reals and {share[1]:.0%} of the fakes.")
     for name, value in found["auc_of_one_number"].items():
         if max(value, 1 - value) >= 0.7:
             note.append(f"{name} alone separates the labels: AUC {max(value, 1 - value):.2f}.")

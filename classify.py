@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
@@ -47,17 +46,19 @@ class Detector:
         self.model = load_model(model_path)
         self.encoder = encoders.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
 
-    def p_fake(self, images):
-        """PIL RGB images -> calibrated probability of fake, float64 [n]."""
-        import numpy as np
+    def pixels(self, image):
+        """PIL RGB image -> float32 [3, r, r], as the encoder takes it."""
+        return common.preprocess(image, self.encoder.resolution)
+
+    def p_fake(self, pixels):
+        """float32 [n, 3, r, r] -> calibrated probability of fake, float64 [n]."""
         from model import decision, probability
-        pixels = np.stack([common.preprocess(image, self.encoder.resolution) for image in images])
         return probability(self.model, decision(self.model, self.encoder.encode(pixels)))
 
     def classify(self, data, max_pixels=common.MAX_PIXELS):
         """Image bytes -> (classification, confidence). Raises ImageError's kinds."""
         from model import verdict
-        return verdict(self.model, self.p_fake([common.decode_image(data, max_pixels)])[0])
+        return verdict(self.model, self.p_fake(self.pixels(common.decode_image(data, max_pixels))[None])[0])
 
 
 def encoder_folder(encoder, model_path):
@@ -85,10 +86,10 @@ def choose_model(model_path):
 
 def list_paths(given):
     """Arguments of --image_path -> list of files; folders give all their files, sorted. '-' stays as it is."""
-    from dataset import list_files
     paths = []
     for path in given:
         if path != "-" and Path(path).is_dir():
+            from dataset import list_files
             inside = [os.path.join(path, name) for name in list_files(path)]
             if not inside:
                 raise UsageError(f"--image_path {path}: the folder is empty")
@@ -100,25 +101,31 @@ def list_paths(given):
     return paths
 
 
-def load(path, max_pixels):
-    """One image -> PIL RGB, or the error that says why not."""
+def load(detector, path, max_pixels):
+    """One file -> the encoder's input, or the error that says why not."""
     try:
-        return common.decode_image(sys.stdin.buffer.read() if path == "-" else common.read_bytes(path), max_pixels)
+        data = sys.stdin.buffer.read() if path == "-" else common.read_bytes(path)
+        return detector.pixels(common.decode_image(data, max_pixels))
     except (ImageError, UsageError) as error:
         return error
 
 
 def classify_all(detector, paths, max_pixels, batch=8):
-    """Yield (path, (classification, confidence) or the error), in order, decoding ahead in threads."""
+    """Yield (path, (classification, confidence) or the error), in order; the next batch is decoded while one is encoded."""
+    import numpy as np
+    from concurrent.futures import ThreadPoolExecutor
     from model import verdict
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), batch):
-            chunk = paths[start:start + batch]
-            images = list(pool.map(lambda path: load(path, max_pixels), chunk))
-            good = [image for image in images if not isinstance(image, Exception)]
-            answers = iter(detector.p_fake(good) if good else ())
-            for path, image in zip(chunk, images):
-                yield path, image if isinstance(image, Exception) else verdict(detector.model, next(answers))
+        chunks = [paths[i:i + batch] for i in range(0, len(paths), batch)]
+        ahead = None
+        for chunk, following in zip(chunks, [*chunks[1:], []]):
+            waiting = ahead or [pool.submit(load, detector, path, max_pixels) for path in chunk]
+            loaded = [future.result() for future in waiting]
+            ahead = [pool.submit(load, detector, path, max_pixels) for path in following]
+            good = [pixels for pixels in loaded if not isinstance(pixels, Exception)]
+            answers = iter(detector.p_fake(np.stack(good)) if good else ())
+            for path, pixels in zip(chunk, loaded):
+                yield path, pixels if isinstance(pixels, Exception) else verdict(detector.model, next(answers))
 
 
 def answer(classification, confidence):
@@ -134,11 +141,11 @@ def main(argv=None):
     if detector.encoder.notice:
         say(f"note: {detector.encoder.notice}")
     if single:
-        image = load(paths[0], args.max_pixels)
-        if isinstance(image, Exception):
-            raise UsageError(f"{paths[0]}: {image}")
+        pixels = load(detector, paths[0], args.max_pixels)
+        if isinstance(pixels, Exception):
+            raise UsageError(f"{paths[0]}: {pixels}")
         from model import verdict
-        result = verdict(detector.model, detector.p_fake([image])[0])
+        result = verdict(detector.model, detector.p_fake(pixels[None])[0])
         print(json.dumps(answer(*result)) if args.json else f"{result[0]} (confidence {result[1]:.2f})")
         return 0
 

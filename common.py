@@ -14,6 +14,7 @@ Errors that a user can cause, each told in one line with exit code 2 (the servic
            |- BrokenImage        422: truncated or corrupt
            |- ImageTooLarge      413: too many pixels
 """
+import argparse
 import hashlib
 import io
 import os
@@ -40,6 +41,7 @@ CLASSES = ("real", "fake")      # labels 0 and 1
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF") + (("HEIF",) if pillow_heif else ())
 MAX_PIXELS = 200_000_000        # on the command line: the Kaggle set has sides of 14,000
 MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
+MAX_SCANS = 200                 # of a JPEG: cameras write 1, progressive encoders about 10, each costs a pass over the image
 PREPROCESSING = "clip-1"        # changes whenever the same bytes would become other pixels; part of an encoder's identity
 # Channel mean and standard deviation of OpenAI's training images: clip/clip.py, _transform
 MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
@@ -121,7 +123,16 @@ def open_image(data, max_pixels=MAX_PIXELS):
         raise ImageTooLarge(f"the image has {width} x {height} pixels; at most {max_pixels:,} are allowed")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageTooLarge(f"the image has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other")
+    refuse_bombs(image, data, max_pixels)
     return image
+
+
+def refuse_bombs(image, data, max_pixels):
+    """What a small file with a harmless header can still ask for: TIFF tiles of gigabytes, a JPEG of endless scans."""
+    if image.format == "TIFF" and image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0) > max_pixels:
+        raise ImageTooLarge(f"the TIFF has tiles of more than the {max_pixels:,} pixels allowed")
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise BrokenImage(f"the JPEG has more than {MAX_SCANS} scans")
 
 
 def upright(image):
@@ -231,6 +242,14 @@ def code_commit():
         return commit + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CODE_COMMIT", "unknown")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults, where there is one to tell."""
+
+    def _get_help_string(self, action):
+        shown = isinstance(action.default, (str, int, float)) and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def say(message):

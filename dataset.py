@@ -48,9 +48,13 @@ def list_files(data_dir):
     """Sorted paths of all files below `data_dir`, relative and '/'-separated; names that start with a dot left out."""
     if not Path(data_dir).is_dir():
         raise UsageError(f"--data_dir {data_dir}: no such folder")
-    paths = []
-    for folder, folders, files in os.walk(data_dir):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+    paths, walked = [], set()
+    for folder, folders, files in os.walk(data_dir, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [f for f in folders if not f.startswith(".")] if real not in walked else []
+        if real in walked:  # links that lead back
+            continue
+        walked.add(real)
         below = os.path.relpath(folder, data_dir).replace(os.sep, "/")
         paths += [f if below == "." else f"{below}/{f}" for f in files if not f.startswith(".")]
     return sorted(paths)

@@ -29,6 +29,7 @@ PHOTOS = {"skimage": ("data", "astronaut.png brick.png camera.png chelsea.png co
                               "moon.png motorcycle_left.png rocket.jpg"),
           "sklearn": ("datasets/images", "china.jpg flower.jpg"),
           "matplotlib": ("mpl-data/sample_data", "grace_hopper.jpg")}
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands before this machine
 COPIES = 24
 SEEDS = 5
 
@@ -48,7 +49,7 @@ def command(*words, quiet=False):
     print("$ python " + " ".join(map(str, words)), flush=True)
     result = subprocess.run([sys.executable, *map(str, words)], cwd=common.HERE, text=True, capture_output=True,
                             env={**os.environ, "CLIP_MODEL": "tiny"})
-    if result.returncode == 2:
+    if result.returncode not in ((0, 1) if words[0] == "audit.py" else (0,)):
         sys.exit(result.stderr)
     if not quiet:
         print(result.stdout.rstrip())
@@ -90,6 +91,7 @@ def never_seen():
         m = measure(labels, p_fake, model["threshold"], sources)
         print(f"{words}: n {m['n']}, balanced accuracy {interval(m['balanced_accuracy'])}, AUC {interval(m['auc'])}")
         worst = [row for row in by_source(labels, p_fake, model["threshold"], sources) if row["n"] >= 5][:5]
+        print("  the worst five of its sources with at least five images:")
         for row in worst:
             print(f"    {row['source'][:38]:38} {row['label']}  n {row['n']:3}  accuracy {interval(row)}")
 
@@ -169,7 +171,7 @@ def serve(photo):
 def wait_ready(server, url):
     for _ in range(300):
         try:
-            return urllib.request.urlopen(url, timeout=5)
+            return LOCAL.open(url, timeout=5)
         except OSError:
             if server.poll() is not None:
                 break
@@ -183,7 +185,7 @@ def post(url, photo):
     body = (f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{photo.name}"\r\n\r\n'.encode()
             + photo.read_bytes() + f"\r\n--{boundary}--\r\n".encode())
     request = urllib.request.Request(url, body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with LOCAL.open(request, timeout=60) as answer:
         return answer.read().decode().strip()
 
 

@@ -4,13 +4,14 @@
     features = encoder.encode(pixels)                    # float32 [n, 3, r, r] -> float32 [n, d]
 """
 import ctypes
+import importlib.util
 import json
 import os
 import sys
 import threading
 from pathlib import Path
 
-from common import HERE, EncoderError
+from common import HERE, PREPROCESSING, EncoderError
 
 SHIPPED = HERE / "models" / "tiny"  # the encoder that comes with the project
 OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
@@ -27,14 +28,18 @@ def cache_dir():
 def read_manifest(folder):
     """encoder.json of a prepared folder, as a dict; {} where there is none."""
     path = Path(folder) / "encoder.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        raise EncoderError(f"{path} is damaged: remove that folder and prepare the encoder again") from None
 
 
 def find_encoder(**wanted):
     """Folder of the prepared encoder whose manifest has these values (identity=..., source=...), or None.
 
-    The shipped one is looked at first, then the cache.
+    The shipped one is looked at first, then the cache; those made for other preprocessing are passed over.
     """
+    wanted["preprocessing"] = PREPROCESSING
     for folder in (SHIPPED, *sorted((cache_dir() / "encoders").glob("*"))):
         if wanted.items() <= {k: v for k, v in read_manifest(folder).items() if k in wanted}.items():
             return folder
@@ -48,6 +53,11 @@ def cuda_visible():
         return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
     except OSError:
         return False
+
+
+def has_torch():
+    """Is what the CUDA path imports installed? Found without importing it."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "clip", "safetensors"))
 
 
 class Encoder:
@@ -73,7 +83,9 @@ class Encoder:
             raise EncoderError("--device cuda: no CUDA device is visible here; use --device cpu")
         if device == "cuda" and not weights.is_file():
             raise EncoderError(f"--device cuda: '{self.name}' is shipped for CPU only; use --device cpu")
-        if device != "cpu" and weights.is_file() and cuda_visible():
+        if device == "cuda" and not has_torch():
+            raise EncoderError("--device cuda: torch and clip are not installed: pip install -r requirements.txt")
+        if device == "cuda" or device == "auto" and weights.is_file() and has_torch() and cuda_visible():
             self._forward, self.precision = torch_forward(weights, self.manifest, "cuda", precision)
         else:
             self._forward, self.precision = openvino_forward(folder, precision, threads)
@@ -91,14 +103,18 @@ def openvino_forward(folder, precision, threads):
     config = {"PERFORMANCE_HINT": "LATENCY"}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
-    if precision != "auto":
-        if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise EncoderError("--precision bfloat16: this processor has no bfloat16; use --precision float32")
-        config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[precision]
-    compiled = core.compile_model(Path(folder) / "encoder.xml", "CPU", config)
-    request = compiled.create_infer_request()
-    run_as = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    return (lambda pixels: request.infer([pixels])[0].copy()), {"f32": "float32", "bf16": "bfloat16"}[run_as]
+    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bfloat16" and not has_bfloat16:
+        raise EncoderError("--precision bfloat16: this processor has no bfloat16; use --precision float32")
+    if precision == "auto":
+        precision = "bfloat16" if has_bfloat16 else "float32"
+    config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    try:
+        request = core.compile_model(Path(folder) / "encoder.xml", "CPU", config).create_infer_request()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise EncoderError(f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it again") from None
+    return (lambda pixels: request.infer([pixels])[0].copy()), precision
 
 
 def vision_tower(arch):

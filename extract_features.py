@@ -20,13 +20,13 @@ import numpy as np
 
 import common
 import encoders
-from common import CLASSES, ImageError, UsageError, say
+from common import CLASSES, ImageError, UnsupportedImage, UsageError, say
 from dataset import COLUMNS, FACTS, SEEN, SPLITS, list_images, load_features
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=common.Help)
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
     parser.add_argument("--output_file", default="features.npz", metavar="FILE", help="features to write")
     parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
@@ -50,7 +50,7 @@ def draw(entries, limit, seed=0):
     Drawn by a seeded hash of the path: images added later leave most of the draw as it was.
     """
     def chance(i):
-        return hashlib.sha256(f"{seed} {entries[i].path}".encode()).hexdigest()
+        return hashlib.sha256(os.fsencode(f"{seed} {entries[i].path}")).hexdigest()
     cells = {}
     for i in sorted(range(len(entries)), key=chance):
         cells.setdefault((entries[i].label, entries[i].split), []).append(i)
@@ -121,24 +121,24 @@ def compare(columns, data_dir):
 # ---- encoding ----
 
 def read_row(data_dir, entry, resolution, max_pixels):
-    """One image -> (entry, pixels float32 [3, r, r], its stored columns), or (entry, None, why not)."""
+    """One image -> (entry, pixels float32 [3, r, r], its stored columns), or (entry, None, [why not, is it an image])."""
     from audit import describe_image
     try:
         rgb, row = describe_image(Path(data_dir, entry.path).read_bytes(), max_pixels)
         return entry, common.preprocess(rgb, resolution), row
     except (ImageError, OSError) as error:
-        return entry, None, str(error)
+        return entry, None, [str(error), not isinstance(error, UnsupportedImage)]
 
 
 def encode_batch(rows, encoder):
-    """Rows from `read_row` -> the columns of one part, and 'bad': JSON of [path, reason] pairs."""
+    """Rows from `read_row` -> the columns of one part, and 'bad': JSON of [path, reason, is it an image]."""
     good = [(entry, pixels, row) for entry, pixels, row in rows if pixels is not None]
     features = encoder.encode(np.stack([p for _, p, _ in good])) if good else np.empty((0, encoder.dim), np.float32)
     return {"features": features, "paths": np.array([e.path for e, _, _ in good], dtype=str),
             "sha256": np.array([r["sha256"] for _, _, r in good], dtype="U64"),
             "facts": np.array([r["facts"] for _, _, r in good], dtype=FACTS),
             "thumb": np.array([r["thumb"] for _, _, r in good], np.uint8).reshape(-1, 64),
-            "bad": np.array(json.dumps([[e.path, why] for e, pixels, why in rows if pixels is None]))}
+            "bad": np.array(json.dumps([[e.path, *why] for e, pixels, why in rows if pixels is None]))}
 
 
 def part_name(number, batch, data_dir):
@@ -156,7 +156,7 @@ def part_name(number, batch, data_dir):
 def tell_skipped(part):
     """One line for each image of a part that could not be read."""
     from tqdm import tqdm
-    for path, why in json.loads(str(part["bad"])):
+    for path, why, _ in json.loads(str(part["bad"])):
         tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
 
 
@@ -194,7 +194,7 @@ def encode_missing(batches, parts, args, encoder):
 def assemble(part_paths, old, entries, encoder, meta):
     """Old rows, then the parts' -> all columns of the features file, old rows first and as they were; and the bad ones."""
     parts = [dict(np.load(path, allow_pickle=False)) for path in part_paths]
-    bad = [pair for part in parts for pair in json.loads(str(part["bad"]))]
+    bad = [path for part in parts for path, _, is_image in json.loads(str(part["bad"])) if is_image]
     stored = ("features", "paths", "sha256", "facts", "thumb")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in stored} if parts else None
     if columns is not None:
@@ -205,6 +205,11 @@ def assemble(part_paths, old, entries, encoder, meta):
                     "splits": np.where(seen, SEEN, np.array([e.split for e in rows], dtype=str)),
                     "sources": np.array([e.source for e in rows], dtype=str),
                     "view": np.zeros(len(rows), np.int8)}
+    if old is not None and columns is not None:  # a file that was moved (a label put right, say) is not there twice
+        moved = ~np.isin(old["paths"], [e.path for e in entries]) & np.isin(old["sha256"], columns["sha256"])
+        old = {name: old[name][~moved] for name in COLUMNS}
+    if old is None and not (columns and len(columns["labels"])):
+        raise UsageError("not one image could be read (see the lines above)")
     columns = join_columns([c for c in (old, columns) if c is not None])
     labels = columns["labels"]
     counts = {"images": len(labels), "bad": len(bad), **{c: int((labels == i).sum()) for i, c in enumerate(CLASSES)}}
@@ -266,7 +271,8 @@ def main(argv=None):
         raise UsageError(f"{len(bad)} of {len(entries)} images cannot be read, more than --max_bad_fraction "
                          f"{args.max_bad_fraction}; mend them (see the lines above) or raise the limit")
     if (columns["splits"] == SEEN).any():
-        say(f"{int((columns['splits'] == SEEN).sum())} images were used to train this encoder: split '{SEEN}', not for training a classifier")
+        say(f"{int((columns['splits'] == SEEN).sum())} images were used to train this encoder: split '{SEEN}', "
+            "not for training a classifier")
     with common.atomic_write(parts / "all") as file:  # in there, so that a killed run leaves nothing else behind
         np.savez_compressed(file, **columns)
     os.replace(parts / "all", output)

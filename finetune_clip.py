@@ -10,6 +10,8 @@ tiny.json beside the checkpoint, and extract_features.py marks their rows as spl
 """
 import argparse
 import json
+import sys
+from collections import Counter
 from pathlib import Path
 
 import common
@@ -23,12 +25,13 @@ AVERAGE = 0.998          # weights averaged by this factor a step: worth about 3
 NOTICE = "this encoder is a demonstration, trained from scratch on a few thousand images: not a detector to rely on"
 PRECISION = "float32"    # how `auto` runs it: bfloat16 saves 0.7 ms an image here and turns 4 of 1,425 verdicts
 SAVE_EVERY = 200         # steps between stored states
+SIDE = 768               # all images are held in memory, shrunk to this long side: for thousands, not for millions
 SMOOTHING = 0.05         # a few percent of the labels are wrong
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=common.Help)
     parser.add_argument("--arch", choices=ARCHITECTURES, default="tiny-resnet", help="network, trained from scratch")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="labelled images, as for extract_features.py")
     parser.add_argument("--output", default="finetuned.pt", metavar="FILE", help="checkpoint to write")
@@ -36,24 +39,29 @@ def parse_args(argv):
     parser.add_argument("--keep", type=float, default=0.5, metavar="SHARE",
                         help="share of 'train' that is kept from the encoder, for the classifier")
     parser.add_argument("--steps", type=int, default=4000, metavar="N", help="optimiser steps")
-    parser.add_argument("--batch_size", type=int, default=48, metavar="N", help="images a step, half of each class")
+    parser.add_argument("--batch_size", type=int, default=48, metavar="N", help="images a step, on average half of each class")
     parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate (AdamW, cosine)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and of every draw")
     return parser.parse_args(argv)
 
 
 def kept_back(digest, share):
-    """Is the image with this SHA-256 kept from the encoder? Decided by its content, so twins stay together."""
+    """Is the image with this SHA-256 kept from the encoder? Decided by its content, so equal files stay together."""
     return int(digest[:8], 16) < share * 2**32
 
 
 def load_images(args):
-    """-> (images uint8 RGB arrays, labels, sources, sha256) of the chosen splits, and the same of those kept back."""
+    """-> rows (PIL RGB image, label, source, sha256) of the chosen splits, and the same of those kept back."""
+    from distort import fit
     from tqdm import tqdm
     splits, seen, kept = args.train_splits.split(","), [], []
     for entry in tqdm([e for e in list_images(args.data_dir) if e.split in splits], desc="reading", unit="image"):
         data = common.read_bytes(Path(args.data_dir, entry.path))
-        row = common.decode_image(data), entry.label, entry.source, common.sha256(data)
+        try:
+            row = fit(common.decode_image(data), SIDE), entry.label, entry.source, common.sha256(data)
+        except common.ImageError as error:
+            tqdm.write(f"left out {entry.path}: {error}", file=sys.stderr)
+            continue
         (kept if entry.split == "train" and kept_back(row[3], args.keep) else seen).append(row)
     if len({row[1] for row in seen}) < 2:
         raise UsageError(f"--data_dir {args.data_dir}: no images of both classes in the splits {args.train_splits}")
@@ -65,7 +73,8 @@ def balanced_draw(rows):
     import numpy as np
     labels, sources = [r[1] for r in rows], [r[2] for r in rows]
     pairs = list(zip(labels, sources))
-    weight = np.array([pairs.count(p) ** -0.5 for p in pairs])
+    size = Counter(pairs)
+    weight = np.array([size[p] ** -0.5 for p in pairs])
     for label in (0, 1):
         mask = np.array(labels) == label
         weight[mask] /= 2 * weight[mask].sum()
@@ -102,12 +111,17 @@ def clip_state_dict(tower):
     return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
 
 
+def arguments(args):
+    """What shapes the weights, besides the images."""
+    return {k: v for k, v in vars(args).items() if k not in ("data_dir", "output")}
+
+
 def save(args, tower, rows):
     """Checkpoint and, beside it, the card: arguments, commit and which images the encoder has seen."""
     import torch
     with common.atomic_write(args.output) as file:
         torch.save(clip_state_dict(tower), file)
-    card = {"notice": NOTICE, "precision": PRECISION, "arguments": {k: v for k, v in vars(args).items() if k not in ("data_dir", "output")},
+    card = {"notice": NOTICE, "precision": PRECISION, "arguments": arguments(args),
             "commit": common.code_commit(), "torch": torch.__version__,
             "images": len(rows), "seen": sorted(r[3][:16] for r in rows)}
     with common.atomic_write(Path(args.output).with_suffix(".json"), "w") as file:
@@ -135,10 +149,13 @@ def main(argv=None):
     weight = balanced_draw(seen)
 
     # Interrupted trainings go on: state is stored beside the output, and each step draws from its own seed.
+    of = common.sha256(repr([sorted(arguments(args).items()), sorted(row[3] for row in seen)]).encode())
     state_file, first = Path(f"{args.output}.state"), 0
     parts = dict(model=model, average=average, optimizer=optimizer, schedule=schedule)
     if state_file.is_file():
         state = torch.load(state_file)
+        if state["of"] != of:
+            raise UsageError(f"{state_file} is the state of a training with other arguments or images: remove it first")
         first = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -163,7 +180,7 @@ def main(argv=None):
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             with common.atomic_write(state_file) as file:
-                torch.save({"step": step + 1, **{k: v.state_dict() for k, v in parts.items()}}, file)
+                torch.save({"step": step + 1, "of": of, **{k: v.state_dict() for k, v in parts.items()}}, file)
             if kept:
                 common.say(f" step {step + 1}: AUC {kept_auc(average.module, kept, resolution):.3f} on kept images")
     save(args, average.module[0].eval(), seen)

@@ -16,6 +16,7 @@ import numpy as np
 from common import CLASSES, ModelError, atomic_write, read_bytes, sha256
 
 FORMAT = 1
+BLOCK = 1000  # rows scored at a time: the kernel matrix of a test set would take gigabytes
 REMEDY = "train it again with train_model.py"
 # What a model must hold. Arrays as (dtype kind, number of dimensions).
 FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1), "support_vectors": ("f", 2),
@@ -24,12 +25,19 @@ FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1
           "metrics": dict}
 
 
+def plain_dtype(name, *_):
+    """numpy's own type of that name. The file may not bring the state of one: crafted states read foreign memory."""
+    if name not in ("f4", "f8", "i1", "i8"):
+        raise ModelError(f"it holds an array of type {name!r}")
+    return np.dtype(name)
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Knows the two names that a numpy array needs and no others, so nothing in the file can be called."""
 
     def find_class(self, module, name):
         if (module, name) == ("numpy", "dtype"):
-            return np.dtype
+            return plain_dtype
         if module in ("numpy._core.numeric", "numpy.core.numeric") and name == "_frombuffer":
             return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
         raise ModelError(f"it holds {f'{module}.{name}'!r}, which is not plain data, and may be planted")
@@ -93,9 +101,13 @@ def decision(model, features):
 
     sum_i alpha_i exp(-gamma |x - v_i|^2) + b, as libsvm has it; |x - v|^2 is expanded, so one matrix product does it.
     """
-    x, vectors = standardise(model, features).astype(np.float64), model["support_vectors"].astype(np.float64)
-    distance = (x * x).sum(1)[:, None] - 2 * x @ vectors.T + (vectors * vectors).sum(1)
-    return np.exp(-model["gamma"] * np.maximum(distance, 0)) @ model["dual_coef"] + model["intercept"]
+    rows, vectors = standardise(model, features).astype(np.float64), model["support_vectors"].astype(np.float64)
+    square, scores = (vectors * vectors).sum(1), np.empty(len(rows))
+    for start in range(0, len(rows), BLOCK):
+        x = rows[start:start + BLOCK]
+        distance = (x * x).sum(1)[:, None] - 2 * x @ vectors.T + square
+        scores[start:start + BLOCK] = np.exp(-model["gamma"] * np.maximum(distance, 0)) @ model["dual_coef"]
+    return scores + model["intercept"]
 
 
 def probability(model, scores):

@@ -78,6 +78,8 @@ def prepare(clip_model, source):
         visual = load_visual(clip_model)
         progress.update()
         name = clip_model if source == clip_model else Path(clip_model).stem
+        if source != clip_model and name in OPENAI_NAMES:
+            name += " (a file)"  # a model that names it must not send anyone to OpenAI's
         manifest = read_card(clip_model)
         manifest |= {"name": name, "source": source, "identity": identity_of(visual), "layers": "final",
                      "preprocessing": PREPROCESSING, "resolution": visual.input_resolution,

@@ -28,9 +28,9 @@ POOL = ("train", "val", "test", "")  # what --resplit divides anew; external, ex
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=common.Help)
     parser.add_argument("--features_file", nargs="+", default=["features.npz"], metavar="FILE",
-                        help="from extract_features.py; several must be of one encoder")
+                        help="from extract_features.py (default: features.npz); several must be of one encoder")
     parser.add_argument("--model_output_path", default="model.joblib", metavar="FILE", help="model to write")
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
     parser.add_argument("--resplit", action="store_true", help="split by group here, whatever the folders say")
@@ -59,7 +59,8 @@ def load_columns(paths):
 def make_groups(columns):
     """Group number of each row, int [n]: twins share one; with 10 sources or more (5 of each class), sources do.
 
-    -> (groups, what they are, in words). Raises UsageError where one picture is more than MAX_CLUSTER of the data.
+    Images without a source are grouped as twins alone. -> (groups, what they are, in words). Raises UsageError where
+    one picture is more than MAX_CLUSTER of the data.
     """
     from audit import merge, twin_clusters
     cluster = twin_clusters(columns["thumb"], columns["sha256"])
@@ -68,13 +69,13 @@ def make_groups(columns):
     if n > max(50, MAX_CLUSTER * len(cluster)):
         raise UsageError(f"{n} of {len(cluster)} images look like one and the same picture "
                          f"({', '.join(columns['paths'][cluster == largest][:3])}, ...): remove the copies, then extract again")
-    sources, number = np.unique(columns["sources"], return_inverse=True)
-    of_class = [len(np.unique(number[columns["labels"] == label])) for label in (0, 1)]
-    if len(sources) < 10 or min(of_class) < FOLDS:
+    sources = columns["sources"]
+    named = np.flatnonzero(sources != "")
+    of_class = [len(np.unique(sources[named][columns["labels"][named] == label])) for label in (0, 1)]
+    if len(np.unique(sources[named])) < 10 or min(of_class) < FOLDS:
         return cluster, "near-identical images"
-    first = {s: i for i, s in reversed(list(enumerate(number)))}
-    pairs = np.array([(i, first[s]) for i, s in enumerate(number)])
-    return merge(cluster, pairs), "sources"
+    first = {sources[i]: i for i in named[::-1]}
+    return merge(cluster, np.array([(i, first[sources[i]]) for i in named])), "sources"
 
 
 def choose_rows(columns, args, seed):
@@ -88,9 +89,11 @@ def choose_rows(columns, args, seed):
     in_train = labelled & np.isin(splits, wanted)
     in_test = labelled & (splits == "test")
     own = args.resplit or not in_train.any() or not in_test.any() or "test" in wanted
-    pool = labelled & (np.isin(splits, POOL) if args.resplit or not in_train.any() else in_train)
+    pool = labelled & (np.isin(splits, (*POOL, *wanted)) if args.resplit or not in_train.any() else in_train)
     check_classes(columns, pool if own else in_train, "to train on")
-    groups, kind = make_groups(columns)
+    used = np.flatnonzero(pool if own else in_train | in_test)  # others' sources must not count
+    groups = np.full(len(labelled), -1)
+    groups[used], kind = make_groups({name: columns[name][used] for name in COLUMNS})
     if not own:
         return np.flatnonzero(in_train), np.flatnonzero(in_test), groups, f"the folders' split; folds by {kind}"
     rows = np.flatnonzero(pool)
@@ -112,7 +115,7 @@ def fold_rows(labels, groups, seed):
     number = [len(np.unique(groups[labels == label])) for label in (0, 1)]
     if min(number) < FOLDS:
         raise UsageError(f"only {min(number)} groups of {CLASSES[int(np.argmin(number))]} images for {FOLDS} folds: "
-                         "too many are copies of each other; add other images")
+                         "add images of other sources, or ones that are no copies")
     return list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels, groups))
 
 
@@ -140,13 +143,21 @@ def out_of_fold(features, labels, folds, C, gamma):
     return scores
 
 
+def search_rows(labels, seed):
+    """At most SEARCH_ROWS row numbers: of the smaller class as many as there are, up to half."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    of_class = [order[labels[order] == label] for label in (0, 1)]
+    small = min(len(of_class[0]), len(of_class[1]), SEARCH_ROWS // 2)
+    return np.sort(np.concatenate([rows[:SEARCH_ROWS - small] if len(rows) > small else rows for rows in of_class]))
+
+
 def search(features, labels, groups, seed):
     """C and gamma with the best out-of-fold AUC on at most SEARCH_ROWS rows. -> (C, gamma)"""
     from audit import auc
     from tqdm import tqdm
-    rows = np.sort(np.random.default_rng(seed).permutation(len(labels))[:SEARCH_ROWS])
+    rows = search_rows(labels, seed)
     features, labels, groups = features[rows], labels[rows], groups[rows]
-    folds = fold_rows(labels, groups, seed)
+    folds = fold_rows(labels, groups, seed + 1)  # not the folds that calibrate: there the chosen point looks too good
     grid = [(C, g / features.shape[1]) for C in C_GRID for g in GAMMA_GRID]
     scores = {point: auc(out_of_fold(features, labels, folds, *point), labels) for point in tqdm(grid, desc="C, gamma")}
     return max(grid, key=scores.get)
@@ -237,6 +248,9 @@ def main(argv=None):
     used = np.concatenate([train, test])
     actual = np.repeat(["train", "test"], [len(train), len(test)])
     found = audit({**{name: columns[name][used] for name in COLUMNS}, "splits": actual})
+    fatal, note = sentences(found)
+    for line in [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]:
+        say(line)
     model = build_model(columns, train, groups, encoder, args)
     if notice := encoder.get("notice"):
         say(f"note: {notice}")
@@ -249,8 +263,6 @@ def main(argv=None):
     from report import table, write_report
     save_model(args.model_output_path, model)
     folder = write_report(Path(args.model_output_path).with_suffix("").as_posix() + "_report", metrics)
-    fatal, note = sentences(found)
-    say("\n".join([*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]))
     print(f"SVM, C {model['C']:g}, gamma {model['gamma']:.3g}, {len(model['dual_coef'])} support vectors, on '{encoder['name']}'\n"
           f"{table(metrics['test'])}\n{args.model_output_path} {args.model_version}, report in {folder}/")
 

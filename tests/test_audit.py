@@ -212,8 +212,17 @@ def test_a_twin_in_extra_is_no_twin_in_train(pictures):
 @pytest.mark.parametrize("repeated, is_fatal", [(0, False), (1, False), (2, True)])
 def test_one_repeated_image_in_a_hundred_is_noted_and_more_are_fatal(repeated, is_fatal):
     twins = {"test": 100, "test_with_twin_in_train": repeated, "clusters_with_both_labels": 0}
-    fatal, note = sentences({"twins": twins, "auc_of_one_number": {}, "examples": [[["a", "b"]], []]})
+    formats = {"real": {"JPEG": 60}, "fake": {"JPEG": 40}}
+    fatal, note = sentences({"images": 500, "formats": formats, "twins": twins, "auc_of_one_number": {},
+                             "examples": [[["a", "b"]], []]})
     assert bool(fatal) == is_fatal and bool(note) == (repeated == 1)
+
+
+def test_a_format_that_goes_with_the_label_is_told():
+    twins = {"test": 0, "test_with_twin_in_train": 0, "clusters_with_both_labels": 0}
+    formats = {"real": {"JPEG": 90, "PNG": 10}, "fake": {"PNG": 100}}
+    _, note = sentences({"images": 200, "formats": formats, "twins": twins, "auc_of_one_number": {}, "examples": [[], []]})
+    assert note == ["JPEG files are 90% of the reals and 0% of the fakes.", "PNG files are 10% of the reals and 100% of the fakes."]
 
 
 # ---- the command ----

@@ -8,6 +8,8 @@ from conftest import ROOT
 
 import demo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def printed():

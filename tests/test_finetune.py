@@ -17,6 +17,8 @@ import prepare_clip  # noqa: E402
 from conftest import assert_one_line_error  # noqa: E402
 from dataset import load_features  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 STEPS = ["--steps", "4", "--batch_size", "8"]
 
 

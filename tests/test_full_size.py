@@ -63,6 +63,6 @@ def test_its_features_are_those_of_clip_load(checkpoint, cache, photos, monkeypa
     model, transform = clip.load(str(checkpoint), device="cpu")
     with torch.inference_mode():
         theirs = model.encode_image(torch.stack([transform(image) for image in images])).numpy()
-    assert pairwise_cosines(theirs).max() < 0.5, "the images must differ for the comparison to mean something"
+    assert np.median(pairwise_cosines(theirs)) < 0.5, "the images must differ for the comparison to mean something"
     assert centred_cosines(exact, theirs).min() >= 0.99999
     assert centred_cosines(fast, theirs).min() >= 0.9995

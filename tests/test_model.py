@@ -283,3 +283,24 @@ def test_features_of_another_width_are_refused_with_both_widths_and_the_encoder(
 def test_a_missing_file_is_the_users_error(tmp_path):
     with pytest.raises(UsageError, match="No such file"):
         load_model(tmp_path / "nowhere.joblib")
+
+
+def dtype_with_state(code, state):
+    """A pickle that asks for numpy's type `code` and then sets its state, as only a crafted file does."""
+    class Crafted:
+        def __reduce__(self):
+            return np.dtype, (code, False, True), state
+    return Crafted()
+
+
+@pytest.mark.parametrize("code, state", [
+    ("O", (3, "|", None, None, None, -1, -1, 0)),                     # bytes of the file taken for object pointers
+    ("f8", (3, "<", ("<f8", (10**8,)), None, None, 8, 8, 0)),         # an element that claims to be 800 MB
+], ids=["object pointers", "oversized element"])
+def test_a_type_with_a_state_of_its_own_is_refused_before_memory_is_read(code, state, tmp_path):
+    class Array:
+        def __reduce__(self):
+            return np._core.numeric._frombuffer, (b"\1" * 64, dtype_with_state(code, state), (8,), "C")
+    (tmp_path / "model.joblib").write_bytes(pickle.dumps({"format": Array()}, protocol=5))
+    with pytest.raises(ModelError, match="refused|not a model file"):
+        load_model(tmp_path / "model.joblib")

