@@ -239,3 +239,21 @@ def test_scrambled_files_give_an_image_or_one_of_our_errors(kind, as_users_have_
             assert str(error)
         else:
             assert image.mode == "RGB" and min(image.size) > 0
+
+
+def test_a_small_tiff_that_asks_for_gigabytes_of_tiles_is_refused_before_they_are_allocated():
+    """Its picture is 64 x 64; the one tile that holds it claims 65,536 x 65,536."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "TIFF", tiffinfo={322: 65536, 323: 65536})
+    with pytest.raises(common.ImageTooLarge, match="tiles of more than the 200,000,000 pixels"):
+        common.decode_image(buffer.getvalue())
+
+
+def test_a_jpeg_of_endless_scans_is_refused_and_a_progressive_one_is_not(photos):
+    buffer = io.BytesIO()
+    Image.open(photos["china.jpg"]).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    common.decode_image(data)
+    scan = data.rindex(b"\xff\xda")
+    with pytest.raises(common.BrokenImage, match="more than 200 scans"):
+        common.decode_image(data[:scan] + data[scan:-2] * 200 + data[-2:])

@@ -315,7 +315,7 @@ def four_pictures(columns):
 @pytest.mark.parametrize("spoil, words", [
     (nan, ["1 rows hold NaN", "0/00007.jpg", "extract again"]), (infinite, ["1 rows hold NaN or infinite"]),
     (one_class, ["0 fake images to train on", "at least 20"]), (nineteen_fakes, ["19 fake images", "at least 20"]),
-    (no_labels, ["0 real images"]), (four_pictures, ["only 4 groups of fake images for 5 folds", "add other images"]),
+    (no_labels, ["0 real images"]), (four_pictures, ["only 4 groups of fake images for 5 folds", "add images"]),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_data_that_cannot_train_are_refused_in_one_line(command, tmp_path, spoil, words):
     columns = make_columns()
