@@ -192,9 +192,12 @@ def encode_missing(batches, parts, args, encoder):
 # ---- the features file ----
 
 def assemble(part_paths, old, entries, encoder, meta):
-    """Old rows, then the parts' -> all columns of the features file, old rows first and as they were; and the bad ones."""
+    """Old rows, then the parts' -> all columns of the features file, old rows first and as they were.
+
+    Beside them, of each file that was skipped, whether it is an image.
+    """
     parts = [dict(np.load(path, allow_pickle=False)) for path in part_paths]
-    bad = [path for part in parts for path, _, is_image in json.loads(str(part["bad"])) if is_image]
+    skipped = [is_image for part in parts for _, _, is_image in json.loads(str(part["bad"]))]
     stored = ("features", "paths", "sha256", "facts", "thumb")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in stored} if parts else None
     if columns is not None:
@@ -212,9 +215,9 @@ def assemble(part_paths, old, entries, encoder, meta):
         raise UsageError("not one image could be read (see the lines above)")
     columns = join_columns([c for c in (old, columns) if c is not None])
     labels = columns["labels"]
-    counts = {"images": len(labels), "bad": len(bad), **{c: int((labels == i).sum()) for i, c in enumerate(CLASSES)}}
+    counts = {"images": len(labels), "bad": len(skipped), **{c: int((labels == i).sum()) for i, c in enumerate(CLASSES)}}
     columns["meta"] = np.array(json.dumps({**meta, "counts": counts}, sort_keys=True))
-    return columns, bad
+    return columns, skipped
 
 
 def join_columns(several):
@@ -222,13 +225,13 @@ def join_columns(several):
     return {name: np.concatenate([columns[name] for columns in several]) for name in COLUMNS}
 
 
-def summary(columns, bad, total):
+def summary(columns, skipped, total):
     """One line for stdout: what was written."""
     counts = {f"{s or 'no split'}/{CLASSES[label] if label >= 0 else 'unlabelled'}":
               int(((columns["splits"] == s) & (columns["labels"] == label)).sum())
               for s in np.unique(columns["splits"]) for label in np.unique(columns["labels"])}
     return (f"{len(columns['labels'])} images, {columns['features'].shape[1]}-d features ("
-            + ", ".join(f"{k} {v}" for k, v in counts.items() if v) + f"); {len(bad)} of {total} skipped")
+            + ", ".join(f"{k} {v}" for k, v in counts.items() if v) + f"); {len(skipped)} of {total} skipped")
 
 
 def main(argv=None):
@@ -266,9 +269,9 @@ def main(argv=None):
 
     named = {k: v for k, v in encoder.manifest.items() if k in ("name", "identity", "layers", "dim", "notice")}
     meta = {"format": 1, "key": key, "commit": common.code_commit(), "encoder": named}
-    columns, bad = assemble(part_paths, old, entries, encoder, meta)
-    if len(bad) > args.max_bad_fraction * len(entries):
-        raise UsageError(f"{len(bad)} of {len(entries)} images cannot be read, more than --max_bad_fraction "
+    columns, skipped = assemble(part_paths, old, entries, encoder, meta)
+    if sum(skipped) > args.max_bad_fraction * len(entries):  # a caption beside each image is no broken image
+        raise UsageError(f"{sum(skipped)} of {len(entries)} images cannot be read, more than --max_bad_fraction "
                          f"{args.max_bad_fraction}; mend them (see the lines above) or raise the limit")
     if (columns["splits"] == SEEN).any():
         say(f"{int((columns['splits'] == SEEN).sum())} images were used to train this encoder: split '{SEEN}', "
@@ -279,7 +282,7 @@ def main(argv=None):
     for path in parts.glob("*.npz"):  # key.json goes last: parts never lie there without a word on how they were made
         path.unlink()
     shutil.rmtree(parts)
-    print(f"{output}: {summary(columns, bad, len(entries))}")
+    print(f"{output}: {summary(columns, skipped, len(entries))}")
 
 
 if __name__ == "__main__":

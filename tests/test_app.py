@@ -304,8 +304,8 @@ def start(request, script):
 
 @pytest.mark.parametrize("settings, words", [
     ({}, ["MODEL_PATH is not set", "train_model.py"]),
-    ({"MODEL_PATH": "nowhere.joblib"}, ["MODEL_PATH=nowhere.joblib", "no such file", "train_model.py"]),
-    ({"MODEL_PATH": "models"}, ["MODEL_PATH=models", "no such file"]),
+    ({"MODEL_PATH": "nowhere.joblib"}, ["MODEL_PATH=", "nowhere.joblib: no such file", "train_model.py"]),
+    ({"MODEL_PATH": "models"}, ["MODEL_PATH=", "models: no such file"]),
     ({"MODEL_PATH": "pyproject.toml"}, ["pyproject.toml", "not a model file"]),
     ({"MODEL_PATH": str(BASELINE)}, ["demonstration", "ALLOW_DEMO_MODEL=1"]),
     ({**DEMO, "PORT": "eighty"}, ["PORT=eighty", "whole number"]),

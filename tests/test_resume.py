@@ -19,9 +19,9 @@ import prepare_clip
 from conftest import ROOT
 from dataset import COLUMNS, load_features
 from extracting import (FEW, SETTINGS, another_encoder, digest, encoded, extract, few, names, own,  # noqa: F401
+                        settings)
 
 pytestmark = pytest.mark.slow
-                        settings)
 
 MANY = {"train/real/camera": 40, "train/fake/gan": 40, "test/real/camera": 20, "test/fake/gan": 20}
 PARTS = 60  # of them in batches of 2
