@@ -17,6 +17,7 @@ from pathlib import Path
 import common
 from common import UsageError
 from dataset import list_images
+from prepare_clip import require_torch
 
 ARCHITECTURES = {  # arguments of clip.model.ModifiedResNet; heads follow from the width as `clip.load` derives them
     "tiny-resnet": dict(layers=[2, 2, 2, 2], output_dim=128, heads=20 * 32 // 64, input_resolution=160, width=20),
@@ -130,6 +131,7 @@ def save(args, tower, rows):
 
 def main(argv=None):
     args = parse_args(argv)
+    require_torch("training an encoder")
     import numpy as np
     import torch
     from clip.model import ModifiedResNet

@@ -37,7 +37,8 @@ def ensure_encoder(clip_model):
     source = source_of(clip_model)
     folder = find_encoder(source=source)
     if folder is None:
-        require_torch(clip_model)
+        require_torch(f"preparing '{clip_model}'",
+                      f", or copy a prepared folder into {cache_dir() / 'encoders'}, or set CLIP_MODEL=tiny (a demonstration)")
         from filelock import FileLock
         try:
             (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
@@ -60,15 +61,14 @@ def source_of(clip_model):
                        "set --clip_model or CLIP_MODEL to one of these")
 
 
-def require_torch(clip_model):
-    """Raises EncoderError where what preparing needs is not installed."""
+def require_torch(what, else_do=""):
+    """Raises EncoderError where what preparing and training an encoder need is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # clip-anytorch: pkg_resources is deprecated
             import clip, filelock, safetensors, torch  # noqa: E401, F401
     except ImportError as error:
-        raise EncoderError(f"preparing '{clip_model}' needs torch and clip ({error}): pip install -r requirements.txt, "
-                           f"or copy a prepared folder into {cache_dir() / 'encoders'}") from None
+        raise EncoderError(f"{what} needs torch and clip ({error}): pip install -r requirements.txt{else_do}") from None
 
 
 def prepare(clip_model, source):
