@@ -55,7 +55,10 @@ def command(data_dir, output):
 
 
 def parts_of(output):
-    return len(list(Path(f"{output}.parts").glob("0*.npz")))
+    try:
+        return sum(name.startswith("0") and name.endswith(".npz") for name in os.listdir(f"{output}.parts"))
+    except FileNotFoundError:  # not there yet, or gone again: glob stumbles where it goes while being read
+        return 0
 
 
 def kill_in_a_run(data_dir, output, more_parts, wait):
