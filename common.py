@@ -129,7 +129,8 @@ def open_image(data, max_pixels=MAX_PIXELS):
 
 def refuse_bombs(image, data, max_pixels):
     """What a small file with a harmless header can still ask for: TIFF tiles of gigabytes, a JPEG of endless scans."""
-    if image.format == "TIFF" and image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0) > max_pixels:
+    tile = [image.tag_v2.get(tag) for tag in (322, 323)] if image.format == "TIFF" else []
+    if tile and all(isinstance(side, int) for side in tile) and tile[0] * tile[1] > max_pixels:  # a crafted tag may be text
         raise ImageTooLarge(f"the TIFF has tiles of more than the {max_pixels:,} pixels allowed")
     if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
         raise BrokenImage(f"the JPEG has more than {MAX_SCANS} scans")
@@ -206,6 +207,8 @@ def preprocess(image, resolution):
 def atomic_write(path, mode="wb"):
     """Write to a temporary name beside `path`, rename at the end: a reader sees the old file or the whole new one."""
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

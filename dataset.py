@@ -81,18 +81,23 @@ def list_images(data_dir, split_names=SPLITS, unlabelled=False):
     return labelled
 
 
+def join_columns(several):
+    """Rows of several column sets one below the other; text columns as wide as the longest needs."""
+    return {name: np.concatenate([columns[name] for columns in several]) for name in COLUMNS}
+
+
 def load_features(path):
     """features.npz -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed. Raises UsageError."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             columns = {name: file[name] for name in (*COLUMNS, "meta")}
+        columns["meta"] = json.loads(str(columns["meta"]))
     except FileNotFoundError:
         raise UsageError(f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR") from None
     except KeyError as error:
         raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file
         raise UsageError(f"--features_file {path} is not a features file ({error}); extract again") from None
-    columns["meta"] = json.loads(str(columns["meta"]))
     lengths = {len(columns[name]) for name in COLUMNS}
     if len(lengths) != 1 or columns["features"].ndim != 2:
         raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")

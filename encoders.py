@@ -72,6 +72,8 @@ class Encoder:
 
     def __init__(self, folder, device="auto", precision="auto", threads=0):
         self.manifest = read_manifest(folder)
+        if not self.manifest:
+            raise EncoderError(f"{folder} holds no prepared encoder: prepare one with prepare_clip.py")
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
         self.notice = self.manifest.get("notice")

@@ -21,7 +21,7 @@ import numpy as np
 import common
 import encoders
 from common import CLASSES, ImageError, UnsupportedImage, UsageError, say
-from dataset import COLUMNS, FACTS, SEEN, SPLITS, list_images, load_features
+from dataset import COLUMNS, FACTS, SEEN, SPLITS, join_columns, list_images, load_features
 
 
 def parse_args(argv):
@@ -40,7 +40,7 @@ def parse_args(argv):
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="images in one forward pass")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-                        help="auto: the fastest that the processor has")
+                        help="auto: what the encoder asks for, else the fastest here")
     return parser.parse_args(argv)
 
 
@@ -92,7 +92,7 @@ def old_columns(output, key, data_dir):
     except UsageError:
         set_aside(output, "cannot be read")
         return None
-    if columns["meta"]["key"] != key:
+    if columns["meta"].get("key") != key:
         set_aside(output, "was made with other flags, another encoder or precision")
         return None
     found = compare(columns, data_dir)
@@ -218,11 +218,6 @@ def assemble(part_paths, old, entries, encoder, meta):
     counts = {"images": len(labels), "bad": len(skipped), **{c: int((labels == i).sum()) for i, c in enumerate(CLASSES)}}
     columns["meta"] = np.array(json.dumps({**meta, "counts": counts}, sort_keys=True))
     return columns, skipped
-
-
-def join_columns(several):
-    """Rows of several column sets one below the other; text columns as wide as the longest needs."""
-    return {name: np.concatenate([columns[name] for columns in several]) for name in COLUMNS}
 
 
 def summary(columns, skipped, total):

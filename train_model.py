@@ -14,7 +14,7 @@ import numpy as np
 
 import common
 from common import CLASSES, UsageError, say
-from dataset import COLUMNS, load_features
+from dataset import COLUMNS, join_columns, load_features
 
 FOLDS = 5
 MIN_IMAGES = 20          # of each class, for training
@@ -44,12 +44,15 @@ def parse_args(argv):
 def load_columns(paths):
     """Features files -> their joined columns and the encoder's entry. Raises UsageError on NaNs and mixed encoders."""
     files = [load_features(path) for path in paths]
+    for path, file in zip(paths, files):
+        if "encoder" not in file["meta"]:
+            raise UsageError(f"{path} does not say which encoder made it: extract again")
     encoders = [file["meta"]["encoder"] for file in files]
     for path, encoder in zip(paths, encoders):
         if encoder["identity"] != encoders[0]["identity"]:
             raise UsageError(f"{paths[0]} was made by '{encoders[0]['name']}' ({encoders[0]['identity'][:12]}), {path} by "
                              f"'{encoder['name']}' ({encoder['identity'][:12]}): extract both with one encoder")
-    columns = {name: np.concatenate([file[name] for file in files]) for name in COLUMNS}
+    columns = join_columns(files)
     bad = ~np.isfinite(columns["features"]).all(axis=1)
     if bad.any():
         raise UsageError(f"{bad.sum()} rows hold NaN or infinite features (first: {columns['paths'][bad][0]}); extract again")

@@ -69,7 +69,7 @@ def worst_external(detector, columns):
     rows = np.flatnonzero(columns["splits"] == "external")
     p_fake = probability(detector.model, decision(detector.model, columns["features"][rows]))
     found = by_source(columns["labels"][rows].astype(int), p_fake, detector.model["threshold"], columns["sources"][rows])
-    return ", ".join(f"`{r['source']}` ({r['label']} images, {r['value']:.0%} of {r['n']})" 
+    return ", ".join(f"`{r['source']}` ({r['label']} images, {r['value']:.0%} of {r['n']})"
                      for r in [r for r in found if r["n"] >= 10][:4])
 
 
@@ -94,7 +94,8 @@ def main():
         shown.append(f"| `tiny` + SVM, shipped here: a demonstration | {cell(cells[0])} | {words} |")
     size = (HERE / "tiny" / "encoder.bin").stat().st_size / 2 / 1e6
     (HERE / "README.md").write_text(CARD.format(
-        worst=worst_external(detector, columns), by_image=" and ".join(f"[{low:.2f}, {high:.2f}]" for low, high in over_images), seen=len(manifest["seen"]), tiers=" | ".join(TIERS), rows="\n".join(rows), dim=manifest["dim"], parameters=size,
+        worst=worst_external(detector, columns), seen=len(manifest["seen"]), tiers=" | ".join(TIERS), rows="\n".join(rows),
+        by_image=" and ".join(f"[{low:.2f}, {high:.2f}]" for low, high in over_images), dim=manifest["dim"], parameters=size,
         arguments=", ".join(f"{k} {v}" for k, v in manifest["arguments"].items()), commit=manifest["commit"][:12],
         train=sum(detector.model["training_data"][name] for name in common.CLASSES)))
     (HERE / "baseline_report" / "summary.txt").write_text("\n".join(shown) + "\n")

@@ -250,6 +250,15 @@ def test_a_small_tiff_that_asks_for_gigabytes_of_tiles_is_refused_before_they_ar
         common.decode_image(data)
 
 
+def test_tile_sizes_that_are_letters_are_no_traceback():
+    """A picture in strips, and beside them tile tags of text, which mean nothing."""
+    tags = [(256, 4, 8), (257, 4, 8), (258, 4, 8), (259, 4, 1), (262, 4, 1), (273, 4, 160), (277, 4, 1), (278, 4, 8),
+            (279, 4, 64), (322, 2, 65), (323, 2, 65)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    data = (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(160, b"\0") + bytes(64)
+    assert common.decode_image(data).size == (8, 8)
+
+
 def test_a_jpeg_of_endless_scans_is_refused_and_a_progressive_one_is_not(photos):
     buffer = io.BytesIO()
     Image.open(photos["china.jpg"]).save(buffer, "JPEG", progressive=True)
