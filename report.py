@@ -1,165 +1,225 @@
-"""Metrics with intervals, and the plots, all from one metrics.json.
+"""From scores to a report: what a model does on labelled images, as one metrics.json, and everything that is made from it.
 
-    metrics = measure(labels, p_fake, threshold, groups)
-    write_report("model_report", metrics)
+    report = {**names, **assess(model, columns, rows, groups, twins)}
+    write_report("model_report", report)      # metrics.json, CSV tables, plots, report.html, MODEL_CARD.md
 """
+import base64
+import csv
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 
-from audit import auc
-from common import CLASSES, atomic_write
+import metrics
+from common import CLASSES, HERE, atomic_write
+from metrics import METRICS
+from model import decision, probability
 
-RESAMPLES = 1000
-
-
-def wilson(successes, n):
-    """95% interval of a share (Wilson 1927): [low, high]; [0, 1] where n is 0."""
-    if n == 0:
-        return [0.0, 1.0]
-    z, p = 1.959964, successes / n
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return [0.0 if successes == 0 else float(low), 1.0 if successes == n else float(high)]  # exact, without rounding
+# What a training alone or an evaluation alone has; a template finds None for the others.
+OPTIONAL = ("robustness", "arms", "not_measured", "hardest", "warnings", "leak", "labels", "leave_one_source_out",
+            "classifiers", "split", "data")
+NAMES = {name: words for name, (words, _) in METRICS.items()}
 
 
-def share(mask):
-    """Boolean [n] -> {'value', 'interval', 'n'}; value None where n is 0."""
-    n, k = len(mask), int(np.sum(mask))
-    return {"value": k / n if n else None, "interval": wilson(k, n), "n": n}
+# ---- from scores to numbers ----
+
+def about(model):
+    """What every report says of the model first."""
+    return {"encoder": model["encoder"]["name"], "notice": model["encoder"].get("notice"),
+            "model_version": model["versions"]["model"], "code": model["versions"]["code"], "classifier": model["classifier"],
+            "hyperparameters": model["hyperparameters"],
+            "training_data": {k: v for k, v in model["training_data"].items() if k != "images"},
+            "threshold": model["threshold"], "threshold_rule": model["threshold_rule"], "band": model["band"].tolist()}
 
 
-def bootstrap(function, groups, *arrays, seed=0):
-    """95% interval of `function(*arrays)`, resampling whole groups: images of one group are not independent.
+def assess(model, columns, rows, groups, twins):
+    """Row numbers of labelled images (and their degraded copies) -> the part of a report that scores alone give.
 
-    Resamples without both classes are left out. -> [low, high]; [0, 1] where there are none.
+    `groups`: what intervals over several sources rest on; `twins`: copies of one picture. Known are the sources that
+    the model was trained on.
     """
-    rng = np.random.default_rng(seed)
-    _, inverse = np.unique(groups, return_inverse=True)
-    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse))[:-1])
-    values = []
-    for _ in range(RESAMPLES):
-        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        value = function(*(a[rows] for a in arrays))
-        if value is not None:
-            values.append(value)
-    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if values else [0.0, 1.0]
+    scores = decision(model, columns["features"][rows])
+    p_fake, labels = probability(model, scores), columns["labels"][rows].astype(int)
+    whole, known = columns["view"][rows] == 0, known_rows(model, columns["sources"][rows])
+
+    def measured(mask):
+        return metrics.measure(labels[mask], p_fake[mask], model["threshold"], groups[rows][mask]) if mask.any() else None
+
+    def banded(mask):
+        return metrics.abstention(labels[mask], p_fake[mask], model["threshold"], model["band"].tolist(), groups[rows][mask]) \
+            if mask.any() else None
+    parts = {"overall": whole, "known": whole & known, "unseen": whole & ~known}
+    found = {name: measured(mask) for name, mask in {**parts, "degraded": ~whole}.items()}
+    sources = metrics.by_source(labels[whole], p_fake[whole], model["threshold"], columns["sources"][rows][whole],
+                                twins[rows][whole], model["training_data"]["sources"])
+    raw = 0.5 * (1 + np.tanh(0.5 * scores[whole]))  # the decision value taken for a logit
+    return {**found, "base_rates": metrics.base_rates(found["overall"]),
+            "calibration": metrics.calibration(labels[whole], p_fake[whole], groups[rows][whole]),
+            "uncalibrated": metrics.calibration(labels[whole], raw, groups[rows][whole]),
+            "by_source": sources,
+            "over_sources": {name: metrics.over_sources([r for r in sources if r["known"] == (name == "known")])
+                             for name in ("known", "unseen")},
+            "band_error": model["threshold_rule"]["band_error"],
+            "abstention": {name: banded(mask) for name, mask in parts.items()},
+            "risk_coverage": metrics.risk_coverage(labels[whole], p_fake[whole], model["threshold"]),
+            "scores": {"labels": labels[whole].tolist(), "p_fake": p_fake[whole].round(6).tolist()}}
 
 
-def balanced_accuracy(labels, fake):
-    """Mean of the accuracies on reals and on fakes; None without both."""
-    if len(np.unique(labels)) < 2:
-        return None
-    return float((np.mean(~fake[labels == 0]) + np.mean(fake[labels == 1])) / 2)
+def known_rows(model, sources):
+    """Boolean [n]: images of sources that the model was trained on."""
+    return np.isin(sources, model["training_data"]["sources"])
 
 
-def area(labels, p_fake):
-    return auc(p_fake, labels) if len(np.unique(labels)) == 2 else None
+# ---- in words ----
+
+def words(metric, digits=2):
+    """'0.82 [0.76, 0.86]'; 'n/a' without a value, no brackets without an interval."""
+    if metric is None or metric["value"] is None:
+        return "n/a"
+    ends = metric.get("interval")
+    return f"{metric['value']:.{digits}f}" + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
 
 
-def measure(labels, p_fake, threshold, groups):
-    """Labels int [n], probability of fake [n], one threshold, groups [n] -> dict of metrics, each with a 95% interval.
-
-    Wilson's interval where images count one by one; where groups matter (AUC, balanced accuracy) a bootstrap over them.
-    """
-    labels, fake = np.asarray(labels), np.asarray(p_fake) >= threshold
-    metrics = {"n": len(labels), "threshold": threshold, "accuracy": share(fake == labels),
-               "confusion": [[int(((labels == i) & (fake == j)).sum()) for j in (0, 1)] for i in (0, 1)]}
-    for i, name in enumerate(CLASSES):
-        metrics[f"recall_{name}"] = share(fake[labels == i] == i)
-        metrics[f"precision_{name}"] = share(labels[fake == i] == i)
-    metrics["balanced_accuracy"] = {"value": balanced_accuracy(labels, fake), "n": len(labels),
-                                    "interval": bootstrap(balanced_accuracy, groups, labels, fake)}
-    metrics["auc"] = {"value": area(labels, p_fake), "n": len(labels),
-                      "interval": bootstrap(area, groups, labels, np.asarray(p_fake))}
-    return metrics
-
-
-def by_source(labels, p_fake, threshold, sources):
-    """-> list of rows {source, label, n, accuracy with Wilson's interval}, worst first."""
-    rows = []
-    for source in np.unique(sources):
-        for i, name in enumerate(CLASSES):
-            mask = (sources == source) & (labels == i)
-            if mask.any():
-                rows.append({"source": str(source), "label": name, **share((p_fake[mask] >= threshold) == i)})
-    return sorted(rows, key=lambda r: (r["value"], -r["n"]))
-
-
-def table(metrics):
+def table(found):
     """The metrics that a training prints, one a line: value, interval, n."""
     lines = [f"{'':18}{'value':>7}  {'95% interval':14}  n"]
-    for name in ("accuracy", "balanced_accuracy", "auc", "precision_real", "recall_real", "precision_fake", "recall_fake"):
-        m = metrics[name]
+    for name in ("accuracy", *NAMES, "precision_real", "precision_fake"):
+        m = found[name]
         value = "    n/a" if m["value"] is None else f"{m['value']:7.3f}"
-        lines.append(f"{name.replace('_', ' '):18}{value}  {m['interval'][0]:.3f} .. {m['interval'][1]:.3f}  {m['n']}")
+        ends = "none" if m["interval"] is None else f"{m['interval'][0]:.3f} .. {m['interval'][1]:.3f}"
+        lines.append(f"{NAMES.get(name, name.replace('_', ' ')):18}{value}  {ends:14}  {m['n']}")
     return "\n".join(lines)
+
+
+def comparison(rows):
+    """Rows of `compare` as a table: what out-of-fold AUC chose, and what that gives on the test images."""
+    lines = [f"{'classifier':12}{'out-of-fold AUC':20}{'test AUC':20}balanced accuracy"]
+    return "\n".join([*lines, *(f"{r['classifier']:12}{words(r['out_of_fold']):20}{words(r['auc']):20}{words(r['balanced_accuracy'])}"
+                                for r in rows)])
+
+
+def held_out(rows):
+    """Leave-one-source-out rows as a table, worst first."""
+    lines = [f"{'source held out':44}{'label':7}{'n':>5}  share right"]
+    return "\n".join([*lines, *(f"{r['source'][:43]:44}{r['label']:7}{r['n']:5}  {words(r)}" for r in rows)])
+
+
+def training(found):
+    """What train_model.py prints of its report."""
+    from audit import leak_sentence
+    lines = [f"{found['classifier']}, {', '.join(f'{k} {v:g}' for k, v in found['hyperparameters'].items())}, on '{found['encoder']}'; "
+             f"threshold {found['threshold']:.3f} ({found['threshold_rule']['words']})"]
+    if len(found["classifiers"]) > 1:
+        lines += [comparison(found["classifiers"]), "the best out of fold was chosen:"]
+    lines.append(table(found["overall"]))
+    if found["degraded"]:
+        lines += [f"on {found['degraded']['n']} degraded copies of the test images:", table(found["degraded"])]
+    for name, words_ in (("all", "real training images"), ("untouched", "of them as they are"), ("degraded", "their degraded copies")):
+        if name in found["false_alarms"]:
+            alarm = found["false_alarms"][name]
+            lines.append(f"called fake, out of fold: {words(alarm, 3)} of {alarm['n']} {words_}")
+    if slope := found["calibration"]:
+        lines.append(f"calibration slope {words(slope['slope'])} (1: as sure as it should be); error {slope['error']:.3f}, "
+                     f"a perfect model's stays below {slope['expected_95']:.3f} in 95 of 100 draws")
+    if found["leak"]:
+        lines.append(leak_sentence(found["leak"]))
+    if found["leave_one_source_out"]:
+        lines.append(held_out(found["leave_one_source_out"]))
+    return "\n".join(lines)
+
+
+def evaluation(found):
+    """What evaluate.py prints of its report."""
+    from audit import leak_sentence
+    lines = [f"{found['classifier']} {found['model_version']} on '{found['encoder']}', threshold {found['threshold']:.3f} "
+             f"({found['threshold_rule']['words']})", *(f"WARNING  {line}" for line in found["warnings"])]
+    for part, title in (("known", "known sources"), ("unseen", "sources never seen"), ("degraded", "degraded copies")):
+        if found[part]:
+            lines += [f"{found[part]['n']} images, {title}:", table(found[part])]
+    if found["leak"]:
+        lines.append(leak_sentence(found["leak"]))
+    for key in ("robustness", "arms"):
+        if found.get(key):
+            lines.append(f"{'':48}balanced accuracy")
+            lines.append(f"{found[key][0]['n']} images{'':{38 - len(str(found[key][0]['n']))}}{'known sources':20}{'never seen':20}verdicts flipped")
+            lines += [f"{r['panel']:17}{r['level']:28}{words(r['known']):20}{words(r['unseen']):20}{words(r['flipped'])}"
+                      for r in found[key]]
+    if found.get("not_measured"):
+        lines.append(f"not measured without pictures (use --data_dir): {'; '.join(found['not_measured'])}")
+    return "\n".join(lines)
+
+
+def calibration_warning(found):
+    """A sentence where the slope's interval lies wholly outside 0.8 to 1.25, else None."""
+    slope = found and found["slope"]
+    if not slope or not slope["interval"] or (slope["interval"][1] >= 0.8 and slope["interval"][0] <= 1.25):
+        return None
+    return (f"calibration slope {words(slope)}: the probabilities are too {'sure' if slope['value'] < 1 else 'timid'} on these "
+            "images; train again on images like these")
 
 
 # ---- files ----
 
-def write_report(folder, metrics):
-    """metrics.json and the plots made from it: confusion_matrix.png, roc.png, calibration.png. -> the folder"""
+def tables(report):
+    """Report -> {file name: (header, rows)} of its CSV tables."""
+    def cells(metric):
+        ends = (metric or {}).get("interval") or (None, None)
+        return [None if metric is None else metric["value"], *ends]
+    spread = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
+    found = {"overall.csv": (["images", "n", *spread],
+                             [[part, report[part]["n"], *(c for name in METRICS for c in cells(report[part][name]))]
+                              for part in ("overall", "known", "unseen", "degraded") if report.get(part)]),
+             "sources.csv": (["source", "label", "known", "paired", "n", *spread],
+                             [[r["source"], r["label"], r["known"], r["paired"], r["n"], *(c for name in METRICS for c in cells(r[name]))]
+                              for r in report["by_source"]])}
+    names = ("accuracy_real", "accuracy_fake", "balanced_accuracy", "auc", "known", "unseen", "flipped")
+    ends = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    for key in ("robustness", "arms"):
+        if report.get(key):
+            found[f"{key}.csv"] = (["panel", "level", "n", *ends],
+                                   [[r["panel"], r["level"], r["n"], *(c for name in names for c in cells(r[name]))] for r in report[key]])
+    return found
+
+
+def write_report(folder, report):
+    """metrics.json, and from it the CSV tables, the plots, report.html (self-contained) and MODEL_CARD.md. -> the folder"""
     import matplotlib
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from plots import PLOTS
     folder = Path(folder)
     with atomic_write(folder / "metrics.json", "w") as file:
-        json.dump(metrics, file, indent=1)
-    for name, plot in (("confusion_matrix", plot_confusion), ("roc", plot_roc), ("calibration", plot_calibration)):
-        figure = plot(metrics)
-        with atomic_write(folder / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
-        matplotlib.pyplot.close(figure)
+        json.dump(report, file, indent=1)
+    for name, (header, rows) in tables(report).items():
+        with atomic_write(folder / name, "w") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    pictures = {}
+    for name, plot in PLOTS.items():
+        if figure := plot(report):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+            pyplot.close(figure)
+            pictures[name] = buffer.getvalue()
+            with atomic_write(folder / f"{name}.png") as file:
+                file.write(buffer.getvalue())
+    if (folder / "hardest.png").is_file() and report.get("hardest"):
+        pictures["hardest"] = (folder / "hardest.png").read_bytes()
+    for name, template in (("report.html", "report.html"), ("MODEL_CARD.md", "model_card.md")):
+        with atomic_write(folder / name, "w") as file:
+            file.write(render(template, report, pictures))
     return folder
 
 
-def axes(title, x, y):
-    from matplotlib import pyplot
-    figure, ax = pyplot.subplots(figsize=(5, 4.5))
-    ax.set(title=title, xlabel=x, ylabel=y)
-    return figure, ax
-
-
-def encoder(metrics):
-    """Its name as every plot has it: a demonstration is called one."""
-    return metrics["encoder"] + (" (a demonstration)" if metrics.get("notice") else "")
-
-
-def plot_confusion(metrics):
-    import seaborn
-    figure, ax = axes(f"{encoder(metrics)}, {metrics['test']['n']} test images", "answered", "is")
-    seaborn.heatmap(metrics["test"]["confusion"], annot=True, fmt="d", cmap="Blues", cbar=False, square=True,
-                    xticklabels=CLASSES, yticklabels=CLASSES, ax=ax)
-    ax.set(xlabel="answered", ylabel="is")
-    return figure
-
-
-def plot_roc(metrics):
-    """ROC of the test images from their stored probabilities, the operating point marked."""
-    labels, p_fake = np.array(metrics["scores"]["labels"]), np.array(metrics["scores"]["p_fake"])
-    order = np.argsort(-p_fake, kind="stable")
-    last = np.append(np.diff(p_fake[order]) != 0, True)  # ties move together
-    fpr, tpr = (np.append(0, np.cumsum(labels[order] == i)[last] / max(1, (labels == i).sum())) for i in (0, 1))
-    area = metrics["test"]["auc"]
-    figure, ax = axes(f"ROC, {encoder(metrics)}, {len(labels)} test images", "reals called fake", "fakes called fake")
-    ax.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    if area["value"] is not None:  # a test set of one class has no curve
-        ax.plot(fpr, tpr, label=f"AUC {area['value']:.3f} [{area['interval'][0]:.3f}, {area['interval'][1]:.3f}]")
-        ax.plot(1 - metrics["test"]["recall_real"]["value"], metrics["test"]["recall_fake"]["value"], "o", label="threshold")
-        ax.legend(loc="lower right")
-    return figure
-
-
-def plot_calibration(metrics):
-    """Share of fakes against stated probability, in ten bins of equal numbers, with Wilson's intervals."""
-    labels, p_fake = np.array(metrics["scores"]["labels"]), np.array(metrics["scores"]["p_fake"])
-    figure, ax = axes(f"Calibration, {encoder(metrics)}, {len(labels)} test images", "stated probability of fake",
-                      "share of fakes")
-    ax.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    for rows in np.array_split(np.argsort(p_fake, kind="stable"), min(10, len(labels))):
-        k, x = int(labels[rows].sum()), p_fake[rows].mean()
-        low, high = wilson(k, len(rows))
-        ax.plot([x, x], [low, high], color="C0")
-        ax.plot(x, k / len(rows), "o", color="C0")
-    return figure
+def render(template, report, pictures=()):
+    """One of templates/ filled from a report; `pictures`: {name: PNG bytes}, put into the page itself."""
+    import jinja2
+    loader = jinja2.FileSystemLoader(HERE / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=template.endswith(".html"), trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    from audit import leak_sentence, sentences
+    environment.globals |= {"words": words, "METRICS": NAMES, "CLASSES": CLASSES, "sentences": sentences,
+                            "leak_sentence": leak_sentence}
+    environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
+    embedded = {name: base64.b64encode(data).decode() for name, data in dict(pictures).items()}
+    return environment.get_template(template).render(r=dict.fromkeys(OPTIONAL) | report, pictures=embedded)
