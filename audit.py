@@ -1,26 +1,30 @@
-"""What a data set's files betray before any detector sees a pixel: twins across splits and labels, format, size.
+"""What a data set's files betray before any detector sees a pixel: twins across splits and labels, telling formats and sizes.
 
     python audit.py --data_dir DIR
-    python audit.py --features_file features.npz
+    python audit.py --features_file features.npz      # and labels that look wrong
 
 Needs no model. Exit code 1 where something was found that makes a test figure worthless.
 """
 import argparse
 import json
+import os
 import sys
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 import common
-from common import UsageError
-from dataset import FACTS, list_images, load_features
+from common import CLASSES, UsageError
+from dataset import SEEN, list_images, load_features
+from facts import describe_image, make_groups, twin_clusters
+from probes import (MIN_IMAGES, doubtful_sources, label_errors, linear_scores, probe_all, telling_values)
 
-NEAR_GREY = 3.0         # root mean square difference of two 8x8 thumbnails, in grey levels: copies re-saved at other
-NEAR_CORRELATION = 0.9  # sizes and qualities stay below 1.9 (and above 0.95), different photographs above 7
 MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing;
                         # and share of all images that stand under both labels
+TELLING_AUC = 0.65      # lower end of the interval from which on a probe is spoken of: pictures differ a little in any two pools
+HUGE = 50_000_000       # pixels: the service refuses larger ones
+SHOWN = 5               # of each kind
 
 
 def parse_args(argv):
@@ -32,118 +36,53 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-# ---- one image ----
-
-def describe_image(data, max_pixels=common.MAX_PIXELS):
-    """Image bytes -> (decoded RGB, {'sha256': ..., 'facts': record of FACTS, 'thumb': uint8 [64]}). Raises ImageError's kinds."""
-    opened = common.open_image(data, max_pixels)
-    rgb = common.load_rgb(opened)
-    return rgb, {"sha256": common.sha256(data), "facts": container_facts(opened, rgb, len(data)), "thumb": thumbnail(rgb)}
-
-
-def container_facts(opened, rgb, size):
-    """Opened PIL image, its decoded RGB and the file's size in bytes -> one record of FACTS."""
-    tables = getattr(opened, "quantization", None) or {}
-    values = [v for key in sorted(tables) for v in tables[key]]
-    format_name = "JPEG" if opened.format == "MPO" else opened.format
-    return np.array((*opened.size, size, format_name, np.mean(values) if values else 0,
-                     zlib.crc32(json.dumps(values).encode()) if values else 0,
-                     # as stored: EXIF rotation moves the grid of a JPEG whose sides are no multiples of 8
-                     blockiness(opened if format_name == "JPEG" else rgb)), dtype=FACTS)
-
-
-def blockiness(image):
-    """Grey steps across the 8x8 grid over those inside it, in the middle 512 pixels; 1 where no JPEG ever was."""
-    left, top = (max(0, (side - 512) // 2) // 8 * 8 for side in image.size)
-    crop = image.crop((left, top, min(left + 512, image.width), min(top + 512, image.height)))
-    grey = np.asarray(crop.convert("L")).astype(np.int16)
-    if min(grey.shape) < 16:
-        return 1.0
-    across, down = np.abs(np.diff(grey, axis=1)).mean(axis=0), np.abs(np.diff(grey, axis=0)).mean(axis=1)
-    edge = np.concatenate([across[7::8], down[7::8]]).mean()
-    inside = np.concatenate([np.delete(d, np.s_[7::8]) for d in (across, down)]).mean()
-    return float((edge + 0.1) / (inside + 0.1))
-
-
-def thumbnail(rgb):
-    """8x8 grey picture, uint8 [64]."""
-    small = rgb.resize((8, 8), common.Image.Resampling.BOX)  # no reducing_gap: it moves greys by 10
-    return np.asarray(small.convert("L")).reshape(64)
-
-
-# ---- twins ----
-
-def near_pairs(thumb, block=256):
-    """uint8 [n, 64] -> index pairs [m, 2], first below second, whose 8x8 pictures agree.
-
-    Within NEAR_GREY of each other and, so that flat pictures do not all agree, correlated by NEAR_CORRELATION.
-    """
-    grey = thumb.astype(np.float32)
-    square = (grey * grey).sum(axis=1)
-    shape = grey - grey.mean(axis=1, keepdims=True)
-    shape /= np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 1e-6)
-    pairs = [np.empty((0, 2), int)]
-    for start in range(0, len(grey), block):
-        rows = slice(start, start + block)
-        distance = (square[rows, None] + square - 2 * grey[rows] @ grey.T) / 64
-        i, j = np.nonzero(distance <= NEAR_GREY ** 2)
-        i, j = i[start + i < j], j[start + i < j]
-        alike = (shape[start + i] * shape[j]).sum(axis=1) >= NEAR_CORRELATION
-        pairs.append(np.stack([start + i[alike], j[alike]], axis=1))
-    return np.concatenate(pairs)
-
-
-def twin_clusters(thumb, sha256):
-    """Cluster number of each image, int [n]: byte-identical and near-identical images share one.
-
-    Seen in the pictures, not in features: on a few pictures saved many times whitened features tell copies apart
-    (cosine -0.5), and plain cosine chains half of a data set together.
-    """
-    _, cluster = np.unique(sha256, return_inverse=True)
-    return merge(cluster, near_pairs(thumb))
-
-
-def merge(cluster, pairs):
-    """Cluster numbers joined along index pairs [m, 2], renumbered from 0."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-    n = int(cluster.max()) + 1
-    left, right = cluster[pairs[:, 0]], cluster[pairs[:, 1]]
-    return connected_components(coo_matrix((np.ones(len(pairs)), (left, right)), (n, n)), directed=False)[1][cluster]
-
-
 # ---- findings ----
 
-def auc(values, labels):
-    """AUC of one number for fake against real; ties count half (Mann and Whitney)."""
-    from scipy.stats import rankdata
-    n1 = int((labels == 1).sum())
-    n0 = len(labels) - n1
-    return float((rankdata(values)[labels == 1].sum() - n1 * (n1 + 1) / 2) / (n0 * n1))
+def audit(columns, cluster=None, unreadable=()):
+    """Columns of a features file -> findings, a dict of plain numbers and strings.
 
-
-def audit(columns):
-    """Columns of a features file -> findings, a dict of plain numbers and strings."""
-    known = np.flatnonzero(columns["labels"] >= 0)
-    labels, facts = columns["labels"][known], columns["facts"][known]
-    splits, cluster = columns["splits"][known], twin_clusters(columns["thumb"], columns["sha256"])[known]
-    pixels = facts["width"].astype(float) * facts["height"]
-    numbers = {"pixels": pixels, "aspect ratio": np.abs(np.log(facts["width"] / facts["height"])),
-               "bytes per pixel": facts["bytes"] / pixels, "quantisation": facts["quant_mean"],
-               "blockiness": facts["blockiness"]}
+    `cluster`: their twins where those are known; `unreadable`: (path, label) of files that could not be read.
+    """
+    known = np.flatnonzero((columns["labels"] >= 0) & (columns.get("view", np.zeros(len(columns["labels"]))) == 0))
+    cluster = twin_clusters(columns["thumb"][known], columns["sha256"][known]) if cluster is None else cluster[known]
+    columns = {name: columns[name][known] for name in ("labels", "splits", "sources", "paths", "facts", "thumb", "sha256")}
+    labels, facts, splits = columns["labels"].astype(int), columns["facts"], columns["splits"]
+    groups, kind = make_groups(columns, cluster)
     both = np.intersect1d(cluster[labels == 0], cluster[labels == 1])
     trained = np.isin(cluster, cluster[splits == "train"])
     return {
-        "images": len(known),
-        "formats": {name: {str(f): int(n) for f, n in zip(*np.unique(facts["format"][labels == value], return_counts=True))}
-                    for name, value in (("real", 0), ("fake", 1))},
+        "images": len(known), "groups": kind,
+        "formats": {name: {str(f): int(n) for f, n in zip(*np.unique(facts["format"][labels == i], return_counts=True))}
+                    for i, name in enumerate(CLASSES)},
         "twins": {"test": int((splits == "test").sum()), "test_with_twin_in_train": int(trained[splits == "test"].sum()),
                   "clusters_with_both_labels": len(both), "largest_cluster": int(np.bincount(cluster).max(initial=0))},
-        "examples": [examples(columns["paths"][known], cluster, cluster[mask])
+        "examples": [examples(columns["paths"], cluster, cluster[mask])
                      for mask in (trained & (splits == "test"), np.isin(cluster, both))],
-        "auc_of_one_number": {name: round(auc(value, labels), 3) for name, value in numbers.items()}
-        if len(set(labels)) == 2 else {},
+        "probes": probe_all(facts, columns["thumb"], labels, groups, splits),
+        "telling": telling_values(facts, labels, groups),
+        "huge": int((facts["width"].astype(np.int64) * facts["height"] > HUGE).sum()),
+        "unreadable": {"n": len(unreadable), "first": [path for path, _ in unreadable[:SHOWN]],
+                       **{name: sum(label == i for _, label in unreadable) for i, name in enumerate(CLASSES)}},
     }
+
+
+def audit_labels(labels, p_fake, sources, paths):
+    """Out-of-fold probabilities -> what they say of the labels: probable errors, clearest first, and doubtful sources."""
+    rows = label_errors(labels, p_fake)
+    return {"images": len(labels), "probable_errors": len(rows),
+            "first": [{"path": str(paths[i]), "label": CLASSES[labels[i]], "p_fake": round(float(p_fake[i]), 3)} for i in rows[:50]],
+            "doubtful_sources": doubtful_sources(labels, p_fake, sources)}
+
+
+def labels_of(columns):
+    """`audit_labels` on the features of a file, by a logistic regression; None where there are too few images."""
+    rows = np.flatnonzero((columns["labels"] >= 0) & (columns["view"] == 0) & (columns["splits"] != SEEN))
+    labels = columns["labels"][rows].astype(int)
+    if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
+        return None
+    groups, _ = make_groups({name: columns[name][rows] for name in ("labels", "sources", "thumb", "sha256")})
+    p_fake = linear_scores(columns["features"][rows], labels, groups)
+    return None if p_fake is None else audit_labels(labels, p_fake, columns["sources"][rows], columns["paths"][rows])
 
 
 def examples(paths, cluster, chosen):
@@ -151,6 +90,8 @@ def examples(paths, cluster, chosen):
     numbers, sizes = np.unique(chosen, return_counts=True)
     return [[str(path) for path in paths[cluster == c][:4]] for c in numbers[np.argsort(-sizes, kind="stable")][:3]]
 
+
+# ---- in words ----
 
 def sentences(found):
     """Findings -> (lines that are fatal for a test figure, lines to know)."""
@@ -165,45 +106,102 @@ def sentences(found):
     if both := twins["clusters_with_both_labels"]:
         (fatal if both > MAX_REPEATED * found["images"] else note).append(
             f"{both} pictures stand under both labels, as copies of each other, such as {', '.join(found['examples'][1][0])}.")
-    totals = [sum(found["formats"][c].values()) or 1 for c in common.CLASSES]
-    for name in sorted(set(found["formats"]["real"]) | set(found["formats"]["fake"])):
-        share = [found["formats"][c].get(name, 0) / n for c, n in zip(common.CLASSES, totals)]
-        if abs(share[0] - share[1]) >= 0.5:
-            note.append(f"{name} files are {share[0]:.0%} of the reals and {share[1]:.0%} of the fakes.")
-    for name, value in found["auc_of_one_number"].items():
-        if max(value, 1 - value) >= 0.7:
-            note.append(f"{name} alone separates the labels: AUC {max(value, 1 - value):.2f}.")
+    for probe in sorted(found["probes"], key=lowest_end, reverse=True):
+        if lowest_end(probe) >= TELLING_AUC:
+            where = ((probe["auc"], f"cross-validated over {found['groups']}"), (probe["on_test"], "learnt on train, on test"))
+            note.append(f"{probe['what']} alone tells the labels apart: AUC "
+                        + "; ".join(f"{words(metric)} {how}" for metric, how in where if metric) + ".")
+    for row in found["telling"][:SHOWN]:
+        note.append(f"files {row['what'].removesuffix(' files')}: {row['real']:.0%} of the reals, {row['fake']:.0%} of the fakes."
+                    if row["what"].startswith(("of", "with")) else
+                    f"{row['what']}: {row['real']:.0%} of the reals, {row['fake']:.0%} of the fakes.")
+    if bad := found["unreadable"]["n"]:
+        note.append(f"{bad} files cannot be read ({found['unreadable']['real']} real, {found['unreadable']['fake']} fake), "
+                    f"such as {', '.join(found['unreadable']['first'][:2])}.")
+    if found["huge"]:
+        note.append(f"{found['huge']} images have more than {HUGE:,} pixels; the service refuses those.")
+    for row in (found.get("labels") or {}).get("doubtful_sources", []):
+        note.append(f"source '{row['source']}' ({' and '.join(row['labels'])}, {row['n']} images): a classifier trained on the others "
+                    f"contradicts its labels ({row['what']} {words(row)}): swapped, or unlike everything else.")
     return fatal, note
 
 
+def lowest_end(probe):
+    """The higher of the lower ends of a probe's intervals; 0 where there are none."""
+    return max((m["interval"][0] for m in (probe["auc"], probe["on_test"]) if m and m["interval"]), default=0)
+
+
+def words(metric):
+    if metric is None:
+        return ""
+    return f"{metric['value']:.2f}" + (f" [{metric['interval'][0]:.2f}, {metric['interval'][1]:.2f}]" if metric["interval"] else "")
+
+
+def leak_sentence(leak):
+    """`detector_minus_leak` in one plain sentence; a warning where the detector is not clearly above the best probe."""
+    difference = leak["difference"]
+    line = (f"detector minus best leak: AUC {leak['detector']:.2f} - {leak['leak']:.2f} ({leak['what']} alone, no pixel seen) = "
+            f"{words(difference)}")
+    if not difference["interval"] or difference["interval"][0] <= 0:
+        much = "more than" if difference["interval"] and difference["interval"][1] < 0 else "about as much as"
+        return f"{line}: on these images the files alone tell {much} the detector; its figure proves little."
+    return line + "."
+
+
+# ---- the command ----
+
 def describe_folder(data_dir):
-    """Folder -> the columns that `audit` needs; images that cannot be read are told and left out."""
+    """Folder -> (the columns that `audit` needs, (path, label) of files that cannot be read); each of those is told."""
     from tqdm import tqdm
-    entries, rows = [], []
-    for entry in tqdm(list_images(data_dir), desc="reading", unit="image"):
+
+    def read(entry):
         try:
-            rows.append(describe_image(Path(data_dir, entry.path).read_bytes())[1])
-            entries.append(entry)
+            return describe_image(Path(data_dir, entry.path).read_bytes())[1]
         except (OSError, common.ImageError) as error:
-            tqdm.write(f"left out {entry.path}: {error}", file=sys.stderr)
+            return error
+    entries, rows, unreadable = [], [], []
+    listed = list_images(data_dir)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for entry, row in tqdm(zip(listed, pool.map(read, listed)), total=len(listed), desc="reading", unit="image"):
+            if isinstance(row, Exception):
+                tqdm.write(f"left out {entry.path}: {row}", file=sys.stderr)
+                if not isinstance(row, common.UnsupportedImage):  # a caption beside an image is no broken image
+                    unreadable.append((entry.path, entry.label))
+            else:
+                entries.append(entry)
+                rows.append(row)
     if not rows:
         raise UsageError(f"--data_dir {data_dir}: no readable image")
-    return {**{f"{name}s": np.array([getattr(e, name) for e in entries]) for name in ("label", "split", "path")},
-            **{name: np.array([row[name] for row in rows]) for name in rows[0]}}
+    return {**{f"{name}s": np.array([getattr(e, name) for e in entries]) for name in ("label", "split", "path", "source")},
+            **{name: np.array([row[name] for row in rows]) for name in rows[0]}}, unreadable
+
+
+def report(found):
+    """What the command prints."""
+    fatal, note = sentences(found)
+    lines = [f"{found['images']} images; formats of reals {found['formats']['real']}, of fakes {found['formats']['fake']}"]
+    lines += [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)] or \
+        ["no twins across splits or labels, no format, size or other fact that tells the labels apart"]
+    if found["probes"]:
+        lines.append("what a cheap classifier reaches without a detector (AUC, 95% interval):")
+        lines.append(f"  {'':44} {'cross-validated':18}  {'learnt on train, on test' if found['probes'][0]['on_test'] else ''}".rstrip())
+        lines += [f"  {p['what']:44} {words(p['auc']):18}  {words(p['on_test'])}".rstrip() for p in found["probes"]]
+    if found.get("labels"):
+        lines.append(f"labels to look at first ({found['labels']['probable_errors']} of {found['labels']['images']} are unlike their class):")
+        lines += [f"  {row['path']} is called {row['label']}" for row in found["labels"]["first"][:SHOWN]]
+    return "\n".join(lines), 1 if fatal else 0
 
 
 def main(argv=None):
     args = parse_args(argv)
-    columns = describe_folder(args.data_dir) if args.data_dir else load_features(args.features_file)
-    found = audit(columns)
+    columns, unreadable = describe_folder(args.data_dir) if args.data_dir else (load_features(args.features_file), ())
+    found = audit(columns, unreadable=unreadable)
+    if args.features_file:
+        found["labels"] = labels_of(columns)
+    text, code = report(found)
     fatal, note = sentences(found)
-    if args.json:
-        print(json.dumps({**found, "fatal": fatal, "note": note}))
-    else:
-        print(f"{found['images']} images; formats of reals {found['formats']['real']}, of fakes {found['formats']['fake']}")
-        print("\n".join([*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]
-                        or ["no twins across splits or labels, no single number that separates them"]))
-    return 1 if fatal else 0
+    print(json.dumps({**found, "fatal": fatal, "note": note}) if args.json else text)
+    return code
 
 
 if __name__ == "__main__":

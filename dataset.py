@@ -21,7 +21,8 @@ SEEN = "seen"  # split of the images that the encoder itself was trained on: goo
 
 # Of each file: what a leak probe needs. Sizes as in the header (before EXIF rotation), bytes of the whole file.
 FACTS = np.dtype([("width", np.int32), ("height", np.int32), ("bytes", np.int64), ("format", "U8"),
-                  ("quant_mean", np.float32), ("quant_hash", np.uint32), ("blockiness", np.float32)])
+                  ("quant_mean", np.float32), ("quant_hash", np.uint32), ("blockiness", np.float32),
+                  ("density", np.float32)])
 COLUMNS = ("features", "labels", "paths", "splits", "sources", "sha256", "view", "facts", "thumb")
 Entry = namedtuple("Entry", "path label split source")
 
@@ -101,4 +102,6 @@ def load_features(path):
     lengths = {len(columns[name]) for name in COLUMNS}
     if len(lengths) != 1 or columns["features"].ndim != 2:
         raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")
+    if columns["facts"].dtype != FACTS:
+        raise UsageError(f"--features_file {path}: its facts are not those that this code reads; extract again")
     return columns
