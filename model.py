@@ -5,6 +5,7 @@
     p_fake = probability(model, scores)             # float64 [n], calibrated at equal shares of both classes
     classification, confidence = verdict(model, p_fake[0])
 
+The threshold, and the band in which the answer is 'uncertain', follow from the out-of-fold scores that the file holds.
 `joblib.load` reads the file too, but runs whatever a planted one says; `load_model` refuses everything that is not
 plain data.
 """
@@ -15,14 +16,17 @@ import numpy as np
 
 from common import CLASSES, ModelError, atomic_write, read_bytes, sha256
 
-FORMAT = 1
+FORMAT = 2
 BLOCK = 1000  # rows scored at a time: the kernel matrix of a test set would take gigabytes
 REMEDY = "train it again with train_model.py"
 # What a model must hold. Arrays as (dtype kind, number of dimensions).
-FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1), "support_vectors": ("f", 2),
-          "dual_coef": ("f", 1), "gamma": float, "intercept": float, "calibrator": ("f", 1), "threshold": float,
-          "threshold_rule": str, "encoder": dict, "versions": dict, "training_data": dict, "out_of_fold": dict,
-          "metrics": dict}
+FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1), "intercept": float,
+          "calibrator": ("f", 1), "threshold": float, "threshold_rule": dict, "band": ("f", 1), "encoder": dict,
+          "versions": dict, "training_data": dict, "out_of_fold": dict, "metrics": dict}
+# And what its kind of classifier needs beside that.
+LINEAR = {"coef": ("f", 1)}
+CLASSIFIERS = {"svm": {"support_vectors": ("f", 2), "dual_coef": ("f", 1), "gamma": float}, "linear-svm": LINEAR,
+               "logistic": LINEAR, "mlp": {"hidden_weights": ("f", 2), "hidden_bias": ("f", 1), "output_weights": ("f", 1)}}
 
 
 def plain_dtype(name, *_):
@@ -70,7 +74,9 @@ def check(model):
         raise ModelError("it is no model")
     if model["format"] != FORMAT:
         raise ModelError(f"its format is {model['format']!r}, this code reads {FORMAT}")
-    for name, kind in FIELDS.items():
+    if model.get("classifier") not in CLASSIFIERS:
+        raise ModelError(f"its classifier is {model.get('classifier')!r}, this code knows {', '.join(CLASSIFIERS)}")
+    for name, kind in {**FIELDS, **CLASSIFIERS[model["classifier"]]}.items():
         value = model.get(name)
         if isinstance(kind, tuple):
             good = isinstance(value, np.ndarray) and (value.dtype.kind, value.ndim) == kind and np.isfinite(value).all()
@@ -78,11 +84,26 @@ def check(model):
             good = type(value) is kind and not (kind is float and not np.isfinite(value))
         if not good:
             raise ModelError(f"its field '{name}' is missing or not what it should be")
-    vectors, d = model["support_vectors"], len(model["center"])
-    if vectors.shape != (len(model["dual_coef"]), d) or len(model["scale"]) != d or len(model["calibrator"]) != 2:
+    rule, data = model["threshold_rule"], model["training_data"]
+    if not isinstance(rule.get("band_error"), float) or not isinstance(rule.get("max_fpr", 0), (float, int, type(None))):
+        raise ModelError("its field 'threshold_rule' does not say how the threshold and the band were chosen")
+    if not isinstance(data.get("sources"), list) or not isinstance(data.get("images"), np.ndarray):
+        raise ModelError("its field 'training_data' does not say which sources and images it was trained on")
+    if not sizes_fit(model):
         raise ModelError("the sizes of its arrays do not fit together")
     if not all(isinstance(model["encoder"].get(name), str) for name in ("name", "identity")):
         raise ModelError("it does not say which encoder it was trained on")
+
+
+def sizes_fit(model):
+    d, kind = len(model["center"]), model["classifier"]
+    if len(model["scale"]) != d or len(model["calibrator"]) != 2 or len(model["band"]) != 2:
+        return False
+    if kind == "svm":
+        return model["support_vectors"].shape == (len(model["dual_coef"]), d)
+    if kind == "mlp":
+        return model["hidden_weights"].shape == (d, len(model["hidden_bias"])) == (d, len(model["output_weights"]))
+    return len(model["coef"]) == d
 
 
 def standardise(model, features):
@@ -97,17 +118,28 @@ def standardise(model, features):
 
 
 def decision(model, features):
-    """Decision values of the RBF SVM, float32 [n, d] -> float64 [n]; above 0 leans to fake.
+    """Decision values, float32 [n, d] -> float64 [n]; above 0 leans to fake."""
+    rows = standardise(model, features).astype(np.float64)
+    if model["classifier"] == "svm":
+        return rbf(model, rows) + model["intercept"]
+    if model["classifier"] == "mlp":
+        hidden = np.maximum(rows @ model["hidden_weights"] + model["hidden_bias"], 0)
+        return hidden @ model["output_weights"] + model["intercept"]
+    return rows @ model["coef"] + model["intercept"]
 
-    sum_i alpha_i exp(-gamma |x - v_i|^2) + b, as libsvm has it; |x - v|^2 is expanded, so one matrix product does it.
+
+def rbf(model, rows):
+    """sum_i alpha_i exp(-gamma |x - v_i|^2) of standardised rows, as libsvm has it, float64 [n].
+
+    |x - v|^2 is expanded, so one matrix product does it.
     """
-    rows, vectors = standardise(model, features).astype(np.float64), model["support_vectors"].astype(np.float64)
+    vectors = model["support_vectors"].astype(np.float64)
     square, scores = (vectors * vectors).sum(1), np.empty(len(rows))
     for start in range(0, len(rows), BLOCK):
         x = rows[start:start + BLOCK]
         distance = (x * x).sum(1)[:, None] - 2 * x @ vectors.T + square
         scores[start:start + BLOCK] = np.exp(-model["gamma"] * np.maximum(distance, 0)) @ model["dual_coef"]
-    return scores + model["intercept"]
+    return scores
 
 
 def probability(model, scores):
@@ -126,3 +158,49 @@ def verdict(model, p_fake):
     """
     fake = bool(p_fake >= model["threshold"])
     return CLASSES[fake], round(float(p_fake if fake else 1 - p_fake), 4)
+
+
+def outside(p_fake, band):
+    """Band [low, high] -> boolean [n]: a verdict is given; inside the band the answer is 'uncertain'."""
+    return (p_fake < band[0]) | (p_fake > band[1])
+
+
+# ---- threshold and band, from out-of-fold probabilities ----
+
+def choose_threshold(p_fake, labels, max_fpr=None):
+    """Out-of-fold probabilities, labels [n] -> the threshold: 0.5, or with `max_fpr` the lowest one at which at most that
+    share of the real images is called fake (halfway between two of them)."""
+    if max_fpr is None:
+        return 0.5
+    real = np.sort(p_fake[labels == 0])[::-1]
+    allowed = int(np.floor(max_fpr * len(real) + 1e-9))
+    edge = real[allowed] if allowed < len(real) else 0.0  # the highest that must not be called fake
+    above = real[real > edge].min(initial=1.0)
+    return float(max((edge + above) / 2, np.nextafter(edge, 2)))
+
+
+def choose_band(p_fake, labels, threshold, error):
+    """Out-of-fold probabilities -> [low, high], float64: between them the answer is 'uncertain'.
+
+    Split conformal prediction for each class (Vovk, Gammerman and Shafer 2005): of new images like these, at most the
+    share `error` of the reals lies above `high`, of the fakes below `low`. Widened to hold the threshold, so that a
+    verdict outside the band never contradicts it.
+    """
+    def quantile(scores):
+        rank = int(np.ceil((len(scores) + 1) * (1 - error)))
+        return np.sort(scores)[rank - 1] if rank <= len(scores) else 1.0
+    ends = quantile(p_fake[labels == 0]), 1 - quantile(1 - p_fake[labels == 1])
+    return np.array([min(*ends, threshold), max(*ends, threshold)], np.float64)
+
+
+def stale_threshold(model):
+    """What of a model's threshold or band does not follow from its own out-of-fold scores and rule, in words, or None."""
+    stored, rule = model["out_of_fold"], model["threshold_rule"]
+    p_fake, labels = probability(model, stored["scores"].astype(np.float64)), stored["labels"]
+    threshold = choose_threshold(p_fake, labels, rule.get("max_fpr"))
+    if abs(threshold - model["threshold"]) > 1e-6:
+        return f"its threshold is {model['threshold']:.6g}, its own scores and rule give {threshold:.6g}"
+    band = choose_band(p_fake, labels, threshold, rule["band_error"])
+    if np.abs(band - model["band"]).max() > 1e-6:
+        return f"its band is {model['band'].round(6).tolist()}, its own scores and rule give {band.round(6).tolist()}"
+    return None

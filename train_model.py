@@ -1,8 +1,9 @@
-"""features.npz -> model.joblib and a report: an RBF SVM, tuned, calibrated and tested.
+"""features.npz -> model.joblib and a report: a classifier on frozen features, tuned, calibrated and tested.
 
     python train_model.py --features_file features.npz --model_output_path model.joblib
+    python train_model.py --max_fpr 0.01               # threshold: at most 1% of real images called fake
     python train_model.py --resplit                    # our own split by group, whatever the folders say
-    python train_model.py --features_file mine.npz more.npz --train_splits train,extra
+    python train_model.py --classifier all             # compare four kinds, train the best
 
 Images that look alike stay on one side of every split; with ten sources or more, whole sources do.
 """
@@ -13,14 +14,15 @@ from pathlib import Path
 import numpy as np
 
 import common
+import metrics
+from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search
 from common import CLASSES, UsageError, say
 from dataset import COLUMNS, join_columns, load_features
+from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model
 
-FOLDS = 5
 MIN_IMAGES = 20          # of each class, for training
-SEARCH_ROWS = 3000       # C and gamma are searched on at most so many rows; the cost grows with their square
-C_GRID = (0.3, 1, 3, 10, 30)
-GAMMA_GRID = (0.1, 0.3, 1, 3)   # times 1 / number of features, scikit-learn's 'scale' for standardised features
+BAND_ERROR = 0.1         # of each class, the share that may lie on the wrong side outside the 'uncertain' band
+HELD_OUT_ROWS = 1500     # of the other sources, for each line of the leave-one-source-out table
 MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
                          # data are copies of a few pictures, or something chains them, and groups mean nothing
 POOL = ("train", "val", "test", "")  # what --resplit divides anew; external, extra and seen images stay out of it
@@ -32,6 +34,10 @@ def parse_args(argv):
     parser.add_argument("--features_file", nargs="+", default=["features.npz"], metavar="FILE",
                         help="from extract_features.py (default: features.npz); several must be of one encoder")
     parser.add_argument("--model_output_path", default="model.joblib", metavar="FILE", help="model to write")
+    parser.add_argument("--classifier", choices=[*GRIDS, "all"], default="svm", help="kind; all: compare, train the best")
+    parser.add_argument("--max_fpr", type=float, metavar="X",
+                        help="threshold at which at most this share of real images is called fake (default: 0.5 on the "
+                             "calibrated probability)")
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
     parser.add_argument("--resplit", action="store_true", help="split by group here, whatever the folders say")
     parser.add_argument("--model_version", default="v0.0.0-dev", metavar="V", help="version stored in the model")
@@ -59,30 +65,22 @@ def load_columns(paths):
     return columns, encoders[0]
 
 
-def make_groups(columns):
-    """Group number of each row, int [n]: twins share one; with 10 sources or more (5 of each class), sources do.
-
-    Images without a source are grouped as twins alone. -> (groups, what they are, in words). Raises UsageError where
-    one picture is more than MAX_CLUSTER of the data.
-    """
-    from audit import merge, twin_clusters
+def group_rows(columns):
+    """`facts.make_groups`; UsageError where one picture is more than MAX_CLUSTER of the data. -> (groups, twins, words)"""
+    from facts import make_groups, twin_clusters
     cluster = twin_clusters(columns["thumb"], columns["sha256"])
-    largest = int(np.bincount(cluster).argmax())
-    n = int((cluster == largest).sum())
-    if n > max(50, MAX_CLUSTER * len(cluster)):
-        raise UsageError(f"{n} of {len(cluster)} images look like one and the same picture "
-                         f"({', '.join(columns['paths'][cluster == largest][:3])}, ...): remove the copies, then extract again")
-    sources = columns["sources"]
-    named = np.flatnonzero(sources != "")
-    of_class = [len(np.unique(sources[named][columns["labels"][named] == label])) for label in (0, 1)]
-    if len(np.unique(sources[named])) < 10 or min(of_class) < FOLDS:
-        return cluster, "near-identical images"
-    first = {sources[i]: i for i in named[::-1]}
-    return merge(cluster, np.array([(i, first[sources[i]]) for i in named])), "sources"
+    whole = columns["view"] == 0
+    largest = int(np.bincount(cluster[whole]).argmax())
+    n = int((cluster[whole] == largest).sum())
+    if n > max(50, MAX_CLUSTER * whole.sum()):
+        raise UsageError(f"{n} of {whole.sum()} images look like one and the same picture "
+                         f"({', '.join(columns['paths'][whole & (cluster == largest)][:3])}, ...): remove the copies, then extract again")
+    groups, kind = make_groups(columns, cluster)
+    return groups, cluster, kind
 
 
 def choose_rows(columns, args, seed):
-    """-> (train row numbers, test row numbers, groups of all rows, words on how they were chosen)."""
+    """-> (train row numbers, test row numbers, groups and twins of all rows, words on how they were chosen)."""
     labelled = columns["labels"] >= 0
     splits, wanted = columns["splits"], args.train_splits.split(",")
     missing = sorted(set(wanted) - set(splits[labelled]))
@@ -95,131 +93,139 @@ def choose_rows(columns, args, seed):
     pool = labelled & (np.isin(splits, (*POOL, *wanted)) if args.resplit or not in_train.any() else in_train)
     check_classes(columns, pool if own else in_train, "to train on")
     used = np.flatnonzero(pool if own else in_train | in_test)  # others' sources must not count
-    groups = np.full(len(labelled), -1)
-    groups[used], kind = make_groups({name: columns[name][used] for name in COLUMNS})
+    groups, twins = np.full((2, len(labelled)), -1)
+    groups[used], twins[used], kind = group_rows({name: columns[name][used] for name in COLUMNS})
     if not own:
-        return np.flatnonzero(in_train), np.flatnonzero(in_test), groups, f"the folders' split; folds by {kind}"
+        return np.flatnonzero(in_train), np.flatnonzero(in_test), groups, twins, f"the folders' split; folds by {kind}"
     rows = np.flatnonzero(pool)
     train, test = fold_rows(columns["labels"][rows], groups[rows], seed)[0]
-    return rows[train], rows[test], groups, f"our own split by {kind}, a fifth for testing; folds the same way"
+    return rows[train], rows[test], groups, twins, f"our own split by {kind}, a fifth for testing; folds the same way"
 
 
 def check_classes(columns, rows, what):
     for label, name in enumerate(CLASSES):
-        n = int((columns["labels"][rows] == label).sum())
+        n = int((columns["labels"][rows & (columns["view"] == 0)] == label).sum())
         if n < MIN_IMAGES:
             raise UsageError(f"{n} {name} images {what}; at least {MIN_IMAGES} are needed "
                              f"(splits there: {', '.join(sorted(set(columns['splits']))) or 'none'}; see --train_splits)")
 
 
-def fold_rows(labels, groups, seed):
-    """List of FOLDS (train, test) row numbers, stratified by label, no group on both sides. Raises UsageError."""
-    from sklearn.model_selection import StratifiedGroupKFold
-    number = [len(np.unique(groups[labels == label])) for label in (0, 1)]
-    if min(number) < FOLDS:
-        raise UsageError(f"only {min(number)} groups of {CLASSES[int(np.argmin(number))]} images for {FOLDS} folds: "
-                         "add images of other sources, or ones that are no copies")
-    return list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels, groups))
+# ---- one classifier ----
+
+class Rows:
+    """The training rows as the fitting takes them: features, labels, weight, group, image and view of each."""
+
+    def __init__(self, columns, train, groups):
+        self.columns = {name: columns[name][train] for name in COLUMNS}
+        self.features, self.labels = self.columns["features"], self.columns["labels"].astype(int)
+        self.whole = self.columns["view"] == 0
+        self.groups, self.images = groups[train], np.unique(self.columns["sha256"], return_inverse=True)[1]
+        self.weight = row_weights(self.labels, self.columns["sources"])
 
 
-# ---- fitting ----
-
-def balanced_weights(labels):
-    """Weight of each row, mean 1, the same sum for both classes: probabilities then hold at equal shares."""
-    return (len(labels) / (2 * np.bincount(labels, minlength=2)))[labels]
-
-
-def fit_svm(features, labels, C, gamma):
-    """-> fitted scikit-learn pipeline of StandardScaler and SVC."""
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import SVC
-    svm = make_pipeline(StandardScaler(), SVC(C=C, gamma=gamma, cache_size=1000))
-    return svm.fit(features, labels, svc__sample_weight=balanced_weights(labels))
+def build(kind, rows, seed):
+    """Search, out-of-fold scores once, a sigmoid on them, final fit on all rows -> the classifier's part of the model dict."""
+    point = search(kind, rows.features, rows.labels, rows.weight, rows.groups, rows.images, seed)
+    scores = out_of_fold(kind, rows.features, rows.labels, rows.weight, fold_rows(rows.labels, rows.groups, seed), seed, **point)
+    return {**fit(kind, rows.features, rows.labels, rows.weight, seed, **point), "hyperparameters": point,
+            "calibrator": fit_sigmoid(scores, rows.labels),
+            "out_of_fold": {"scores": scores.astype(np.float32), "labels": rows.labels.astype(np.int8),
+                            "view": rows.columns["view"].astype(np.int8)}}
 
 
-def out_of_fold(features, labels, folds, C, gamma):
-    """Decision value of each row by an SVM that has not seen its group, float64 [n]."""
-    scores = np.empty(len(labels))
-    for train, test in folds:
-        scores[test] = fit_svm(features[train], labels[train], C, gamma).decision_function(features[test])
-    return scores
+def out_of_fold_probability(model):
+    return probability(model, model["out_of_fold"]["scores"].astype(np.float64))
 
 
-def search_rows(labels, seed):
-    """At most SEARCH_ROWS row numbers: of the smaller class as many as there are, up to half."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    of_class = [order[labels[order] == label] for label in (0, 1)]
-    small = min(len(of_class[0]), len(of_class[1]), SEARCH_ROWS // 2)
-    return np.sort(np.concatenate([rows[:SEARCH_ROWS - small] if len(rows) > small else rows for rows in of_class]))
+def set_threshold(model, max_fpr):
+    """The model with its threshold, the band around it, and the rule that both follow from its out-of-fold scores."""
+    p_fake, labels = out_of_fold_probability(model), model["out_of_fold"]["labels"]
+    threshold = choose_threshold(p_fake, labels, max_fpr)
+    words = "0.5 on the calibrated probability" if max_fpr is None else \
+        f"at most {max_fpr:g} of the real training images called fake, out of fold"
+    return {**model, "threshold": threshold, "threshold_rule": {"words": words, "max_fpr": max_fpr, "band_error": BAND_ERROR},
+            "band": choose_band(p_fake, labels, threshold, BAND_ERROR)}
 
 
-def search(features, labels, groups, seed):
-    """C and gamma with the best out-of-fold AUC on at most SEARCH_ROWS rows. -> (C, gamma)"""
-    from audit import auc
-    from tqdm import tqdm
-    rows = search_rows(labels, seed)
-    features, labels, groups = features[rows], labels[rows], groups[rows]
-    folds = fold_rows(labels, groups, seed + 1)  # not the folds that calibrate: there the chosen point looks too good
-    grid = [(C, g / features.shape[1]) for C in C_GRID for g in GAMMA_GRID]
-    scores = {point: auc(out_of_fold(features, labels, folds, *point), labels) for point in tqdm(grid, desc="C, gamma")}
-    return max(grid, key=scores.get)
-
-
-def fit_sigmoid(scores, labels):
-    """Platt's sigmoid with his smoothed targets, classes weighted equal: P(fake) = 1 / (1 + exp(a score + b)).
-
-    The same as CalibratedClassifierCV(method='sigmoid', ensemble=False) on these scores. -> float64 [a, b]
-    """
-    from scipy.optimize import minimize
-    weight = balanced_weights(labels)
-    n_real, n_fake = (weight[labels == label].sum() for label in (0, 1))
-    target = np.where(labels == 1, (n_fake + 1) / (n_fake + 2), 1 / (n_real + 2))
-
-    def loss(ab):
-        z = ab[0] * scores + ab[1]
-        p = 0.5 * (1 - np.tanh(0.5 * z))
-        slope = weight * (target - p)
-        return (weight * (np.logaddexp(0, z) - (1 - target) * z)).sum(), np.array([slope @ scores, slope.sum()])
-    return minimize(loss, [-1.0, 0.0], jac=True, method="L-BFGS-B", options={"gtol": 1e-6, "ftol": 64 * np.finfo(float).eps}).x
-
-
-def build_model(columns, train, groups, encoder, args):
-    """Search, out-of-fold scores once, sigmoid on them, final fit on all training rows -> the model dict."""
-    features, labels = columns["features"][train], columns["labels"][train].astype(int)
-    C, gamma = search(features, labels, groups[train], args.seed)
-    folds = fold_rows(labels, groups[train], args.seed)
-    scores = out_of_fold(features, labels, folds, C, gamma)
-    scaler, svc = (step for _, step in fit_svm(features, labels, C, gamma).steps)
-    digest = "".join(f"{s}{label}" for s, label in sorted(zip(columns["sha256"][train], labels)))
-    return {
-        "format": 1, "classifier": "svm", "C": C, "gamma": float(gamma),
-        "center": scaler.mean_, "scale": scaler.scale_, "support_vectors": svc.support_vectors_.astype(np.float32),
-        "dual_coef": svc.dual_coef_[0], "intercept": float(svc.intercept_[0]),
-        "calibrator": fit_sigmoid(scores, labels), "threshold": 0.5,
-        "threshold_rule": "0.5 on the calibrated probability", "encoder": dict(encoder),
-        "versions": {"model": args.model_version, "code": common.code_commit(), **package_versions()},
-        "training_data": {"sha256": common.sha256(digest.encode()), "real": int((labels == 0).sum()),
-                          "fake": int((labels == 1).sum())},
-        "out_of_fold": {"scores": scores.astype(np.float32), "labels": labels.astype(np.int8)},
-    }
-
-
-def package_versions():
+def describe_training(rows, encoder, args):
+    """What the model file says of where it comes from. `images`: first 64 bits of each training image's hash."""
+    digest = "".join(f"{s}{label}" for s, label in sorted(zip(rows.columns["sha256"][rows.whole], rows.labels[rows.whole])))
+    hashes = sorted({int(s[:16], 16) - 2 ** 63 for s in rows.columns["sha256"]})
     import sklearn
-    return {"numpy": np.__version__, "scikit-learn": sklearn.__version__}
+    return {
+        "format": FORMAT, "encoder": dict(encoder),
+        "versions": {"model": args.model_version, "code": common.code_commit(), "numpy": np.__version__,
+                     "scikit-learn": sklearn.__version__},
+        "training_data": {"sha256": common.sha256(digest.encode()), "real": int((rows.labels[rows.whole] == 0).sum()),
+                          "fake": int((rows.labels[rows.whole] == 1).sum()), "views": int(rows.columns["view"].max()),
+                          "sources": sorted(set(rows.columns["sources"].tolist())), "images": np.array(hashes, np.int64)}}
 
 
-def evaluate_rows(model, columns, rows, groups):
-    """Metrics on the test rows, per source too, and the scores that the plots are drawn from."""
-    from model import decision, probability
-    from report import by_source, measure
-    labels = columns["labels"][rows].astype(int)
-    p_fake = probability(model, decision(model, columns["features"][rows]))
-    return {"test": measure(labels, p_fake, model["threshold"], groups[rows]),
-            "by_source": by_source(labels, p_fake, model["threshold"], columns["sources"][rows]),
-            "scores": {"labels": labels.tolist(), "p_fake": p_fake.round(6).tolist()}}
+def false_alarms(model, rows):
+    """Share of real images called fake, out of fold: {'all', 'untouched', 'degraded': share with interval}."""
+    fake = out_of_fold_probability(model) >= model["threshold"]
+    real = rows.labels == 0
+    return {name: metrics.share(fake[real & mask], rows.groups[real & mask])
+            for name, mask in (("all", real), ("untouched", rows.whole), ("degraded", ~rows.whole)) if (real & mask).any()}
 
+
+def leave_one_source_out(model, rows, seed):
+    """Each source as if it were new: a classifier of the same kind, trained without it, on its images -> by_source rows.
+
+    [] unless both classes have two sources or more. The other sources give at most HELD_OUT_ROWS images to each fit.
+    """
+    sources, labels = rows.columns["sources"], rows.labels
+    if "" in sources or min(len(np.unique(sources[labels == label])) for label in (0, 1)) < 2:
+        return []
+    from tqdm import tqdm
+    order, found = np.random.default_rng(seed).permutation(np.flatnonzero(rows.whole)), []
+    for source in tqdm(np.unique(sources), desc="leaving one source out"):
+        own = np.flatnonzero(rows.whole & (sources == source))
+        others = order[~np.isin(rows.groups[order], rows.groups[own]) & (sources[order] != source)][:HELD_OUT_ROWS]
+        if len(np.unique(labels[others])) < 2:
+            continue
+        weight = row_weights(labels[others], sources[others])  # anew: a class that lost a source would count for less
+        again = fit(model["classifier"], rows.features[others], labels[others], weight, seed, **model["hyperparameters"])
+        p_fake = probability(model, decision(again, rows.features[own]))
+        for i, name in enumerate(CLASSES):
+            if (labels[own] == i).any():
+                right = (p_fake[labels[own] == i] >= model["threshold"]) == i
+                found.append({"source": str(source), "label": name, **metrics.share(right)})
+    return sorted(found, key=lambda r: (r["value"], -r["n"]))
+
+
+def leak(model, columns, train, test, groups):
+    """The detector against probes that saw the same training rows and no picture (`probes.detector_minus_leak`)."""
+    from probes import detector_minus_leak, probe_scores
+    used = [rows[columns["view"][rows] == 0] for rows in (train, test)]
+    labels = columns["labels"].astype(int)
+    leaks = probe_scores(columns["facts"], columns["thumb"], labels, *used)
+    return detector_minus_leak(p_of(model, columns, used[1]), leaks, labels[used[1]], groups[used[1]])
+
+
+def audit_labels_of(model, rows):
+    """What the out-of-fold probabilities say of the labels (`audit.audit_labels`), untouched images alone."""
+    from audit import audit_labels
+    return audit_labels(rows.labels[rows.whole], out_of_fold_probability(model)[rows.whole], rows.columns["sources"][rows.whole],
+                        rows.columns["paths"][rows.whole])
+
+
+def compare(models, rows, columns, test, groups):
+    """-> rows {classifier, hyperparameters, out_of_fold, auc, balanced_accuracy} of several kinds on the same folds."""
+    whole, found = test[columns["view"][test] == 0], []
+    for kind, model in models.items():
+        on_test = metrics.measure(columns["labels"][whole].astype(int), p_of(model, columns, whole), model["threshold"], groups[whole])
+        found.append({"classifier": kind, "hyperparameters": model["hyperparameters"],
+                      "out_of_fold": metrics.auc(rows.labels, model["out_of_fold"]["scores"], rows.groups),
+                      "auc": on_test["auc"], "balanced_accuracy": on_test["balanced_accuracy"]})
+    return found
+
+
+def p_of(model, columns, rows):
+    return probability(model, decision(model, columns["features"][rows]))
+
+
+# ---- the command ----
 
 def check_output(path):
     """An unwritable place is told before the training, not after."""
@@ -238,36 +244,60 @@ def left_out(columns, used):
     return ", ".join(f"{k} {s or 'without split'}" for s, k in zip(splits, n))
 
 
+def check_max_fpr(max_fpr, rows):
+    """Raises UsageError outside (0, 1); warns where the training reals are too few to certify the rate."""
+    if max_fpr is None:
+        return
+    if not 0 < max_fpr < 1:
+        raise UsageError(f"--max_fpr {max_fpr:g}: must be between 0 and 1")
+    n = int((rows.whole & (rows.labels == 0)).sum())
+    if n < 3 / max_fpr:  # the rule of three: with fewer, even no false alarm at all leaves the rate open
+        say(f"warning: {n} real training images are too few to certify a rate of {max_fpr:g}: it takes {int(np.ceil(3 / max_fpr))}")
+
+
+def audit_training(columns, train, test, twins):
+    """What `audit.py` finds in the rows as they are used here; told on stderr. -> findings"""
+    from audit import audit, sentences
+    used = np.concatenate([train, test])
+    found = audit({**{name: columns[name][used] for name in COLUMNS},
+                   "splits": np.repeat(["train", "test"], [len(train), len(test)])}, twins[used])
+    fatal, note = sentences(found)
+    for line in [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]:
+        say(line)
+    return found
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_output(Path(args.model_output_path))
     columns, encoder = load_columns(args.features_file)
-    train, test, groups, how = choose_rows(columns, args, args.seed)
-    say(f"{len(train)} images to train, {len(test)} to test ({how})")
+    train, test, groups, twins, how = choose_rows(columns, args, args.seed)
+    rows, whole = Rows(columns, train, groups), columns["view"] == 0
+    copies = f", and {(~whole[train]).sum()} degraded copies" if not whole[train].all() else ""
+    say(f"{whole[train].sum()} images to train{copies}, {whole[test].sum()} to test ({how})")
     if rest := left_out(columns, np.concatenate([train, test])):
         say(f"left out: {rest}")
+    check_max_fpr(args.max_fpr, rows)
+    found = audit_training(columns, train, test, twins)
 
-    from audit import audit, sentences
-    used = np.concatenate([train, test])
-    actual = np.repeat(["train", "test"], [len(train), len(test)])
-    found = audit({**{name: columns[name][used] for name in COLUMNS}, "splits": actual})
-    fatal, note = sentences(found)
-    for line in [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]:
-        say(line)
-    model = build_model(columns, train, groups, encoder, args)
+    models = {kind: set_threshold(build(kind, rows, args.seed), args.max_fpr)
+              for kind in (GRIDS if args.classifier == "all" else [args.classifier])}
+    kinds = compare(models, rows, columns, test, groups)
+    model = models[max(kinds, key=lambda row: row["out_of_fold"]["value"])["classifier"]]  # never by the test images
+    model |= describe_training(rows, encoder, args)
     if notice := encoder.get("notice"):
         say(f"note: {notice}")
-    metrics = {"encoder": encoder["name"], "notice": notice, "model_version": args.model_version, "split": how, "C": model["C"],
-               "gamma": model["gamma"], "training_data": model["training_data"],
-               **evaluate_rows(model, columns, test, groups), "audit": found}
-    model["metrics"] = {name: metrics[name] for name in ("encoder", "split", "test")}
 
-    from model import save_model
-    from report import table, write_report
+    import report
+    found = {**report.about(model), "split": how, "audit": found, "leak": leak(model, columns, train, test, groups),
+             "labels": audit_labels_of(model, rows), "false_alarms": false_alarms(model, rows), "classifiers": kinds,
+             **report.assess(model, columns, test, groups, twins),
+             "leave_one_source_out": leave_one_source_out(model, rows, args.seed)}
+    model["metrics"] = {name: found[name] for name in ("split", "overall", "degraded", "calibration")}
     save_model(args.model_output_path, model)
-    folder = write_report(Path(args.model_output_path).with_suffix("").as_posix() + "_report", metrics)
-    print(f"SVM, C {model['C']:g}, gamma {model['gamma']:.3g}, {len(model['dual_coef'])} support vectors, on '{encoder['name']}'\n"
-          f"{table(metrics['test'])}\n{args.model_output_path} {args.model_version}, report in {folder}/")
+    folder = report.write_report(Path(args.model_output_path).with_suffix("").as_posix() + "_report", found)
+    print(report.training(found))
+    print(f"{args.model_output_path} {args.model_version}, report in {folder}/")
 
 
 if __name__ == "__main__":

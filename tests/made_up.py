@@ -28,6 +28,7 @@ def make_columns(real=60, fake=60, gap=3.0, dim=6, seed=0, splits=True):
     place = np.concatenate([np.arange(count) / count for count in (real, fake)])
     facts = np.zeros(n, FACTS)
     facts["width"], facts["height"], facts["bytes"], facts["format"] = 640, 480, 50_000, "JPEG"
+    facts["density"] = 0.2
     return {"features": features, "labels": labels, "facts": facts, "view": np.zeros(n, np.int8),
             "paths": np.array([f"{seed}/{i:05d}.jpg" for i in range(n)]),
             "splits": (np.where(place < 2 / 3, "train", "test") if splits else np.full(n, "")).astype("U8"),
@@ -49,10 +50,26 @@ def training_arguments(**changes):
     return Namespace(**{**vars(train_model.parse_args([])), **changes})
 
 
-def build(columns, **changes):
-    """Train on all rows, each image a group of its own -> the model, as train_model.py would save it."""
-    rows = np.arange(len(columns["labels"]))
-    return {**train_model.build_model(columns, rows, rows, ENCODER, training_arguments(**changes)), "metrics": {}}
+def with_views(columns, views, noise=0.1, seed=0):
+    """Each image of the columns followed by `views` degraded copies: the same bytes and facts, features a little off."""
+    rows = np.repeat(np.arange(len(columns["labels"])), 1 + views)
+    many = {name: column[rows] for name, column in columns.items()}
+    many["view"] = np.tile(np.arange(1 + views, dtype=np.int8), len(columns["labels"]))
+    shift = np.random.default_rng(seed).normal(0, noise, many["features"].shape) * (many["view"] > 0)[:, None]
+    return many | {"features": (many["features"] + shift).astype(np.float32)}
+
+
+def training_rows(columns):
+    """All rows to train on, each image (with its copies) a group of its own."""
+    groups = np.unique(columns["sha256"], return_inverse=True)[1]
+    return train_model.Rows(columns, np.arange(len(columns["labels"])), groups)
+
+
+def build(columns, kind="svm", seed=0, **changes):
+    """Train on all rows -> the model, as train_model.py would save it."""
+    args, rows = training_arguments(seed=seed, classifier=kind, **changes), training_rows(columns)
+    model = train_model.set_threshold(train_model.build(kind, rows, seed), args.max_fpr)
+    return {**model, **train_model.describe_training(rows, ENCODER, args), "metrics": {}}
 
 
 def other_encoder(name="other", identity="cd" * 32, **changes):

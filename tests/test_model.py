@@ -6,13 +6,25 @@ import sys
 import joblib
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
 
-import train_model
+from classifiers import balanced_weights, fit
 from common import ModelError, UsageError
 from conftest import ROOT
 from dataset import load_features
 from made_up import BASELINE, Planted, build, make_columns
-from model import FIELDS, decision, load_model, probability, save_model, verdict
+from model import CLASSIFIERS, FIELDS, decision, load_model, probability, save_model, verdict
+
+# Of each kind: a point of its grid, and the estimator that it stands for on `dim` features.
+KINDS = {"svm": ({"C": 3, "gamma": 0.3}, lambda dim: SVC(C=3, gamma=0.3 / dim)),
+         "linear-svm": ({"C": 0.1}, lambda dim: LinearSVC(C=0.1, dual="auto", max_iter=5000, random_state=0)),
+         "logistic": ({"C": 0.1}, lambda dim: LogisticRegression(C=0.1, max_iter=2000)),
+         "mlp": ({"alpha": 1}, lambda dim: MLPClassifier((64,), alpha=1, max_iter=40, random_state=0))}
+WHATEVER_KIND = set().union(*CLASSIFIERS.values())
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +32,22 @@ def model():
     return build(make_columns(gap=1.5))
 
 
+@pytest.fixture(scope="module")
+def of_kind(model):
+    """Function: the model with another kind of classifier in it."""
+    columns = make_columns(gap=1.5)
+    labels = columns["labels"].astype(int)
+    common_part = {name: value for name, value in model.items() if name not in WHATEVER_KIND}
+
+    def make(kind):
+        return common_part | fit(kind, columns["features"], labels, balanced_weights(labels), 0, **KINDS[kind][0])
+    return make
+
+
 @pytest.fixture
 def saved(model, tmp_path):
-    """Function: the model with these fields changed (None: left out) -> file, written past every check."""
-    def save(**changes):
+    """Function: the model, or another, with these fields changed (None: left out) -> file, written past every check."""
+    def save(model=model, **changes):
         path = tmp_path / "model.joblib"
         path.write_bytes(pickle.dumps({k: v for k, v in {**model, **changes}.items() if v is not None}, protocol=5))
         return path
@@ -58,54 +82,30 @@ DATA = {"separable": make_columns, "noise": lambda: make_columns(gap=0), "1 to 5
         "far off centre": far_off_centre, "the shipped features": shipped_features}
 
 
+def raw_scores(pipeline, rows):
+    """Decision values of a fitted pipeline; the network's, which has none, are its last sums before the sigmoid."""
+    network = pipeline[-1]
+    if not isinstance(network, MLPClassifier):
+        return pipeline.decision_function(rows)
+    network.out_activation_ = "identity"
+    return pipeline.predict_proba(rows)[:, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")  # so many rounds and no more, as the recipe has it
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("data", DATA.values(), ids=DATA)
-def test_numpy_gives_the_decision_values_of_the_fitted_pipeline(data):
-    columns = data()
-    model = build(columns)
-    pipeline = train_model.fit_svm(columns["features"], columns["labels"].astype(int), model["C"], model["gamma"])
-    new = columns["features"] + np.float32(0.1)  # rows that it was not fitted on
-    for rows in (columns["features"], new, new[:1]):
-        ours, theirs = decision(model, rows), pipeline.decision_function(rows)
-        np.testing.assert_allclose(ours, theirs, atol=1e-9, rtol=0)
-        assert np.array_equal(ours > 0, theirs > 0)
-
-
-def calibrated_by_sklearn(features, labels, folds, C, gamma, by_fold):
-    """CalibratedClassifierCV with the balanced weights, which reach the steps of a pipeline by metadata routing.
-
-    `by_fold`: the machine balances the rows of each fold by itself, as ours does; the sigmoid has the weights either way.
-    """
-    import sklearn
-    from sklearn.calibration import CalibratedClassifierCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import SVC
-    with sklearn.config_context(enable_metadata_routing=True):
-        pipeline = make_pipeline(StandardScaler().set_fit_request(sample_weight=False),
-                                 SVC(C=C, gamma=gamma, class_weight="balanced" if by_fold else None)
-                                 .set_fit_request(sample_weight=not by_fold))
-        calibrated = CalibratedClassifierCV(pipeline, method="sigmoid", ensemble=False, cv=folds)
-        return calibrated.fit(features, labels, sample_weight=train_model.balanced_weights(labels))
-
-
-@pytest.mark.parametrize("real, fake, by_fold", [
-    (100, 100, False), (100, 300, False),  # five folds divide these evenly, so the weights of all rows fit each fold
-    (77, 123, True), (41, 203, True),
-])
-@pytest.mark.parametrize("gap", [0.7, 2.0], ids=["overlapping", "apart"])
-def test_probabilities_are_those_of_calibrated_classifier_cv(real, fake, by_fold, gap):
-    columns = make_columns(real=real, fake=fake, gap=gap)
+def test_numpy_gives_the_decision_values_of_the_fitted_pipeline(data, kind):
+    columns, (point, estimator) = data(), KINDS[kind]
     features, labels = columns["features"], columns["labels"].astype(int)
-    model = build(columns)
-    folds = train_model.fold_rows(labels, np.arange(len(labels)), 0)
-    theirs = calibrated_by_sklearn(features, labels, folds, model["C"], model["gamma"], by_fold)
-    (sigmoid,) = theirs.calibrated_classifiers_[0].calibrators
-    np.testing.assert_allclose(model["calibrator"], [sigmoid.a_, sigmoid.b_], rtol=1e-4, atol=1e-5)
-
-    new = make_columns(seed=1, gap=gap)["features"]
-    ours = probability(model, decision(model, new))
-    np.testing.assert_allclose(ours, theirs.predict_proba(new)[:, 1], atol=1e-5)
-    assert [verdict(model, p)[0] for p in ours] == [("real", "fake")[i] for i in theirs.predict(new)]
+    weight = balanced_weights(labels)
+    model = fit(kind, features, labels, weight, 0, **point)
+    pipeline = make_pipeline(StandardScaler(), estimator(features.shape[1]))
+    pipeline.fit(features, labels, **{f"{pipeline.steps[-1][0]}__sample_weight": weight})
+    new = features + np.float32(0.1)  # rows that it was not fitted on
+    for rows in (features, new, new[:1]):
+        ours, theirs = decision(model, rows), raw_scores(pipeline, rows)
+        np.testing.assert_allclose(ours, theirs, atol=1e-9 if kind == "svm" else 1e-4, rtol=0)
+    assert np.ptp(decision(model, features)) > 0.1  # values to agree on
 
 
 def test_a_probability_rises_with_the_score_and_never_overflows(model):
@@ -130,7 +130,9 @@ def equal(a, b):
     return np.array_equal(a, b) and type(a) is type(b) and getattr(a, "dtype", None) == getattr(b, "dtype", None)
 
 
-def test_what_is_saved_comes_back(model, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_comes_back(of_kind, tmp_path, kind):
+    model = of_kind(kind)
     save_model(tmp_path / "model.joblib", model)
     back = load_model(tmp_path / "model.joblib")
     assert len(back.pop("sha256")) == 64
@@ -231,40 +233,60 @@ def test_a_truncated_file_is_refused(saved, kept):
 
 
 def test_a_pickled_estimator_is_refused(tmp_path):
-    columns = make_columns()
-    joblib.dump(train_model.fit_svm(columns["features"], columns["labels"].astype(int), 1, 1), tmp_path / "model.joblib")
+    joblib.dump(make_pipeline(StandardScaler(), SVC()), tmp_path / "model.joblib")
     assert "sklearn" in refusal(tmp_path / "model.joblib")
 
 
-@pytest.mark.parametrize("number", [0, 2, "1", 1.5])
+@pytest.mark.parametrize("number", [0, 1, 3, "2", 1.5])
 def test_another_format_is_refused_by_its_number(saved, number):
-    assert f"its format is {number!r}, this code reads 1" in refusal(saved(format=number))
+    assert f"its format is {number!r}, this code reads 2" in refusal(saved(format=number))
 
 
-@pytest.mark.parametrize("field", sorted(set(FIELDS) - {"format"}))
-def test_a_missing_field_is_named(saved, field):
-    assert f"'{field}'" in refusal(saved(**{field: None}))
+@pytest.mark.parametrize("kind", ["forest", "SVM", None, 5], ids=str)
+def test_an_unknown_kind_of_classifier_is_refused_with_those_that_are_known(saved, kind):
+    message = refusal(saved(classifier=kind))
+    assert f"its classifier is {kind!r}" in message and "svm, linear-svm, logistic, mlp" in message
 
 
-@pytest.mark.parametrize("field", sorted(name for name, kind in FIELDS.items() if isinstance(kind, tuple)))
+OF_KIND = [(kind, name) for kind in KINDS for name in {**(FIELDS if kind == "svm" else {}), **CLASSIFIERS[kind]}]
+ARRAYS = [(kind, name) for kind, name in OF_KIND if isinstance({**FIELDS, **CLASSIFIERS[kind]}[name], tuple)]
+
+
+@pytest.mark.parametrize("kind, field", [pair for pair in OF_KIND if pair[1] not in ("format", "classifier")])
+def test_a_missing_field_is_named(of_kind, saved, kind, field):
+    assert f"'{field}'" in refusal(saved(of_kind(kind), **{field: None}))
+
+
+@pytest.mark.parametrize("kind, field", ARRAYS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_array_with_a_nan_is_refused_by_name(model, saved, field, value):
+def test_an_array_with_a_nan_is_refused_by_name(of_kind, saved, kind, field, value):
+    model = of_kind(kind)
     array = model[field].copy()
     array.flat[-1] = value
-    assert f"'{field}'" in refusal(saved(**{field: array}))
+    assert f"'{field}'" in refusal(saved(model, **{field: array}))
 
 
 @pytest.mark.parametrize("changes", [{"gamma": float("nan")}, {"intercept": float("inf")}, {"threshold": "0.5"}, {"gamma": 1},
                                      {"center": [0.0] * 6}, {"dual_coef": np.zeros((3, 1))}, {"scale": np.ones(6, int)},
-                                     {"encoder": "tiny"}], ids=str)
+                                     {"encoder": "tiny"}, {"threshold_rule": "0.5"}], ids=str)
 def test_a_field_of_another_kind_is_named(saved, changes):
     assert f"'{next(iter(changes))}'" in refusal(saved(**changes))
 
 
-@pytest.mark.parametrize("changes", [{"center": np.zeros(5)}, {"scale": np.ones(7)}, {"dual_coef": np.ones(1)},
-                                     {"support_vectors": np.zeros((1, 6), np.float32)}, {"calibrator": np.ones(3)}], ids=str)
-def test_arrays_that_do_not_fit_together_are_refused(saved, changes):
-    assert "do not fit together" in refusal(saved(**changes))
+@pytest.mark.parametrize("kind, field", ARRAYS)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_arrays_that_do_not_fit_together_are_refused(of_kind, saved, kind, field, more):
+    model = of_kind(kind)
+    for axis in range(model[field].ndim):
+        shape = np.array(model[field].shape)
+        shape[axis] += more
+        path = saved(model, **{field: np.resize(model[field], shape)})
+        assert "do not fit together" in refusal(path)
+
+
+def test_a_network_with_its_weights_on_their_side_is_refused(of_kind, saved):
+    model = of_kind("mlp")
+    assert "do not fit together" in refusal(saved(model, hidden_weights=model["hidden_weights"].T))
 
 
 @pytest.mark.parametrize("encoder", [{}, {"name": "tiny"}, {"identity": "ab"}, {"name": "tiny", "identity": 5}], ids=str)

@@ -1,214 +1,40 @@
-"""Training: which rows train and test, what is written, what is refused; and that it learns what is there, no more."""
+"""train_model.py as users run it: what it writes, says and refuses."""
 import json
+import pickle
+import re
 import subprocess
+import time
 
 import numpy as np
 import pytest
 
-import common
 import train_model
-from audit import auc
+from classifiers import GRIDS
 from common import UsageError
 from conftest import ROOT, assert_one_line_error
-from made_up import ENCODER, build, make_columns, training_arguments, write_features
-from model import decision, load_model, probability
-from report import area, bootstrap, measure
-from train_model import balanced_weights, choose_rows, fit_sigmoid, fold_rows, make_groups, out_of_fold
-
-METRICS = ("accuracy", "balanced accuracy", "auc", "precision real", "recall real", "precision fake", "recall fake")
-
-
-def chosen(columns, **changes):
-    """choose_rows with the given flags -> (train rows, test rows, groups, words)."""
-    return choose_rows(columns, training_arguments(**changes), 0)
-
-
-def joined(*parts):
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch, capsys):
-    """Function: columns or features files, and flags -> (model, metrics.json, stdout, stderr) of one training."""
-    monkeypatch.setattr(common, "code_commit", lambda: "0123abc")
-
-    def run(*data, name="model", **flags):
-        files = [write_features(tmp_path / f"{name}{i}.npz", part) if isinstance(part, dict) else part
-                 for i, part in enumerate(data)]
-        output = tmp_path / f"{name}.joblib"
-        given = [word for flag, value in flags.items() for word in (f"--{flag}", *([] if value is True else [str(value)]))]
-        train_model.main(["--features_file", *map(str, files), "--model_output_path", str(output), *given])
-        captured = capsys.readouterr()
-        return (load_model(output), json.loads((tmp_path / f"{name}_report" / "metrics.json").read_text()),
-                captured.out, captured.err)
-    return run
-
-
-# ---- which rows ----
-
-def test_the_folders_split_is_used():
-    columns = make_columns()
-    rows, test, _, how = chosen(columns)
-    assert set(columns["splits"][rows]) == {"train"} and set(columns["splits"][test]) == {"test"}
-    assert len(rows) + len(test) == len(columns["labels"])
-    assert "folders' split" in how
-
-
-@pytest.mark.parametrize("splits", ["", "val"], ids=["no split folders", "another split only"])
-def test_without_a_split_a_fifth_of_each_class_tests(splits):
-    columns = make_columns(real=100, fake=50, splits=False)
-    columns["splits"][:] = splits
-    rows, test, _, how = chosen(columns)
-    assert "our own split" in how and "a fifth" in how
-    assert np.bincount(columns["labels"][test]).tolist() == [20, 10]
-    assert sorted(np.concatenate([rows, test])) == list(range(150))
-
-
-def test_without_test_images_a_fifth_of_train_tests():
-    columns = make_columns(real=90, fake=90)
-    columns["splits"] = np.where(columns["splits"] == "test", "external", "train")
-    rows, test, _, how = chosen(columns)
-    assert "our own split" in how and set(columns["splits"][np.concatenate([rows, test])]) == {"train"}
-    assert (len(rows), len(test)) == (96, 24)
-
-
-def test_resplit_divides_anew_whatever_the_folders_say_and_leaves_external_out():
-    columns = make_columns(real=100, fake=100)
-    columns["splits"][::10] = "external"
-    rows, test, _, how = chosen(columns, resplit=True)
-    assert "our own split" in how
-    assert {"train", "test"} == set(columns["splits"][rows]) == set(columns["splits"][test])
-    assert np.bincount(columns["labels"][test]).tolist() == [18, 18]
-
-
-def test_train_splits_chooses_what_to_train_on():
-    columns = make_columns()
-    columns["splits"][::4] = "extra"
-    rows, test, _, _ = chosen(columns, train_splits="train,extra")
-    assert set(columns["splits"][rows]) == {"train", "extra"} and set(columns["splits"][test]) == {"test"}
-
-
-def test_images_to_train_on_never_test_even_where_the_user_names_the_test_split():
-    columns = make_columns()
-    rows, test, _, how = chosen(columns, train_splits="train,test")
-    assert not set(rows) & set(test)
-    assert "our own split" in how and len(rows) + len(test) == len(columns["labels"])
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_unlabelled_images_neither_train_nor_test(split):
-    columns = make_columns()
-    unknown = np.flatnonzero(columns["splits"] == split)[::3]
-    columns["labels"][unknown] = -1
-    for resplit in (False, True):
-        rows, test, _, _ = chosen(columns, resplit=resplit)
-        assert not set(unknown) & set(np.concatenate([rows, test]))
-
-
-def test_what_is_left_out_is_said(train):
-    columns = make_columns()
-    columns["splits"][:3], columns["splits"][3:5] = "external", "seen"
-    assert "left out: 3 external, 2 seen" in train(columns)[3]
-
-
-# ---- groups ----
-
-def with_twins(columns, copies=4, seed=0):
-    """Every picture there `copies` times: other bytes, nearly the same thumbnail."""
-    rng = np.random.default_rng(seed)
-    many = {name: np.repeat(column, copies, axis=0) for name, column in columns.items()}
-    many["sha256"] = np.array([f"{i:064x}" for i in range(len(many["sha256"]))])
-    many["thumb"] = np.clip(many["thumb"].astype(int) + rng.integers(-1, 2, many["thumb"].shape), 0, 255).astype(np.uint8)
-    return many
-
-
-def test_near_identical_pictures_are_one_group():
-    groups, kind = make_groups(with_twins(make_columns(), copies=4))
-    assert kind == "near-identical images"
-    assert (groups.reshape(-1, 4) == groups[::4, None]).all() and len(set(groups)) == 120
-
-
-def test_byte_identical_files_are_one_group():
-    columns = make_columns()
-    columns["sha256"][5] = columns["sha256"][100]
-    groups, _ = make_groups(columns)
-    assert groups[5] == groups[100] and len(set(groups)) == 119
-
-
-@pytest.mark.parametrize("sources, kind", [(3, "near-identical images"), (9, "near-identical images"), (12, "sources")])
-def test_ten_sources_or_more_are_groups_fewer_are_not(sources, kind):
-    columns = make_columns()
-    columns["sources"] = np.array([f"source {i % sources}" for i in range(120)])
-    groups, found = make_groups(columns)
-    assert found == kind
-    if kind == "sources":
-        assert all(len(set(groups[columns["sources"] == name])) == 1 for name in set(columns["sources"]))
-        assert len(set(groups)) == sources
-
-
-def test_ten_sources_of_which_too_few_hold_one_class_are_no_groups():
-    columns = make_columns()
-    columns["sources"] = np.array([f"camera {i % 12}" for i in range(60)] + [f"generator {i % 2}" for i in range(60)])
-    assert make_groups(columns)[1] == "near-identical images"
-
-
-def test_a_twin_ties_two_sources_together():
-    columns = make_columns()
-    columns["sources"] = np.array([f"source {i % 12}" for i in range(120)])
-    columns["sha256"][0] = columns["sha256"][1]
-    assert len(set(make_groups(columns)[0])) == 11
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_group_is_ever_on_both_sides(seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, 300)
-    groups = rng.integers(0, 60, 300) * 2 + labels
-    folds = fold_rows(labels, groups, seed)
-    assert sorted(np.concatenate([test for _, test in folds])) == list(range(300))
-    for rows, test in folds:
-        assert not set(groups[rows]) & set(groups[test])
-        assert abs(labels[test].mean() - labels.mean()) < 0.15
-
-
-@pytest.mark.parametrize("sources", [1, 20])
-def test_our_own_split_keeps_groups_whole(sources):
-    columns = with_twins(make_columns(splits=False))
-    columns["sources"] = np.array([f"source {i // 4 % sources}" for i in range(480)])
-    rows, test, groups, _ = chosen(columns)
-    assert not set(groups[rows]) & set(groups[test]) and len(test) > 50
-
-
-def test_twins_across_the_folders_split_are_told_and_resplit_mends_it(train):
-    columns = with_twins(make_columns(real=40, fake=40), copies=2)
-    columns["splits"][:] = ["train", "test"] * 80
-    assert "LEAK  80 of 80 test images have a twin in train" in train(columns)[3]
-    assert "LEAK" not in train(columns, resplit=True)[3]
+from made_up import ENCODER, build, make_columns, training_arguments, training_rows, with_views, write_features
+from model import decision, load_model, probability, stale_threshold
+from plots import PLOTS
+from report import NAMES
+from training import command, quick, train  # noqa: F401
 
 
 # ---- what comes out ----
-
-@pytest.fixture
-def command(script, tmp_path):
-    """Function: train_model.py as a process on a features file, into tmp_path / 'out.joblib'."""
-    def run(*flags, features=None, **env):
-        return script("train_model.py", "--features_file", *(features or [write_features(tmp_path / "f.npz")]),
-                      "--model_output_path", tmp_path / "out.joblib", *flags, **env)
-    return run
-
 
 def test_the_command_writes_model_and_report_and_prints_each_metric_with_its_interval(command, tmp_path):
     result = command("--model_version", "v1.2.0")
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "out_report"
-    assert {p.name for p in folder.iterdir()} == {"confusion_matrix.png", "roc.png", "calibration.png", "metrics.json"}
+    pictures = {p.name for p in folder.glob("*.png")}
+    assert {"metrics.json", "report.html", "MODEL_CARD.md", "overall.csv"} < {p.name for p in folder.iterdir()}
+    assert {"confusion_matrix.png", "roc.png", "calibration.png"} <= pictures <= {f"{name}.png" for name in PLOTS}
 
-    metrics, model = json.loads((folder / "metrics.json").read_text()), load_model(tmp_path / "out.joblib")
-    for name in METRICS:
-        m = metrics["test"][name.replace(" ", "_")]
+    found, model = json.loads((folder / "metrics.json").read_text()), load_model(tmp_path / "out.joblib")
+    for name in ("accuracy", "precision_real", "precision_fake", *NAMES):
+        m = found["overall"][name]
         assert f"{m['value']:.3f}  {m['interval'][0]:.3f} .. {m['interval'][1]:.3f}  {m['n']}" in result.stdout
-    for told in ("v1.2.0", str(tmp_path / "out.joblib"), str(folder), "'made-up'", f"C {model['C']:g}",
-                 f"{len(model['dual_coef'])} support vectors"):
+    for told in ("v1.2.0", str(tmp_path / "out.joblib"), str(folder), "'made-up'", f"C {model['hyperparameters']['C']:g}",
+                 "svm", "threshold 0.500"):
         assert told in result.stdout
     assert "80 images to train, 40 to test" in result.stderr and "Traceback" not in result.stderr
 
@@ -224,11 +50,21 @@ def test_the_model_says_where_it_comes_from(command, tmp_path):
     assert model["encoder"] == ENCODER
     assert {name: model["training_data"][name] for name in ("real", "fake")} == {"real": 40, "fake": 40}
     assert int(model["training_data"]["sha256"], 16) and len(model["training_data"]["sha256"]) == 64
-    assert model["metrics"]["test"] == json.loads((tmp_path / "out_report" / "metrics.json").read_text())["test"]
+    assert model["metrics"]["overall"] == json.loads((tmp_path / "out_report" / "metrics.json").read_text())["overall"]
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_every_kind_is_the_same_to_the_byte_when_built_again_at_another_time(monkeypatch, kind):
+    columns = with_views(make_columns(gap=1), 1)
+    first = build(columns, kind)
+    for name in ("time", "time_ns"):
+        monkeypatch.setattr(time, name, lambda: 4_000_000_000)
+    assert pickle.dumps(build(columns, kind)) == pickle.dumps(first)
+    assert set(first["versions"]) == {"model", "code", "numpy", "scikit-learn"}  # no clock among them
 
 
 def test_the_same_seed_and_features_give_the_same_bytes(train):
-    columns = make_columns(gap=1)
+    columns = with_views(make_columns(gap=1), 1)
     first = train(columns, name="a")[0]
     assert train(columns, name="b")[0]["sha256"] == first["sha256"]
     other = train(columns, name="c", seed=1)[0]
@@ -246,36 +82,183 @@ def changed(columns, what):
         return {name: column[1:] for name, column in columns.items()}
     elif what == "a test image":
         columns["sha256"][np.flatnonzero(columns["splits"] == "test")[0]] = "0" * 64
+    elif what == "copies":
+        return with_views(columns, 2)
     elif what == "the order":
         return {name: column[::-1] for name, column in columns.items()}
     return columns
 
 
 @pytest.mark.parametrize("what, other", [("a label", True), ("a file's bytes", True), ("an image less", True),
-                                         ("a test image", False), ("the order", False)])
-def test_the_hash_of_the_training_data_changes_with_them_and_only_with_them(monkeypatch, what, other):
-    monkeypatch.setattr(train_model, "search", lambda *_: (1, 0.1))
-
+                                         ("a test image", False), ("the order", False), ("copies", False)])
+def test_the_hash_of_the_training_data_changes_with_them_and_only_with_them(what, other):
     def digest(columns):
-        rows = np.flatnonzero(columns["splits"] == "train")
-        model = train_model.build_model(columns, rows, np.arange(len(columns["labels"])), ENCODER, training_arguments())
-        return model["training_data"]["sha256"]
+        trained = {name: column[columns["splits"] == "train"] for name, column in columns.items()}
+        return train_model.describe_training(training_rows(trained), ENCODER, training_arguments())["training_data"]["sha256"]
     columns = make_columns()
     assert (digest(changed(columns, what)) != digest(columns)) == other
 
 
 def test_several_features_files_are_joined(train):
-    model, metrics, _, told = train(make_columns(), make_columns(seed=1, splits=False) | {"splits": np.full(120, "train")})
-    assert model["training_data"]["real"] == 40 + 60 and metrics["test"]["n"] == 40
+    model, found, _, told = train(make_columns(), make_columns(seed=1, splits=False) | {"splits": np.full(120, "train")})
+    assert model["training_data"]["real"] == 40 + 60 and found["overall"]["n"] == 40
     assert "200 images to train, 40 to test" in told
 
 
 def test_a_test_split_of_one_class_is_measured_as_far_as_it_can_be(train):
     columns = make_columns()
     keep = (columns["splits"] == "train") | (columns["labels"] == 0)
-    _, metrics, printed, _ = train({name: column[keep] for name, column in columns.items()})
-    assert metrics["test"]["auc"] == {"value": None, "interval": [0, 1], "n": 20}
-    assert metrics["test"]["recall_real"]["n"] == 20 and "n/a" in printed
+    _, found, printed, _ = train({name: column[keep] for name, column in columns.items()})
+    assert found["overall"]["auc"] == {"value": None, "interval": None, "n": 20}
+    assert found["overall"]["accuracy_real"]["n"] == 20 and "n/a" in printed
+
+
+# ---- copies ----
+
+def test_degraded_copies_train_along_and_are_reported_apart(train, quick):
+    columns = with_views(make_columns(gap=1.5), 3, noise=2)
+    model, found, printed, told = train(columns)
+    assert "80 images to train, and 240 degraded copies, 40 to test" in told
+    assert {name: model["training_data"][name] for name in ("real", "fake", "views")} == {"real": 40, "fake": 40, "views": 3}
+    assert np.bincount(model["out_of_fold"]["view"]).tolist() == [80] * 4 and len(model["training_data"]["images"]) == 80
+
+    test, whole = columns["splits"] == "test", columns["view"] == 0
+    right = (probability(model, decision(model, columns["features"])) >= 0.5) == columns["labels"]
+    for part, mask, n in (("overall", test & whole, 40), ("degraded", test & ~whole, 120)):
+        accuracy = found[part]["accuracy"]
+        assert (accuracy["value"], accuracy["n"]) == (pytest.approx(right[mask].mean()), n)
+        assert f"{accuracy['value']:.3f}  {accuracy['interval'][0]:.3f} .. {accuracy['interval'][1]:.3f}  {n}" in printed
+        assert model["metrics"][part] == found[part]
+    assert right[test & whole].mean() != right[test & ~whole].mean()
+    assert "on 120 degraded copies of the test images:" in printed
+    for n, words in ((160, "real training images"), (40, "of them as they are"), (120, "their degraded copies")):
+        assert re.search(rf"called fake, out of fold: 0\.\d+ \[.*\] of {n} {words}$", printed, re.MULTILINE)
+
+
+def test_without_copies_there_is_no_word_of_them(train, quick):
+    _, found, printed, told = train(make_columns())
+    assert found["degraded"] is None and "degraded" not in printed + told
+
+
+# ---- a rate of false alarms ----
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_the_rate_that_the_threshold_reaches_is_stated_and_is_at_most_the_one_asked_for(train, quick, views):
+    model, found, printed, _ = train(with_views(make_columns(real=150, fake=150, gap=1), views), max_fpr=0.1)
+    stored = model["out_of_fold"]
+    real = stored["labels"] == 0
+    fake = probability(model, stored["scores"].astype(float)) >= model["threshold"]
+    for name, mask in {"all": real, "untouched": real & (stored["view"] == 0), "degraded": real & (stored["view"] > 0)}.items():
+        if mask.any():
+            alarms = found["false_alarms"][name]
+            assert (alarms["value"], alarms["n"]) == (pytest.approx(fake[mask].mean()), mask.sum())
+            assert f"called fake, out of fold: {alarms['value']:.3f} [" in printed
+    assert 0.05 < found["false_alarms"]["all"]["value"] <= 0.1
+    assert ("degraded" in found["false_alarms"]) == (views > 0)
+    assert f"threshold {model['threshold']:.3f} (at most 0.1 of the real training images called fake, out of fold)" in printed
+    assert model["threshold_rule"]["max_fpr"] == 0.1 and stale_threshold(model) is None
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "2", "nan", "-0.1", "inf"])
+def test_a_rate_that_is_none_is_refused_before_the_training(train, monkeypatch, rate):
+    monkeypatch.setattr(train_model, "build", lambda *_: pytest.fail("trained first"))
+    with pytest.raises(UsageError, match=f"^--max_fpr {rate}: must be between 0 and 1$"):
+        train(make_columns(), max_fpr=rate)
+
+
+def test_a_refused_rate_is_one_line(command):
+    assert_one_line_error(command("--max_fpr", "nan"), "--max_fpr nan", "between 0 and 1")
+
+
+@pytest.mark.parametrize("rate, needed", [(0.05, 60), (0.074, 41), (0.075, None), (0.5, None), (0.01, 300)])
+@pytest.mark.parametrize("views", [0, 3])
+def test_too_few_reals_to_certify_a_rate_are_warned_of(capsys, rate, needed, views):
+    rows = training_rows(with_views(make_columns(real=40, fake=200), views))  # copies certify nothing
+    train_model.check_max_fpr(rate, rows)
+    expected = f"warning: 40 real training images are too few to certify a rate of {rate:g}: it takes {needed}\n"
+    assert capsys.readouterr().err == (expected if needed else "")
+
+
+def test_the_warning_is_given_by_the_command_too(train, quick):
+    assert "too few to certify a rate of 0.01" in train(make_columns(), max_fpr=0.01)[3]
+
+
+# ---- which kind ----
+
+def bent_in_train_straight_in_test():
+    """Training images whose border is bent, test images that a straight one tells apart: there the best kinds differ."""
+    columns = make_columns(real=300, fake=300, gap=0)
+    x, train = columns["features"], columns["splits"] == "train"
+    columns["labels"] = np.where(train, x[:, 0] * x[:, 1] + 0.35 * x[:, 2] > 0, x[:, 2] > 0).astype(np.int8)
+    return columns
+
+
+def test_of_all_kinds_the_best_out_of_fold_is_trained_whatever_the_test_images_say(train, quick):
+    model, found, printed, _ = train(bent_in_train_straight_in_test(), classifier="all")
+    kinds = {row["classifier"]: row for row in found["classifiers"]}
+    assert list(kinds) == list(GRIDS)
+    by_folds, by_test = (max(kinds, key=lambda kind: kinds[kind][key]["value"]) for key in ("out_of_fold", "auc"))
+    assert by_folds != by_test
+    assert model["classifier"] == found["classifier"] == by_folds
+    assert found["overall"]["auc"]["value"] == pytest.approx(kinds[by_folds]["auc"]["value"])
+    for kind, row in kinds.items():
+        assert re.search(rf"^{kind} +{row['out_of_fold']['value']:.2f} \[.*\] +{row['auc']['value']:.2f} \[", printed, re.MULTILINE)
+        assert row["hyperparameters"] == GRIDS[kind][0]
+    assert "the best out of fold was chosen:" in printed
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_kind_that_is_named_is_trained_and_no_table_is_shown(train, quick, kind):
+    model, found, printed, _ = train(make_columns(), classifier=kind)
+    assert model["classifier"] == kind and printed.startswith(f"{kind}, ") and "out-of-fold AUC" not in printed
+    assert [row["classifier"] for row in found["classifiers"]] == [kind]
+
+
+# ---- sources held out ----
+
+def with_sources(real=("a", "b"), fake=("x", "y"), **arguments):
+    columns = make_columns(**arguments)
+    columns["sources"] = np.array([(real, fake)[label][i % len((real, fake)[label])] for i, label in enumerate(columns["labels"])])
+    return columns
+
+
+def test_each_source_is_answered_by_a_classifier_that_was_trained_without_it_and_without_its_twins(monkeypatch):
+    columns = with_views(with_sources(), 1)
+    columns["features"][:, 5] = np.arange(240)  # tells which row it is
+    rows, fit, held_out = training_rows(columns), train_model.fit, []
+    model = build(columns, "linear-svm")
+    rows.groups[columns["sources"] == "a"], rows.groups[2:4] = np.arange(60) // 2, 0  # the second image: a twin in another source
+
+    def spy(kind, features, labels, weight, seed, **point):
+        used = features[:, 5].astype(int)
+        assert (rows.columns["view"][used] == 0).all()
+        assert weight[labels == 0].sum() == pytest.approx(weight[labels == 1].sum())  # also where a class lost a source
+        missing = set("abxy") - set(rows.columns["sources"][used])
+        assert len(missing) == 1 and not set(rows.groups[used]) & set(rows.groups[rows.columns["sources"] == min(missing)])
+        held_out.append(min(missing))
+        return fit(kind, features, labels, weight, seed, **point)
+    monkeypatch.setattr(train_model, "fit", spy)
+    found = train_model.leave_one_source_out(model, rows, 0)
+    assert sorted(held_out) == sorted(row["source"] for row in found) == list("abxy")
+    assert {row["source"]: (row["label"], row["n"]) for row in found} == {**dict.fromkeys("ab", ("real", 30)), **dict.fromkeys("xy", ("fake", 30))}
+
+
+def test_the_table_of_held_out_sources_is_printed_worst_first(train):
+    columns = with_sources(real=("camera", "phone"), fake=("gan", "other", "odd"), gap=4)
+    columns["features"][columns["sources"] == "odd", :2] += [-4, 6]  # looks real to who knows the other fakes alone
+    _, found, printed, _ = train(columns, classifier="logistic")
+    rows = found["leave_one_source_out"]
+    assert [rows[0]["source"], rows[0]["label"]] == ["odd", "fake"] and rows[0]["value"] < 0.3 and rows[1]["value"] > 0.6
+    shown = printed[printed.index("source held out"):].splitlines()[1:6]
+    assert [line.split()[:3] for line in shown] == [[row["source"], row["label"], str(row["n"])] for row in rows]
+    assert f"{rows[0]['value']:.2f} [" in shown[0] and found["overall"]["accuracy_fake"]["value"] > rows[0]["value"]
+
+
+@pytest.mark.parametrize("real, fake", [(("",), ("",)), (("a", "b"), ("x",)), (("a", "b"), ("x", "")), (("a",), ("a",))],
+                         ids=["no sources", "one of the fakes", "some without", "one of both"])
+def test_without_two_sources_in_both_classes_there_is_no_such_table(train, quick, real, fake):
+    _, found, printed, _ = train(with_sources(real, fake))
+    assert found["leave_one_source_out"] == [] and "source held out" not in printed
 
 
 # ---- refusals ----
@@ -353,110 +336,3 @@ def test_an_unwritable_place_is_told_before_the_training(script, tmp_path, place
 def test_an_unknown_flag_is_refused(command):
     result = command("--modell", "x")
     assert result.returncode == 2 and "unrecognized arguments: --modell" in result.stderr
-
-
-# ---- it learns what is there, and no more ----
-
-def held_out(columns, model):
-    """-> (labels, probabilities of fake) of rows that the model has not seen."""
-    return columns["labels"].astype(int), probability(model, decision(model, columns["features"]))
-
-
-def test_what_can_be_told_apart_is(train):
-    _, metrics, _, _ = train(make_columns(gap=6))
-    assert metrics["test"]["auc"]["value"] > 0.99 and metrics["test"]["accuracy"]["value"] > 0.95
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_on_noise_the_interval_of_the_auc_holds_one_half(seed):
-    model = build(make_columns(gap=0, seed=seed))
-    labels, p_fake = held_out(make_columns(real=150, fake=150, gap=0, seed=100 + seed), model)
-    low, high = bootstrap(area, np.arange(300), labels, p_fake)
-    assert low < 0.5 < high
-
-
-def test_on_noise_the_out_of_fold_scores_are_chance():
-    # C and gamma fixed: the best of twenty points would be a little above chance by the choice alone
-    values = []
-    for seed in range(20):
-        columns = make_columns(gap=0, seed=seed)
-        features, labels = columns["features"], columns["labels"].astype(int)
-        values.append(auc(out_of_fold(features, labels, fold_rows(labels, np.arange(120), 0), 3, 0.05), labels))
-    error = np.std(values) / np.sqrt(len(values))
-    assert abs(np.mean(values) - 0.5) < 2.5 * error < 0.08
-
-
-def grouped(seed):
-    """80 places with five pictures each, nearly alike, and a label for each place that nothing in the pictures bears out."""
-    rng, place = np.random.default_rng(seed), np.repeat(np.arange(80), 5)
-    columns = make_columns(real=200, fake=200, splits=False)
-    columns["features"] = (rng.normal(size=(80, 6))[place] + 0.05 * rng.normal(size=(400, 6))).astype(np.float32)
-    columns["labels"] = rng.permutation(np.repeat(np.int8([0, 1]), 40))[place]
-    columns["sources"] = np.array([f"place {i}" for i in place])
-    return columns
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_labels_permuted_by_group_are_chance_for_who_cannot_remember_the_group(train, seed):
-    model, metrics, _, told = train(grouped(seed))
-    assert "our own split by sources" in told
-    scores = model["out_of_fold"]
-    assert abs(auc(scores["scores"], scores["labels"]) - 0.5) < 0.15  # 1.0 where groups lie on both sides of a fold
-    low, high = metrics["test"]["auc"]["interval"]
-    slack = (high - low) / 2  # a 95% interval misses one time in twenty; twice as wide, next to never
-    assert low - slack < 0.5 < high + slack
-
-
-# ---- calibration ----
-
-def true_probability(columns, gap):
-    """Of two normal classes `gap` apart, at equal shares."""
-    return 1 / (1 + np.exp(-gap * (columns["features"][:, 0].astype(float) - gap / 2)))
-
-
-@pytest.mark.parametrize("real, fake", [(1000, 1000), (1500, 300), (300, 1500)], ids=["equal", "5 to 1", "1 to 5"])
-def test_probabilities_hold_at_equal_shares_whatever_the_shares_in_training(real, fake):
-    gap, columns = 1.5, make_columns(real=real, fake=fake, gap=1.5, dim=4)
-    features, labels = columns["features"], columns["labels"].astype(int)
-    scores = out_of_fold(features, labels, fold_rows(labels, np.arange(real + fake), 0), 1, 0.05)
-    p_fake = probability({"calibrator": fit_sigmoid(scores, labels)}, scores)
-    weights = balanced_weights(labels)
-
-    assert abs(p_fake - true_probability(columns, gap)).mean() < 0.05
-    assert np.average(p_fake, weights=weights) == pytest.approx(0.5, abs=0.01)
-    error = 0
-    for rows in np.array_split(np.argsort(p_fake), 10):
-        stated, seen = (np.average(v[rows], weights=weights[rows]) for v in (p_fake, labels))
-        error += abs(stated - seen) * weights[rows].sum() / weights.sum()
-    assert error < 0.04
-
-
-def test_a_model_trained_on_one_to_five_favours_neither_class():
-    model = build(make_columns(real=60, fake=300, gap=1.5))
-    labels, p_fake = held_out(make_columns(real=2000, fake=2000, gap=1.5, seed=1), model)
-    found = measure(labels, p_fake, 0.5, labels)
-    assert p_fake.mean() == pytest.approx(0.5, abs=0.05)
-    assert found["recall_real"]["value"] == pytest.approx(found["recall_fake"]["value"], abs=0.1)
-
-
-def test_weights_give_both_classes_the_same_sum_and_mean_one():
-    labels = np.array([0] * 30 + [1] * 150)
-    weights = balanced_weights(labels)
-    assert weights[labels == 0].sum() == pytest.approx(weights[labels == 1].sum()) and weights.mean() == pytest.approx(1)
-
-
-def test_fold_rows_refuses_fewer_groups_than_folds():
-    labels = np.repeat([0, 1], 50)
-    with pytest.raises(UsageError, match="only 4 groups of real images for 5 folds"):
-        fold_rows(labels, np.concatenate([np.arange(50) % 4, 10 + np.arange(50)]), 0)
-
-
-@pytest.mark.parametrize("copies, others, stops", [(51, 100, True), (50, 100, False), (60, 1300, False), (70, 1300, True)])
-def test_one_picture_above_5_percent_of_the_data_and_50_images_stops_everything(copies, others, stops):
-    columns = make_columns(real=copies + others - 40, fake=40)
-    columns["thumb"][:copies] = columns["thumb"][0]
-    if not stops:
-        assert np.bincount(train_model.make_groups(columns)[0]).max() == copies
-        return
-    with pytest.raises(UsageError, match=f"^{copies} of {copies + others} images look like one .*remove the copies"):
-        train_model.make_groups(columns)

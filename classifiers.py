@@ -1,0 +1,156 @@
+"""Classifiers on frozen features: fitted, searched, scored out of fold, calibrated; each ends as plain arrays (model.py).
+
+    svm           RBF support vector machine, the default
+    linear-svm    the same without a kernel
+    logistic      logistic regression
+    mlp           a neural network with one hidden layer
+"""
+import warnings
+
+import numpy as np
+
+from common import CLASSES, UsageError
+from model import decision
+
+FOLDS = 5
+SEARCH_ROWS = 3000  # hyperparameters are searched on at most so many rows; the cost of an SVM grows with their square
+HIDDEN = 64
+MAX_SHARE = 1.5     # no source weighs more than this times its even share of its class
+# What is searched for each kind. gamma in units of 1 / number of features, scikit-learn's 'scale' for standardised ones.
+GRIDS = {"svm": [{"C": C, "gamma": g} for C in (0.3, 1, 3, 10, 30) for g in (0.1, 0.3, 1, 3)],
+         "linear-svm": [{"C": C} for C in (1e-4, 1e-3, 1e-2, 1e-1, 1)],
+         "logistic": [{"C": C} for C in (1e-4, 1e-3, 1e-2, 1e-1, 1)],
+         "mlp": [{"alpha": a} for a in (0.1, 1, 10, 30)]}
+
+
+# ---- rows ----
+
+def fold_rows(labels, groups, seed):
+    """List of FOLDS (train, test) row numbers, stratified by label, no group on both sides. Raises UsageError."""
+    from sklearn.model_selection import StratifiedGroupKFold
+    number = [len(np.unique(groups[labels == label])) for label in (0, 1)]
+    if min(number) < FOLDS:
+        raise UsageError(f"only {min(number)} groups of {CLASSES[int(np.argmin(number))]} images for {FOLDS} folds: "
+                         "add images of other sources, or ones that are no copies")
+    return list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels, groups))
+
+
+def balanced_weights(labels):
+    """Weight of each row, mean 1, the same sum for both classes: probabilities then hold at equal shares."""
+    return (len(labels) / (2 * np.bincount(labels, minlength=2)))[labels]
+
+
+def row_weights(labels, sources):
+    """Weight of each row for fitting, mean 1: classes even, and within a class no source dominates.
+
+    A source weighs as many images as it has, but at most MAX_SHARE times its even share of the class. Images without a
+    source count one by one.
+    """
+    weight = np.ones(len(labels))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        names, source, counts = np.unique(sources[rows], return_inverse=True, return_counts=True)
+        if len(names) > 1 and "" not in names:
+            weight[rows] = (capped(counts, MAX_SHARE / len(names)) / counts)[source]
+        weight[rows] *= len(labels) / (2 * weight[rows].sum())
+    return weight
+
+
+def capped(counts, largest):
+    """Counts [k] -> counts cut at a height above which none has more than the share `largest` of their sum, float64 [k]."""
+    low, high = 0.0, float(counts.max())
+    for _ in range(60):  # the share of the highest falls with the cut
+        middle = (low + high) / 2
+        cut = np.minimum(counts, middle)
+        low, high = (middle, high) if cut.max() <= largest * cut.sum() else (low, middle)
+    return np.minimum(counts, high).astype(float)
+
+
+def search_rows(labels, images, seed):
+    """At most SEARCH_ROWS row numbers, one view of an image: of the smaller class as many as there are, up to half."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.sort(np.unique(images[order], return_index=True)[1])]  # the first view that comes
+    of_class = [order[labels[order] == label] for label in (0, 1)]
+    small = min(len(of_class[0]), len(of_class[1]), SEARCH_ROWS // 2)
+    return np.sort(np.concatenate([rows[:SEARCH_ROWS - small] if len(rows) > small else rows for rows in of_class]))
+
+
+# ---- fitting ----
+
+def estimator(kind, dim, seed, C=1.0, gamma=1.0, alpha=1.0):
+    """scikit-learn's estimator of that kind, not fitted yet."""
+    if kind == "svm":
+        from sklearn.svm import SVC
+        return SVC(C=C, gamma=gamma / dim, cache_size=1000)
+    if kind == "linear-svm":
+        from sklearn.svm import LinearSVC
+        return LinearSVC(C=C, dual="auto", max_iter=5000, random_state=seed)
+    if kind == "logistic":
+        from sklearn.linear_model import LogisticRegression
+        return LogisticRegression(C=C, max_iter=2000)
+    from sklearn.neural_network import MLPClassifier
+    return MLPClassifier((HIDDEN,), alpha=alpha, max_iter=40, random_state=seed)
+
+
+def fit(kind, features, labels, weight, seed, **point):
+    """-> the fitted classifier as the plain arrays that model.decision scores with, and its kind."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.preprocessing import StandardScaler
+    scaler = StandardScaler().fit(features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of rounds is part of the recipe
+        fitted = estimator(kind, features.shape[1], seed, **point).fit(scaler.transform(features), labels, sample_weight=weight)
+    return {"classifier": kind, **plain_arrays(kind, scaler, fitted)}
+
+
+def plain_arrays(kind, scaler, fitted):
+    """Fitted scaler and estimator -> dict of arrays and numbers (model.CLASSIFIERS)."""
+    arrays = {"center": scaler.mean_.astype(float), "scale": scaler.scale_.astype(float)}
+    if kind == "mlp":
+        (w1, w2), (b1, b2) = fitted.coefs_, fitted.intercepts_
+        return arrays | {"hidden_weights": w1.astype(np.float32), "hidden_bias": b1.astype(np.float32),
+                         "output_weights": w2[:, 0].astype(np.float32), "intercept": float(b2[0])}
+    arrays["intercept"] = float(fitted.intercept_[0])
+    if kind == "svm":
+        return arrays | {"support_vectors": fitted.support_vectors_.astype(np.float32), "dual_coef": fitted.dual_coef_[0],
+                         "gamma": float(fitted.gamma)}
+    return arrays | {"coef": fitted.coef_[0].astype(float)}
+
+
+def out_of_fold(kind, features, labels, weight, folds, seed, **point):
+    """Decision value of each row by a classifier that has not seen its group, float64 [n]."""
+    scores = np.empty(len(labels))
+    for train, test in folds:
+        scores[test] = decision(fit(kind, features[train], labels[train], weight[train], seed, **point), features[test])
+    return scores
+
+
+def search(kind, features, labels, weight, groups, images, seed):
+    """The point of the kind's grid with the best out-of-fold AUC on at most SEARCH_ROWS images, one view of each."""
+    from scipy.stats import rankdata
+    from tqdm import tqdm
+    rows = search_rows(labels, images, seed)
+    features, labels, weight, groups = features[rows], labels[rows], weight[rows], groups[rows]
+    folds = fold_rows(labels, groups, seed + 1)  # not the folds that calibrate: there the chosen point looks too good
+
+    def quality(point):  # proportional to the AUC
+        return rankdata(out_of_fold(kind, features, labels, weight, folds, seed, **point))[labels == 1].sum()
+    return max(tqdm(GRIDS[kind], desc=f"searching, {kind}"), key=quality)
+
+
+def fit_sigmoid(scores, labels):
+    """Platt's sigmoid with his smoothed targets, classes weighted equal: P(fake) = 1 / (1 + exp(a score + b)).
+
+    The same as CalibratedClassifierCV(method='sigmoid', ensemble=False) on these scores. -> float64 [a, b]
+    """
+    from scipy.optimize import minimize
+    weight = balanced_weights(labels)
+    n_real, n_fake = (weight[labels == label].sum() for label in (0, 1))
+    target = np.where(labels == 1, (n_fake + 1) / (n_fake + 2), 1 / (n_real + 2))
+
+    def loss(ab):
+        z = ab[0] * scores + ab[1]
+        p = 0.5 * (1 - np.tanh(0.5 * z))
+        slope = weight * (target - p)
+        return (weight * (np.logaddexp(0, z) - (1 - target) * z)).sum(), np.array([slope @ scores, slope.sum()])
+    return minimize(loss, [-1.0, 0.0], jac=True, method="L-BFGS-B", options={"gtol": 1e-6, "ftol": 64 * np.finfo(float).eps}).x
