@@ -24,6 +24,8 @@ def parse_args(argv):
     parser.add_argument("--model_path", metavar="FILE",
                         help="from train_model.py (default: model.joblib where there is one, else the shipped baseline)")
     parser.add_argument("--json", action="store_true", help="print JSON; of several images one object a line, with the path")
+    parser.add_argument("--details", action="store_true",
+                        help="also the probability of fake, the threshold, whether it is uncertain, and which model said so")
     parser.add_argument("--max_pixels", type=int, default=common.MAX_PIXELS, metavar="N",
                         help="largest image taken (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
@@ -111,10 +113,9 @@ def load(detector, path, max_pixels):
 
 
 def classify_all(detector, paths, max_pixels, batch=8):
-    """Yield (path, (classification, confidence) or the error), in order; the next batch is decoded while one is encoded."""
+    """Yield (path, probability of fake or the error), in order; the next batch is decoded while one is encoded."""
     import numpy as np
     from concurrent.futures import ThreadPoolExecutor
-    from model import verdict
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         chunks = [paths[i:i + batch] for i in range(0, len(paths), batch)]
         ahead = None
@@ -125,12 +126,31 @@ def classify_all(detector, paths, max_pixels, batch=8):
             good = [pixels for pixels in loaded if not isinstance(pixels, Exception)]
             answers = iter(detector.p_fake(np.stack(good)) if good else ())
             for path, pixels in zip(chunk, loaded):
-                yield path, pixels if isinstance(pixels, Exception) else verdict(detector.model, next(answers))
+                yield path, pixels if isinstance(pixels, Exception) else next(answers)
 
 
 def answer(classification, confidence):
     """The documented JSON, exactly these keys."""
     return {"classification": classification, "confidence": confidence}
+
+
+def details(model, p_fake):
+    """What stands behind a verdict: never part of the documented JSON unless it is asked for."""
+    from model import outside
+    found = {"p_fake": round(float(p_fake), 4), "threshold": round(model["threshold"], 4),
+             "uncertain": not bool(outside(p_fake, model["band"])), "model_version": model["versions"]["model"]}
+    return found | ({"notice": model["encoder"]["notice"]} if model["encoder"].get("notice") else {})
+
+
+def line(model, p_fake, args, path=None):
+    """One verdict as it is printed: text, or JSON with --json; `path` where several images are asked about."""
+    from model import verdict
+    classification, confidence = verdict(model, p_fake)
+    more = details(model, p_fake) if args.details else {}
+    if args.json:
+        return json.dumps({**({} if path is None else {"path": path}), **answer(classification, confidence), **more})
+    text = f"{classification} (confidence {confidence:.2f})" + "".join(f"; {k} {v}" for k, v in more.items())
+    return text if path is None else f"{path}: {text}"
 
 
 def main(argv=None):
@@ -144,9 +164,7 @@ def main(argv=None):
         pixels = load(detector, paths[0], args.max_pixels)
         if isinstance(pixels, Exception):
             raise UsageError(f"{paths[0]}: {pixels}")
-        from model import verdict
-        result = verdict(detector.model, detector.p_fake(pixels[None])[0])
-        print(json.dumps(answer(*result)) if args.json else f"{result[0]} (confidence {result[1]:.2f})")
+        print(line(detector.model, detector.p_fake(pixels[None])[0], args))
         return 0
 
     from tqdm import tqdm
@@ -158,8 +176,7 @@ def main(argv=None):
             if args.json:
                 tqdm.write(json.dumps({"path": path, "error": str(result)}))
         else:
-            tqdm.write(json.dumps({"path": path, **answer(*result)}) if args.json
-                       else f"{path}: {result[0]} (confidence {result[1]:.2f})")
+            tqdm.write(line(detector.model, result, args, path))
     if bad:
         say(f"{bad} of {len(paths)} images could not be read")
     return 1 if bad else 0

@@ -2,12 +2,13 @@
 
     python extract_features.py --data_dir DIR --output_file features.npz
     CLIP_MODEL=tiny python extract_features.py --data_dir DIR
-    python extract_features.py --data_dir DIR --limit 4000
+    python extract_features.py --data_dir DIR --limit 4000 --views 3
 
 Folders: train/real/..., train/fake/..., test/real/..., test/fake/... as in the Kaggle set; other folders on the path
 are the source (a generator, a camera). Interrupted runs go on; images added later are encoded alone.
 """
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ import encoders
 from common import CLASSES, ImageError, UnsupportedImage, UsageError, say
 from dataset import COLUMNS, FACTS, SEEN, SPLITS, join_columns, list_images, load_features
 
+MAX_VIEWS = 20  # all copies of the images of three batches are in memory at a time
+
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -32,6 +35,8 @@ def parse_args(argv):
     parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
                         help="OpenAI's name, a checkpoint, or tiny; CLIP_MODEL sets the default")
     parser.add_argument("--limit", type=int, metavar="N", help="a seeded draw of N images, balanced over class and split")
+    parser.add_argument("--views", type=int, default=0, metavar="N",
+                        help="degraded copies of each image beside it, for a training that survives re-saving")
     parser.add_argument("--unlabelled", action="store_true", help="take any folder; all labels are -1")
     parser.add_argument("--split_names", default=",".join(SPLITS), metavar="A,B", help="folder names that are splits")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, metavar="X",
@@ -108,6 +113,7 @@ def compare(columns, data_dir):
     """What became of the file of each row: list of 'same', 'changed' (other bytes) or 'gone'."""
     from tqdm import tqdm
 
+    @functools.cache  # views of an image are rows of one file
     def fate(path, digest):
         path = Path(data_dir, path)
         if not path.is_file():
@@ -120,24 +126,32 @@ def compare(columns, data_dir):
 
 # ---- encoding ----
 
-def read_row(data_dir, entry, resolution, max_pixels):
-    """One image -> (entry, pixels float32 [3, r, r], its stored columns), or (entry, None, [why not, is it an image])."""
-    from audit import describe_image
+def read_row(data_dir, entry, resolution, max_pixels, views=0):
+    """One image -> (entry, pixels float32 [1 + views, 3, r, r], its stored columns), or (entry, None, [why not, is it an
+    image]). The first is the image as it is, the others are degraded copies, drawn from the hash of its bytes."""
+    from distort import degrade, view_rng
+    from facts import describe_image
     try:
         rgb, row = describe_image(Path(data_dir, entry.path).read_bytes(), max_pixels)
-        return entry, common.preprocess(rgb, resolution), row
+        copies = (degrade(rgb, view_rng(row["sha256"], number)) for number in range(1, views + 1))
+        return entry, np.stack([common.preprocess(image, resolution) for image in (rgb, *copies)]), row
     except (ImageError, OSError) as error:
         return entry, None, [str(error), not isinstance(error, UnsupportedImage)]
 
 
-def encode_batch(rows, encoder):
-    """Rows from `read_row` -> the columns of one part, and 'bad': JSON of [path, reason, is it an image]."""
-    good = [(entry, pixels, row) for entry, pixels, row in rows if pixels is not None]
-    features = encoder.encode(np.stack([p for _, p, _ in good])) if good else np.empty((0, encoder.dim), np.float32)
-    return {"features": features, "paths": np.array([e.path for e, _, _ in good], dtype=str),
-            "sha256": np.array([r["sha256"] for _, _, r in good], dtype="U64"),
-            "facts": np.array([r["facts"] for _, _, r in good], dtype=FACTS),
-            "thumb": np.array([r["thumb"] for _, _, r in good], np.uint8).reshape(-1, 64),
+def encode_batch(rows, encoder, size):
+    """Rows from `read_row` -> the columns of one part, and 'bad': JSON of [path, reason, is it an image].
+
+    `size` pictures go through the encoder at a time.
+    """
+    good = [(entry, row, view) for entry, pixels, row in rows if pixels is not None for view in range(len(pixels))]
+    pixels = np.concatenate([p for _, p, _ in rows if p is not None] or [np.empty((0, 3, 1, 1), np.float32)])
+    features = [encoder.encode(pixels[i:i + size]) for i in range(0, len(pixels), size)]
+    return {"features": np.concatenate([np.empty((0, encoder.dim), np.float32), *features]),
+            "paths": np.array([e.path for e, _, _ in good], dtype=str), "view": np.array([v for _, _, v in good], np.int8),
+            "sha256": np.array([r["sha256"] for _, r, _ in good], dtype="U64"),
+            "facts": np.array([r["facts"] for _, r, _ in good], dtype=FACTS),
+            "thumb": np.array([r["thumb"] for _, r, _ in good], np.uint8).reshape(-1, 64),
             "bad": np.array(json.dumps([[e.path, *why] for e, pixels, why in rows if pixels is None]))}
 
 
@@ -179,9 +193,9 @@ def encode_missing(batches, parts, args, encoder):
         waiting = []
         for position, i in enumerate(missing):
             for j in missing[position + len(waiting):position + 3]:
-                waiting.append([pool.submit(read_row, args.data_dir, e, encoder.resolution, args.max_pixels)
+                waiting.append([pool.submit(read_row, args.data_dir, e, encoder.resolution, args.max_pixels, args.views)
                                 for e in batches[j]])
-            part = encode_batch([row.result() for row in waiting.pop(0)], encoder)
+            part = encode_batch([row.result() for row in waiting.pop(0)], encoder, args.batch_size)
             tell_skipped(part)
             with common.atomic_write(paths[i]) as file:
                 np.savez(file, **part)
@@ -198,7 +212,7 @@ def assemble(part_paths, old, entries, encoder, meta):
     """
     parts = [dict(np.load(path, allow_pickle=False)) for path in part_paths]
     skipped = [is_image for part in parts for _, _, is_image in json.loads(str(part["bad"]))]
-    stored = ("features", "paths", "sha256", "facts", "thumb")
+    stored = ("features", "paths", "sha256", "view", "facts", "thumb")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in stored} if parts else None
     if columns is not None:
         by_path = {e.path: e for e in entries}
@@ -206,15 +220,14 @@ def assemble(part_paths, old, entries, encoder, meta):
         seen = np.isin([digest[:16] for digest in columns["sha256"]], encoder.manifest.get("seen", []))
         columns |= {"labels": np.array([e.label for e in rows], np.int8),
                     "splits": np.where(seen, SEEN, np.array([e.split for e in rows], dtype=str)),
-                    "sources": np.array([e.source for e in rows], dtype=str),
-                    "view": np.zeros(len(rows), np.int8)}
+                    "sources": np.array([e.source for e in rows], dtype=str)}
     if old is not None and columns is not None:  # a file that was moved (a label put right, say) is not there twice
         moved = ~np.isin(old["paths"], [e.path for e in entries]) & np.isin(old["sha256"], columns["sha256"])
         old = {name: old[name][~moved] for name in COLUMNS}
     if old is None and not (columns and len(columns["labels"])):
         raise UsageError("not one image could be read (see the lines above)")
     columns = join_columns([c for c in (old, columns) if c is not None])
-    labels = columns["labels"]
+    labels = columns["labels"][columns["view"] == 0]
     counts = {"images": len(labels), "bad": len(skipped), **{c: int((labels == i).sum()) for i, c in enumerate(CLASSES)}}
     columns["meta"] = np.array(json.dumps({**meta, "counts": counts}, sort_keys=True))
     return columns, skipped
@@ -222,18 +235,22 @@ def assemble(part_paths, old, entries, encoder, meta):
 
 def summary(columns, skipped, total):
     """One line for stdout: what was written."""
+    whole = columns["view"] == 0
     counts = {f"{s or 'no split'}/{CLASSES[label] if label >= 0 else 'unlabelled'}":
-              int(((columns["splits"] == s) & (columns["labels"] == label)).sum())
+              int((whole & (columns["splits"] == s) & (columns["labels"] == label)).sum())
               for s in np.unique(columns["splits"]) for label in np.unique(columns["labels"])}
-    return (f"{len(columns['labels'])} images, {columns['features'].shape[1]}-d features ("
+    views = f" and {int((~whole).sum())} degraded copies" if not whole.all() else ""
+    return (f"{int(whole.sum())} images{views}, {columns['features'].shape[1]}-d features ("
             + ", ".join(f"{k} {v}" for k, v in counts.items() if v) + f"); {len(skipped)} of {total} skipped")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    for name in ("limit", "batch_size", "max_pixels"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UsageError(f"--{name} {value}: must be at least 1")
+    for name, least in (("limit", 1), ("batch_size", 1), ("max_pixels", 1), ("views", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UsageError(f"--{name} {value}: must be at least {least}")
+    if args.views > MAX_VIEWS:
+        raise UsageError(f"--views {args.views}: at most {MAX_VIEWS} degraded copies of an image")
     output, parts = Path(args.output_file), Path(f"{args.output_file}.parts")
     entries = list_images(args.data_dir, [name.strip() for name in args.split_names.lower().split(",")], args.unlabelled)
     own = os.path.relpath(output, args.data_dir).replace(os.sep, "/")  # the output may lie among the images
@@ -248,7 +265,7 @@ def main(argv=None):
         say(f"note: {encoder.notice}")
     key = {"encoder": encoder.identity, "precision": encoder.precision, "batch_size": args.batch_size,
            "limit": args.limit, "unlabelled": args.unlabelled, "split_names": args.split_names,
-           "max_pixels": args.max_pixels}
+           "max_pixels": args.max_pixels, "views": args.views}
     state = parts / "key.json"
     left_by = json.loads(state.read_text()) if state.is_file() else None
     if left_by != key and any(parts.glob("*.npz")):
@@ -269,7 +286,7 @@ def main(argv=None):
         raise UsageError(f"{sum(skipped)} of {len(entries)} images cannot be read, more than --max_bad_fraction "
                          f"{args.max_bad_fraction}; mend them (see the lines above) or raise the limit")
     if (columns["splits"] == SEEN).any():
-        say(f"{int((columns['splits'] == SEEN).sum())} images were used to train this encoder: split '{SEEN}', "
+        say(f"{len(np.unique(columns['paths'][columns['splits'] == SEEN]))} images were used to train this encoder: split '{SEEN}', "
             "not for training a classifier")
     with common.atomic_write(parts / "all") as file:  # in there, so that a killed run leaves nothing else behind
         np.savez_compressed(file, **columns)

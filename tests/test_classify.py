@@ -8,12 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-import common
 import encoders
-from classify import Detector, answer, classify_all
+from classify import answer
 from conftest import ROOT, assert_one_line_error
 from made_up import BASELINE, baseline_for, other_encoder
-from model import decision, load_model, probability
+from model import load_model, save_model
 
 LINE = r"(real|fake) \(confidence [01]\.\d\d\)"
 OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
@@ -25,7 +24,7 @@ def trained(make_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     make_folder(folder / "data", {"train/real": 60, "train/fake": 60, "test/real": 30, "test/fake": 30})
     for name, *args in (("extract_features.py", "--data_dir", "data"), ("train_model.py",)):
-        subprocess.run([sys.executable, ROOT / name, *args], cwd=folder, env={**os.environ, "CLIP_MODEL": "tiny"},
+        subprocess.run([sys.executable, ROOT / name, *args], cwd=folder, env={**os.environ, "CLIP_MODEL": "tiny", "OMP_NUM_THREADS": "1"},
                        check=True, capture_output=True, timeout=200)
     return folder / "model.joblib"
 
@@ -122,6 +121,60 @@ def test_names_with_spaces_other_scripts_and_no_ending_are_taken(classify, photo
 def test_help_fits_one_screen(script):
     lines = assert_done(script("classify.py", "--help", COLUMNS="80")).splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
+
+
+# ---- details ----
+
+DETAILS = ["p_fake", "threshold", "uncertain", "model_version", "notice"]
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """Function: the shipped model with another threshold and band, of another name, on an encoder without a notice."""
+    def save(**changes):
+        model = {k: v for k, v in load_model(BASELINE).items() if k != "sha256"}
+        model["encoder"] = {k: v for k, v in model["encoder"].items() if k != "notice"}
+        save_model(tmp_path / "moved.joblib", {**model, "versions": {**model["versions"], "model": "v7.0.0"}, **changes})
+        return tmp_path / "moved.joblib"
+    return save
+
+
+def test_details_say_what_stands_behind_the_verdict(classify, photos):
+    model, photo = load_model(BASELINE), photos["china.jpg"]
+    plain, found = (json.loads(assert_done(classify(photo, flags=["--json", *more]))) for more in ([], ["--details"]))
+    assert list(plain) == ["classification", "confidence"] and list(found) == [*plain, *DETAILS]
+    assert {name: found[name] for name in plain} == plain
+    assert found["confidence"] == pytest.approx(found["p_fake"] if found["classification"] == "fake" else 1 - found["p_fake"], abs=1e-9)
+    assert found["threshold"] == round(model["threshold"], 4) and found["model_version"] == model["versions"]["model"]
+    assert found["uncertain"] == bool(model["band"][0] <= found["p_fake"] <= model["band"][1])
+    assert found["notice"] == model["encoder"]["notice"]
+
+
+def test_the_line_with_details_says_the_same_as_the_json(classify, photos, moved):
+    model, photo = moved(), photos["china.jpg"]
+    found = json.loads(assert_done(classify(photo, model=model, flags=["--json", "--details"])))
+    line = assert_done(classify(photo, model=model)).rstrip("\n")
+    assert re.fullmatch(LINE, line)
+    assert assert_done(classify(photo, model=model, flags=["--details"])) == line + "".join(
+        f"; {name} {found[name]}" for name in DETAILS[:-1]) + "\n"  # no notice here
+    assert "notice" not in found and found["model_version"] == "v7.0.0"
+
+
+def test_several_images_have_details_each_and_errors_stay_as_they_are(classify, folder):
+    images = folder()
+    (images / "broken.jpg").write_bytes(b"not an image")
+    rows = [json.loads(line) for line in assert_done(classify(images, flags=["--json", "--details"]), code=1).splitlines()]
+    assert [list(row) for row in rows] == [["path", "classification", "confidence", *DETAILS]] * 3 + [["path", "error"]]
+    lines = assert_done(classify(images, flags=["--details"]), code=1).splitlines()
+    assert [line.split("; ")[1] for line in lines] == [f"p_fake {row['p_fake']}" for row in rows[:3]]
+
+
+@pytest.mark.parametrize("band, uncertain", [([0.0, 1.0], True), ([0.9999, 1.0], False), ([0.0, 0.0001], False)], ids=str)
+def test_uncertain_is_said_inside_the_band_and_changes_no_verdict(classify, photos, moved, band, uncertain):
+    given = {"model": moved(band=np.array(band)), "flags": ["--json", "--details"]}
+    found = json.loads(assert_done(classify(photos["china.jpg"], **given)))
+    assert found["uncertain"] is uncertain and 0.01 < found["p_fake"] < 0.99
+    assert found["classification"] == json.loads(assert_done(classify(photos["china.jpg"], flags=["--json"])))["classification"]
 
 
 # ---- which model ----
@@ -283,52 +336,6 @@ def test_a_model_is_refused_before_it_runs_anything(classify, photos, tmp_path):
 def test_without_an_image_the_usage_is_shown(script):
     result = script("classify.py")
     assert result.returncode == 2 and "--image_path" in result.stderr
-
-
-# ---- one forward pass or another ----
-
-@pytest.fixture(scope="module")
-def crops(make_folder, tmp_path_factory):
-    """Paths of 1,000 crops of photographs, half of them with their channels swapped."""
-    folder = make_folder(tmp_path_factory.mktemp("crops"), {"real": 500, "fake": 500}, seed=1)
-    return sorted(map(str, folder.rglob("*.jpg")))
-
-
-def test_tiny_runs_in_float32_everywhere_because_bfloat16_turns_some_of_its_verdicts(crops):
-    # of 1,425 whole pictures 4; crops of a few photographs lie near the threshold more often
-    assert encoders.Encoder(encoders.SHIPPED).precision == "float32"
-    try:
-        pair = [encoders.Encoder(encoders.SHIPPED, precision=precision) for precision in ("bfloat16", "float32")]
-    except common.EncoderError as error:
-        pytest.skip(f"bfloat16 against float32: {error}")
-    assert [e.precision for e in pair] == ["bfloat16", "float32"]
-    images = (common.decode_image(common.read_bytes(path)) for path in crops)
-    pixels, model = np.stack([common.preprocess(image, pair[0].resolution) for image in images]), load_model(BASELINE)
-    batches = np.split(pixels, range(8, len(pixels), 8))
-    brief, full = (probability(model, decision(model, np.concatenate([e.encode(batch) for batch in batches])))
-                   for e in pair)
-    differ = (brief >= model["threshold"]) != (full >= model["threshold"])
-    assert 0 < np.abs(brief - full).mean() < 0.005  # two computations, and close
-    assert differ[np.abs(full - model["threshold"]) > 0.05].mean() <= 0.002
-    assert 0 < differ.mean() <= 0.02
-
-
-def test_an_image_alone_is_answered_as_among_others(crops):
-    # equal to the last bit on the processors tried; 0.0001 is one step of the printed confidence
-    detector, some = Detector(BASELINE), crops[::20]
-    for path, (classification, confidence) in classify_all(detector, some, common.MAX_PIXELS):
-        alone = detector.classify(common.read_bytes(path))
-        assert alone[1] == pytest.approx(confidence, abs=1.01e-4)
-        assert alone[0] == classification or confidence < 0.5002
-
-
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_a_bad_image_does_not_shift_the_answers_of_the_others(crops, spoilt, batch):
-    detector, bad = Detector(BASELINE), str(spoilt("text"))
-    paths = [bad, *crops[:4], bad, *crops[4:7], bad]
-    found = dict(classify_all(detector, paths, common.MAX_PIXELS, batch))
-    assert isinstance(found.pop(bad), common.UnsupportedImage)
-    assert found == dict(classify_all(detector, crops[:7], common.MAX_PIXELS, 1))
 
 
 def test_the_answer_is_the_documented_json():

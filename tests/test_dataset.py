@@ -193,6 +193,11 @@ def with_a_pickle(path):
     np.savez(path, **{**some_columns(), "paths": np.array([{"a": 1}] * 4, dtype=object)})
 
 
+def without_a_fact(path):
+    fewer = np.dtype([(name, FACTS[name]) for name in FACTS.names if name != "density"])
+    np.savez(path, **{**some_columns(), "facts": np.zeros(4, fewer)})
+
+
 def single_array(path):
     with open(path, "wb") as file:
         np.save(file, np.zeros(3))
@@ -205,7 +210,8 @@ def single_array(path):
     (lambda path: path.write_text("path,label\n"), "is not a features file"),
     (single_array, "is not a features file"), (truncated, "is not a features file"), (damaged, "is not a features file"),
     (with_a_pickle, "is not a features file"), (without_a_column, "'thumb"), (with_a_short_column, "differ in length [3, 4]"),
-], ids=["missing", "folder", "empty", "text", "npy", "truncated", "damaged", "pickle", "no column", "short column"])
+    (without_a_fact, "its facts are not those that this code reads; extract again"),
+], ids=["missing", "folder", "empty", "text", "npy", "truncated", "damaged", "pickle", "no column", "short column", "an older file"])
 def test_anything_else_is_an_error_of_one_line_that_names_the_file(tmp_path, write, word):
     write(tmp_path / "f.npz")
     with pytest.raises(UsageError) as error:

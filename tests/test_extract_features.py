@@ -38,7 +38,7 @@ def test_the_documented_command_writes_the_documented_columns(few, script, tmp_p
         "sources": ("U", (24,)), "sha256": ("U", (24,)), "view": ("int8", (24,)), "facts": ("V", (24,)),
         "thumb": ("uint8", (24, 64)), "meta": ("U", ())}
     assert columns["facts"].dtype == FACTS
-    assert set(FACTS.names) == {"width", "height", "bytes", "format", "quant_mean", "quant_hash", "blockiness"}
+    assert set(FACTS.names) == {"width", "height", "bytes", "format", "quant_mean", "quant_hash", "blockiness", "density"}
 
 
 def test_each_row_is_about_its_own_file(few, tmp_path):
@@ -66,7 +66,7 @@ def test_meta_says_how_the_features_came_about_and_nothing_of_when_and_where(few
                     "encoder": {"name": "tiny", "identity": manifest["identity"], "layers": "final", "dim": 128,
                                 "notice": manifest["notice"]},
                     "key": {"encoder": manifest["identity"], "precision": "float32", "batch_size": 16, "limit": None,
-                            "unlabelled": False, "split_names": "train,val,test,external,extra", "max_pixels": 200_000_000}}
+                            "unlabelled": False, "split_names": "train,val,test,external,extra", "max_pixels": 200_000_000, "views": 0}}
     with zipfile.ZipFile(tmp_path / "f.npz") as archive:
         assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
@@ -241,9 +241,11 @@ def whole(tmp_path, few):
     (whole, ["--limit", "0"], ["--limit 0", "at least 1"]),
     (whole, ["--limit", "-5"], ["--limit -5", "at least 1"]),
     (whole, ["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
+    (whole, ["--views", "-1"], ["--views -1", "at least 0"]),
+    (whole, ["--views", "101"], ["--views 101", "at most 100 degraded copies"]),
     (whole, ["--clip_model", "ViT-L-14"], ["'ViT-L-14' is neither a file nor one of RN50,", "ViT-L/14", "--clip_model"]),
 ], ids=["no labels", "one class", "both labels", "empty", "missing", "output below a file", "output is a folder",
-        "limit 0", "limit -5", "batch size 0", "unknown encoder"])
+        "limit 0", "limit -5", "batch size 0", "views -1", "views 101", "unknown encoder"])
 def test_a_mistake_is_told_in_one_line_that_names_it_and_leaves_nothing_behind(prepare, flags, words, few, script, tmp_path):
     prepare(tmp_path, few)
     before = names(tmp_path)

@@ -49,9 +49,9 @@ def uninterrupted(many, tmp_path_factory):
     return digest(output)
 
 
-def command(data_dir, output):
+def command(data_dir, output, *flags):
     return [sys.executable, str(ROOT / "extract_features.py"), "--data_dir", str(data_dir), "--output_file", str(output),
-            "--batch_size", "2"]
+            "--batch_size", "2", *flags]
 
 
 def parts_of(output):
@@ -74,9 +74,9 @@ def kill_in_a_run(data_dir, output, more_parts, wait):
     return process.returncode == -signal.SIGKILL
 
 
-def finish(data_dir, output):
+def finish(data_dir, output, *flags):
     """The same command once more, left in peace; -> its stderr."""
-    done = subprocess.run(command(data_dir, output), env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(data_dir, output, *flags), env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -122,7 +122,7 @@ BLOWS = {
 }
 
 
-def strike(blow, data_dir, output, after, ends_with=-signal.SIGKILL):
+def strike(blow, data_dir, output, *flags, after, ends_with=-signal.SIGKILL):
     """Run the command in a process that kills itself at the moment planted, or at the `after`-th such moment."""
     code = f"""
 import itertools, os, shutil, signal, sys
@@ -137,7 +137,7 @@ count = lambda: next(calls) == {after}
 {blow}
 common.run(extract_features.main)
 """
-    done = subprocess.run([sys.executable, "-c", code, *command(data_dir, output)[2:]], env={**os.environ, **SETTINGS},
+    done = subprocess.run([sys.executable, "-c", code, *command(data_dir, output, *flags)[2:]], env={**os.environ, **SETTINGS},
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == ends_with, done.stderr
 
@@ -150,6 +150,17 @@ def test_a_run_killed_at_the_worst_moment_goes_on_to_the_same_bytes(many, uninte
     finish(many, output)
     assert digest(output) == uninterrupted
     assert names(output.parent) == ["f.npz"]
+
+
+def test_a_run_with_copies_killed_at_the_worst_moment_goes_on_to_the_same_bytes(own, tmp_path):
+    output, fresh, views = tmp_path / "out/f.npz", tmp_path / "fresh.npz", ("--views", "2")
+    for blow, after in (("in the middle of a part", 3), ("between a part's last byte and its name", 5), ("in the middle of the file", 0)):
+        strike(BLOWS[blow], own, output, *views, after=after)
+        assert not output.exists()
+    assert "going on: 12 of 12 batches" in finish(own, output, *views)
+    finish(own, fresh, *views)
+    assert digest(output) == digest(fresh) and names(output.parent) == ["f.npz"]
+    assert load_features(output)["view"].tolist() == [0, 1, 2] * 24
 
 
 @pytest.mark.parametrize("blow", [blow for blow in BLOWS if blow != "before anything is stored"])
@@ -193,6 +204,10 @@ def other_flags(tmp_path, monkeypatch):
     return ["--max_pixels", "1000000"]
 
 
+def other_views(tmp_path, monkeypatch):
+    return ["--views", "1"]
+
+
 def other_batches(tmp_path, monkeypatch):
     return ["--batch_size", "3"]
 
@@ -209,8 +224,8 @@ def other_encoder(tmp_path, monkeypatch):
     return []
 
 
-OTHERS = pytest.mark.parametrize("change", [other_flags, other_batches, other_precision, other_encoder],
-                                 ids=["flags", "batch size", "precision", "encoder"])
+OTHERS = pytest.mark.parametrize("change", [other_flags, other_views, other_batches, other_precision, other_encoder],
+                                 ids=["flags", "views", "batch size", "precision", "encoder"])
 
 
 @OTHERS
@@ -223,7 +238,7 @@ def test_a_file_made_otherwise_is_set_aside_and_said(few, tmp_path, monkeypatch,
     assert f"{output} {why}: set aside as {output}.old-1" in capsys.readouterr().err
     assert names(output.parent) == ["f.npz", "f.npz.old-1"]
     assert digest(f"{output}.old-1") == before
-    assert sum(encoded) == 24 + 24 and columns["meta"]["key"] != load_features(f"{output}.old-1")["meta"]["key"]
+    assert sum(encoded) == 24 + len(columns["view"]) and columns["meta"]["key"] != load_features(f"{output}.old-1")["meta"]["key"]
 
 
 @OTHERS
@@ -234,11 +249,11 @@ def test_parts_left_by_other_runs_are_set_aside_and_said(few, tmp_path, monkeypa
         with pytest.raises(ZeroDivisionError):
             extract(few, output)
     left = {p.name: digest(p) for p in Path(f"{output}.parts").glob("0*.npz")}
-    extract(few, output, *change(tmp_path, monkeypatch))
+    columns = extract(few, output, *change(tmp_path, monkeypatch))
     assert f"set aside as {output}.parts.old-1" in capsys.readouterr().err
     assert names(output.parent) == ["f.npz", "f.npz.parts.old-1"]
     assert left == {p.name: digest(p) for p in Path(f"{output}.parts.old-1").glob("0*.npz")} and len(left) == 2
-    assert sum(encoded) == 24 + 24
+    assert sum(encoded) == 24 + len(columns["view"])
 
 
 def test_nothing_set_aside_is_ever_overwritten(few, tmp_path):

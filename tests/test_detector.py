@@ -1,0 +1,57 @@
+"""A detector in this process: the same answers in one forward pass or another, alone or among others."""
+import numpy as np
+import pytest
+
+import common
+import encoders
+from classify import Detector, classify_all
+from made_up import BASELINE
+from model import decision, load_model, probability, verdict
+
+
+@pytest.fixture(scope="module")
+def crops(make_folder, tmp_path_factory):
+    """Paths of 1,000 crops of photographs, half of them with their channels swapped."""
+    folder = make_folder(tmp_path_factory.mktemp("crops"), {"real": 500, "fake": 500}, seed=1)
+    return sorted(map(str, folder.rglob("*.jpg")))
+
+
+def test_tiny_runs_in_float32_everywhere_because_bfloat16_turns_some_of_its_verdicts(crops):
+    # of 1,425 whole pictures 4; crops of a few photographs lie near the threshold more often
+    assert encoders.Encoder(encoders.SHIPPED).precision == "float32"
+    try:
+        pair = [encoders.Encoder(encoders.SHIPPED, precision=precision) for precision in ("bfloat16", "float32")]
+    except common.EncoderError as error:
+        pytest.skip(f"bfloat16 against float32: {error}")
+    assert [e.precision for e in pair] == ["bfloat16", "float32"]
+    images = (common.decode_image(common.read_bytes(path)) for path in crops)
+    pixels, model = np.stack([common.preprocess(image, pair[0].resolution) for image in images]), load_model(BASELINE)
+    batches = np.split(pixels, range(8, len(pixels), 8))
+    brief, full = (probability(model, decision(model, np.concatenate([e.encode(batch) for batch in batches])))
+                   for e in pair)
+    differ = (brief >= model["threshold"]) != (full >= model["threshold"])
+    assert 0 < np.abs(brief - full).mean() < 0.005  # two computations, and close
+    assert differ[np.abs(full - model["threshold"]) > 0.05].mean() <= 0.002
+    assert 0 < differ.mean() <= 0.02
+
+
+def test_an_image_alone_is_answered_as_among_others(crops):
+    # equal to the last bit but for the order of sums; 0.0001 is one step of the printed confidence
+    detector, some = Detector(BASELINE), crops[::20]
+    for path, p_fake in classify_all(detector, some, common.MAX_PIXELS):
+        classification, confidence = verdict(detector.model, p_fake)
+        alone = detector.classify(common.read_bytes(path))
+        assert alone[1] == pytest.approx(confidence, abs=1.01e-4)
+        assert alone[0] == classification or confidence < 0.5002
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_a_bad_image_does_not_shift_the_answers_of_the_others(crops, tmp_path, batch):
+    detector, bad = Detector(BASELINE), str(tmp_path / "bad.jpg")
+    (tmp_path / "bad.jpg").write_text("hello")
+    paths = [bad, *crops[:4], bad, *crops[4:7], bad]
+    found = dict(classify_all(detector, paths, common.MAX_PIXELS, batch))
+    assert isinstance(found.pop(bad), common.UnsupportedImage)
+    alone = dict(classify_all(detector, crops[:7], common.MAX_PIXELS, 1))
+    assert list(found) == list(alone) and list(found.values()) == pytest.approx(list(alone.values()), abs=1e-9)
+    assert len(set(alone.values())) == 7
