@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 
-.PHONY: help demo test test-long tiny ship
+.PHONY: help demo test test-long study tiny ship
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
@@ -39,16 +39,24 @@ test: $(VENV)/.ready
 test-long: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest --fail-on-skip -m long
 
-# make tiny IMAGES=DIR: train the shipped encoder again; make ship IMAGES=DIR: its folder, features and baseline model
+# make study DATA=DIR: audit, training without and with degraded copies, every classifier, full evaluation, on one page
+LIMIT ?= 400
+VIEWS ?= 1
+study: $(VENV)/.ready
+	$(VENV)/bin/python study.py --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS)
+
+# make tiny IMAGES=DIR: train the shipped encoder again; make ship IMAGES=DIR: features, baseline model and cards of it
 tiny: $(VENV)/.ready
 	$(VENV)/bin/python finetune_clip.py --arch tiny-resnet --data_dir "$(IMAGES)" --output runs/tiny.pt
-	$(MAKE) ship
-ship: $(VENV)/.ready
-	rm -rf models/tiny models/features.npz runs/cache
+	rm -rf models/tiny runs/cache
 	CLIP_CACHE=runs/cache $(VENV)/bin/python prepare_clip.py --clip_model runs/tiny.pt
 	cp -r runs/cache/encoders/tiny-* models/tiny && rm models/tiny/vision.safetensors && rm -r runs/cache
+	$(MAKE) ship
+ship: $(VENV)/.ready
+	rm -rf models/features.npz models/baseline_report models/evaluation
 	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file models/features.npz
 	$(VENV)/bin/python train_model.py --features_file models/features.npz --model_output_path models/baseline.joblib
-	$(VENV)/bin/python models/make_card.py --data_dir "$(IMAGES)"
+	$(VENV)/bin/python evaluate.py --model_path models/baseline.joblib --features_file models/features.npz --data_dir "$(IMAGES)" --report_dir models/evaluation
+	$(VENV)/bin/python models/make_card.py
 	$(VENV)/bin/python tests/make_golden.py
 	$(VENV)/bin/python docs/draw_sources.py

@@ -21,6 +21,7 @@ import numpy as np
 
 import common
 import distort
+from report import words
 
 OUT = common.HERE / "demo"
 BASELINE = common.HERE / "models" / "baseline.joblib"
@@ -81,28 +82,18 @@ def stay_put(detector, photos):
 
 
 def never_seen():
-    """Act 2: train on the shipped features, then accuracy by source, known and external apart."""
-    from dataset import load_features
-    from model import decision, load_model, probability
-    from report import by_source, measure
+    """Act 2: train on the shipped features, then accuracy by source, known and unseen apart, as evaluate.py has it."""
     title("2. Sources never seen: trained live on the shipped features (numbers; no picture ships)")
-    command("train_model.py", "--features_file", FEATURES.relative_to(common.HERE), "--model_output_path", "demo/model.joblib",
-            quiet=True)
-    model, columns = load_model(OUT / "model.joblib"), load_features(FEATURES)
-    for split, words in (("test", "known sources, images not trained on"), ("external", "sources never seen")):
-        rows = columns["splits"] == split
-        labels, sources = columns["labels"][rows].astype(int), columns["sources"][rows]
-        p_fake = probability(model, decision(model, columns["features"][rows]))
-        m = measure(labels, p_fake, model["threshold"], sources)
-        print(f"{words}: n {m['n']}, balanced accuracy {interval(m['balanced_accuracy'])}, AUC {interval(m['auc'])}")
-        worst = [row for row in by_source(labels, p_fake, model["threshold"], sources) if row["n"] >= 5][:5]
+    features = FEATURES.relative_to(common.HERE)
+    command("train_model.py", "--features_file", features, "--model_output_path", "demo/model.joblib", quiet=True)
+    command("evaluate.py", "--model_path", "demo/model.joblib", "--features_file", features, "--report_dir", "demo/evaluation", quiet=True)
+    found = json.loads((OUT / "evaluation" / "metrics.json").read_text())
+    for part, text in (("known", "known sources, images not trained on"), ("unseen", "sources never seen")):
+        m = found[part]
+        print(f"{text}: n {m['n']}, balanced accuracy {words(m['balanced_accuracy'])}, AUC {words(m['auc'])}")
         print("  the worst five of its sources with at least five images:")
-        for row in worst:
-            print(f"    {row['source'][:38]:38} {row['label']}  n {row['n']:3}  accuracy {interval(row)}")
-
-
-def interval(metric):
-    return f"{metric['value']:.2f} [{metric['interval'][0]:.2f}, {metric['interval'][1]:.2f}]"
+        for row in [r for r in found["by_source"] if r["known"] == (part == "known") and r["n"] >= 5][:5]:
+            print(f"    {row['source'][:38]:38} {row['label']}  n {row['n']:3}  accuracy {words(row['own'])}")
 
 
 def call_half_fake(pictures, rng):
@@ -163,7 +154,7 @@ def relabel(photos, fake):
 
 
 def metrics_of(name):
-    return json.loads((OUT / f"{name}_report" / "metrics.json").read_text())["test"]
+    return json.loads((OUT / f"{name}_report" / "metrics.json").read_text())["overall"]
 
 
 def serve(photo):

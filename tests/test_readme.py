@@ -115,8 +115,13 @@ def test_the_settings_table_is_the_code_s():
 
 
 def test_the_figures_of_tiny_are_those_of_the_shipped_model():
-    """The row is written from models/baseline_report/summary.txt, which `make ship` makes."""
-    assert (ROOT / "models" / "baseline_report" / "summary.txt").read_text().strip() in README
+    """The row is written from models/evaluation/summary.txt, which `make ship` makes."""
+    assert (ROOT / "models" / "evaluation" / "summary.txt").read_text().strip() in README
+
+
+def test_the_table_of_planted_faults_is_the_benchmark_s():
+    """Between the two comments stands benchmarks/planted_faults.md, which benchmarks/planted_faults.py writes."""
+    assert (ROOT / "benchmarks" / "planted_faults.md").read_text().strip() in README
 
 
 @pytest.mark.parametrize("script", ["extract_features.py", "train_model.py", "classify.py"])

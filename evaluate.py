@@ -1,0 +1,277 @@
+"""A model on labelled images it has not seen: metrics with intervals, robustness, what files betray. Fits and tunes nothing.
+
+    python evaluate.py --model_path model.joblib --data_dir data --report_dir evaluation
+    python evaluate.py --model_path model.joblib --features_file features.npz
+    python evaluate.py --features_file features.npz --data_dir data     # stored features, pictures for what needs them
+    python evaluate.py --data_dir golden --baseline golden_before/metrics.json     # exit code 1: something got worse
+
+Images that trained the model or its encoder are left out, by their hashes. Tables that need pictures are left out of an
+evaluation of a features file, and named.
+"""
+import argparse
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+import common
+import metrics
+import report
+from classify import Detector, choose_model
+from common import CLASSES, UsageError, say
+from dataset import COLUMNS, SEEN, list_images
+from distort import ARMS, CONDITIONS
+from extract_features import encode_batch, read_row
+from facts import make_groups, twin_clusters
+from model import load_model, stale_threshold
+from train_model import load_columns
+
+BATCH = 16
+SHOWN = 12  # hardest images of each class
+PICTURES = ("robustness under re-saving, shrinking, blur, noise and crops", "files made alike", "hardest images")
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
+    parser.add_argument("--model_path", metavar="FILE",
+                        help="from train_model.py (default: model.joblib where there is one, else the shipped baseline)")
+    parser.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
+    parser.add_argument("--features_file", metavar="FILE",
+                        help="features of the model's encoder: nothing is encoded again; with --data_dir, the folder they are of")
+    parser.add_argument("--report_dir", default="evaluation", metavar="DIR", help="folder to write the report to")
+    parser.add_argument("--baseline", metavar="FILE", help="metrics.json of an earlier evaluation of the same images: what got worse?")
+    parser.add_argument("--robustness_images", type=int, default=1000, metavar="N",
+                        help=f"at most so many images go through the {len(CONDITIONS)} distortions (a seeded draw)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
+    return parser.parse_args(argv)
+
+
+# ---- images ----
+
+def encode_folder(detector, data_dir):
+    """Folder -> (columns as in a features file, number of files that cannot be read; each of those is told)."""
+    from tqdm import tqdm
+    entries, parts = list_images(data_dir), []
+    batches = [entries[i:i + BATCH] for i in range(0, len(entries), BATCH)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(entries), desc="encoding", unit="image") as progress:
+        def start(batch):
+            return [pool.submit(read_row, data_dir, e, detector.encoder.resolution, common.MAX_PIXELS) for e in batch]
+        ahead = start(batches[0])
+        for batch, following in zip(batches, [*batches[1:], []]):
+            waiting, ahead = ahead, start(following)
+            parts.append(encode_batch([row.result() for row in waiting], detector.encoder, BATCH))
+            progress.update(len(batch))
+    bad = [entry for part in parts for entry in json.loads(str(part.pop("bad")))]
+    for path, why, _ in bad:
+        say(f"left out {path}: {why}")
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    by_path = {e.path: e for e in entries}
+    for name in ("label", "split", "source"):
+        columns[f"{name}s"] = np.array([getattr(by_path[path], name) for path in columns["paths"]])
+    return columns, sum(is_image for _, _, is_image in bad)
+
+
+def stored_columns(path, model, data_dir):
+    """Columns of a features file, checked to be of the model's encoder and (where a folder is named) of that folder."""
+    columns, encoder = load_columns([path])
+    if encoder["identity"] != model["encoder"]["identity"]:
+        raise UsageError(f"{path} is of encoder '{encoder['name']}' ({encoder['identity'][:12]}), the model "
+                         f"needs '{model['encoder']['name']}' ({model['encoder']['identity'][:12]}): extract with that one")
+    missing = [name for name in columns["paths"] if data_dir and not Path(data_dir, name).is_file()]
+    if missing:
+        raise UsageError(f"--data_dir {data_dir}: '{missing[0]}' of {path} is not there; name the folder that was extracted")
+    return columns
+
+
+def unseen_rows(columns, model, seen):
+    """Row numbers of labelled images that trained neither the model nor (`seen`: hashes' first 16 digits) its encoder."""
+    trained = {f"{int(number) + 2 ** 63:016x}" for number in model["training_data"]["images"]}
+    own = np.array([digest[:16] in trained for digest in columns["sha256"]], bool)
+    by_encoder = np.isin([digest[:16] for digest in columns["sha256"]], seen) | (columns["splits"] == SEEN)
+    labelled = columns["labels"] >= 0
+    whole = columns["view"] == 0
+    for mask, why in ((own, "trained the model"), (by_encoder & ~own, "trained its encoder")):
+        if n := int((mask & labelled & whole).sum()):
+            say(f"left out: {n} images that {why}")
+    keep = np.flatnonzero(labelled & ~own & ~by_encoder)
+    if not len(keep):
+        raise UsageError("no labelled image is left that trained neither the model nor its encoder: name other images")
+    return keep
+
+
+# ---- what needs pictures ----
+
+def draw(labels, sources, most, seed=0):
+    """At most `most` row numbers, as even over classes and sources as they are there."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    turn = {}
+    rank = np.empty(len(labels), int)
+    for i in order:  # the first of every cell, then the second of every cell, ...
+        cell = (labels[i], sources[i])
+        rank[i] = turn[cell] = turn.get(cell, -1) + 1
+    return np.sort(order[np.argsort(rank[order], kind="stable")][:most])
+
+
+def changed(detector, data_dir, paths, labels, changes):
+    """Probability of fake of each image under each change, float64 [images, changes]; `changes`: (for reals, for fakes)."""
+    from tqdm import tqdm
+
+    def pixels(i):
+        image = common.decode_image(Path(data_dir, paths[i]).read_bytes())
+        return np.stack([detector.pixels(change[labels[i]](image)) for change in changes])
+    found = np.empty((len(paths), len(changes)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead = [pool.submit(pixels, i) for i in range(min(2, len(paths)))]
+        for i in tqdm(range(len(paths)), desc="distorting", unit="image"):
+            rows = ahead.pop(0).result()
+            if i + 2 < len(paths):
+                ahead.append(pool.submit(pixels, i + 2))
+            found[i] = np.concatenate([detector.p_fake(rows[k:k + BATCH]) for k in range(0, len(rows), BATCH)])
+    return found
+
+
+def condition(panel, level, labels, p_fake, untouched, threshold, groups, known):
+    """One row of the tables of distortions and arms; `flipped` is None for the untouched images themselves."""
+    found, flips = metrics.measure(labels, p_fake, threshold, groups), (p_fake >= threshold) != (untouched >= threshold)
+    apart = {part: metrics.measure(labels[mask], p_fake[mask], threshold, groups[mask])["balanced_accuracy"] if mask.any() else None
+             for part, mask in (("known", known), ("unseen", ~known))}
+    return {"panel": panel, "level": level, "n": len(labels), **apart,
+            "flipped": None if p_fake is untouched else metrics.share(flips, groups),
+            **{name: found[name] for name in ("accuracy_real", "accuracy_fake", "balanced_accuracy", "auc")}}
+
+
+def distorted(detector, data_dir, columns, groups, most):
+    """-> {robustness, arms}: rows of `condition`, the untouched images first in both."""
+    rows = draw(columns["labels"], columns["sources"], most)
+    labels, threshold = columns["labels"][rows].astype(int), detector.model["threshold"]
+    changes = [lambda image: image, *(change for _, _, change in CONDITIONS)]
+    p_fake = changed(detector, data_dir, columns["paths"][rows], labels, [(c, c) for c in changes] + [arm[1:] for arm in ARMS])
+    untouched, known = p_fake[:, 0], report.known_rows(detector.model, columns["sources"][rows])
+    names = [("untouched", ""), *((panel, level) for panel, level, _ in CONDITIONS)]
+    arms = [0, *range(len(names), p_fake.shape[1])]
+
+    def table(names, chosen):
+        return [condition(*name, labels, p_fake[:, k] if k else untouched, untouched, threshold, groups[rows], known)
+                for name, k in zip(names, chosen)]
+    return {"robustness": table(names, range(len(names))),
+            "arms": table([("files", "as they are"), *(("files", name) for name, _, _ in ARMS)], arms)}
+
+
+def hardest(columns, p_fake, threshold):
+    """The most confidently wrong of each class -> list of {path, label, p_fake}."""
+    labels, found = columns["labels"], []
+    for label, sign in ((0, -1), (1, 1)):
+        rows = np.flatnonzero((labels == label) & ((p_fake >= threshold) != label))
+        found += [{"path": str(columns["paths"][i]), "label": CLASSES[label], "p_fake": round(float(p_fake[i]), 4)}
+                  for i in rows[np.argsort(sign * p_fake[rows], kind="stable")][:SHOWN]]
+    return found
+
+
+def contact_sheet(data_dir, found, path, side=150):
+    """PNG of the hardest images, reals above, fakes below, each under its probability of fake; none where there are none."""
+    from PIL import Image, ImageDraw
+    if not found:
+        return
+    of_class = [[h for h in found if h["label"] == name] for name in CLASSES]
+    sheet = Image.new("RGB", (max(map(len, of_class)) * side, 2 * (side + 14)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, images in enumerate(of_class):
+        for column, h in enumerate(images):
+            picture = common.decode_image(Path(data_dir, h["path"]).read_bytes())
+            picture.thumbnail((side - 4, side - 4))
+            sheet.paste(picture, (column * side + 2, row * (side + 14) + 13))
+            pen.text((column * side + 2, row * (side + 14)), f"{h['label']}, {h['p_fake']:.3f}", fill="black")
+    with common.atomic_write(path) as file:
+        sheet.save(file, "PNG")
+
+
+# ---- the report ----
+
+def cross_validated_leak(columns, p_fake, groups):
+    """The detector against probes cross-validated on these images (`probes.detector_minus_leak`), or None."""
+    from probes import MIN_IMAGES, boosted, cross_validated, detector_minus_leak, probes_of
+    labels = columns["labels"].astype(int)
+    if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
+        return None
+    leaks = {what: cross_validated(boosted, values, labels, groups) for what, values in probes_of(columns["facts"], columns["thumb"])[-2:]}
+    return None if any(p is None for p in leaks.values()) else detector_minus_leak(p_fake, leaks, labels, groups)
+
+
+def assess_all(model, columns, rows):
+    """Everything that scores alone give on those rows, what the files betray, and what is wrong with the model itself."""
+    from audit import audit
+    columns = {name: columns[name][rows] for name in COLUMNS}
+    twins = twin_clusters(columns["thumb"], columns["sha256"])
+    groups, kind = make_groups(columns, twins)
+    found = report.assess(model, columns, np.arange(len(rows)), groups, twins)
+    whole = columns["view"] == 0
+    first = {name: columns[name][whole] for name in COLUMNS}
+    digest = "".join(sorted(f"{s}{label}" for s, label in zip(first["sha256"], first["labels"])))
+    p_fake = np.array(found["scores"]["p_fake"])
+    warnings = [stale_threshold(model), report.calibration_warning(found["calibration"])]
+    return first, groups[whole], p_fake, {
+        **report.about(model), **found, "audit": audit(first), "leak": cross_validated_leak(first, p_fake, groups[whole]),
+        "data": {"sha256": common.sha256(digest.encode()), "groups": kind}, "warnings": [line for line in warnings if line]}
+
+
+def compare(now, before):
+    """Two reports of the same images -> rows (part, words, now, recorded interval, 'better' | 'worse') that left their interval."""
+    if now["data"]["sha256"] != before.get("data", {}).get("sha256"):
+        raise UsageError("--baseline is of other images: evaluate the same folder with the old model first")
+    return [(part, *row[1:]) for part in ("overall", "known", "unseen", "degraded") if now[part] and before[part]
+            for row in metrics.left_interval(now[part], before[part])]
+
+
+def changes_table(rows):
+    lines = [f"{'':10}{'metric':22}{'now':>7}  recorded interval"]
+    return "\n".join([*lines, *(f"{part:10}{words:22}{value:7.3f}  {ends[0]:.3f} .. {ends[1]:.3f}  {verdict}"
+                                for part, words, value, ends, verdict in rows)])
+
+
+def read_baseline(path):
+    try:
+        found = json.loads(common.read_bytes(path))
+        return {name: found[name] for name in ("data", "overall", "known", "unseen", "degraded")}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"--baseline {path} is not a metrics.json of evaluate.py") from None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.robustness_images < 1:
+        raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
+    if not (args.data_dir or args.features_file):
+        raise UsageError("nothing to evaluate on: name --data_dir, --features_file or both")
+    before = read_baseline(args.baseline) if args.baseline else None
+    model_path, bad = choose_model(args.model_path), 0
+    detector = Detector(model_path, args.device) if args.data_dir else None
+    model, seen = (detector.model, detector.encoder.manifest.get("seen", [])) if detector else (load_model(model_path), [])
+    if args.features_file:
+        columns = stored_columns(args.features_file, model, args.data_dir)
+    else:
+        columns, bad = encode_folder(detector, args.data_dir)
+    first, groups, p_fake, found = assess_all(model, columns, unseen_rows(columns, model, seen))
+    folder = Path(args.report_dir)
+    if args.data_dir:
+        found |= distorted(detector, args.data_dir, first, groups, args.robustness_images)
+        found["hardest"] = hardest(first, p_fake, model["threshold"])
+        contact_sheet(args.data_dir, found["hardest"], folder / "hardest.png")
+    else:
+        found["not_measured"] = list(PICTURES)
+    report.write_report(folder, found)
+    print(report.evaluation(found))
+    print(f"report in {folder}/")
+    if before is None:
+        return 1 if bad else 0
+    rows = compare(found, before)
+    print(changes_table(rows) if rows else f"every metric lies in the interval that {args.baseline} records")
+    worse = [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"]
+    if worse:
+        say(f"worse than the baseline: {', '.join(worse)}")
+    return 1 if worse or bad else 0
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,225 @@
+"""evaluate.py: what it leaves out, what it measures on pictures, what it says of a model that is not what it claims."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line_error
+from PIL import Image
+
+import evaluate
+from dataset import load_features
+from distort import ARMS, CONDITIONS
+from made_up import BASELINE, ENCODER, build, make_columns, write_features
+from model import choose_band, probability, save_model
+from train_model import BAND_ERROR
+
+FEATURES = ROOT / "models" / "features.npz"
+COUNTS = {f"train/{label}/{source}": 12 for label in ("real", "fake") for source in ("a", "b")} | \
+         {f"test/{label}/{source}": 5 for label in ("real", "fake") for source in ("a", "b", "new")}
+
+
+@pytest.fixture(scope="module")
+def folder(make_folder, tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("pictures"), COUNTS)
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory):
+    """Features and a model of the folder's train split, evaluated on its pictures: (folder of it all, report, stdout)."""
+    import contextlib
+    import io
+    import os
+    import extract_features
+    import train_model
+    place = tmp_path_factory.mktemp("evaluated")
+    os.environ["CLIP_MODEL"] = "tiny"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        extract_features.main(["--data_dir", str(folder), "--output_file", str(place / "f.npz")])
+        train_model.main(["--features_file", str(place / "f.npz"), "--model_output_path", str(place / "m.joblib")])
+        code = evaluate.main(["--model_path", str(place / "m.joblib"), "--data_dir", str(folder), "--report_dir", str(place / "out")])
+    assert code == 0
+    return place, json.loads((place / "out" / "metrics.json").read_text()), out.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Function: evaluate.py in this process -> (exit code, metrics.json, stdout, stderr)."""
+    def call(*words):
+        code = evaluate.main([*map(str, words), "--report_dir", str(tmp_path / "out")])
+        captured = capsys.readouterr()
+        return code, json.loads((tmp_path / "out" / "metrics.json").read_text()), captured.out, captured.err
+    return call
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A model of made-up features, saved, and the features of other images of the same kind."""
+    model = build(make_columns(seed=1))
+    save_model(tmp_path / "m.joblib", model)
+    return model, tmp_path / "m.joblib", write_features(tmp_path / "f.npz", make_columns(seed=2, splits=False))
+
+
+def test_images_that_trained_the_model_are_left_out_by_their_bytes(evaluated):
+    _, report, _ = evaluated
+    assert report["overall"]["n"] == 30 and report["known"]["n"] == 20 and report["unseen"]["n"] == 10
+
+
+def test_a_renamed_training_image_is_still_left_out(evaluated, folder, run, tmp_path):
+    place, _, _ = evaluated
+    shutil.copytree(folder / "test", tmp_path / "more" / "test")
+    shutil.copy(folder / "train" / "real" / "a" / "000.jpg", tmp_path / "more" / "test" / "real" / "new" / "another.jpg")
+    _, report, _, err = run("--model_path", place / "m.joblib", "--data_dir", tmp_path / "more", "--robustness_images", 1)
+    assert report["overall"]["n"] == 30 and "left out: 1 images that trained the model" in err
+
+
+def test_images_that_the_encoder_has_seen_are_left_out(run):
+    _, report, _, err = run("--features_file", FEATURES)
+    columns = load_features(FEATURES)
+    assert report["overall"]["n"] == np.isin(columns["splits"], ["test", "external"]).sum()
+    assert f"{(columns['splits'] == 'seen').sum()} images that trained its encoder" in err
+
+
+def test_pictures_and_their_features_give_the_same_metrics(evaluated, run):
+    place, report, _ = evaluated
+    _, again, out, _ = run("--model_path", place / "m.joblib", "--features_file", place / "f.npz")
+    assert again["scores"]["p_fake"] == pytest.approx(report["scores"]["p_fake"], abs=1e-4)
+    assert again["overall"]["confusion"] == report["overall"]["confusion"]
+    assert "robustness" not in again and "not measured" in out and all(what in out for what in again["not_measured"])
+
+
+def test_every_distortion_and_every_way_of_saving_alike_is_measured(evaluated):
+    place, report, _ = evaluated
+    assert [(r["panel"], r["level"]) for r in report["robustness"][1:]] == [(panel, level) for panel, level, _ in CONDITIONS]
+    assert [r["level"] for r in report["arms"]] == ["as they are", *(name for name, _, _ in ARMS)]
+    with open(place / "out" / "robustness.csv") as file:
+        assert len(list(csv.DictReader(file))) == 1 + len(CONDITIONS)
+
+
+def test_the_same_pixels_in_another_file_flip_no_verdict(evaluated):
+    _, report, _ = evaluated
+    png = next(r for r in report["arms"] if r["level"] == "both as PNG")
+    assert png["flipped"]["value"] == 0 and png["auc"] == report["arms"][0]["auc"]
+
+
+def test_a_flip_is_counted_against_the_untouched_verdict():
+    labels, untouched = np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.4, 0.9])
+    row = evaluate.condition("blur", "", labels, np.array([0.6, 0.1, 0.4, 0.9]), untouched, 0.5, np.arange(4), np.array([True, True, True, False]))
+    assert row["flipped"]["value"] == 0.5 and row["balanced_accuracy"]["value"] == 0.5
+    assert evaluate.condition("", "", labels, untouched, untouched, 0.5, np.arange(4), np.ones(4, bool))["flipped"] is None
+
+
+def test_the_contact_sheet_shows_the_most_confidently_wrong(evaluated):
+    place, report, _ = evaluated
+    of_class = {name: [h["p_fake"] for h in report["hardest"] if h["label"] == name] for name in ("real", "fake")}
+    assert of_class["real"] == sorted(of_class["real"], reverse=True) and of_class["fake"] == sorted(of_class["fake"])
+    assert all(p >= 0.5 for p in of_class["real"]) and all(p < 0.5 for p in of_class["fake"])
+    with Image.open(place / "out" / "hardest.png") as sheet:
+        assert sheet.height > 300
+
+
+def test_a_model_without_a_mistake_has_no_contact_sheet(folder, tmp_path):
+    evaluate.contact_sheet(folder, [], tmp_path / "hardest.png")
+    assert not (tmp_path / "hardest.png").exists()
+
+
+def test_the_draw_for_the_distortions_goes_round_all_sources():
+    labels, sources = np.repeat([0, 1], 50), np.repeat(["a", "b", "c", "d"], [48, 2, 40, 10])
+    rows = evaluate.draw(labels, sources, 8)
+    assert dict(zip(*np.unique(sources[rows], return_counts=True))) == {"a": 2, "b": 2, "c": 2, "d": 2}
+    assert len(evaluate.draw(labels, sources, 1000)) == 100
+
+
+def test_a_fresh_model_is_not_warned_of(made, run):
+    _, model, features = made
+    assert run("--model_path", model, "--features_file", features)[1]["warnings"] == []
+
+
+def test_a_threshold_that_does_not_follow_from_the_stored_scores_is_said(made, run, tmp_path):
+    model, _, features = made
+    save_model(tmp_path / "moved.joblib", {**model, "threshold": 0.4})
+    _, report, out, _ = run("--model_path", tmp_path / "moved.joblib", "--features_file", features)
+    assert "threshold is 0.4, its own scores and rule give 0.5" in out and len(report["warnings"]) == 1
+
+
+def test_a_model_with_doubled_logits_is_said_to_be_too_sure(run, tmp_path):
+    train, test = (make_columns(real=300, fake=300, gap=1.5, seed=seed, splits=False) for seed in (1, 2))
+    model = build(train)
+    doubled = {**model, "calibrator": model["calibrator"] * 2}
+    stored = doubled["out_of_fold"]
+    doubled["band"] = choose_band(probability(doubled, stored["scores"].astype(float)), stored["labels"], 0.5, BAND_ERROR)
+    features = write_features(tmp_path / "f.npz", test)
+    for name, which, expected in (("honest", model, 0), ("doubled", doubled, 1)):
+        save_model(tmp_path / f"{name}.joblib", which)
+        report = run("--model_path", tmp_path / f"{name}.joblib", "--features_file", features)[1]
+        assert len(report["warnings"]) == expected, (name, report["warnings"], report["calibration"])
+    assert "too sure" in report["warnings"][0]
+
+
+def test_nothing_is_written_into_the_model(made, run):
+    _, model, features = made
+    before = model.read_bytes()
+    run("--model_path", model, "--features_file", features)
+    assert model.read_bytes() == before
+
+
+def test_the_same_model_has_nothing_worse_than_its_own_baseline(made, run, tmp_path):
+    _, model, features = made
+    run("--model_path", model, "--features_file", features)
+    shutil.copy(tmp_path / "out" / "metrics.json", tmp_path / "before.json")
+    code, _, out, _ = run("--model_path", model, "--features_file", features, "--baseline", tmp_path / "before.json")
+    assert code == 0 and "every metric lies in the interval" in out
+
+
+def test_what_got_worse_than_the_baseline_is_named_with_exit_code_1(made, run, tmp_path):
+    model, path, features = made
+    run("--model_path", path, "--features_file", features)
+    shutil.copy(tmp_path / "out" / "metrics.json", tmp_path / "before.json")
+    columns = make_columns(seed=3)
+    columns["features"][:, 0] = np.random.default_rng(0).normal(size=len(columns["labels"]))  # nothing to learn from
+    save_model(tmp_path / "worse.joblib", build(columns))
+    code, _, out, err = run("--model_path", tmp_path / "worse.joblib", "--features_file", features, "--baseline", tmp_path / "before.json")
+    assert code == 1 and "AUC (overall)" in err and "worse" in out
+
+
+def test_a_baseline_of_other_images_is_refused(made, script, run, tmp_path):
+    _, model, features = made
+    run("--model_path", model, "--features_file", features)
+    other = write_features(tmp_path / "g.npz", make_columns(seed=4, splits=False))
+    result = script("evaluate.py", "--model_path", model, "--features_file", other, "--baseline", tmp_path / "out" / "metrics.json")
+    assert_one_line_error(result, "other images")
+
+
+def test_an_unreadable_picture_is_told_and_counted_in_the_exit_code(evaluated, folder, tmp_path, run):
+    place, _, _ = evaluated
+    shutil.copytree(folder / "test", tmp_path / "torn" / "test")
+    torn = tmp_path / "torn" / "test" / "real" / "a" / "000.jpg"
+    torn.write_bytes(torn.read_bytes()[:400])
+    code, report, _, err = run("--model_path", place / "m.joblib", "--data_dir", tmp_path / "torn", "--robustness_images", 1)
+    assert code == 1 and "left out test/real/a/000.jpg" in err and report["overall"]["n"] == 29
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], ["--data_dir", "--features_file"]),
+    (["--features_file", "no.npz"], ["no.npz"]),
+    (["--data_dir", "nowhere"], ["nowhere"]),
+    (["--features_file", FEATURES, "--baseline", "no.json"], ["no.json"]),
+    (["--features_file", FEATURES, "--baseline", ROOT / "README.md"], ["README.md"]),
+    (["--features_file", FEATURES, "--robustness_images", "0"], ["--robustness_images 0"]),
+    (["--features_file", FEATURES, "--data_dir", "tests"], ["is not there", "features.npz"]),
+])
+def test_what_a_user_can_get_wrong_is_told_in_one_line(script, flags, words):
+    assert_one_line_error(script("evaluate.py", "--model_path", BASELINE, *flags, cwd=ROOT), *words)
+
+
+def test_features_of_another_encoder_are_refused(script, tmp_path):
+    features = write_features(tmp_path / "f.npz", make_columns())
+    assert_one_line_error(script("evaluate.py", "--model_path", BASELINE, "--features_file", features), ENCODER["name"], "tiny")
+
+
+def test_an_evaluation_on_nothing_but_training_images_is_refused(script, tmp_path):
+    columns = make_columns(seed=1)
+    save_model(tmp_path / "m.joblib", build(columns))
+    features = write_features(tmp_path / "f.npz", columns)
+    assert_one_line_error(script("evaluate.py", "--model_path", tmp_path / "m.joblib", "--features_file", features), "trained neither")
