@@ -53,10 +53,11 @@ tiny: $(VENV)/.ready
 	cp -r runs/cache/encoders/tiny-* models/tiny && rm models/tiny/vision.safetensors && rm -r runs/cache
 	$(MAKE) ship
 ship: $(VENV)/.ready
-	rm -rf models/features.npz models/baseline_report models/evaluation
-	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file models/features.npz
-	$(VENV)/bin/python train_model.py --features_file models/features.npz --model_output_path models/baseline.joblib
-	$(VENV)/bin/python evaluate.py --model_path models/baseline.joblib --features_file models/features.npz --data_dir "$(IMAGES)" --report_dir models/evaluation
+	rm -rf runs/ship && mkdir -p runs/ship  # all made before anything in models/ changes: the model names a clean commit
+	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/features.npz
+	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz --model_output_path runs/ship/baseline.joblib
+	$(VENV)/bin/python evaluate.py --model_path runs/ship/baseline.joblib --features_file runs/ship/features.npz --data_dir "$(IMAGES)" --report_dir runs/ship/evaluation
+	rm -rf models/baseline_report models/evaluation && mv runs/ship/* models/ && rmdir runs/ship
 	$(VENV)/bin/python models/make_card.py
 	$(VENV)/bin/python tests/make_golden.py
 	$(VENV)/bin/python docs/draw_sources.py
