@@ -57,6 +57,7 @@ ship: $(VENV)/.ready
 	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/features.npz
 	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz --model_output_path runs/ship/baseline.joblib
 	$(VENV)/bin/python evaluate.py --model_path runs/ship/baseline.joblib --features_file runs/ship/features.npz --data_dir "$(IMAGES)" --report_dir runs/ship/evaluation
+	cp runs/ship/evaluation/robustness.png docs/ && rm runs/ship/*/*.png runs/ship/*/report.html  # these hold pictures
 	rm -rf models/baseline_report models/evaluation && mv runs/ship/* models/ && rmdir runs/ship
 	$(VENV)/bin/python models/make_card.py
 	$(VENV)/bin/python tests/make_golden.py
