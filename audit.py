@@ -18,6 +18,7 @@ import common
 from common import CLASSES, UsageError
 from dataset import SEEN, list_images, load_features
 from facts import describe_image, make_groups, twin_clusters
+from metrics import words
 from probes import (MIN_IMAGES, doubtful_sources, label_errors, linear_scores, probe_all, telling_values)
 
 MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing;
@@ -43,6 +44,8 @@ def audit(columns, cluster=None, unreadable=()):
 
     `cluster`: their twins where those are known; `unreadable`: (path, label) of files that could not be read.
     """
+    if not (columns["labels"] >= 0).any():
+        raise UsageError("no image has a label: an audit asks what gives labels away")
     known = np.flatnonzero((columns["labels"] >= 0) & (columns.get("view", np.zeros(len(columns["labels"]))) == 0))
     cluster = twin_clusters(columns["thumb"][known], columns["sha256"][known]) if cluster is None else cluster[known]
     columns = {name: columns[name][known] for name in ("labels", "splits", "sources", "paths", "facts", "thumb", "sha256")}
@@ -66,12 +69,15 @@ def audit(columns, cluster=None, unreadable=()):
     }
 
 
-def audit_labels(labels, p_fake, sources, paths):
-    """Out-of-fold probabilities -> what they say of the labels: probable errors, clearest first, and doubtful sources."""
+def audit_labels(labels, p_fake, sources, paths, by_source):
+    """Out-of-fold probabilities -> what they say of the labels: probable errors, clearest first, and doubtful sources.
+
+    `by_source`: no fold's classifier has seen a source that it scores; without that a source cannot be doubted as a whole.
+    """
     rows = label_errors(labels, p_fake)
     return {"images": len(labels), "probable_errors": len(rows),
             "first": [{"path": str(paths[i]), "label": CLASSES[labels[i]], "p_fake": round(float(p_fake[i]), 3)} for i in rows[:50]],
-            "doubtful_sources": doubtful_sources(labels, p_fake, sources)}
+            "doubtful_sources": doubtful_sources(labels, p_fake, sources) if by_source else []}
 
 
 def labels_of(columns):
@@ -80,9 +86,10 @@ def labels_of(columns):
     labels = columns["labels"][rows].astype(int)
     if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
         return None
-    groups, _ = make_groups({name: columns[name][rows] for name in ("labels", "sources", "thumb", "sha256")})
+    groups, kind = make_groups({name: columns[name][rows] for name in ("labels", "sources", "thumb", "sha256")})
     p_fake = linear_scores(columns["features"][rows], labels, groups)
-    return None if p_fake is None else audit_labels(labels, p_fake, columns["sources"][rows], columns["paths"][rows])
+    return None if p_fake is None else audit_labels(labels, p_fake, columns["sources"][rows], columns["paths"][rows],
+                                                        kind == "sources")
 
 
 def examples(paths, cluster, chosen):
@@ -112,9 +119,7 @@ def sentences(found):
             note.append(f"{probe['what']} alone tells the labels apart: AUC "
                         + "; ".join(f"{words(metric)} {how}" for metric, how in where if metric) + ".")
     for row in found["telling"][:SHOWN]:
-        note.append(f"files {row['what'].removesuffix(' files')}: {row['real']:.0%} of the reals, {row['fake']:.0%} of the fakes."
-                    if row["what"].startswith(("of", "with")) else
-                    f"{row['what']}: {row['real']:.0%} of the reals, {row['fake']:.0%} of the fakes.")
+        note.append(f"{row['what']}: {row['real']:.0%} of the reals, {row['fake']:.0%} of the fakes.")
     if bad := found["unreadable"]["n"]:
         note.append(f"{bad} files cannot be read ({found['unreadable']['real']} real, {found['unreadable']['fake']} fake), "
                     f"such as {', '.join(found['unreadable']['first'][:2])}.")
@@ -131,16 +136,10 @@ def lowest_end(probe):
     return max((m["interval"][0] for m in (probe["auc"], probe["on_test"]) if m and m["interval"]), default=0)
 
 
-def words(metric):
-    if metric is None:
-        return ""
-    return f"{metric['value']:.2f}" + (f" [{metric['interval'][0]:.2f}, {metric['interval'][1]:.2f}]" if metric["interval"] else "")
-
-
 def leak_sentence(leak):
     """`detector_minus_leak` in one plain sentence; a warning where the detector is not clearly above the best probe."""
     difference = leak["difference"]
-    line = (f"detector minus best leak: AUC {leak['detector']:.2f} - {leak['leak']:.2f} ({leak['what']} alone, no pixel seen) = "
+    line = (f"detector minus best leak: AUC {leak['detector']:.2f} - {leak['leak']:.2f} ({leak['what']} alone, {leak['how']}) = "
             f"{words(difference)}")
     if not difference["interval"] or difference["interval"][0] <= 0:
         much = "more than" if difference["interval"] and difference["interval"][1] < 0 else "about as much as"
@@ -179,9 +178,11 @@ def describe_folder(data_dir):
 def report(found):
     """What the command prints."""
     fatal, note = sentences(found)
+    nothing = f"no format, size or other fact that tells the labels apart (AUC {TELLING_AUC} or more)" if found["probes"] else \
+        f"too few images for more: a probe takes {MIN_IMAGES} of each class"
     lines = [f"{found['images']} images; formats of reals {found['formats']['real']}, of fakes {found['formats']['fake']}"]
     lines += [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)] or \
-        ["no twins across splits or labels, no format, size or other fact that tells the labels apart"]
+        [f"no twins across splits or labels; {nothing}"]
     if found["probes"]:
         lines.append("what a cheap classifier reaches without a detector (AUC, 95% interval):")
         lines.append(f"  {'':44} {'cross-validated':18}  {'learnt on train, on test' if found['probes'][0]['on_test'] else ''}".rstrip())

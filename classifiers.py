@@ -9,10 +9,12 @@ import warnings
 
 import numpy as np
 
+import probes
 from common import CLASSES, UsageError
+from dataset import draw_evenly
 from model import decision
+from probes import FOLDS
 
-FOLDS = 5
 SEARCH_ROWS = 3000  # hyperparameters are searched on at most so many rows; the cost of an SVM grows with their square
 HIDDEN = 64
 MAX_SHARE = 1.5     # no source weighs more than this times its even share of its class
@@ -27,12 +29,11 @@ GRIDS = {"svm": [{"C": C, "gamma": g} for C in (0.3, 1, 3, 10, 30) for g in (0.1
 
 def fold_rows(labels, groups, seed):
     """List of FOLDS (train, test) row numbers, stratified by label, no group on both sides. Raises UsageError."""
-    from sklearn.model_selection import StratifiedGroupKFold
     number = [len(np.unique(groups[labels == label])) for label in (0, 1)]
     if min(number) < FOLDS:
         raise UsageError(f"only {min(number)} groups of {CLASSES[int(np.argmin(number))]} images for {FOLDS} folds: "
                          "add images of other sources, or ones that are no copies")
-    return list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels, groups))
+    return probes.fold_rows(labels, groups, seed)
 
 
 def balanced_weights(labels):
@@ -66,13 +67,15 @@ def capped(counts, largest):
     return np.minimum(counts, high).astype(float)
 
 
-def search_rows(labels, images, seed):
-    """At most SEARCH_ROWS row numbers, one view of an image: of the smaller class as many as there are, up to half."""
+def search_rows(labels, groups, images, seed):
+    """At most SEARCH_ROWS row numbers, one view of an image, all groups in turn: of the smaller class as many as there
+    are, up to half."""
     order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.sort(np.unique(images[order], return_index=True)[1])]  # the first view that comes
-    of_class = [order[labels[order] == label] for label in (0, 1)]
+    first = order[np.sort(np.unique(images[order], return_index=True)[1])]  # the first view that comes
+    of_class = [first[labels[first] == label] for label in (0, 1)]
     small = min(len(of_class[0]), len(of_class[1]), SEARCH_ROWS // 2)
-    return np.sort(np.concatenate([rows[:SEARCH_ROWS - small] if len(rows) > small else rows for rows in of_class]))
+    drawn = [rows[draw_evenly(groups[rows].tolist(), SEARCH_ROWS - small if len(rows) > small else small, seed)] for rows in of_class]
+    return np.sort(np.concatenate(drawn))
 
 
 # ---- fitting ----
@@ -129,7 +132,7 @@ def search(kind, features, labels, weight, groups, images, seed):
     """The point of the kind's grid with the best out-of-fold AUC on at most SEARCH_ROWS images, one view of each."""
     from scipy.stats import rankdata
     from tqdm import tqdm
-    rows = search_rows(labels, images, seed)
+    rows = search_rows(labels, groups, images, seed)
     features, labels, weight, groups = features[rows], labels[rows], weight[rows], groups[rows]
     folds = fold_rows(labels, groups, seed + 1)  # not the folds that calibrate: there the chosen point looks too good
 

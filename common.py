@@ -215,7 +215,8 @@ def atomic_write(path, mode="wb"):
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}; name another place") from None
     try:
-        with os.fdopen(handle, mode) as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}  # whatever the locale, whatever a name
+        with os.fdopen(handle, mode, **text) as file:
             yield file
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -262,6 +263,7 @@ def say(message):
 
 def run(main):
     """Call a script's main(); a DetectorError becomes one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except DetectorError as error:

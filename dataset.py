@@ -31,8 +31,7 @@ def describe(path, split_names=SPLITS, unlabelled=False):
     """Relative path 'test/progan/cat/0_real/1.png' -> Entry(path, label 0 | 1 | -1, split 'test', source 'progan/cat').
 
     The split is the first of `split_names` above the label; all other folders are the source; `unlabelled` takes no
-    folder for a label. Raises UsageError where
-    two folders name different labels.
+    folder for a label. Raises UsageError where two folders name different labels.
     """
     folders = path.split("/")[:-1]
     named = {i: LABELS[f.lower()] for i, f in enumerate(folders) if f.lower() in LABELS and not unlabelled}
@@ -80,6 +79,15 @@ def list_images(data_dir, split_names=SPLITS, unlabelled=False):
         raise UsageError(f"--data_dir {data_dir}: only one class is there ('{CLASSES[labelled[0].label]}'); "
                          "a detector needs both, or --unlabelled")
     return labelled
+
+
+def draw_evenly(cells, most, seed=0):
+    """At most `most` row numbers, sorted, of cell names [n]: one of every cell, then a second of every cell, and so on."""
+    order = np.random.default_rng(seed).permutation(len(cells))
+    turn, rank = {}, np.empty(len(cells), int)
+    for i in order:
+        rank[i] = turn[cells[i]] = turn.get(cells[i], -1) + 1
+    return np.sort(order[np.argsort(rank[order], kind="stable")][:most])
 
 
 def join_columns(several):

@@ -116,6 +116,14 @@ ARMS = [
 ]
 
 
+def manageable(image, side=8192):
+    """The picture as the distortions take it: WebP has no longer sides, and no comment or colour profile is to be saved
+    with every copy."""
+    image = fit(image, side).copy()
+    image.info = {}
+    return image
+
+
 def view_rng(sha256, number):
     """Generator for view `number` of the image with this hash: the same for both classes, folders and file names."""
     return np.random.default_rng([int(sha256[:16], 16), number])

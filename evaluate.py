@@ -21,11 +21,11 @@ import metrics
 import report
 from classify import Detector, choose_model
 from common import CLASSES, UsageError, say
-from dataset import COLUMNS, SEEN, list_images
-from distort import ARMS, CONDITIONS
+from dataset import COLUMNS, SEEN, draw_evenly, list_images
+from distort import ARMS, CONDITIONS, manageable
 from extract_features import encode_batch, read_row
 from facts import make_groups, twin_clusters
-from model import load_model, stale_threshold
+from model import decision, load_model, probability, stale_threshold
 from train_model import load_columns
 
 BATCH = 16
@@ -85,8 +85,11 @@ def stored_columns(path, model, data_dir):
     return columns
 
 
-def unseen_rows(columns, model, seen):
-    """Row numbers of labelled images that trained neither the model nor (`seen`: hashes' first 16 digits) its encoder."""
+def split_rows(columns, model, seen):
+    """Labelled images that trained neither the model nor (`seen`: hashes' first 16 digits) its encoder: those to evaluate.
+
+    -> (their row numbers, row numbers of those left out). Raises UsageError where none is left.
+    """
     trained = {f"{int(number) + 2 ** 63:016x}" for number in model["training_data"]["images"]}
     own = np.array([digest[:16] in trained for digest in columns["sha256"]], bool)
     by_encoder = np.isin([digest[:16] for digest in columns["sha256"]], seen) | (columns["splits"] == SEEN)
@@ -98,30 +101,30 @@ def unseen_rows(columns, model, seen):
     keep = np.flatnonzero(labelled & ~own & ~by_encoder)
     if not len(keep):
         raise UsageError("no labelled image is left that trained neither the model nor its encoder: name other images")
-    return keep
+    return keep, np.flatnonzero(labelled & (own | by_encoder))
 
 
 # ---- what needs pictures ----
 
-def draw(labels, sources, most, seed=0):
-    """At most `most` row numbers, as even over classes and sources as they are there."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    turn = {}
-    rank = np.empty(len(labels), int)
-    for i in order:  # the first of every cell, then the second of every cell, ...
-        cell = (labels[i], sources[i])
-        rank[i] = turn[cell] = turn.get(cell, -1) + 1
-    return np.sort(order[np.argsort(rank[order], kind="stable")][:most])
+def read_picture(data_dir, path, sha256):
+    """The picture of a row, decoded; UsageError where its file is no longer the one that was encoded."""
+    data = common.read_bytes(Path(data_dir, path))
+    if common.sha256(data) != sha256:
+        raise UsageError(f"--data_dir {data_dir}: '{path}' is not the file that was encoded; extract again")
+    return common.decode_image(data)
 
 
-def changed(detector, data_dir, paths, labels, changes):
-    """Probability of fake of each image under each change, float64 [images, changes]; `changes`: (for reals, for fakes)."""
+def changed(detector, data_dir, columns, changes):
+    """Probability of fake of each image under each change, float64 [images, 1 + changes], untouched first; `changes`: (for
+    reals, for fakes)."""
     from tqdm import tqdm
+    paths, labels = columns["paths"], columns["labels"]
 
     def pixels(i):
-        image = common.decode_image(Path(data_dir, paths[i]).read_bytes())
-        return np.stack([detector.pixels(change[labels[i]](image)) for change in changes])
-    found = np.empty((len(paths), len(changes)))
+        image = read_picture(data_dir, paths[i], columns["sha256"][i])
+        base = manageable(image)
+        return np.stack([detector.pixels(image), *(detector.pixels(change[labels[i]](base)) for change in changes)])
+    found = np.empty((len(paths), 1 + len(changes)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = [pool.submit(pixels, i) for i in range(min(2, len(paths)))]
         for i in tqdm(range(len(paths)), desc="distorting", unit="image"):
@@ -134,20 +137,23 @@ def changed(detector, data_dir, paths, labels, changes):
 
 def condition(panel, level, labels, p_fake, untouched, threshold, groups, known):
     """One row of the tables of distortions and arms; `flipped` is None for the untouched images themselves."""
-    found, flips = metrics.measure(labels, p_fake, threshold, groups), (p_fake >= threshold) != (untouched >= threshold)
-    apart = {part: metrics.measure(labels[mask], p_fake[mask], threshold, groups[mask])["balanced_accuracy"] if mask.any() else None
-             for part, mask in (("known", known), ("unseen", ~known))}
-    return {"panel": panel, "level": level, "n": len(labels), **apart,
-            "flipped": None if p_fake is untouched else metrics.share(flips, groups),
-            **{name: found[name] for name in ("accuracy_real", "accuracy_fake", "balanced_accuracy", "auc")}}
+    fake, flips = p_fake >= threshold, (p_fake >= threshold) != (untouched >= threshold)
+
+    def right(mask):
+        return [metrics.share(fake[mask & (labels == i)] == i, groups[mask & (labels == i)]) for i in (0, 1)]
+    real, generated = right(np.ones(len(labels), bool))
+    return {"panel": panel, "level": level, "n": len(labels), "accuracy_real": real, "accuracy_fake": generated,
+            "balanced_accuracy": metrics.of_both(real, generated), "auc": metrics.auc(labels, p_fake, groups),
+            "known": metrics.of_both(*right(known)), "unseen": metrics.of_both(*right(~known)),
+            "flipped": None if p_fake is untouched else metrics.share(flips, groups)}
 
 
 def distorted(detector, data_dir, columns, groups, most):
     """-> {robustness, arms}: rows of `condition`, the untouched images first in both."""
-    rows = draw(columns["labels"], columns["sources"], most)
+    rows = draw_evenly(list(zip(columns["labels"].tolist(), columns["sources"].tolist())), most)
     labels, threshold = columns["labels"][rows].astype(int), detector.model["threshold"]
-    changes = [lambda image: image, *(change for _, _, change in CONDITIONS)]
-    p_fake = changed(detector, data_dir, columns["paths"][rows], labels, [(c, c) for c in changes] + [arm[1:] for arm in ARMS])
+    changes = [(change, change) for _, _, change in CONDITIONS] + [arm[1:] for arm in ARMS]
+    p_fake = changed(detector, data_dir, {name: columns[name][rows] for name in ("paths", "labels", "sha256")}, changes)
     untouched, known = p_fake[:, 0], report.known_rows(detector.model, columns["sources"][rows])
     names = [("untouched", ""), *((panel, level) for panel, level, _ in CONDITIONS)]
     arms = [0, *range(len(names), p_fake.shape[1])]
@@ -169,7 +175,7 @@ def hardest(columns, p_fake, threshold):
     return found
 
 
-def contact_sheet(data_dir, found, path, side=150):
+def contact_sheet(data_dir, columns, found, path, side=150):
     """PNG of the hardest images, reals above, fakes below, each under its probability of fake; none where there are none."""
     from PIL import Image, ImageDraw
     if not found:
@@ -179,7 +185,7 @@ def contact_sheet(data_dir, found, path, side=150):
     pen = ImageDraw.Draw(sheet)
     for row, images in enumerate(of_class):
         for column, h in enumerate(images):
-            picture = common.decode_image(Path(data_dir, h["path"]).read_bytes())
+            picture = read_picture(data_dir, h["path"], columns["sha256"][columns["paths"] == h["path"]][0])
             picture.thumbnail((side - 4, side - 4))
             sheet.paste(picture, (column * side + 2, row * (side + 14) + 13))
             pen.text((column * side + 2, row * (side + 14)), f"{h['label']}, {h['p_fake']:.3f}", fill="black")
@@ -196,32 +202,52 @@ def cross_validated_leak(columns, p_fake, groups):
     if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
         return None
     leaks = {what: cross_validated(boosted, values, labels, groups) for what, values in probes_of(columns["facts"], columns["thumb"])[-2:]}
-    return None if any(p is None for p in leaks.values()) else detector_minus_leak(p_fake, leaks, labels, groups)
+    if any(p is None for p in leaks.values()):
+        return None
+    return detector_minus_leak(p_fake, leaks, labels, groups) | {"how": "cross-validated on these images"}
 
 
-def assess_all(model, columns, rows):
-    """Everything that scores alone give on those rows, what the files betray, and what is wrong with the model itself."""
+def assess_all(model, columns, rows, left_out):
+    """Everything that scores alone give on those rows, what the files betray (of the images left out, too: a test image may
+    have a twin among them), and what is wrong with the model itself."""
     from audit import audit
+    split = np.full(len(columns["labels"]), "train")
+    split[rows] = "test"
+    both = np.sort(np.concatenate([rows, left_out]))
+    betrayed = audit({**{name: columns[name][both] for name in COLUMNS}, "splits": split[both]})
     columns = {name: columns[name][rows] for name in COLUMNS}
     twins = twin_clusters(columns["thumb"], columns["sha256"])
     groups, kind = make_groups(columns, twins)
     found = report.assess(model, columns, np.arange(len(rows)), groups, twins)
     whole = columns["view"] == 0
     first = {name: columns[name][whole] for name in COLUMNS}
-    digest = "".join(sorted(f"{s}{label}" for s, label in zip(first["sha256"], first["labels"])))
-    p_fake = np.array(found["scores"]["p_fake"])
+    p_fake = probability(model, decision(model, first["features"]))
+    known = report.known_rows(model, columns["sources"])
+    parts = {"overall": whole, "known": whole & known, "unseen": whole & ~known, "degraded": ~whole}
     warnings = [stale_threshold(model), report.calibration_warning(found["calibration"])]
     return first, groups[whole], p_fake, {
-        **report.about(model), **found, "audit": audit(first), "leak": cross_validated_leak(first, p_fake, groups[whole]),
-        "data": {"sha256": common.sha256(digest.encode()), "groups": kind}, "warnings": [line for line in warnings if line]}
+        **report.about(model), **found, "audit": betrayed, "leak": cross_validated_leak(first, p_fake, groups[whole]),
+        "data": {"groups": kind, **{part: digest(columns, mask) for part, mask in parts.items()}},
+        "warnings": [line for line in warnings if line]}
+
+
+def digest(columns, mask):
+    """Hash of those images, views and labels, in whatever order: two metrics are compared only where it is the same."""
+    rows = zip(*(columns[name][mask] for name in ("sha256", "view", "labels")))
+    return common.sha256("".join(sorted(f"{s} {view} {label} " for s, view, label in rows)).encode())
 
 
 def compare(now, before):
-    """Two reports of the same images -> rows (part, words, now, recorded interval, 'better' | 'worse') that left their interval."""
-    if now["data"]["sha256"] != before.get("data", {}).get("sha256"):
-        raise UsageError("--baseline is of other images: evaluate the same folder with the old model first")
-    return [(part, *row[1:]) for part in ("overall", "known", "unseen", "degraded") if now[part] and before[part]
-            for row in metrics.left_interval(now[part], before[part])]
+    """Two reports of the same images -> rows (part, words, now, recorded interval, 'better' | 'worse') that left their interval.
+
+    Parts that hold other images (a model may know other sources) are passed over. Raises UsageError where all do.
+    """
+    parts = [part for part in ("overall", "known", "unseen", "degraded")
+             if now[part] and before[part] and now["data"][part] == before["data"].get(part)]
+    if not parts:
+        raise UsageError("--baseline is of other images; images that trained one of the two models count for neither: compare "
+                         "on a folder that trained none")
+    return [(part, *row[1:]) for part in parts for row in metrics.left_interval(now[part], before[part])]
 
 
 def changes_table(rows):
@@ -230,7 +256,10 @@ def changes_table(rows):
                                 for part, words, value, ends, verdict in rows)])
 
 
-def read_baseline(path):
+def read_baseline(path, report_dir):
+    """The parts of an earlier metrics.json that are compared. Raises UsageError."""
+    if Path(path).resolve() == Path(report_dir, "metrics.json").resolve():
+        raise UsageError(f"--baseline {path} would be overwritten by this report: copy it, or name another --report_dir")
     try:
         found = json.loads(common.read_bytes(path))
         return {name: found[name] for name in ("data", "overall", "known", "unseen", "degraded")}
@@ -244,7 +273,7 @@ def main(argv=None):
         raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
     if not (args.data_dir or args.features_file):
         raise UsageError("nothing to evaluate on: name --data_dir, --features_file or both")
-    before = read_baseline(args.baseline) if args.baseline else None
+    before = read_baseline(args.baseline, args.report_dir) if args.baseline else None
     model_path, bad = choose_model(args.model_path), 0
     detector = Detector(model_path, args.device) if args.data_dir else None
     model, seen = (detector.model, detector.encoder.manifest.get("seen", [])) if detector else (load_model(model_path), [])
@@ -252,20 +281,20 @@ def main(argv=None):
         columns = stored_columns(args.features_file, model, args.data_dir)
     else:
         columns, bad = encode_folder(detector, args.data_dir)
-    first, groups, p_fake, found = assess_all(model, columns, unseen_rows(columns, model, seen))
+    first, groups, p_fake, found = assess_all(model, columns, *split_rows(columns, model, seen))
+    rows = None if before is None else compare(found, before)
     folder = Path(args.report_dir)
     if args.data_dir:
         found |= distorted(detector, args.data_dir, first, groups, args.robustness_images)
         found["hardest"] = hardest(first, p_fake, model["threshold"])
-        contact_sheet(args.data_dir, found["hardest"], folder / "hardest.png")
+        contact_sheet(args.data_dir, first, found["hardest"], folder / "hardest.png")
     else:
         found["not_measured"] = list(PICTURES)
     report.write_report(folder, found)
     print(report.evaluation(found))
     print(f"report in {folder}/")
-    if before is None:
+    if rows is None:
         return 1 if bad else 0
-    rows = compare(found, before)
     print(changes_table(rows) if rows else f"every metric lies in the interval that {args.baseline} records")
     worse = [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"]
     if worse:

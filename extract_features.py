@@ -129,11 +129,12 @@ def compare(columns, data_dir):
 def read_row(data_dir, entry, resolution, max_pixels, views=0):
     """One image -> (entry, pixels float32 [1 + views, 3, r, r], its stored columns), or (entry, None, [why not, is it an
     image]). The first is the image as it is, the others are degraded copies, drawn from the hash of its bytes."""
-    from distort import degrade, view_rng
+    from distort import degrade, manageable, view_rng
     from facts import describe_image
     try:
         rgb, row = describe_image(Path(data_dir, entry.path).read_bytes(), max_pixels)
-        copies = (degrade(rgb, view_rng(row["sha256"], number)) for number in range(1, views + 1))
+        base = manageable(rgb) if views else None
+        copies = (degrade(base, view_rng(row["sha256"], number)) for number in range(1, views + 1))
         return entry, np.stack([common.preprocess(image, resolution) for image in (rgb, *copies)]), row
     except (ImageError, OSError) as error:
         return entry, None, [str(error), not isinstance(error, UnsupportedImage)]

@@ -99,8 +99,8 @@ def twin_clusters(thumb, sha256):
     Seen in the pictures, not in features: on a few pictures saved many times whitened features tell copies apart
     (cosine -0.5), and plain cosine chains half of a data set together.
     """
-    _, cluster = np.unique(sha256, return_inverse=True)
-    return merge(cluster, near_pairs(thumb))
+    _, first, cluster = np.unique(sha256, return_index=True, return_inverse=True)  # views of an image are compared once
+    return merge(cluster, first[near_pairs(thumb[first])])
 
 
 def merge(cluster, pairs):

@@ -52,8 +52,14 @@ def effective(mask, groups):
     n, number, p = len(mask), group.max() + 1, np.mean(mask)
     if p in (0, 1) or number == n:
         return number
-    between = (np.bincount(group, mask - p) ** 2).sum() * number / max(1, number - 1) / n ** 2
+    between = between_groups(mask, group)
     return 0 if number == 1 else min(n, p * (1 - p) / between / few(number) ** 2) if between else n
+
+
+def between_groups(mask, group):
+    """Variance of the share of boolean [n] that the spread between group numbers [n] alone gives."""
+    number = group.max() + 1
+    return (np.bincount(group, mask - np.mean(mask)) ** 2).sum() * number / max(1, number - 1) / len(mask) ** 2
 
 
 def share(mask, groups=None):
@@ -93,6 +99,14 @@ def interval(value, drawn, number, bottom=0.0, top=1.0):
 def groups_of_rarer_class(labels, groups):
     """Number of groups of the class that has fewer: what an interval of both classes rests on."""
     return min(len(np.unique(groups[labels == label])) for label in (0, 1))
+
+
+def words(metric, digits=2):
+    """'0.82 [0.76, 0.86]'; 'n/a' without a value, no brackets without an interval."""
+    if metric is None or metric["value"] is None:
+        return "n/a"
+    ends = metric.get("interval")
+    return f"{metric['value']:.{digits}f}" + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
 
 
 # ---- metrics ----
@@ -204,7 +218,8 @@ def base_rates(found):
         return prevalence * recall / max(prevalence * recall + (1 - prevalence) * alarms, 1e-12)
     if real["value"] is None or fake["value"] is None:
         return {}
-    return {str(share): {"value": precision(share, fake["value"], 1 - real["value"]), "n": found["n"],
+    alarms = fake["value"] > 0 or real["value"] < 1
+    return {str(share): {"value": precision(share, fake["value"], 1 - real["value"]) if alarms else None, "n": found["n"],
                          "interval": [precision(share, fake["interval"][i], 1 - real["interval"][i]) for i in (0, 1)]}
             for share in PREVALENCES}
 
@@ -224,7 +239,7 @@ def by_source(labels, p_fake, threshold, sources, clusters, known=None):
         chosen = own if len(classes) == 2 else own | (labels != classes[0])
         found = measure(labels[chosen], p_fake[chosen], threshold, clusters[chosen])
         row = {"source": str(source), "label": CLASSES[classes[0]] if len(classes) == 1 else "both",
-               "known": known is None or str(source) in known, "n": int(own.sum()),
+               "known": known is None or source == "" or str(source) in known, "n": int(own.sum()),
                "paired": "" if len(classes) == 2 else f"with all {CLASSES[1 - classes[0]]} images"}
         row |= {name: found[name] for name in METRICS}
         row["own"] = row["balanced_accuracy" if row["label"] == "both" else f"accuracy_{row['label']}"]
@@ -233,7 +248,10 @@ def by_source(labels, p_fake, threshold, sources, clusters, known=None):
 
 
 def over_sources(rows):
-    """Rows of `by_source` -> {metric: {mean, worst, source, deviation, n, interval of the mean}} over the sources that have it."""
+    """Rows of `by_source` -> {metric: {mean, worst, source, deviation, n, interval of the mean}} over the sources that have it.
+
+    Sources paired with one pool share its errors, so their mean has no interval in what needs both classes.
+    """
     found = {}
     for name, (_, higher) in METRICS.items():
         have = [(r[name]["value"], r[name]["interval"], r["source"]) for r in rows if r[name]["value"] is not None
@@ -243,10 +261,12 @@ def over_sources(rows):
         values = np.array([value for value, _, _ in have])
         worst = have[int(values.argmin() if higher else values.argmax())]
         spread = float(values.std(ddof=1)) if len(values) > 1 else None
-        half = 1.959964 * few(len(values)) * spread / np.sqrt(len(values)) if spread is not None else None
+        paired = not name.startswith("accuracy") and any(r["paired"] for r in rows)
+        half = None if spread is None or paired else 1.959964 * few(len(values)) * spread / np.sqrt(len(values))
+        ends = None if half is None else np.clip([values.mean() - half, values.mean() + half], 0, None if name == "log_loss" else 1).tolist()
         found[name] = {"mean": float(values.mean()), "deviation": spread, "n": len(values), "worst": worst[0],
                        "worst_interval": worst[1], "worst_source": worst[2],
-                       "interval": None if half is None else [float(values.mean() - half), float(values.mean() + half)]}
+                       "interval": ends}
     return found
 
 
@@ -300,8 +320,8 @@ def calibration(labels, p_fake, groups, seed=0):
 # ---- abstention ----
 
 def abstention(labels, p_fake, threshold, band, groups):
-    """What the band does on these images: share with a verdict, accuracy of those, and coverage of each class (the
-    share of images that are not answered wrongly outside the band: what the stated error rate promises)."""
+    """What the band does: share with a verdict, accuracy of those, and coverage of each class (the share that is not
+    answered wrongly outside the band: what the stated error rate promises)."""
     sure, fake = outside(p_fake, band), p_fake >= threshold
     wrong = np.where(labels == 1, p_fake < band[0], p_fake > band[1])
     return {"band": list(band), "answered": share(sure, groups), "accuracy_answered": share(fake[sure] == labels[sure], groups[sure]),
@@ -326,7 +346,7 @@ def left_interval(now, before):
     """Metrics now and recorded -> rows (name, words, now, recorded interval, better | worse) of those that left it."""
     rows = []
     for name, (words, higher) in METRICS.items():
-        value, recorded = now[name]["value"], before[name]["interval"]
+        value, recorded = now[name]["value"], before.get(name, {}).get("interval")
         if value is not None and recorded is not None and not recorded[0] - 1e-9 <= value <= recorded[1] + 1e-9:
             rows.append((name, words, value, recorded, "better" if (value > recorded[1]) == higher else "worse"))
     return rows

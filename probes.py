@@ -7,7 +7,7 @@
 import numpy as np
 
 from common import CLASSES
-from metrics import auc, drawn_auc, groups_of_rarer_class, interval, share
+from metrics import auc, between_groups, drawn_auc, groups_of_rarer_class, interval, share
 
 FOLDS = 5
 MIN_IMAGES = 20     # of each class, below which a probe says nothing
@@ -128,20 +128,20 @@ def values_of(facts):
     for name in np.unique(facts["format"]):
         yield f"{name} files", facts["format"] == name
     size = np.char.add(np.char.add(facts["width"].astype(str), "x"), facts["height"].astype(str))
-    for words, values in (("of {} pixels", size), ("with quantisation table {}", facts["quant_hash"])):
+    for words, values in (("files of {} pixels", size), ("files with quantisation table {}", facts["quant_hash"])):
         found, counts = np.unique(values, return_counts=True)
         for value in found[np.argsort(-counts, kind="stable")][:COMMON]:
             yield words.format(value), values == value
-    yield "with both sides multiples of 64", (facts["width"] % 64 == 0) & (facts["height"] % 64 == 0)
+    yield "files with both sides multiples of 64", (facts["width"] % 64 == 0) & (facts["height"] % 64 == 0)
     numbers = numbers_of(facts)
     times = np.exp(numbers["bytes per pixel for what is in the picture"])
     for bar in TIMES_BYTES:
-        yield f"with over {bar:g} times the bytes that their picture takes as JPEG 90", times > bar
-        yield f"with under 1/{bar:g} of the bytes that their picture takes as JPEG 90", times < 1 / bar
+        yield f"files with over {bar:g} times the bytes that their picture takes as JPEG 90", times > bar
+        yield f"files with under 1/{bar:g} of the bytes that their picture takes as JPEG 90", times < 1 / bar
     for what in ("pixels", "aspect ratio", "bytes per pixel", "blockiness"):
         for tail in TAILS:
-            yield f"with {what} among the lowest {tail:.0%}", numbers[what] < np.quantile(numbers[what], tail)
-            yield f"with {what} among the highest {tail:.0%}", numbers[what] > np.quantile(numbers[what], 1 - tail)
+            yield f"files with {what} among the lowest {tail:.0%}", numbers[what] < np.quantile(numbers[what], tail)
+            yield f"files with {what} among the highest {tail:.0%}", numbers[what] > np.quantile(numbers[what], 1 - tail)
 
 
 def telling_values(facts, labels, groups):
@@ -163,10 +163,8 @@ def telling_values(facts, labels, groups):
 
 def share_and_variance(value, group):
     """Boolean [n], group numbers [n] -> (share, its variance between groups; at least the binomial one, smoothed)."""
-    n, number, p = len(value), group.max() + 1, float(np.mean(value))
-    smooth = (value.sum() + 1) / (n + 2)
-    between = (np.bincount(group, value - p) ** 2).sum() * number / max(1, number - 1) / n ** 2
-    return p, max(between, smooth * (1 - smooth) / n)
+    n, smooth = len(value), (value.sum() + 1) / (len(value) + 2)
+    return float(np.mean(value)), max(between_groups(value, group), smooth * (1 - smooth) / n)
 
 
 # ---- labels ----

@@ -13,11 +13,11 @@ import numpy as np
 
 import metrics
 from common import CLASSES, HERE, atomic_write
-from metrics import METRICS
+from metrics import METRICS, words
 from model import decision, probability
 
 # What a training alone or an evaluation alone has; a template finds None for the others.
-OPTIONAL = ("robustness", "arms", "not_measured", "hardest", "warnings", "leak", "labels", "leave_one_source_out",
+OPTIONAL = ("robustness", "arms", "not_measured", "hardest", "warnings", "leak", "leave_one_source_out",
             "classifiers", "split", "data")
 NAMES = {name: words for name, (words, _) in METRICS.items()}
 
@@ -49,7 +49,8 @@ def assess(model, columns, rows, groups, twins):
     def banded(mask):
         return metrics.abstention(labels[mask], p_fake[mask], model["threshold"], model["band"].tolist(), groups[rows][mask]) \
             if mask.any() else None
-    parts = {"overall": whole, "known": whole & known, "unseen": whole & ~known}
+    named = columns["sources"][rows] != ""  # of images without a source nobody knows whether it was seen
+    parts = {"overall": whole, "known": whole & known & named, "unseen": whole & ~known & named}
     found = {name: measured(mask) for name, mask in {**parts, "degraded": ~whole}.items()}
     sources = metrics.by_source(labels[whole], p_fake[whole], model["threshold"], columns["sources"][rows][whole],
                                 twins[rows][whole], model["training_data"]["sources"])
@@ -72,14 +73,6 @@ def known_rows(model, sources):
 
 
 # ---- in words ----
-
-def words(metric, digits=2):
-    """'0.82 [0.76, 0.86]'; 'n/a' without a value, no brackets without an interval."""
-    if metric is None or metric["value"] is None:
-        return "n/a"
-    ends = metric.get("interval")
-    return f"{metric['value']:.{digits}f}" + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
-
 
 def table(found):
     """The metrics that a training prints, one a line: value, interval, n."""
@@ -115,7 +108,7 @@ def training(found):
     lines.append(table(found["overall"]))
     if found["degraded"]:
         lines += [f"on {found['degraded']['n']} degraded copies of the test images:", table(found["degraded"])]
-    for name, words_ in (("all", "real training images"), ("untouched", "of them as they are"), ("degraded", "their degraded copies")):
+    for name, words_ in (("untouched", "real training images"), ("degraded", "degraded copies of them")):
         if name in found["false_alarms"]:
             alarm = found["false_alarms"][name]
             lines.append(f"called fake, out of fold: {words(alarm, 3)} of {alarm['n']} {words_}")
@@ -134,8 +127,9 @@ def evaluation(found):
     from audit import leak_sentence
     lines = [f"{found['classifier']} {found['model_version']} on '{found['encoder']}', threshold {found['threshold']:.3f} "
              f"({found['threshold_rule']['words']})", *(f"WARNING  {line}" for line in found["warnings"])]
-    for part, title in (("known", "known sources"), ("unseen", "sources never seen"), ("degraded", "degraded copies")):
-        if found[part]:
+    apart = found["known"] or found["unseen"]
+    for part, title in (("overall", "all"), ("known", "known sources"), ("unseen", "sources never seen"), ("degraded", "degraded copies")):
+        if found[part] and not (part == "overall" and apart):
             lines += [f"{found[part]['n']} images, {title}:", table(found[part])]
     if found["leak"]:
         lines.append(leak_sentence(found["leak"]))
@@ -186,9 +180,12 @@ def write_report(folder, report):
     """metrics.json, and from it the CSV tables, the plots, report.html (self-contained) and MODEL_CARD.md. -> the folder"""
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a source may be called c$x$
     from matplotlib import pyplot
     from plots import PLOTS
     folder = Path(folder)
+    for name in [*(f"{plot}.png" for plot in PLOTS), "robustness.csv", "arms.csv", *([] if report.get("hardest") else ["hardest.png"])]:
+        (folder / name).unlink(missing_ok=True)  # of an earlier report, which may have had more
     with atomic_write(folder / "metrics.json", "w") as file:
         json.dump(report, file, indent=1)
     for name, (header, rows) in tables(report).items():
@@ -217,9 +214,9 @@ def render(template, report, pictures=()):
     loader = jinja2.FileSystemLoader(HERE / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=template.endswith(".html"), trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    from audit import leak_sentence, sentences
+    from audit import TELLING_AUC, leak_sentence, sentences
     environment.globals |= {"words": words, "METRICS": NAMES, "CLASSES": CLASSES, "sentences": sentences,
-                            "leak_sentence": leak_sentence}
+                            "leak_sentence": leak_sentence, "TELLING_AUC": TELLING_AUC}
     environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
     embedded = {name: base64.b64encode(data).decode() for name, data in dict(pictures).items()}
     return environment.get_template(template).render(r=dict.fromkeys(OPTIONAL) | report, pictures=embedded)

@@ -19,8 +19,8 @@ from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_wei
 from common import CLASSES, UsageError, say
 from dataset import COLUMNS, join_columns, load_features
 from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model
+from probes import MIN_IMAGES
 
-MIN_IMAGES = 20          # of each class, for training
 BAND_ERROR = 0.1         # of each class, the share that may lie on the wrong side outside the 'uncertain' band
 HELD_OUT_ROWS = 1500     # of the other sources, for each line of the leave-one-source-out table
 MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
@@ -113,13 +113,14 @@ def check_classes(columns, rows, what):
 # ---- one classifier ----
 
 class Rows:
-    """The training rows as the fitting takes them: features, labels, weight, group, image and view of each."""
+    """The training rows as the fitting takes them: features, labels, weight, group, twins and image of each."""
 
-    def __init__(self, columns, train, groups):
+    def __init__(self, columns, train, groups, twins):
         self.columns = {name: columns[name][train] for name in COLUMNS}
         self.features, self.labels = self.columns["features"], self.columns["labels"].astype(int)
         self.whole = self.columns["view"] == 0
-        self.groups, self.images = groups[train], np.unique(self.columns["sha256"], return_inverse=True)[1]
+        self.groups, self.twins = groups[train], twins[train]
+        self.images = np.unique(self.columns["sha256"], return_inverse=True)[1]
         self.weight = row_weights(self.labels, self.columns["sources"])
 
 
@@ -140,9 +141,10 @@ def out_of_fold_probability(model):
 def set_threshold(model, max_fpr):
     """The model with its threshold, the band around it, and the rule that both follow from its out-of-fold scores."""
     p_fake, labels = out_of_fold_probability(model), model["out_of_fold"]["labels"]
-    threshold = choose_threshold(p_fake, labels, max_fpr)
+    threshold = choose_threshold(p_fake, labels, max_fpr, model["out_of_fold"]["view"])
+    copies = ", and at most so many of their degraded copies" if model["out_of_fold"]["view"].any() else ""
     words = "0.5 on the calibrated probability" if max_fpr is None else \
-        f"at most {max_fpr:g} of the real training images called fake, out of fold"
+        f"at most {max_fpr:g} of the real training images called fake, out of fold{copies}"
     return {**model, "threshold": threshold, "threshold_rule": {"words": words, "max_fpr": max_fpr, "band_error": BAND_ERROR},
             "band": choose_band(p_fake, labels, threshold, BAND_ERROR)}
 
@@ -162,24 +164,26 @@ def describe_training(rows, encoder, args):
 
 
 def false_alarms(model, rows):
-    """Share of real images called fake, out of fold: {'all', 'untouched', 'degraded': share with interval}."""
+    """Share of real images called fake, out of fold: {'untouched', 'degraded': share with interval}."""
     fake = out_of_fold_probability(model) >= model["threshold"]
     real = rows.labels == 0
     return {name: metrics.share(fake[real & mask], rows.groups[real & mask])
-            for name, mask in (("all", real), ("untouched", rows.whole), ("degraded", ~rows.whole)) if (real & mask).any()}
+            for name, mask in (("untouched", rows.whole), ("degraded", ~rows.whole)) if (real & mask).any()}
 
 
 def leave_one_source_out(model, rows, seed):
-    """Each source as if it were new: a classifier of the same kind, trained without it, on its images -> by_source rows.
+    """Each source as if it were new: a classifier of the same kind, trained without it, on its untouched images.
 
-    [] unless both classes have two sources or more. The other sources give at most HELD_OUT_ROWS images to each fit.
+    -> rows {source, label, n, value, interval}, worst first; [] unless both classes have two named sources or more. The
+    others, their copies too, give at most HELD_OUT_ROWS rows to each fit.
     """
-    sources, labels = rows.columns["sources"], rows.labels
-    if "" in sources or min(len(np.unique(sources[labels == label])) for label in (0, 1)) < 2:
+    sources, labels, twins = rows.columns["sources"], rows.labels, rows.twins
+    names = np.setdiff1d(sources, [""])
+    if min(len(np.intersect1d(names, sources[labels == label])) for label in (0, 1)) < 2:
         return []
     from tqdm import tqdm
-    order, found = np.random.default_rng(seed).permutation(np.flatnonzero(rows.whole)), []
-    for source in tqdm(np.unique(sources), desc="leaving one source out"):
+    order, found = np.random.default_rng(seed).permutation(len(labels)), []
+    for source in tqdm(names, desc="leaving one source out"):
         own = np.flatnonzero(rows.whole & (sources == source))
         others = order[~np.isin(rows.groups[order], rows.groups[own]) & (sources[order] != source)][:HELD_OUT_ROWS]
         if len(np.unique(labels[others])) < 2:
@@ -190,7 +194,7 @@ def leave_one_source_out(model, rows, seed):
         for i, name in enumerate(CLASSES):
             if (labels[own] == i).any():
                 right = (p_fake[labels[own] == i] >= model["threshold"]) == i
-                found.append({"source": str(source), "label": name, **metrics.share(right)})
+                found.append({"source": str(source), "label": name, **metrics.share(right, twins[own][labels[own] == i])})
     return sorted(found, key=lambda r: (r["value"], -r["n"]))
 
 
@@ -200,14 +204,16 @@ def leak(model, columns, train, test, groups):
     used = [rows[columns["view"][rows] == 0] for rows in (train, test)]
     labels = columns["labels"].astype(int)
     leaks = probe_scores(columns["facts"], columns["thumb"], labels, *used)
-    return detector_minus_leak(p_of(model, columns, used[1]), leaks, labels[used[1]], groups[used[1]])
+    found = detector_minus_leak(p_of(model, columns, used[1]), leaks, labels[used[1]], groups[used[1]])
+    return found and found | {"how": "learnt on the training images"}
 
 
 def audit_labels_of(model, rows):
     """What the out-of-fold probabilities say of the labels (`audit.audit_labels`), untouched images alone."""
     from audit import audit_labels
+    by_source = len(set(zip(rows.columns["sources"], rows.groups))) == len(set(rows.columns["sources"]))  # no source in two groups
     return audit_labels(rows.labels[rows.whole], out_of_fold_probability(model)[rows.whole], rows.columns["sources"][rows.whole],
-                        rows.columns["paths"][rows.whole])
+                        rows.columns["paths"][rows.whole], by_source)
 
 
 def compare(models, rows, columns, test, groups):
@@ -256,15 +262,23 @@ def check_max_fpr(max_fpr, rows):
 
 
 def audit_training(columns, train, test, twins):
-    """What `audit.py` finds in the rows as they are used here; told on stderr. -> findings"""
-    from audit import audit, sentences
+    """What `audit.py` finds in the rows as they are used here. -> findings"""
+    from audit import audit
     used = np.concatenate([train, test])
     found = audit({**{name: columns[name][used] for name in COLUMNS},
                    "splits": np.repeat(["train", "test"], [len(train), len(test)])}, twins[used])
-    fatal, note = sentences(found)
-    for line in [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]:
-        say(line)
     return found
+
+
+def say_findings(found, before=()):
+    """LEAK and note lines on stderr, those of `before` left out. -> the lines"""
+    from audit import sentences
+    fatal, note = sentences(found)
+    lines = [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]
+    for line in lines:
+        if line not in before:
+            say(line)
+    return lines
 
 
 def main(argv=None):
@@ -272,13 +286,14 @@ def main(argv=None):
     check_output(Path(args.model_output_path))
     columns, encoder = load_columns(args.features_file)
     train, test, groups, twins, how = choose_rows(columns, args, args.seed)
-    rows, whole = Rows(columns, train, groups), columns["view"] == 0
+    rows, whole = Rows(columns, train, groups, twins), columns["view"] == 0
     copies = f", and {(~whole[train]).sum()} degraded copies" if not whole[train].all() else ""
     say(f"{whole[train].sum()} images to train{copies}, {whole[test].sum()} to test ({how})")
     if rest := left_out(columns, np.concatenate([train, test])):
         say(f"left out: {rest}")
     check_max_fpr(args.max_fpr, rows)
     found = audit_training(columns, train, test, twins)
+    said = say_findings(found)
 
     models = {kind: set_threshold(build(kind, rows, args.seed), args.max_fpr)
               for kind in (GRIDS if args.classifier == "all" else [args.classifier])}
@@ -289,8 +304,10 @@ def main(argv=None):
         say(f"note: {notice}")
 
     import report
+    found["labels"] = audit_labels_of(model, rows)
+    say_findings(found, said)
     found = {**report.about(model), "split": how, "audit": found, "leak": leak(model, columns, train, test, groups),
-             "labels": audit_labels_of(model, rows), "false_alarms": false_alarms(model, rows), "classifiers": kinds,
+             "false_alarms": false_alarms(model, rows), "classifiers": kinds,
              **report.assess(model, columns, test, groups, twins),
              "leave_one_source_out": leave_one_source_out(model, rows, args.seed)}
     model["metrics"] = {name: found[name] for name in ("split", "overall", "degraded", "calibration")}

@@ -140,7 +140,7 @@ def label_lines(columns):
     labels = columns["labels"].astype(int)
     _, groups = np.unique(columns["sources"], return_inverse=True)
     p_fake = linear_scores(columns["features"], labels, groups)
-    return audit_labels(labels, p_fake, columns["sources"], columns["paths"])["doubtful_sources"]
+    return audit_labels(labels, p_fake, columns["sources"], columns["paths"], True)["doubtful_sources"]
 
 
 def swap(columns, dose, rng, least):

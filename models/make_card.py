@@ -60,7 +60,7 @@ def main():
     (HERE / "README.md").write_text(CARD.format(
         seen=len(manifest["seen"]), tiers=" | ".join(TIERS), rows="\n".join(rows), threshold=found["threshold"], dim=manifest["dim"],
         parameters=(HERE / "tiny" / "encoder.bin").stat().st_size / 2 / 1e6, commit=manifest["commit"][:12],
-        arguments=", ".join(f"{k} {v}" for k, v in manifest["arguments"].items()), leak=leak_sentence(found["leak"]).capitalize(),
+        arguments=", ".join(f"{k} {v}" for k, v in manifest["arguments"].items()), leak="As a whole, " + leak_sentence(found["leak"]),
         worst=", ".join(f"`{r['source']}` ({r['label']}, {r['own']['value']:.0%} of {r['n']})" for r in worst),
         train=sum(found["training_data"][name] for name in common.CLASSES)))
     (HERE / "evaluation" / "summary.txt").write_text("\n".join(shown) + "\n")

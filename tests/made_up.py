@@ -62,7 +62,7 @@ def with_views(columns, views, noise=0.1, seed=0):
 def training_rows(columns):
     """All rows to train on, each image (with its copies) a group of its own."""
     groups = np.unique(columns["sha256"], return_inverse=True)[1]
-    return train_model.Rows(columns, np.arange(len(columns["labels"])), groups)
+    return train_model.Rows(columns, np.arange(len(columns["labels"])), groups, groups)
 
 
 def build(columns, kind="svm", seed=0, **changes):

@@ -102,7 +102,7 @@ def test_the_search_sees_one_view_of_each_image_and_no_fold_a_group_on_both_side
     monkeypatch.setattr(classifiers, "out_of_fold", spy("search"))
     monkeypatch.setattr(train_model, "out_of_fold", spy("calibration"))
     twins = np.repeat(np.arange(60), 8)  # two images each
-    train_model.build("linear-svm", Rows(columns, np.arange(480), twins), 0)
+    train_model.build("linear-svm", Rows(columns, np.arange(480), twins, twins), 0)
 
     assert len(seen["search"]) == len(GRIDS["linear-svm"]) and len(seen["calibration"]) == 1
     for what, n in (("search", 120), ("calibration", 480)):
@@ -120,9 +120,9 @@ def test_the_search_sees_one_view_of_each_image_and_no_fold_a_group_on_both_side
 def test_of_many_images_three_hundred_are_searched_the_rarer_class_whole(monkeypatch, real, fake, expected):
     monkeypatch.setattr(classifiers, "SEARCH_ROWS", 300)
     labels, images = np.repeat([0, 1], [real, fake]), np.arange(real + fake) + 7
-    rows = search_rows(np.repeat(labels, 2), np.repeat(images, 2), 0)
+    rows = search_rows(np.repeat(labels, 2), np.repeat(images, 2), np.repeat(images, 2), 0)
     assert np.bincount(labels[rows // 2]).tolist() == list(expected) and len(set(rows // 2)) == sum(expected)
-    assert np.array_equal(rows, search_rows(np.repeat(labels, 2), np.repeat(images, 2), 0))
+    assert np.array_equal(rows, search_rows(np.repeat(labels, 2), np.repeat(images, 2), np.repeat(images, 2), 0))
     if max(real, fake) == 1000:  # drawn, not the first that come
         assert max(rows[labels[rows // 2] == int(fake == 1000)] // 2) > (real if fake == 1000 else 0) + 700
 
@@ -252,10 +252,18 @@ def test_labels_permuted_by_group_are_chance_for_who_cannot_remember_the_group(s
     columns = grouped(seed)
     rows, test, groups, _, how = choose_rows(columns, training_arguments(), 0)
     assert "our own split by sources" in how
-    model = train_model.build("svm", Rows(columns, rows, groups), 0)
+    model = train_model.build("svm", Rows(columns, rows, groups, groups), 0)
     scores = model["out_of_fold"]
     assert abs(roc_auc_score(scores["labels"], scores["scores"]) - 0.5) < 0.15  # 1.0 where groups lie on both sides of a fold
     labels, p_fake = held_out({name: column[test] for name, column in columns.items()}, model)
     low, high = metrics.auc(labels, p_fake, groups[test])["interval"]
     slack = (high - low) / 2  # a 95% interval misses one time in twenty; twice as wide, next to never
     assert low - slack < 0.5 < high + slack
+
+
+def test_the_search_draws_from_every_group_however_small(monkeypatch):
+    monkeypatch.setattr(classifiers, "SEARCH_ROWS", 100)
+    sizes = [2000, 6, 6, 6, 6]
+    groups, labels = np.concatenate([np.repeat(np.arange(5) + 5 * label, sizes) for label in (0, 1)]), np.repeat([0, 1], sum(sizes))
+    rows = search_rows(labels, groups, np.arange(len(labels)), 0)
+    assert np.bincount(groups[rows]).tolist() == 2 * [26, 6, 6, 6, 6]

@@ -8,7 +8,7 @@ import pytest
 
 from common import UsageError
 from conftest import ROOT
-from dataset import COLUMNS, FACTS, LABELS, SPLITS, Entry, describe, list_files, list_images, load_features
+from dataset import draw_evenly, COLUMNS, FACTS, LABELS, SPLITS, Entry, describe, list_files, list_images, load_features
 
 REAL, FAKE, UNKNOWN = 0, 1, -1
 
@@ -224,3 +224,10 @@ def test_reading_folders_and_features_needs_neither_torch_nor_scikit_learn():
     code = "import sys, dataset; print([m for m in ('torch', 'sklearn', 'openvino') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_even_draw_goes_round_all_cells():
+    cells = ["a"] * 48 + ["b"] * 2 + ["c"] * 40 + ["d"] * 10
+    rows = draw_evenly(cells, 8)
+    assert [cells[i] for i in rows] == list("aabbccdd") and np.array_equal(rows, draw_evenly(cells, 8))
+    assert len(draw_evenly(cells, 1000)) == 100

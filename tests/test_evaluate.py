@@ -120,15 +120,31 @@ def test_the_contact_sheet_shows_the_most_confidently_wrong(evaluated):
 
 
 def test_a_model_without_a_mistake_has_no_contact_sheet(folder, tmp_path):
-    evaluate.contact_sheet(folder, [], tmp_path / "hardest.png")
+    evaluate.contact_sheet(folder, {}, [], tmp_path / "hardest.png")
     assert not (tmp_path / "hardest.png").exists()
 
 
-def test_the_draw_for_the_distortions_goes_round_all_sources():
-    labels, sources = np.repeat([0, 1], 50), np.repeat(["a", "b", "c", "d"], [48, 2, 40, 10])
-    rows = evaluate.draw(labels, sources, 8)
-    assert dict(zip(*np.unique(sources[rows], return_counts=True))) == {"a": 2, "b": 2, "c": 2, "d": 2}
-    assert len(evaluate.draw(labels, sources, 1000)) == 100
+def test_a_test_image_that_is_a_copy_of_a_training_image_is_told(made, run, tmp_path):
+    _, model, _ = made
+    trained, other = make_columns(seed=1), make_columns(seed=2, splits=False)
+    other["thumb"][:40] = trained["thumb"][:40]  # the same pictures in other files
+    columns = {name: np.concatenate([trained[name], other[name]]) for name in trained}
+    _, report, _, _ = run("--model_path", model, "--features_file", write_features(tmp_path / "g.npz", columns))
+    assert report["overall"]["n"] == 120 and report["audit"]["twins"]["test_with_twin_in_train"] == 40
+
+
+def test_a_fresh_folder_with_its_own_train_and_test_is_no_leak(made, run, tmp_path):
+    _, model, _ = made
+    columns = make_columns(seed=2)
+    columns["thumb"][80:] = columns["thumb"][:40]
+    _, report, _, _ = run("--model_path", model, "--features_file", write_features(tmp_path / "g.npz", columns))
+    assert report["overall"]["n"] == 120 and report["audit"]["twins"]["test_with_twin_in_train"] == 0
+
+
+def test_images_without_a_source_are_neither_known_nor_unseen(made, run):
+    _, model, features = made
+    _, report, out, _ = run("--model_path", model, "--features_file", features)
+    assert report["known"] is None and report["unseen"] is None and "images, all:" in out
 
 
 def test_a_fresh_model_is_not_warned_of(made, run):
@@ -181,6 +197,23 @@ def test_what_got_worse_than_the_baseline_is_named_with_exit_code_1(made, run, t
     save_model(tmp_path / "worse.joblib", build(columns))
     code, _, out, err = run("--model_path", tmp_path / "worse.joblib", "--features_file", features, "--baseline", tmp_path / "before.json")
     assert code == 1 and "AUC (overall)" in err and "worse" in out
+
+
+def test_a_baseline_is_never_overwritten_by_the_report_that_is_held_against_it(made, script, run, tmp_path):
+    _, model, features = made
+    run("--model_path", model, "--features_file", features)
+    before = (tmp_path / "out" / "metrics.json").read_bytes()
+    result = script("evaluate.py", "--model_path", model, "--features_file", features, "--report_dir", "out", "--baseline",
+                    tmp_path / "out" / "metrics.json")
+    assert_one_line_error(result, "--baseline", "would be overwritten")
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == before
+
+
+def test_a_picture_that_is_no_longer_the_one_encoded_is_refused(folder, tmp_path):
+    path = "test/real/a/000.jpg"
+    assert evaluate.read_picture(folder, path, evaluate.common.sha256((folder / path).read_bytes())).mode == "RGB"
+    with pytest.raises(evaluate.UsageError, match="not the file that was encoded"):
+        evaluate.read_picture(folder, path, "00")
 
 
 def test_a_baseline_of_other_images_is_refused(made, script, run, tmp_path):

@@ -214,10 +214,10 @@ def of_one_size(facts, mask):
 
 TELLING = {
     # what is told: (what is planted, into every which image of one class)
-    "PNG files": (set_to("format", "PNG"), 4), "of 1024x768 pixels": (of_one_size, 5),
-    "with both sides multiples of 64": (of_64, 4), "with quantisation table 77": (set_to("quant_hash", 77), 5),
-    "with blockiness among the highest 10%": (set_to("blockiness", 3), 5),
-    "with bytes per pixel among the lowest 10%": (times("bytes", 0.01), 5),
+    "PNG files": (set_to("format", "PNG"), 4), "files of 1024x768 pixels": (of_one_size, 5),
+    "files with both sides multiples of 64": (of_64, 4), "files with quantisation table 77": (set_to("quant_hash", 77), 5),
+    "files with blockiness among the highest 10%": (set_to("blockiness", 3), 5),
+    "files with bytes per pixel among the lowest 10%": (times("bytes", 0.01), 5),
 }
 
 
@@ -247,7 +247,7 @@ def test_telling_values_are_listed_clearest_first():
     facts["format"][labels == 0], facts["format"][labels == 1] = "JPEG", np.where(np.arange(100) % 2, "PNG", "JPEG")
     facts["quant_hash"][labels == 1] = 77
     found = telling_values(facts, labels, np.arange(200))
-    assert [row["what"] for row in found] == ["with quantisation table 77", "PNG files"]
+    assert [row["what"] for row in found] == ["files with quantisation table 77", "PNG files"]
     assert [(row["real"], row["fake"]) for row in found] == [(0, 1), (0, 0.5)] and found[0]["errors"] > found[1]["errors"]
 
 

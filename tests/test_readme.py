@@ -119,6 +119,11 @@ def test_the_figures_of_tiny_are_those_of_the_shipped_model():
     assert (ROOT / "models" / "evaluation" / "summary.txt").read_text().strip() in README
 
 
+def test_the_number_of_distortions_is_the_code_s():
+    from distort import CONDITIONS
+    assert f"{len(CONDITIONS)} distortions" in README
+
+
 def test_the_table_of_planted_faults_is_the_benchmark_s():
     """Between the two comments stands benchmarks/planted_faults.md, which benchmarks/planted_faults.py writes."""
     assert (ROOT / "benchmarks" / "planted_faults.md").read_text().strip() in README

@@ -20,7 +20,7 @@ def test_one_command_makes_one_page_of_everything(script, make_folder, tmp_path)
     assert set(re.findall(r'src="([a-z]+):', page)) == {"data"} and "http" not in re.sub(r"data:[^\"]*", "", page)
     models = [json.loads((tmp_path / "study" / name / "metrics.json").read_text()) for name in ("without", "with")]
     assert [m["training_data"]["views"] for m in models] == [0, 1]
-    assert models[0]["data"]["sha256"] == models[1]["data"]["sha256"] and models[0]["degraded"]["n"] == models[1]["degraded"]["n"] > 0
+    assert models[0]["data"]["overall"] == models[1]["data"]["overall"] and models[0]["degraded"]["n"] == models[1]["degraded"]["n"] > 0
     assert "balanced accuracy" in result.stdout
 
 

@@ -131,7 +131,7 @@ def test_degraded_copies_train_along_and_are_reported_apart(train, quick):
         assert model["metrics"][part] == found[part]
     assert right[test & whole].mean() != right[test & ~whole].mean()
     assert "on 120 degraded copies of the test images:" in printed
-    for n, words in ((160, "real training images"), (40, "of them as they are"), (120, "their degraded copies")):
+    for n, words in ((40, "real training images"), (120, "degraded copies of them")):
         assert re.search(rf"called fake, out of fold: 0\.\d+ \[.*\] of {n} {words}$", printed, re.MULTILINE)
 
 
@@ -144,18 +144,20 @@ def test_without_copies_there_is_no_word_of_them(train, quick):
 
 @pytest.mark.parametrize("views", [0, 2])
 def test_the_rate_that_the_threshold_reaches_is_stated_and_is_at_most_the_one_asked_for(train, quick, views):
-    model, found, printed, _ = train(with_views(make_columns(real=150, fake=150, gap=1), views), max_fpr=0.1)
+    model, found, printed, _ = train(with_views(make_columns(real=150, fake=150, gap=1), views, noise=1), max_fpr=0.1)
     stored = model["out_of_fold"]
     real = stored["labels"] == 0
     fake = probability(model, stored["scores"].astype(float)) >= model["threshold"]
-    for name, mask in {"all": real, "untouched": real & (stored["view"] == 0), "degraded": real & (stored["view"] > 0)}.items():
+    for name, mask in {"untouched": real & (stored["view"] == 0), "degraded": real & (stored["view"] > 0)}.items():
         if mask.any():
             alarms = found["false_alarms"][name]
             assert (alarms["value"], alarms["n"]) == (pytest.approx(fake[mask].mean()), mask.sum())
             assert f"called fake, out of fold: {alarms['value']:.3f} [" in printed
-    assert 0.05 < found["false_alarms"]["all"]["value"] <= 0.1
+            assert alarms["value"] <= 0.1  # the copies on their own, too: far from each other they would hide in the mean
+    assert max(alarms["value"] for alarms in found["false_alarms"].values()) > 0.05
     assert ("degraded" in found["false_alarms"]) == (views > 0)
-    assert f"threshold {model['threshold']:.3f} (at most 0.1 of the real training images called fake, out of fold)" in printed
+    copies = ", and at most so many of their degraded copies" if views else ""
+    assert f"threshold {model['threshold']:.3f} (at most 0.1 of the real training images called fake, out of fold{copies})" in printed
     assert model["threshold_rule"]["max_fpr"] == 0.1 and stale_threshold(model) is None
 
 
@@ -231,7 +233,6 @@ def test_each_source_is_answered_by_a_classifier_that_was_trained_without_it_and
 
     def spy(kind, features, labels, weight, seed, **point):
         used = features[:, 5].astype(int)
-        assert (rows.columns["view"][used] == 0).all()
         assert weight[labels == 0].sum() == pytest.approx(weight[labels == 1].sum())  # also where a class lost a source
         missing = set("abxy") - set(rows.columns["sources"][used])
         assert len(missing) == 1 and not set(rows.groups[used]) & set(rows.groups[rows.columns["sources"] == min(missing)])
