@@ -1,7 +1,6 @@
 """Metrics of a detector, each with a 95% interval, at equal shares of both classes.
 
     found = measure(labels, p_fake, threshold, groups)       # found["auc"] = {"value": 0.82, "interval": [0.76, 0.86], "n": 330}
-    found = by_source(labels, p_fake, threshold, sources, clusters)
 
 Both classes weigh the same in everything that their numbers would move (average precision, calibration, log-loss), as
 in the probability itself. Images of one group (a source, copies of one picture) are not independent: shares get Wilson's
@@ -297,10 +296,8 @@ def slopes(labels, z, weight):
 
 
 def calibration(labels, p_fake, groups, seed=0):
-    """-> {slope with interval, error, expected_95: the 95% quantile of the error of a perfectly calibrated model, n}.
-
-    That quantile is simulated: the same probabilities, moved to the classes' shares here, labels drawn from them.
-    """
+    """-> {slope with interval, error, expected_95, n}: that is the 95% quantile of the error of a perfectly calibrated model,
+    simulated: the same probabilities, moved to the classes' shares here, labels drawn from them."""
     labels, p_fake, groups = np.asarray(labels), np.asarray(p_fake, float), np.asarray(groups)
     if len(np.unique(labels)) < 2:
         return None
