@@ -115,7 +115,7 @@ def sentences(found):
             f"{both} pictures stand under both labels, as copies of each other, such as {', '.join(found['examples'][1][0])}.")
     for probe in sorted(found["probes"], key=lowest_end, reverse=True):
         if lowest_end(probe) >= TELLING_AUC:
-            where = ((probe["auc"], f"cross-validated over {found['groups']}"), (probe["on_test"], "learnt on train, on test"))
+            where = ((probe["auc"], f"cross-validated over {found['groups']}"), (probe["on_test"], "learnt on train, tried on test"))
             note.append(f"{probe['what']} alone tells the labels apart: AUC "
                         + "; ".join(f"{words(metric)} {how}" for metric, how in where if metric) + ".")
     for row in found["telling"][:SHOWN]:
@@ -185,7 +185,7 @@ def report(found):
         [f"no twins across splits or labels; {nothing}"]
     if found["probes"]:
         lines.append("what a cheap classifier reaches without a detector (AUC, 95% interval):")
-        lines.append(f"  {'':44} {'cross-validated':18}  {'learnt on train, on test' if found['probes'][0]['on_test'] else ''}".rstrip())
+        lines.append(f"  {'':44} {'cross-validated':18}  {'learnt on train, tried on test' if found['probes'][0]['on_test'] else ''}".rstrip())
         lines += [f"  {p['what']:44} {words(p['auc']):18}  {words(p['on_test'])}".rstrip() for p in found["probes"]]
     if found.get("labels"):
         lines.append(f"labels to look at first ({found['labels']['probable_errors']} of {found['labels']['images']} are unlike their class):")

@@ -131,7 +131,7 @@ def test_probes_are_told_from_an_interval_above_chance_on_clearest_first():
               {"what": "c", "auc": {"value": 0.99, "interval": None, "n": 9}, "on_test": metric(0.95, 0.9, 1)},
               {"what": "d", "auc": None, "on_test": None}]
     assert sentences(NOTHING | {"probes": probes}) == ([], [
-        "c alone tells the labels apart: AUC 0.99 cross-validated over sources; 0.95 [0.90, 1.00] learnt on train, on test.",
+        "c alone tells the labels apart: AUC 0.99 cross-validated over sources; 0.95 [0.90, 1.00] learnt on train, tried on test.",
         f"b alone tells the labels apart: AUC 0.70 [{bar:.2f}, 0.80] cross-validated over sources."])
 
 
