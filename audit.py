@@ -142,8 +142,9 @@ def leak_sentence(leak):
     line = (f"detector minus best leak: AUC {leak['detector']:.2f} - {leak['leak']:.2f} ({leak['what']} alone, {leak['how']}) = "
             f"{words(difference)}")
     if not difference["interval"] or difference["interval"][0] <= 0:
-        much = "more than" if difference["interval"] and difference["interval"][1] < 0 else "about as much as"
-        return f"{line}: on these images the files alone tell {much} the detector; its figure proves little."
+        better = "tell more than the detector" if difference["interval"] and difference["interval"][1] < 0 else \
+            "may tell as much as the detector"
+        return f"{line}: on these images the files alone {better}; its figure proves little."
     return line + "."
 
 
@@ -186,7 +187,10 @@ def report(found):
     if found["probes"]:
         lines.append("what a cheap classifier reaches without a detector (AUC, 95% interval):")
         lines.append(f"  {'':44} {'cross-validated':18}  {'learnt on train, tried on test' if found['probes'][0]['on_test'] else ''}".rstrip())
-        lines += [f"  {p['what']:44} {words(p['auc']):18}  {words(p['on_test'])}".rstrip() for p in found["probes"]]
+        lines += [f"  {p['what']:44} {words(p['auc']):18}  {words(p['on_test']) if p['on_test'] else ''}".rstrip()
+                  for p in found["probes"]]
+    elif fatal or note:
+        lines.append(nothing)
     if found.get("labels"):
         lines.append(f"labels to look at first ({found['labels']['probable_errors']} of {found['labels']['images']} are unlike their class):")
         lines += [f"  {row['path']} is called {row['label']}" for row in found["labels"]["first"][:SHOWN]]

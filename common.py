@@ -225,6 +225,18 @@ def atomic_write(path, mode="wb"):
         raise
 
 
+def check_folder(path, given):
+    """The folder is made where it is missing; one that cannot be written to is told before the work, not after.
+
+    `given`: the flag and value that it comes from. Raises UsageError.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UsageError(f"{given}: cannot be written ({error.strerror}); name another place") from None
+
+
 def read_bytes(path):
     """The bytes of a file; UsageError where it cannot be read."""
     try:

@@ -77,7 +77,7 @@ def list_images(data_dir, split_names=SPLITS, unlabelled=False):
                          f"(or {', '.join(LABELS)}), or --unlabelled")
     if len({e.label for e in labelled}) == 1:
         raise UsageError(f"--data_dir {data_dir}: only one class is there ('{CLASSES[labelled[0].label]}'); "
-                         "a detector needs both, or --unlabelled")
+                         "a detector needs both (extract_features.py takes any folder with --unlabelled)")
     return labelled
 
 
@@ -110,6 +110,12 @@ def load_features(path):
     lengths = {len(columns[name]) for name in COLUMNS}
     if len(lengths) != 1 or columns["features"].ndim != 2:
         raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")
+    bad = ~np.isfinite(columns["features"]).all(axis=1)
+    if bad.any():
+        raise UsageError(f"--features_file {path}: {bad.sum()} rows hold NaN or infinite features (first: "
+                         f"{columns['paths'][bad][0]}); extract again")
+    if not np.isin(columns["labels"], (-1, 0, 1)).all():
+        raise UsageError(f"--features_file {path}: labels other than -1, 0 and 1; extract again")
     if columns["facts"].dtype != FACTS:
         raise UsageError(f"--features_file {path}: its facts are not those that this code reads; extract again")
     return columns

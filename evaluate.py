@@ -81,7 +81,8 @@ def stored_columns(path, model, data_dir):
                          f"needs '{model['encoder']['name']}' ({model['encoder']['identity'][:12]}): extract with that one")
     missing = [name for name in columns["paths"] if data_dir and not Path(data_dir, name).is_file()]
     if missing:
-        raise UsageError(f"--data_dir {data_dir}: '{missing[0]}' of {path} is not there; name the folder that was extracted")
+        raise UsageError(f"--data_dir {data_dir}: '{missing[0]}' of {path} is not there; name the folder that was extracted, or "
+                         f"where files were removed since, remove {path} and extract again")
     return columns
 
 
@@ -247,7 +248,10 @@ def compare(now, before):
     if not parts:
         raise UsageError("--baseline is of other images; images that trained one of the two models count for neither: compare "
                          "on a folder that trained none")
-    return [(part, *row[1:]) for part in parts for row in metrics.left_interval(now[part], before[part])]
+    try:
+        return [(part, *row[1:]) for part in parts for row in metrics.left_interval(now[part], before[part])]
+    except (TypeError, AttributeError, LookupError):
+        raise UsageError("--baseline is damaged: its metrics are not what evaluate.py writes") from None
 
 
 def changes_table(rows):
@@ -262,9 +266,9 @@ def read_baseline(path, report_dir):
         raise UsageError(f"--baseline {path} would be overwritten by this report: copy it, or name another --report_dir")
     try:
         found = json.loads(common.read_bytes(path))
-        return {name: found[name] for name in ("data", "overall", "known", "unseen", "degraded")}
+        return {"data": dict(found["data"]), **{name: found[name] for name in ("overall", "known", "unseen", "degraded")}}
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"--baseline {path} is not a metrics.json of evaluate.py") from None
+        raise UsageError(f"--baseline {path} is not a metrics.json of evaluate.py: name one from its report folder") from None
 
 
 def main(argv=None):
@@ -273,6 +277,7 @@ def main(argv=None):
         raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
     if not (args.data_dir or args.features_file):
         raise UsageError("nothing to evaluate on: name --data_dir, --features_file or both")
+    common.check_folder(args.report_dir, f"--report_dir {args.report_dir}")
     before = read_baseline(args.baseline, args.report_dir) if args.baseline else None
     model_path, bad = choose_model(args.model_path), 0
     detector = Detector(model_path, args.device) if args.data_dir else None

@@ -106,6 +106,8 @@ def old_columns(output, key, data_dir):
         return None
     keep = np.array(found) != "changed"
     say(f"{output} is there: {int(keep.sum())} of its rows stay as they are")
+    if gone := found.count("gone"):
+        say(f"{gone} of them are of files that are no longer there; remove {output} and extract again to drop them")
     return {name: columns[name][keep] for name in COLUMNS}
 
 

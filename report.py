@@ -135,9 +135,9 @@ def evaluation(found):
         lines.append(leak_sentence(found["leak"]))
     for key in ("robustness", "arms"):
         if found.get(key):
-            lines.append(f"{'':48}balanced accuracy")
-            lines.append(f"{found[key][0]['n']} images{'':{38 - len(str(found[key][0]['n']))}}{'known sources':20}{'never seen':20}verdicts flipped")
-            lines += [f"{r['panel']:17}{r['level']:28}{words(r['known']):20}{words(r['unseen']):20}{words(r['flipped'])}"
+            lines.append(f"{'':49}balanced accuracy")
+            lines.append(f"{found[key][0]['n']} images{'':{42 - len(str(found[key][0]['n']))}}{'known sources':20}{'never seen':20}verdicts flipped")
+            lines += [f"{r['panel']:17}{r['level']:32}{words(r['known']):20}{words(r['unseen']):20}{words(r['flipped'])}"
                       for r in found[key]]
     if found.get("not_measured"):
         lines.append(f"not measured without pictures (use --data_dir): {'; '.join(found['not_measured'])}")
@@ -183,28 +183,29 @@ def write_report(folder, report):
     matplotlib.rcParams["text.parse_math"] = False  # a source may be called c$x$
     from matplotlib import pyplot
     from plots import PLOTS
-    folder = Path(folder)
-    for name in [*(f"{plot}.png" for plot in PLOTS), "robustness.csv", "arms.csv", *([] if report.get("hardest") else ["hardest.png"])]:
-        (folder / name).unlink(missing_ok=True)  # of an earlier report, which may have had more
-    with atomic_write(folder / "metrics.json", "w") as file:
-        json.dump(report, file, indent=1)
-    for name, (header, rows) in tables(report).items():
-        with atomic_write(folder / name, "w") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    pictures = {}
+    folder, pictures = Path(folder), {}
     for name, plot in PLOTS.items():
         if figure := plot(report):
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
             pyplot.close(figure)
             pictures[name] = buffer.getvalue()
-            with atomic_write(folder / f"{name}.png") as file:
-                file.write(buffer.getvalue())
+    drawn = dict(pictures)
     if (folder / "hardest.png").is_file() and report.get("hardest"):
         pictures["hardest"] = (folder / "hardest.png").read_bytes()
-    for name, template in (("report.html", "report.html"), ("MODEL_CARD.md", "model_card.md")):
+    pages = {name: render(template, report, pictures) for name, template in (("report.html", "report.html"), ("MODEL_CARD.md", "model_card.md"))}
+    # all is made before anything is written; what an earlier report had more is removed
+    for name in [*(f"{plot}.png" for plot in PLOTS), "robustness.csv", "arms.csv", *([] if report.get("hardest") else ["hardest.png"])]:
+        (folder / name).unlink(missing_ok=True)
+    for name, data in drawn.items():
+        with atomic_write(folder / f"{name}.png") as file:
+            file.write(data)
+    for name, (header, rows) in tables(report).items():
         with atomic_write(folder / name, "w") as file:
-            file.write(render(template, report, pictures))
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    for name, text in {**pages, "metrics.json": json.dumps(report, indent=1)}.items():
+        with atomic_write(folder / name, "w") as file:
+            file.write(text)
     return folder
 
 

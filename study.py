@@ -28,7 +28,7 @@ def parse_args(argv):
     parser.add_argument("--limit", type=int, default=400, metavar="N", help="a seeded draw of N images")
     parser.add_argument("--views", type=int, default=1, metavar="N", help="degraded copies of each image")
     parser.add_argument("--robustness_images", type=int, default=40, metavar="N", help="images that go through the distortions")
-    parser.add_argument("--max_fpr", type=float, metavar="X", help="threshold for this share of false alarms (default: 0.5)")
+    parser.add_argument("--max_fpr", type=float, metavar="X", help="threshold at which at most this share of real images is called fake")
     return parser.parse_args(argv)
 
 
@@ -69,7 +69,7 @@ def main(argv=None):
     list_images(args.data_dir)  # told before anything is started
     out, times = Path(args.output_dir), []
     rate = [] if args.max_fpr is None else ["--max_fpr", args.max_fpr]
-    out.mkdir(parents=True, exist_ok=True)
+    common.check_folder(out, f"--output_dir {out}")
     audit = json.loads(run(times, "audit.py", "--data_dir", args.data_dir, "--json"))
     run(times, "extract_features.py", "--data_dir", args.data_dir, "--output_file", out / "features.npz", "--limit", args.limit,
         "--views", args.views)

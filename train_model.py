@@ -8,7 +8,6 @@
 Images that look alike stay on one side of every split; with ten sources or more, whole sources do.
 """
 import argparse
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ def parse_args(argv):
 # ---- rows ----
 
 def load_columns(paths):
-    """Features files -> their joined columns and the encoder's entry. Raises UsageError on NaNs and mixed encoders."""
+    """Features files -> their joined columns and the encoder's entry. Raises UsageError on mixed encoders."""
     files = [load_features(path) for path in paths]
     for path, file in zip(paths, files):
         if "encoder" not in file["meta"]:
@@ -59,9 +58,6 @@ def load_columns(paths):
             raise UsageError(f"{paths[0]} was made by '{encoders[0]['name']}' ({encoders[0]['identity'][:12]}), {path} by "
                              f"'{encoder['name']}' ({encoder['identity'][:12]}): extract both with one encoder")
     columns = join_columns(files)
-    bad = ~np.isfinite(columns["features"]).all(axis=1)
-    if bad.any():
-        raise UsageError(f"{bad.sum()} rows hold NaN or infinite features (first: {columns['paths'][bad][0]}); extract again")
     return columns, encoders[0]
 
 
@@ -106,8 +102,8 @@ def check_classes(columns, rows, what):
     for label, name in enumerate(CLASSES):
         n = int((columns["labels"][rows & (columns["view"] == 0)] == label).sum())
         if n < MIN_IMAGES:
-            raise UsageError(f"{n} {name} images {what}; at least {MIN_IMAGES} are needed "
-                             f"(splits there: {', '.join(sorted(set(columns['splits']))) or 'none'}; see --train_splits)")
+            raise UsageError(f"{n} {name} images {what}; at least {MIN_IMAGES} are needed: add some, or name other splits with "
+                             f"--train_splits (there: {', '.join(filter(None, sorted(set(columns['splits'])))) or 'none'})")
 
 
 # ---- one classifier ----
@@ -235,11 +231,7 @@ def p_of(model, columns, rows):
 
 def check_output(path):
     """An unwritable place is told before the training, not after."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"--model_output_path {path}: cannot be written ({error.strerror}); name another place") from None
+    common.check_folder(path.parent, f"--model_output_path {path}")
     if path.is_dir():
         raise UsageError(f"--model_output_path {path} is a folder; name a file in it")
 
@@ -283,6 +275,8 @@ def say_findings(found, before=()):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed}: must be at least 0")
     check_output(Path(args.model_output_path))
     columns, encoder = load_columns(args.features_file)
     train, test, groups, twins, how = choose_rows(columns, args, args.seed)

@@ -8,7 +8,8 @@ import pytest
 
 from common import UsageError
 from conftest import ROOT
-from dataset import draw_evenly, COLUMNS, FACTS, LABELS, SPLITS, Entry, describe, list_files, list_images, load_features
+from dataset import COLUMNS, FACTS, LABELS, SPLITS, Entry, describe, draw_evenly, list_files, list_images, load_features
+from made_up import make_columns, write_features
 
 REAL, FAKE, UNKNOWN = 0, 1, -1
 
@@ -231,3 +232,12 @@ def test_an_even_draw_goes_round_all_cells():
     rows = draw_evenly(cells, 8)
     assert [cells[i] for i in rows] == list("aabbccdd") and np.array_equal(rows, draw_evenly(cells, 8))
     assert len(draw_evenly(cells, 1000)) == 100
+
+
+@pytest.mark.parametrize("damage, words", [(lambda c: c["features"].__setitem__((3, 0), np.nan), "1 rows hold NaN"),
+                                           (lambda c: c["labels"].__setitem__(0, 5), "labels other than -1, 0 and 1")], ids=["nan", "label"])
+def test_values_that_no_extraction_writes_are_refused_by_every_reader(tmp_path, damage, words):
+    columns = make_columns()
+    damage(columns)
+    with pytest.raises(UsageError, match=words):
+        load_features(write_features(tmp_path / "f.npz", columns))

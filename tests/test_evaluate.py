@@ -209,6 +209,18 @@ def test_a_baseline_is_never_overwritten_by_the_report_that_is_held_against_it(m
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", [lambda found: found["overall"]["auc"].update(interval="x"), lambda found: found["overall"].update(auc=None),
+                                    lambda found: found.update(data=3)], ids=["interval", "metric", "data"])
+def test_a_damaged_baseline_is_refused_before_anything_is_written(made, script, run, tmp_path, damage):
+    _, model, features = made
+    _, found, _, _ = run("--model_path", model, "--features_file", features)
+    damage(found)
+    (tmp_path / "before.json").write_text(json.dumps(found))
+    result = script("evaluate.py", "--model_path", model, "--features_file", features, "--report_dir", "new", "--baseline", "before.json")
+    assert_one_line_error(result, "--baseline")
+    assert list((tmp_path / "new").glob("*")) == []
+
+
 def test_a_picture_that_is_no_longer_the_one_encoded_is_refused(folder, tmp_path):
     path = "test/real/a/000.jpg"
     assert evaluate.read_picture(folder, path, evaluate.common.sha256((folder / path).read_bytes())).mode == "RGB"
@@ -241,6 +253,8 @@ def test_an_unreadable_picture_is_told_and_counted_in_the_exit_code(evaluated, f
     (["--features_file", FEATURES, "--baseline", ROOT / "README.md"], ["README.md"]),
     (["--features_file", FEATURES, "--robustness_images", "0"], ["--robustness_images 0"]),
     (["--features_file", FEATURES, "--data_dir", "tests"], ["is not there", "features.npz"]),
+    (["--features_file", FEATURES, "--report_dir", "README.md"], ["--report_dir README.md", "name another place"]),
+    (["--features_file", FEATURES, "--report_dir", "README.md/below"], ["README.md/below", "name another place"]),
 ])
 def test_what_a_user_can_get_wrong_is_told_in_one_line(script, flags, words):
     assert_one_line_error(script("evaluate.py", "--model_path", BASELINE, *flags, cwd=ROOT), *words)

@@ -296,3 +296,10 @@ def test_no_more_than_three_batches_are_decoded_ahead_of_a_slow_encoder(few, tmp
     monkeypatch.setattr(encoders.Encoder, "encode", encode_slowly)
     extract(few, tmp_path / "f.npz", "--batch_size", 2)
     assert len(ahead) == 12 and max(ahead) <= 3 * 2
+
+
+def test_rows_of_files_that_are_gone_stay_and_are_told(own, tmp_path, capsys):
+    extract(own, tmp_path / "f.npz")
+    (own / "test/real/camera/001.jpg").unlink()
+    assert len(extract(own, tmp_path / "f.npz")["paths"]) == 24
+    assert "1 of them are of files that are no longer there; remove" in capsys.readouterr().err
