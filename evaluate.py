@@ -223,12 +223,10 @@ def assess_all(model, columns, rows, left_out):
     whole = columns["view"] == 0
     first = {name: columns[name][whole] for name in COLUMNS}
     p_fake = probability(model, decision(model, first["features"]))
-    known = report.known_rows(model, columns["sources"])
-    parts = {"overall": whole, "known": whole & known, "unseen": whole & ~known, "degraded": ~whole}
     warnings = [stale_threshold(model), report.calibration_warning(found["calibration"])]
     return first, groups[whole], p_fake, {
         **report.about(model), **found, "audit": betrayed, "leak": cross_validated_leak(first, p_fake, groups[whole]),
-        "data": {"groups": kind, **{part: digest(columns, mask) for part, mask in parts.items()}},
+        "data": {"groups": kind, **{part: digest(columns, mask) for part, mask in report.parts_of(model, columns).items()}},
         "warnings": [line for line in warnings if line]}
 
 

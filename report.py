@@ -19,7 +19,7 @@ from model import decision, probability
 # What a training alone or an evaluation alone has; a template finds None for the others.
 OPTIONAL = ("robustness", "arms", "not_measured", "hardest", "warnings", "leak", "leave_one_source_out",
             "classifiers", "split", "data")
-NAMES = {name: words for name, (words, _) in METRICS.items()}
+NAMES = {name: text for name, (text, _) in METRICS.items()}
 
 
 # ---- from scores to numbers ----
@@ -33,15 +33,22 @@ def about(model):
             "threshold": model["threshold"], "threshold_rule": model["threshold_rule"], "band": model["band"].tolist()}
 
 
+def parts_of(model, columns):
+    """Columns -> {part: boolean [n]} of a report: overall, known and unseen are images as they are, degraded are copies."""
+    whole, known = columns["view"] == 0, known_rows(model, columns["sources"])
+    named = columns["sources"] != ""  # of images without a source nobody knows whether it was seen
+    return {"overall": whole, "known": whole & known & named, "unseen": whole & ~known & named, "degraded": ~whole}
+
+
 def assess(model, columns, rows, groups, twins):
     """Row numbers of labelled images (and their degraded copies) -> the part of a report that scores alone give.
 
-    `groups`: what intervals over several sources rest on; `twins`: copies of one picture. Known are the sources that
-    the model was trained on.
+    `groups`: what intervals over several sources rest on; `twins`: copies of one picture.
     """
     scores = decision(model, columns["features"][rows])
     p_fake, labels = probability(model, scores), columns["labels"][rows].astype(int)
-    whole, known = columns["view"][rows] == 0, known_rows(model, columns["sources"][rows])
+    parts = parts_of(model, {name: columns[name][rows] for name in ("view", "sources")})
+    whole = parts["overall"]
 
     def measured(mask):
         return metrics.measure(labels[mask], p_fake[mask], model["threshold"], groups[rows][mask]) if mask.any() else None
@@ -49,9 +56,7 @@ def assess(model, columns, rows, groups, twins):
     def banded(mask):
         return metrics.abstention(labels[mask], p_fake[mask], model["threshold"], model["band"].tolist(), groups[rows][mask]) \
             if mask.any() else None
-    named = columns["sources"][rows] != ""  # of images without a source nobody knows whether it was seen
-    parts = {"overall": whole, "known": whole & known & named, "unseen": whole & ~known & named}
-    found = {name: measured(mask) for name, mask in {**parts, "degraded": ~whole}.items()}
+    found = {name: measured(mask) for name, mask in parts.items()}
     sources = metrics.by_source(labels[whole], p_fake[whole], model["threshold"], columns["sources"][rows][whole],
                                 twins[rows][whole], model["training_data"]["sources"])
     raw = 0.5 * (1 + np.tanh(0.5 * scores[whole]))  # the decision value taken for a logit
@@ -62,7 +67,7 @@ def assess(model, columns, rows, groups, twins):
             "over_sources": {name: metrics.over_sources([r for r in sources if r["known"] == (name == "known")])
                              for name in ("known", "unseen")},
             "band_error": model["threshold_rule"]["band_error"],
-            "abstention": {name: banded(mask) for name, mask in parts.items()},
+            "abstention": {name: banded(parts[name]) for name in ("overall", "known", "unseen")},
             "risk_coverage": metrics.risk_coverage(labels[whole], p_fake[whole], model["threshold"]),
             "scores": {"labels": labels[whole].tolist(), "p_fake": p_fake[whole].round(6).tolist()}}
 
@@ -108,10 +113,10 @@ def training(found):
     lines.append(table(found["overall"]))
     if found["degraded"]:
         lines += [f"on {found['degraded']['n']} degraded copies of the test images:", table(found["degraded"])]
-    for name, words_ in (("untouched", "real training images"), ("degraded", "degraded copies of them")):
+    for name, what in (("untouched", "real training images"), ("degraded", "degraded copies of them")):
         if name in found["false_alarms"]:
             alarm = found["false_alarms"][name]
-            lines.append(f"called fake, out of fold: {words(alarm, 3)} of {alarm['n']} {words_}")
+            lines.append(f"called fake, out of fold: {words(alarm, 3)} of {alarm['n']} {what}")
     if slope := found["calibration"]:
         lines.append(f"calibration slope {words(slope['slope'])} (1: as sure as it should be); error {slope['error']:.3f}, "
                      f"a perfect model's stays below {slope['expected_95']:.3f} in 95 of 100 draws")

@@ -77,7 +77,6 @@ def main(argv=None):
     run(times, "train_model.py", "--features_file", out / "untouched.npz", "--model_output_path", out / "without.joblib", *rate)
     run(times, "train_model.py", "--features_file", out / "features.npz", "--model_output_path", out / "model.joblib",
         "--classifier", "all", *rate)
-    kind = metrics_of(out / "model_report")["classifier"]
     run(times, "train_model.py", "--features_file", out / "features.npz", "--model_output_path", out / "with.joblib", *rate)
     for name in ("without", "with"):  # the same classifier, on the same images and their copies
         run(times, "evaluate.py", "--model_path", out / f"{name}.joblib", "--features_file", out / "features.npz",
@@ -86,7 +85,7 @@ def main(argv=None):
         "--report_dir", out / "evaluation", "--robustness_images", args.robustness_images)
     found = metrics_of(out / "evaluation")
     training = metrics_of(out / "model_report")
-    page = {**found, "folder": audit, "times": times, "arguments": vars(args), "chosen": kind, "classifiers": training["classifiers"],
+    page = {**found, "folder": audit, "times": times, "arguments": vars(args), "classifiers": training["classifiers"],
             "leave_one_source_out": training["leave_one_source_out"], "false_alarms": training["false_alarms"],
             "models": {name: metrics_of(out / name) for name in ("without", "with")}}
     pictures = {path.stem: path.read_bytes() for path in (out / "evaluation").glob("*.png")}

@@ -257,9 +257,8 @@ def audit_training(columns, train, test, twins):
     """What `audit.py` finds in the rows as they are used here. -> findings"""
     from audit import audit
     used = np.concatenate([train, test])
-    found = audit({**{name: columns[name][used] for name in COLUMNS},
-                   "splits": np.repeat(["train", "test"], [len(train), len(test)])}, twins[used])
-    return found
+    return audit({**{name: columns[name][used] for name in COLUMNS},
+                  "splits": np.repeat(["train", "test"], [len(train), len(test)])}, twins[used])
 
 
 def say_findings(found, before=()):

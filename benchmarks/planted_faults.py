@@ -4,7 +4,7 @@ often nothing is said where nothing is wrong.
     python benchmarks/planted_faults.py --data_dir IMAGES        # writes benchmarks/planted_faults.md, about twenty minutes
 
 The clean control: every picture of both classes cropped to one square of 224 pixels and saved as JPEG 90, twins removed;
-of these a new draw for each seed, divided at random into train and test. Model faults use the shipped features.
+of these a new draw for each seed, divided at random into train and test. Model faults use those that the encoder was not trained on.
 """
 import argparse
 import io
@@ -169,7 +169,8 @@ def strong(columns, auc=0.97):
 # ---- faults of a model ----
 
 def small_model(columns, rng):
-    """A calibrated logistic regression on half of the images -> (model dict, labels and probabilities of the other half)."""
+    """A calibrated logistic regression on half of the images -> (model dict, labels, decision
+    values and groups of the other half)."""
     order = rng.permutation(len(columns["labels"]))
     train, test = np.array_split(order, 2)
     features, labels = columns["features"][train], columns["labels"][train].astype(int)

@@ -209,6 +209,16 @@ def test_a_baseline_is_never_overwritten_by_the_report_that_is_held_against_it(m
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
 
+def test_parts_that_hold_other_images_are_not_compared(made, run):
+    _, model, features = made
+    report = run("--model_path", model, "--features_file", features)[1]
+    worse = report["overall"] | {"auc": {"value": 0.1, "interval": [0.0, 0.2], "n": 120}}
+    now = report | {"known": worse, "data": report["data"] | {"known": "these"}}
+    for images, parts in (("these", ["known"]), ("others", [])):  # a model that knows other sources
+        before = report | {"known": report["overall"], "data": report["data"] | {"known": images}}
+        assert [row[0] for row in evaluate.compare(now, before)] == parts
+
+
 @pytest.mark.parametrize("damage", [lambda found: found["overall"]["auc"].update(interval="x"), lambda found: found["overall"].update(auc=None),
                                     lambda found: found.update(data=3)], ids=["interval", "metric", "data"])
 def test_a_damaged_baseline_is_refused_before_anything_is_written(made, script, run, tmp_path, damage):
