@@ -5,11 +5,16 @@
 """
 import ctypes
 import importlib.util
+import io
 import json
+import math
 import os
 import sys
 import threading
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from common import HERE, PREPROCESSING, EncoderError
 
@@ -44,6 +49,28 @@ def find_encoder(**wanted):
         if wanted.items() <= {k: v for k, v in read_manifest(folder).items() if k in wanted}.items():
             return folder
     return None
+
+
+def processors(cgroup="/sys/fs/cgroup"):
+    """How many processors this process may use: affinity, and a container's CPU limit, which OpenVINO does not look at."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path(cgroup, "cpu.max").read_text().split()
+        return count if quota == "max" else max(1, min(count, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup (version 2), so no limit
+        return count
+
+
+def golden_image():
+    """A made-up picture, the same on every machine: PNG bytes, 320 x 240. Its features are recorded in encoder.json when
+    an encoder is prepared, so that a service can tell whether this machine computes what it should."""
+    rng = np.random.default_rng(0)
+    blocks = np.kron(rng.integers(0, 160, (6, 8, 3)), np.ones((40, 40, 1), int))
+    ramp = (np.arange(320)[None, :, None] + np.arange(240)[:, None, None]) // 12
+    pixels = blocks + ramp + rng.integers(0, 40, blocks.shape)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def cuda_visible():

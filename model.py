@@ -16,12 +16,12 @@ import numpy as np
 
 from common import CLASSES, ModelError, atomic_write, read_bytes, sha256
 
-FORMAT = 2
+FORMAT = 3
 BLOCK = 1000  # rows scored at a time: the kernel matrix of a test set would take gigabytes
 REMEDY = "train it again with train_model.py"
 # What a model must hold. Arrays as (dtype kind, number of dimensions).
 FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1), "intercept": float,
-          "calibrator": ("f", 1), "threshold": float, "threshold_rule": dict, "band": ("f", 1), "encoder": dict,
+          "means": ("f", 2), "calibrator": ("f", 1), "threshold": float, "threshold_rule": dict, "band": ("f", 1), "encoder": dict,
           "versions": dict, "training_data": dict, "out_of_fold": dict, "metrics": dict}
 # And what its kind of classifier needs beside that.
 LINEAR = {"coef": ("f", 1)}
@@ -97,7 +97,7 @@ def check(model):
 
 def sizes_fit(model):
     d, kind = len(model["center"]), model["classifier"]
-    if len(model["scale"]) != d or len(model["calibrator"]) != 2 or len(model["band"]) != 2:
+    if len(model["scale"]) != d or model["means"].shape != (2, d) or len(model["calibrator"]) != 2 or len(model["band"]) != 2:
         return False
     if kind == "svm":
         return model["support_vectors"].shape == (len(model["dual_coef"]), d)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import common
 from common import PREPROCESSING, EncoderError
-from encoders import OPENAI_NAMES, SHIPPED, cache_dir, find_encoder
+from encoders import OPENAI_NAMES, SHIPPED, cache_dir, find_encoder, golden_image
 
 
 def parse_args(argv):
@@ -83,7 +83,7 @@ def prepare(clip_model, source):
         manifest = read_card(clip_model)
         manifest |= {"name": name, "source": source, "identity": identity_of(visual), "layers": "final",
                      "preprocessing": PREPROCESSING, "resolution": visual.input_resolution,
-                     "dim": visual.output_dim, "arch": architecture(visual)}
+                     "dim": visual.output_dim, "arch": architecture(visual), "golden": golden_features(visual)}
         for left in cache_dir().glob(".preparing-*"):  # by a process that was killed: we hold the lock
             shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
@@ -135,6 +135,14 @@ def architecture(visual):
     return dict(kind="ModifiedResNet", layers=[len(getattr(visual, f"layer{i}")) for i in (1, 2, 3, 4)],
                 output_dim=visual.output_dim, heads=visual.attnpool.num_heads,
                 input_resolution=visual.input_resolution, width=2 * visual.conv1.out_channels)
+
+
+def golden_features(visual):
+    """The golden picture's features in torch, float32: what every other way of running this tower is compared with."""
+    import torch
+    pixels = common.preprocess(common.decode_image(golden_image()), visual.input_resolution)
+    with torch.inference_mode():
+        return [float(f"{value:.6g}") for value in visual(torch.from_numpy(pixels[None]))[0]]
 
 
 def identity_of(visual):

@@ -17,7 +17,7 @@ import metrics
 from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search
 from common import CLASSES, UsageError, say
 from dataset import COLUMNS, join_columns, load_features
-from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model
+from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model, standardise
 from probes import MIN_IMAGES
 
 BAND_ERROR = 0.1         # of each class, the share that may lie on the wrong side outside the 'uncertain' band
@@ -124,8 +124,11 @@ def build(kind, rows, seed):
     """Search, out-of-fold scores once, a sigmoid on them, final fit on all rows -> the classifier's part of the model dict."""
     point = search(kind, rows.features, rows.labels, rows.weight, rows.groups, rows.images, seed)
     scores = out_of_fold(kind, rows.features, rows.labels, rows.weight, fold_rows(rows.labels, rows.groups, seed), seed, **point)
-    return {**fit(kind, rows.features, rows.labels, rows.weight, seed, **point), "hyperparameters": point,
-            "calibrator": fit_sigmoid(scores, rows.labels),
+    fitted = fit(kind, rows.features, rows.labels, rows.weight, seed, **point)
+    x = standardise(fitted, rows.features)
+    return {**fitted, "hyperparameters": point, "calibrator": fit_sigmoid(scores, rows.labels),
+            # what the service's drift is measured from: each class's mean of the standardised untouched images
+            "means": np.stack([x[rows.whole & (rows.labels == label)].mean(0) for label in (0, 1)]),
             "out_of_fold": {"scores": scores.astype(np.float32), "labels": rows.labels.astype(np.int8),
                             "view": rows.columns["view"].astype(np.int8)}}
 
