@@ -7,65 +7,37 @@
 Settings come from environment variables: python app.py --help lists them.
 """
 import argparse
+import hmac
 import io
-import logging
 import os
+import re
+import secrets
 import sys
-import threading
 import time
-from pathlib import Path
+import uuid
 
-from flask import Flask, Request, jsonify, request
-from werkzeug.exceptions import HTTPException
+from flask import Blueprint, Flask, Request, Response, current_app, g, jsonify, render_template, request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from werkzeug.exceptions import ClientDisconnected, HTTPException
 
 import common
-import encoders
-from common import DetectorError, ImageError, UsageError
+from classify import answer, details
+from common import CLASSES, ImageError
+from engine import Busy, Engine, named
+from settings import SETTINGS, read_settings
+from telemetry import Telemetry, say_event
 
-log = logging.getLogger("app")
+FIELD_BYTES = 500_000  # of a form's text fields, which nothing here reads; Flask's default
+OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
+PROBES = ("/healthz", "/readyz", "/metrics")                      # asked every few seconds: not logged while they succeed
+ID, FEEDBACK_ID = re.compile(r"[A-Za-z0-9._-]{1,64}"), re.compile(r"[A-Za-z0-9._-]{1,72}")  # a batch's has a number behind it
+PAGE_POLICY = ("default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:; connect-src 'self'; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-# name: (default, what it is); the README's table is held against this one by a test
-SETTINGS = {
-    "MODEL_PATH": ("", "model file from train_model.py; required"),
-    "ALLOW_DEMO_MODEL": ("0", "1 serves a model on the demonstration encoder `tiny`"),
-    "MAX_UPLOAD_BYTES": ("10485760", "largest request body; beyond it 413"),
-    "MAX_PIXELS": ("50000000", "largest image, counted from its header before decoding; beyond it 413"),
-    "THREADS": ("0", "processor threads of one forward pass; 0: all"),
-    "HTTP_THREADS": ("8", "requests handled at a time"),
-    "HOST": ("127.0.0.1", "address to listen on"),
-    "PORT": ("8000", "port to listen on"),
-}
+routes = Blueprint("service", __name__)
 
 
-def read_settings(given=None):
-    """Environment, and `given` over it -> {name: str or int}. Raises UsageError that names a bad value."""
-    values = {name: (given or {}).get(name, os.environ.get(name) or default) for name, (default, _) in SETTINGS.items()}
-    for name, (default, _) in SETTINGS.items():
-        if default.isdigit():
-            if not str(values[name]).isdecimal():
-                raise UsageError(f"{name}={values[name]}: must be a whole number")
-            values[name] = int(values[name])
-    if values["PORT"] > 65535:
-        raise UsageError(f"PORT={values['PORT']}: must be at most 65535")
-    if not values["HTTP_THREADS"]:
-        raise UsageError("HTTP_THREADS=0: must be at least 1")
-    return values
-
-
-def check(settings):
-    """Everything that can be known before serving, in one line: raises DetectorError. Cheap, and without OpenVINO."""
-    from classify import encoder_folder
-    from model import load_model
-    path = settings["MODEL_PATH"]
-    if not path:
-        raise UsageError("MODEL_PATH is not set: name a model file from train_model.py (models/baseline.joblib is a demonstration)")
-    if not Path(path).is_file():
-        raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py")
-    folder = encoder_folder(load_model(path)["encoder"], path)
-    notice = encoders.read_manifest(folder).get("notice")
-    if notice and not settings["ALLOW_DEMO_MODEL"]:
-        raise UsageError(f"MODEL_PATH={path}: {notice}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
-
+# ---- the app ----
 
 class MemoryRequest(Request):
     """Form parts stay in memory: no image is ever written to disk."""
@@ -77,62 +49,103 @@ class MemoryRequest(Request):
 def create_app(config=None):
     """Flask app; `config` overrides settings by name. The model loads in the background; /readyz says when.
 
-    Raises DetectorError where a setting or the model is unusable: it never falls back to another model.
+    Raises UsageError where a setting is unusable. It never falls back to another model: with a broken one it is alive,
+    not ready, and tries again on SIGHUP.
     """
     settings = read_settings(config)
-    check(settings)
     app = Flask(__name__, static_folder=None)
     app.request_class = MemoryRequest
-    app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_FORM_MEMORY_SIZE"] = settings["MAX_UPLOAD_BYTES"]
+    app.config.update(MAX_CONTENT_LENGTH=settings["MAX_UPLOAD_BYTES"], MAX_FORM_MEMORY_SIZE=FIELD_BYTES,
+                      MAX_FORM_PARTS=settings["BATCH_LIMIT"] + 1)  # one more, so that our own words say what is too many
     app.json.sort_keys = False
-    state = app.extensions["detector"] = {"detector": None, "error": None}
-    threading.Thread(target=load_detector, args=(state, settings), daemon=True).start()
-
-    @app.get("/healthz")
-    def healthz():
-        """The process answers. Never touches the model."""
-        return {"status": "ok"}
-
-    @app.get("/readyz")
-    def readyz():
-        """200 once verdicts can be given."""
-        if state["detector"] is None:
-            return error(503, state["error"] or "the model is still loading")
-        return {"status": "ready"}
-
-    @app.post("/classify")
-    def classify():
-        """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
-        from classify import answer
-        detector = state["detector"]
-        if detector is None:
-            return error(503, state["error"] or "the model is still loading")
-        files = request.files.getlist("image")
-        if len(files) != 1:
-            return error(400, f"expected one file in the multipart field 'image', got {len(files)}")
-        response = jsonify(answer(*detector.classify(files[0].read(), settings["MAX_PIXELS"])))
-        if detector.encoder.notice:
-            response.headers["X-Model-Notice"] = detector.encoder.notice
-        return response
-
+    app.register_blueprint(routes)
+    telemetry = Telemetry()
+    app.extensions.update(engine=Engine(settings, telemetry), telemetry=telemetry)
+    app.before_request(begin)
+    app.after_request(finish)
     app.register_error_handler(ImageError, lambda e: error(e.status, str(e)))
-    app.register_error_handler(HTTPException, lambda e: http_error(e, settings))
+    app.register_error_handler(Busy, busy)
+    app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(Exception, unexpected)
     return app
 
 
+def engine():
+    return current_app.extensions["engine"]
+
+
+def telemetry():
+    return current_app.extensions["telemetry"]
+
+
+def route():
+    return request.url_rule.rule if request.url_rule else "other"
+
+
+def begin():
+    """Before every request: its id, its clock, and where keys are set, whose it is."""
+    sent = request.headers.get("X-Request-ID", "")
+    g.request_id, g.started = sent if ID.fullmatch(sent) else uuid.uuid4().hex, time.perf_counter()
+    g.key, g.error, g.read_s = None, None, None
+    if engine().keys and request.path not in OPEN:
+        g.key = key_of(request.headers.get("Authorization", ""))
+        if g.key is None:
+            telemetry().rejections.labels("unauthorized").inc()
+            response = error(401, "a token is needed: send the header 'Authorization: Bearer TOKEN'")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+
+
+def key_of(authorization):
+    """Name of the key whose token this header bears, or None. All are compared, each in constant time."""
+    scheme, _, token = authorization.partition(" ")
+    digest = bytes.fromhex(common.sha256(token.strip().encode()))
+    names = [name for name, known in engine().keys.items() if hmac.compare_digest(known, digest)]
+    return names[0] if names and scheme.lower() == "bearer" else None
+
+
+def finish(response):
+    """After every request: counted, logged, its id sent back."""
+    seconds = time.perf_counter() - g.started
+    response.headers["X-Request-ID"] = g.request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    telemetry().requests.labels(route(), response.status_code).inc()
+    telemetry().seconds.labels(route()).observe(seconds)
+    if request.path not in PROBES or response.status_code >= 400:
+        say_event("request", request_id=g.request_id, method=request.method, route=route(), status=response.status_code,
+                  seconds=round(seconds, 4), read_s=g.read_s, key=g.key, **({"error": g.error} if g.error else {}))
+    return response
+
+
+# ---- errors ----
+
 def error(status, message):
     """The one shape of every error: {"error": message}."""
+    g.error = message
     response = jsonify({"error": message})
     response.status_code = status
     return response
 
 
-def http_error(exception, settings):
+def busy(exception):
+    """503 and when to come again."""
+    telemetry().rejections.labels(exception.reason).inc()
+    response = error(503, str(exception))
+    response.headers["Retry-After"] = str(engine().settings["QUEUE_TIMEOUT_S"])
+    return response
+
+
+def http_error(exception):
     """What Flask itself refuses, in our shape and with its headers (a 405 must say what is allowed)."""
+    if isinstance(exception, ClientDisconnected):
+        telemetry().rejections.labels("slow_body").inc()
+        return error(408, f"the body did not arrive in full within {engine().settings['BODY_TIMEOUT_S']} s")
     message = f"{exception.name}: {exception.description}"
     if exception.code == 413:
-        message = f"the request is larger than the {settings['MAX_UPLOAD_BYTES']:,} bytes allowed"
+        limits = engine().settings
+        message = f"the request is larger than the {limits['MAX_UPLOAD_BYTES']:,} bytes allowed"
+        if (request.content_length or 0) <= limits["MAX_UPLOAD_BYTES"]:
+            message += f", or has more than {limits['BATCH_LIMIT']} images or a text field of more than {FIELD_BYTES:,} bytes"
     response = error(exception.code, message)
     response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
     return response
@@ -140,25 +153,146 @@ def http_error(exception, settings):
 
 def unexpected(exception):
     """Our bug: a traceback for the log, one word for the client."""
-    log.exception("unexpected error")
+    say_event("bug", level="error", exc_info=True, request_id=g.request_id, message=f"{type(exception).__name__}")
     return error(500, "internal error")
 
 
-def load_detector(state, settings):
-    """Load model and encoder, run one forward pass to warm it, then be ready."""
-    from classify import Detector
-    started = time.monotonic()
+# ---- verdicts ----
+
+def read_images():
+    """-> (the detector that this request keeps, bytes of each file named `image`). Raises Busy, and HTTPException's kinds."""
+    started = time.perf_counter()
     try:
-        detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"])
-        detector.p_fake(detector.pixels(common.Image.new("RGB", (640, 480)))[None])
-        state["detector"] = detector
-        log.info("ready after %.1f s: model %s on '%s', %s", time.monotonic() - started,
-                 detector.model["versions"]["model"], detector.encoder.name, detector.encoder.precision)
-        if detector.encoder.notice:
-            log.warning("%s", detector.encoder.notice)
-    except Exception as exception:
-        state["error"] = f"the model cannot be loaded: {exception}"
-        log.error("%s", state["error"], exc_info=not isinstance(exception, DetectorError))
+        detector = engine().admit()
+    except Busy:
+        while request.stream.read(1 << 20):  # a client cut off while it sends would see a broken connection, not our 503
+            pass
+        raise
+    images = [file.stream.getvalue() for file in request.files.getlist("image")]
+    g.read_s = round(time.perf_counter() - started, 4)
+    telemetry().stage.labels("read").observe(g.read_s)
+    return detector, images
+
+
+def note(detector, facts, waited, request_id):
+    """One image's line in the log: a verdict, or why there is none."""
+    if "error" in facts:
+        telemetry().image_errors.labels(facts["status"]).inc()
+        return say_event("image_error", request_id=request_id, key=g.key, **facts)
+    numbers = {name: round(value, 4) for name, value in facts.items() if isinstance(value, float)}
+    say_event("verdict", request_id=request_id, key=g.key, **{**facts, **numbers}, wait_s=round(waited, 4),
+              model_version=detector.model["versions"]["model"], model_sha256=detector.model["sha256"])
+
+
+def body_of(detector, facts):
+    """What is answered for one image: the documented keys, and with ?details=1 what stands behind them."""
+    if "error" in facts:
+        return {"error": facts["error"]}
+    more = details(detector.model, facts["p_fake"]) if request.args.get("details") == "1" else {}
+    return {**answer(facts["classification"], facts["confidence"]), **more}
+
+
+def with_model(detector, body):
+    """JSON answer, with the model that gave it in the headers."""
+    response = jsonify(body)
+    response.headers["X-Model-Version"] = detector.model["versions"]["model"]
+    if detector.encoder.notice:
+        response.headers["X-Model-Notice"] = detector.encoder.notice
+    return response
+
+
+# ---- routes ----
+
+@routes.post("/classify")
+def classify():
+    """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
+    detector, images = read_images()
+    if len(images) != 1:
+        return error(400, f"expected one file in the multipart field 'image', got {len(images)}")
+    waited, (facts,) = engine().judge(detector, images)
+    note(detector, facts, waited, g.request_id)
+    if "error" in facts:
+        return error(facts["status"], facts["error"])
+    body = body_of(detector, facts)
+    if len(body) > 2:
+        stages = {"wait_s": waited, "read_s": g.read_s, **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")}}
+        body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
+    return with_model(detector, body)
+
+
+@routes.post("/classify/batch")
+def classify_batch():
+    """Several fields `image` -> {"results": [...]}, in order, each a verdict or {"error": ...}."""
+    detector, images = read_images()
+    if not 1 <= len(images) <= (limit := engine().settings["BATCH_LIMIT"]):
+        return error(413 if images else 400, f"expected 1 to {limit} files in multipart fields 'image', got {len(images)}")
+    waited, found = engine().judge(detector, images)
+    for number, facts in enumerate(found):
+        note(detector, facts, waited, f"{g.request_id}.{number}")
+    return with_model(detector, {"results": [body_of(detector, facts) for facts in found]})
+
+
+@routes.post("/feedback")
+def feedback():
+    """{"request_id": ..., "label": "real" | "fake"}: one line in the log, which `evaluate.py --feedback` reads. No state."""
+    if g.key is None:
+        return error(403, "feedback needs a token: set API_KEYS_FILE")
+    sent = request.get_json(silent=True)
+    if not isinstance(sent, dict) or set(sent) != {"request_id", "label"} or sent["label"] not in CLASSES \
+            or not isinstance(sent["request_id"], str) or not FEEDBACK_ID.fullmatch(sent["request_id"]):
+        return error(400, 'expected JSON {"request_id": "the X-Request-ID of a verdict", "label": "real" or "fake"}')
+    telemetry().feedback.labels(sent["label"]).inc()
+    say_event("feedback", request_id=sent["request_id"], label=sent["label"], key=g.key)
+    return {"status": "noted"}
+
+
+@routes.get("/healthz")
+def healthz():
+    """The process answers. Never touches the model."""
+    return {"status": "ok"}
+
+
+@routes.get("/readyz")
+def readyz():
+    """200 once verdicts can be given."""
+    engine().ready()
+    return {"status": "ready"}
+
+
+@routes.get("/model")
+def model():
+    """Which model serves, from what, and how good it was on its test images."""
+    detector = engine().ready()
+    found, names = detector.model, named(detector)
+    data, whole = found["training_data"], found["metrics"].get("overall") or {}
+    body = {**{name: names[name] for name in ("version", "commit", "sha256")},
+            "encoder": {"name": names["encoder"], "identity": names["identity"], "precision": names["precision"]},
+            "training_data": {**{name: data[name] for name in ("sha256", "real", "fake")}, "sources": len(data["sources"])},
+            "threshold": found["threshold"], "threshold_rule": found["threshold_rule"], "band": found["band"].tolist(),
+            "metrics": found["metrics"], "golden_floor": whole.get("balanced_accuracy", {}).get("interval", [None])[0]}
+    return body | ({"notice": detector.encoder.notice} if detector.encoder.notice else {})
+
+
+@routes.get("/metrics")
+def metrics():
+    """For Prometheus."""
+    return Response(generate_latest(telemetry().registry), content_type=CONTENT_TYPE_LATEST)
+
+
+@routes.get("/openapi.json")
+def openapi():
+    return Response((common.HERE / "static" / "openapi.json").read_bytes(), content_type="application/json")
+
+
+@routes.get("/")
+def page():
+    """Drop images, see verdicts: one template, nothing from elsewhere."""
+    detector, nonce = engine().detector, secrets.token_urlsafe(16)
+    response = Response(render_template(
+        "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=", ".join(common.FORMATS),
+        notice=detector and detector.encoder.notice, model_version=detector and detector.model["versions"]["model"]))
+    response.headers["Content-Security-Policy"] = PAGE_POLICY.format(nonce)
+    return response
 
 
 def main(argv=None):
@@ -167,8 +301,9 @@ def main(argv=None):
              for name, (default, text) in SETTINGS.items()]
     argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    if os.environ.get("MODEL_PATH"):
-        os.environ["MODEL_PATH"] = os.path.abspath(os.environ["MODEL_PATH"])
+    for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "API_KEYS_FILE"):
+        if os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.environ[name])
     os.chdir(common.HERE)  # gunicorn looks for its settings and the app here
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "app:create_app()"])
 

@@ -39,14 +39,14 @@ class Detector:
     detector = Detector("model.joblib")
     detector.classify(data)          # ('real', 0.95)
 
-    The encoder is found in the cache by the identity that the model names; CLIP_MODEL plays no part. Raises
-    ModelError, EncoderError.
+    The encoder is found in the cache by the identity that the model names; CLIP_MODEL plays no part. `model` and `encoder`:
+    loaded already. Raises ModelError, EncoderError.
     """
 
-    def __init__(self, model_path, device="auto", threads=0):
+    def __init__(self, model_path, device="auto", threads=0, model=None, encoder=None):
         from model import load_model
-        self.model = load_model(model_path)
-        self.encoder = encoders.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
+        self.model = model or load_model(model_path)
+        self.encoder = encoder or encoders.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
 
     def pixels(self, image):
         """PIL RGB image -> float32 [3, r, r], as the encoder takes it."""
@@ -137,8 +137,10 @@ def answer(classification, confidence):
 def details(model, p_fake):
     """What stands behind a verdict: never part of the documented JSON unless it is asked for."""
     from model import outside
-    found = {"p_fake": round(float(p_fake), 4), "threshold": round(model["threshold"], 4),
-             "uncertain": not bool(outside(p_fake, model["band"])), "model_version": model["versions"]["model"]}
+    uncertain, (low, high) = not bool(outside(p_fake, model["band"])), model["band"]
+    reason = f"the probability of fake lies between {low:.2f} and {high:.2f}, where too many training images are on either side"
+    found = {"p_fake": round(float(p_fake), 4), "threshold": round(model["threshold"], 4), "uncertain": uncertain,
+             "reason": reason if uncertain else None, "model_version": model["versions"]["model"]}
     return found | ({"notice": model["encoder"]["notice"]} if model["encoder"].get("notice") else {})
 
 

@@ -1,34 +1,100 @@
 """gunicorn's settings, each with its reason. gunicorn reads this file from the folder it is started in."""
-import logging
 import os
+import signal
+import socket
 import sys
+import time
+from functools import partial
+from selectors import EVENT_READ
 
-from app import check, read_settings
-from common import DetectorError
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads would fight with OpenVINO's for the processors
 
-settings = {}
+from gunicorn.workers.gthread import ThreadWorker  # noqa: E402
+
+from common import DetectorError  # noqa: E402
+from encoders import processors  # noqa: E402
+from engine import check  # noqa: E402
+from settings import read_settings  # noqa: E402
+from telemetry import LOGGING  # noqa: E402
 
 
 def load_settings():
     """A bad setting ends the start in one line, exit code 2; left to the worker it would be a traceback and a 3."""
     try:
-        settings.update(read_settings())
+        settings = read_settings()
         check(settings)
+        return settings
     except DetectorError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-load_settings()
-logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")  # the app's own lines, to stderr
+class Worker(ThreadWorker):
+    """gthread, for clients that are slow on purpose: one that has sent nothing costs no thread, and a request that has not
+    arrived by its deadline is cut off."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.deadlines = {}  # connection: when its request must have arrived; threads add and remove, the main loop looks
+
+    def enqueue_req(self, conn):
+        if conn.initialized or conn.data_ready:
+            return super().enqueue_req(conn)
+        conn.sock.setblocking(False)  # as gunicorn itself does after five seconds of a thread's waiting
+        conn.timeout = time.monotonic() + self.cfg.keepalive
+        self.pending_conns.append(conn)
+        self.poller.register(conn.sock, EVENT_READ, partial(self.on_pending_socket_readable, conn))
+
+    def handle(self, conn):
+        self.deadlines[conn] = time.monotonic() + settings["BODY_TIMEOUT_S"]
+        try:
+            return super().handle(conn)
+        finally:
+            self.deadlines.pop(conn, None)
+
+    def notify(self):
+        """Called by the main loop at least once a second. Only reading is cut off: an answer can still be sent."""
+        super().notify()
+        now = time.monotonic()
+        for conn, deadline in list(self.deadlines.items()):
+            if now > deadline:
+                self.deadlines.pop(conn, None)
+                try:
+                    conn.sock.shutdown(socket.SHUT_RD)
+                except OSError:  # gone by itself
+                    pass
+
+
+# ---- a new model without a new process ----
+# gunicorn's own SIGHUP starts a second worker, and one that does not boot ends the master. So the master passes the
+# signal on, and the worker loads the file in a thread (engine.py).
+
+def when_ready(server):
+    signal.signal(signal.SIGHUP, lambda *_: server.kill_workers(signal.SIGHUP))
+
+
+def post_fork(server, worker):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # kept until there is a handler: unhandled, it would kill
+
+
+def post_worker_init(worker):
+    signal.signal(signal.SIGHUP, lambda *_: worker.wsgi.extensions["engine"].reload())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+
+
+settings = load_settings()
 bind = f"{settings['HOST']}:{settings['PORT']}"
-workers = 1                              # one model in memory; a forward pass takes all cores already
-worker_class = "gthread"
-threads = settings["HTTP_THREADS"]       # uploads wait in these, so that one slow client does not hold up the rest
+workers = 1                              # one model in memory; a forward pass takes all processors already
+worker_class = Worker
+# those at work, those that may wait for them, and some for all else: a full queue must not make /healthz wait
+threads = (settings["SLOTS"] or processors()) + settings["QUEUE_LIMIT"] + settings["SPARE_THREADS"]
+worker_connections = 1000                # open connections; those that have sent nothing cost no thread
+keepalive = 5                            # seconds for which a silent connection stays open
 preload_app = False                      # OpenVINO's threads do not survive a fork
 timeout = 60                             # a worker silent for so long is replaced
 graceful_timeout = 30                    # in-flight requests may finish; below Kubernetes' grace period
 control_socket_disable = True            # it would need a writable home
 # the heartbeat file: writable where the root is read-only, and never waits for a disk
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
-accesslog = "-"
+logconfig_dict = LOGGING                 # every line one JSON object on stderr
+accesslog = None                         # the app's own lines say more

@@ -11,13 +11,14 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SETTINGS = ("CLIP_MODEL", "CLIP_CACHE", "CODE_COMMIT", "MODEL_PATH", "ALLOW_DEMO_MODEL")
+
+from settings import SETTINGS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
     """No setting of the host changes a test; each has an empty home and cache of its own."""
-    for name in SETTINGS:
+    for name in ("CLIP_MODEL", "CLIP_CACHE", "CODE_COMMIT", "API_KEY", *SETTINGS):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

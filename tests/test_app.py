@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,46 +21,15 @@ import classify
 import common
 import encoders
 from conftest import ROOT, assert_one_line_error
+from live import DEMO, Live, assert_error, post, ready_client, wait_until_ready
 from made_up import BASELINE, baseline_for, other_encoder
 
-DEMO = {"MODEL_PATH": str(BASELINE), "ALLOW_DEMO_MODEL": "1"}
 NAMES = ("china.jpg", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
-
-
-def assert_error(response, status, *words):
-    """The one shape of every error, of flask's test client and of requests alike: {"error": one line that says `words`}."""
-    body = json.loads(response.text)
-    assert (response.status_code, response.headers["Content-Type"]) == (status, "application/json"), response.text
-    assert list(body) == ["error"] and isinstance(body["error"], str)
-    assert body["error"] and len(body["error"].splitlines()) == 1 and "Traceback" not in body["error"]
-    for word in words:
-        assert word in body["error"]
-
-
-def wait_until_ready(ask):
-    """Call `ask()` for the status of /readyz until it is 200."""
-    deadline = time.monotonic() + 60
-    while (status := ask()) != 200:
-        assert time.monotonic() < deadline, f"/readyz answers {status}"
-        time.sleep(0.05)
-
-
-def ready_client(**settings):
-    client = service.create_app({**DEMO, **settings}).test_client()
-    wait_until_ready(lambda: client.get("/readyz").status_code)
-    return client
 
 
 @pytest.fixture(scope="module")
 def client():
     return ready_client()
-
-
-def post(client, *images, field="image"):
-    """Multipart upload of these bytes, each under `field`. (The test client would build it in a temporary file.)"""
-    files = [(field, (f"{i}.bin", data)) for i, data in enumerate(images)]
-    ready = requests.Request("POST", "http://x", files=files).prepare()
-    return client.post("/classify", data=ready.body, content_type=ready.headers["Content-Type"])
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +144,7 @@ def test_a_bomb_is_refused_from_its_header_before_decoding(client, monkeypatch):
 def test_our_own_bug_is_500_and_tells_the_client_nothing(client, data, monkeypatch):
     def broken(*_):
         raise RuntimeError("secret")
-    monkeypatch.setattr(classify.Detector, "classify", broken)
+    monkeypatch.setattr(classify.Detector, "pixels", broken)
     response = post(client, data["china.jpg"])
     assert_error(response, 500, "internal error")
     assert "secret" not in response.text
@@ -268,7 +236,7 @@ def test_the_watch_above_does_see_what_flask_does_by_itself(client, watch, monke
 # ---- settings ----
 
 @pytest.mark.parametrize("name, value", [(n, v) for n in ("PORT", "THREADS", "MAX_PIXELS", "ALLOW_DEMO_MODEL")
-                                         for v in ("eighty", "-1", "1.5", "²")] + [("PORT", "70000"), ("HTTP_THREADS", "0")])
+                                         for v in ("eighty", "-1", "1.5", "²")] + [("PORT", "70000"), ("SPARE_THREADS", "0")])
 def test_a_bad_number_is_refused_by_name_and_value(name, value):
     with pytest.raises(common.UsageError, match=f"{name}={value}: must be"):
         service.read_settings({name: value})
@@ -321,44 +289,6 @@ def test_it_does_not_start_without_the_models_encoder(start, tmp_path):
 
 
 # ---- a live service ----
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-class Live:
-    """The service as a process of its own, started from another folder than the project's."""
-
-    def __init__(self, folder, **settings):
-        port = free_port()
-        self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen([sys.executable, ROOT / "app.py"], cwd=folder, stdout=log, stderr=log,
-                                            env={**os.environ, **DEMO, "PORT": str(port), **settings})
-        self.session = requests.Session()
-        self.session.trust_env = False  # no proxy of the host
-        wait_until_ready(self.status)
-
-    def status(self):
-        assert self.process.poll() is None, self.log.read_text()
-        try:
-            return self.session.get(f"{self.url}/readyz", timeout=10).status_code
-        except requests.ConnectionError:
-            return None
-
-    def post(self, image):
-        return self.session.post(f"{self.url}/classify", files={"image": image}, timeout=60)
-
-    def stop(self):
-        self.session.close()
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(40)
-        finally:
-            self.process.kill()
-
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):

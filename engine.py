@@ -1,0 +1,262 @@
+"""The model in service: loaded and proved before it serves, swapped without losing a request, and the queue before it.
+
+    engine = Engine(read_settings(), Telemetry())    # loads in a thread; engine.detector is None until a model has proved itself
+    waited, facts = engine.judge(engine.admit(), [data])   # Busy where too many wait already
+    engine.reload()                                  # the file anew; a broken one leaves the old model serving
+"""
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+import common
+import encoders
+from common import DetectorError, EncoderError, ImageError, ModelError, UsageError
+from settings import read_keys
+from telemetry import say_event
+
+GOLDEN_COSINE, GOLDEN_SHIFT = 0.99, 0.05  # the golden picture's features and probability may differ from the record by this
+FORWARD = 4                               # images in one forward pass of a batch: more gain little and hold up the others
+LARGE_PIXELS = 12_000_000                 # images above this are decoded one at a time: 50 megapixels take up to 750 MB
+QUEUE_FULL = "busy: as many requests as may wait are waiting already; try again later"
+
+
+class Busy(Exception):
+    """No verdict now; `reason` is 'queue_full', 'queue_timeout' or 'not_ready'."""
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Slots:
+    """So many requests in work at a time, so many waiting for a while, and no more.
+
+    slots = Slots(2, limit=16, timeout=5)
+    with slots.take() as waited: ...    # seconds; raises Busy at once where `limit` wait, and after `timeout` seconds
+    """
+
+    def __init__(self, count, limit, timeout):
+        self.count, self.limit, self.timeout = count, limit, timeout
+        self._work, self._lock = threading.Semaphore(count), threading.Lock()
+        self.busy = self.waiting = 0
+
+    def full(self):
+        return self.busy >= self.count and self.waiting >= self.limit
+
+    @contextlib.contextmanager
+    def take(self):
+        started = time.perf_counter()
+        with self._lock:
+            if self.full():
+                raise Busy("queue_full", QUEUE_FULL)
+            self.waiting += 1
+        free = self._work.acquire(timeout=self.timeout)
+        with self._lock:
+            self.waiting -= 1
+            self.busy += free
+        if not free:
+            raise Busy("queue_timeout", f"busy: no turn came within {self.timeout} s; try again later")
+        try:
+            yield time.perf_counter() - started
+        finally:
+            with self._lock:
+                self.busy -= 1
+            self._work.release()
+
+
+class Engine:
+    """Holds the model that serves. `detector` (a `classify.Detector`) is replaced whole, so a request keeps the one it
+    began with; `error` says why there is none; `keys` are the API keys, {name: SHA-256 of its token}."""
+
+    def __init__(self, settings, telemetry):
+        self.settings, self.telemetry, self.detector, self.error = settings, telemetry, None, None
+        self.keys = read_keys(settings["API_KEYS_FILE"])
+        count = settings["SLOTS"] or encoders.processors()
+        self.slots = Slots(count, settings["QUEUE_LIMIT"], settings["QUEUE_TIMEOUT_S"])
+        telemetry.watch(self.slots)
+        self.large, self._loading = threading.Lock(), threading.Lock()
+        self._start(self._load)
+
+    def ready(self):
+        """The detector that serves now. Raises Busy while there is none."""
+        if self.detector is None:
+            raise Busy("not_ready", self.error or "the model is still loading")
+        return self.detector
+
+    def admit(self):
+        """The detector for a request that has yet to be read. Raises Busy where it would be turned away later anyway."""
+        if self.slots.full():
+            raise Busy("queue_full", QUEUE_FULL)
+        return self.ready()
+
+    def reload(self):
+        """Read keys and model again in a thread; called by SIGHUP. One at a time: a second one waits for the first."""
+        self._start(self._reload)
+
+    @staticmethod
+    def _start(work):
+        threading.Thread(target=work, daemon=True).start()
+
+    def _load(self):
+        with self._loading:
+            started = time.monotonic()
+            try:
+                detector = load_detector(self.settings, self.detector)
+            except Exception as error:  # whatever a file on a disk can do: say so and stay as we are
+                self.error = f"the model cannot be loaded: {error}"
+                say_event("load_failed", level="error", message=self.error, old_model_serves=self.detector is not None,
+                          exc_info=not isinstance(error, DetectorError))
+                return False
+            self.telemetry.serve(detector, named(detector))
+            self.detector, self.error = detector, None
+            say_event("ready", seconds=round(time.monotonic() - started, 3), **named(detector))
+            if detector.encoder.notice:
+                say_event("demonstration", level="warning", message=detector.encoder.notice)
+            return True
+
+    def _reload(self):
+        try:
+            self.keys = read_keys(self.settings["API_KEYS_FILE"])
+            good = True
+        except DetectorError as error:
+            say_event("load_failed", level="error", message=f"the old keys stay: {error}")
+            good = False
+        good = self._load() and good
+        self.telemetry.reloads.labels("ok" if good else "failed").inc()
+
+    # ---- verdicts ----
+
+    def judge(self, detector, images):
+        """Bytes of images -> (seconds waited, one dict of facts an image, in order; `error` and `status` where there is no
+        verdict). Raises Busy."""
+        with self.slots.take() as waited:
+            self.telemetry.stage.labels("wait").observe(waited)
+            found = [self._decode(detector, data) for data in images]
+            good = [(facts, pixels) for facts, pixels in found if pixels is not None]
+            for start in range(0, len(good), FORWARD):
+                self._score(detector, good[start:start + FORWARD])
+        return waited, [facts for facts, _ in found]
+
+    def _decode(self, detector, data):
+        """Bytes of an image -> (its facts, the encoder's input or None)."""
+        started, facts = time.perf_counter(), {"sha256": common.sha256(data), "bytes": len(data)}
+        try:
+            image = common.open_image(data, self.settings["MAX_PIXELS"])
+            facts |= {"format": image.format, "width": image.width, "height": image.height}
+            with self.large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+                pixels = detector.pixels(common.load_rgb(image))
+        except ImageError as error:
+            return {**facts, "status": error.status, "error": str(error)}, None
+        facts["decode_s"] = time.perf_counter() - started
+        self.telemetry.stage.labels("decode").observe(facts["decode_s"])
+        return facts, pixels
+
+    def _score(self, detector, chunk):
+        """[(facts, the encoder's input)] of one forward pass: verdict, probability of fake and seconds into each facts."""
+        from model import decision, outside, probability, verdict
+        model, started = detector.model, time.perf_counter()
+        features = detector.encoder.encode(np.stack([pixels for _, pixels in chunk]))
+        encoded = time.perf_counter()
+        scores = decision(model, features)
+        p_fake = probability(model, scores)
+        seconds = {"encode": encoded - started, "classify": time.perf_counter() - encoded}
+        for stage, taken in seconds.items():
+            self.telemetry.stage.labels(stage).observe(taken)
+        for (facts, _), p, value, row in zip(chunk, p_fake, scores, features):
+            classification, confidence = verdict(model, p)
+            facts |= {"classification": classification, "confidence": confidence, "p_fake": float(p),
+                      "uncertain": not bool(outside(p, model["band"])),
+                      **{f"{stage}_s": taken / len(chunk) for stage, taken in seconds.items()}}
+            self.telemetry.verdict(detector, facts, value, row)
+
+
+def named(detector):
+    """What the log and the metrics call a model."""
+    model, encoder = detector.model, detector.encoder
+    return {"version": model["versions"]["model"], "commit": model["versions"]["code"], "sha256": model["sha256"],
+            "encoder": encoder.name, "identity": encoder.identity, "precision": encoder.precision,
+            "demonstration": str(bool(encoder.notice)).lower()}
+
+
+def check(settings):
+    """Everything that can be known before serving, in one line: raises DetectorError. Without OpenVINO.
+
+    One of OpenAI's encoders that is missing is prepared by a process of its own: torch's gigabytes end with it.
+    """
+    from model import load_model
+    read_keys(settings["API_KEYS_FILE"])
+    if os.path.isfile(settings["MODEL_PATH"]):
+        wanted = load_model(settings["MODEL_PATH"])["encoder"]
+        if wanted["name"] in encoders.OPENAI_NAMES and encoders.find_encoder(identity=wanted["identity"]) is None:
+            prepared = subprocess.run([sys.executable, common.HERE / "prepare_clip.py", "--clip_model", wanted["name"]],
+                                      stdout=sys.stderr)
+            if prepared.returncode:
+                sys.exit(prepared.returncode)  # it has said why
+    check_model(settings)
+
+
+def check_model(settings):
+    """The model file, its pinned hash, its encoder's folder: all that can be known without OpenVINO. -> model dict
+
+    Raises DetectorError, in one line.
+    """
+    from classify import encoder_folder
+    from model import load_model
+    path = settings["MODEL_PATH"]
+    if not path:
+        raise UsageError("MODEL_PATH is not set: name a model file from train_model.py (models/baseline.joblib is a demonstration)")
+    if not Path(path).is_file():
+        raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py")
+    model = load_model(path)
+    if settings["MODEL_SHA256_FILE"]:
+        check_pin(settings["MODEL_SHA256_FILE"], model["sha256"], path)
+    notice = encoders.read_manifest(encoder_folder(model["encoder"], path)).get("notice")
+    if notice and not settings["ALLOW_DEMO_MODEL"]:
+        raise UsageError(f"MODEL_PATH={path}: {notice}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
+    return model
+
+
+def check_pin(pin_path, found, model_path):
+    """Raises ModelError unless the file (as sha256sum writes it: the hash first) holds this hash."""
+    words = common.read_bytes(pin_path).decode(errors="replace").split()
+    if not words or words[0].lower() != found:
+        raise ModelError(f"MODEL_PATH={model_path} has the SHA-256 {found}, MODEL_SHA256_FILE={pin_path} says "
+                         f"{words[0][:64] if words else 'nothing'}: put the right pair in place")
+
+
+def load_detector(settings, current=None):
+    """-> Detector, warm and proved on the golden picture. The encoder of `current` is used again where it is the same.
+
+    Raises DetectorError.
+    """
+    from classify import Detector
+    model = check_model(settings)
+    same = current is not None and current.encoder.identity == model["encoder"]["identity"]
+    detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or encoders.processors(), model=model,
+                        encoder=current.encoder if same else None)
+    prove(detector)
+    side = detector.encoder.resolution
+    detector.encoder.encode(np.zeros((FORWARD, 3, side, side), np.float32))  # warms the other size of a forward pass
+    return detector
+
+
+def prove(detector):
+    """The golden picture, from bytes to probability, against what the encoder's record gives. Raises EncoderError."""
+    from model import decision, probability
+    recorded = detector.encoder.manifest.get("golden")
+    if not recorded:
+        raise EncoderError(f"the encoder '{detector.encoder.name}' has no golden features: remove its folder in "
+                           f"{encoders.cache_dir() / 'encoders'} and run prepare_clip.py again")
+    pixels = detector.pixels(common.decode_image(encoders.golden_image()))
+    features = np.stack([np.float32(recorded), detector.encoder.encode(pixels[None])[0]])
+    cosine = float(features[0] @ features[1] / np.linalg.norm(features[0]) / np.linalg.norm(features[1]))
+    expected, found = probability(detector.model, decision(detector.model, features))
+    if not (cosine >= GOLDEN_COSINE and abs(found - expected) <= GOLDEN_SHIFT):  # written so that NaN fails
+        raise EncoderError(f"the golden picture's probability of fake is {found:.3f} on this machine, {expected:.3f} by the "
+                           f"encoder's record (cosine {cosine:.4f}): verdicts here cannot be trusted; prepare the encoder again")

@@ -1,0 +1,65 @@
+"""The service's settings, all from environment variables, and the API keys that one of them names.
+
+    read_settings()                     # {"PORT": 8000, ...}; UsageError names a bad value
+    read_settings({"PORT": "9000"})
+"""
+import os
+
+import common
+from common import UsageError
+
+# name: (default, what it is); the README's table is held against this one by a test
+SETTINGS = {
+    "MODEL_PATH": ("", "model file from train_model.py; required; read again on SIGHUP"),
+    "MODEL_SHA256_FILE": ("", "file with the model's SHA-256, as sha256sum writes it; another model is refused"),
+    "API_KEYS_FILE": ("", "file of 'name sha256-of-token' lines; requests then need 'Authorization: Bearer TOKEN'"),
+    "ALLOW_DEMO_MODEL": ("0", "1 serves a model on the demonstration encoder `tiny`"),
+    "MAX_UPLOAD_BYTES": ("10485760", "largest request body; beyond it 413"),
+    "MAX_PIXELS": ("50000000", "largest image, counted from its header before decoding; beyond it 413"),
+    "BATCH_LIMIT": ("16", "most images in one POST /classify/batch; beyond it 413"),
+    "SLOTS": ("0", "requests worked on at a time; 0: one a processor"),
+    "QUEUE_LIMIT": ("16", "requests that may wait for a slot; beyond it 503 at once"),
+    "QUEUE_TIMEOUT_S": ("5", "longest wait for a slot, and what Retry-After says; beyond it 503"),
+    "BODY_TIMEOUT_S": ("20", "longest time for a request to arrive; beyond it 408"),
+    "SPARE_THREADS": ("16", "HTTP threads beside those that wait or work: slow bodies, health, metrics"),
+    "THREADS": ("0", "processor threads of one forward pass; 0: all that the CPU limit allows"),
+    "HOST": ("127.0.0.1", "address to listen on"),
+    "PORT": ("8000", "port to listen on"),
+}
+POSITIVE = ("BATCH_LIMIT", "QUEUE_TIMEOUT_S", "BODY_TIMEOUT_S", "SPARE_THREADS", "MAX_UPLOAD_BYTES", "MAX_PIXELS")
+
+
+def read_settings(given=None):
+    """Environment, and `given` over it -> {name: str or int}. Raises UsageError that names a bad value."""
+    values = {name: (given or {}).get(name, os.environ.get(name) or default) for name, (default, _) in SETTINGS.items()}
+    for name, (default, _) in SETTINGS.items():
+        if default.isdigit():
+            if not str(values[name]).isdecimal():
+                raise UsageError(f"{name}={values[name]}: must be a whole number")
+            values[name] = int(values[name])
+        if name in POSITIVE and not values[name]:
+            raise UsageError(f"{name}=0: must be at least 1")
+    if values["PORT"] > 65535:
+        raise UsageError(f"PORT={values['PORT']}: must be at most 65535")
+    return values
+
+
+# ---- API keys ----
+
+def read_keys(path):
+    """File of `name sha256-of-token` lines -> {name: 32 bytes}; {} where no file is set. Raises UsageError."""
+    keys = {}
+    for number, line in enumerate(common.read_bytes(path).decode(errors="replace").splitlines() if path else [], 1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        try:
+            name, digest = words[0], bytes.fromhex(words[1])
+            if len(words) != 2 or len(digest) != 32 or name in keys:
+                raise ValueError
+        except (ValueError, IndexError):
+            raise UsageError(f"API_KEYS_FILE={path}: line {number} is not 'name sha256-of-token' with a name of its own") from None
+        keys[name] = digest
+    if path and not keys:
+        raise UsageError(f"API_KEYS_FILE={path}: holds no key; add a line 'name sha256-of-token', or leave the setting empty")
+    return keys
