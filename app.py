@@ -17,6 +17,7 @@ import time
 import uuid
 
 from flask import Blueprint, Flask, Request, Response, current_app, g, jsonify, render_template, request
+from gunicorn.http.errors import ParseException
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from werkzeug.exceptions import ClientDisconnected, HTTPException
 
@@ -66,6 +67,7 @@ def create_app(config=None):
     app.register_error_handler(ImageError, lambda e: error(e.status, str(e)))
     app.register_error_handler(Busy, busy)
     app.register_error_handler(HTTPException, http_error)
+    app.register_error_handler(ParseException, lambda e: error(400, f"the body's chunks are malformed: {e}"))
     app.register_error_handler(Exception, unexpected)
     return app
 
@@ -87,6 +89,8 @@ def begin():
     sent = request.headers.get("X-Request-ID", "")
     g.request_id, g.started = sent if ID.fullmatch(sent) else uuid.uuid4().hex, time.perf_counter()
     g.key, g.error, g.read_s = None, None, None
+    if request.content_length is not None:  # gunicorn's own word for the end would let a body that stops early pass as whole
+        request.environ.pop("wsgi.input_terminated", None)
     if engine().keys and request.path not in OPEN:
         g.key = key_of(request.headers.get("Authorization", ""))
         if g.key is None:
