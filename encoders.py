@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import queue
 import sys
 import threading
 from pathlib import Path
@@ -94,10 +95,11 @@ class Encoder:
     encoder.encode(pixels)              # float32 [n, 3, r, r] -> float32 [n, d]
 
     `identity` names the weights, layers and preprocessing; `precision` is how they are run ('float32', 'bfloat16',
-    on CUDA 'float16') and does not change the identity.
+    on CUDA 'float16') and does not change the identity. `encode` may be called by several threads: on a CPU `passes` of them
+    run at a time, each on its share of the `threads`, the others wait.
     """
 
-    def __init__(self, folder, device="auto", precision="auto", threads=0):
+    def __init__(self, folder, device="auto", precision="auto", threads=0, passes=1):
         self.manifest = read_manifest(folder)
         if not self.manifest:
             raise EncoderError(f"{folder} holds no prepared encoder: prepare one with prepare_clip.py")
@@ -106,7 +108,6 @@ class Encoder:
         self.notice = self.manifest.get("notice")
         if precision == "auto":
             precision = self.manifest.get("precision", "auto")
-        self._lock = threading.Lock()  # one forward pass at a time: it takes all cores already
         weights = Path(folder) / "vision.safetensors"
         if device == "cuda" and not cuda_visible():
             raise EncoderError("--device cuda: no CUDA device is visible here; use --device cpu")
@@ -117,19 +118,18 @@ class Encoder:
         if device == "cuda" or device == "auto" and weights.is_file() and has_torch() and cuda_visible():
             self._forward, self.precision = torch_forward(weights, self.manifest, "cuda", precision)
         else:
-            self._forward, self.precision = openvino_forward(folder, precision, threads)
+            self._forward, self.precision = openvino_forward(folder, precision, threads, passes)
 
     def encode(self, pixels):
         """float32 [n, 3, r, r] (from `preprocess`) -> float32 [n, d], CLIP's `encode_image`, not normalised."""
-        with self._lock:
-            return self._forward(pixels)
+        return self._forward(pixels)
 
 
-def openvino_forward(folder, precision, threads):
+def openvino_forward(folder, precision, threads, passes):
     """Prepared folder -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) on the CPU."""
     import openvino as ov
     core = ov.Core()
-    config = {"PERFORMANCE_HINT": "LATENCY"}
+    config = {"PERFORMANCE_HINT": "LATENCY"} if passes == 1 else {"NUM_STREAMS": passes}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
     has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -139,11 +139,21 @@ def openvino_forward(folder, precision, threads):
         precision = "bfloat16" if has_bfloat16 else "float32"
     config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[precision]
     try:
-        request = core.compile_model(Path(folder) / "encoder.xml", "CPU", config).create_infer_request()
+        compiled = core.compile_model(Path(folder) / "encoder.xml", "CPU", config)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise EncoderError(f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it again") from None
-    return (lambda pixels: request.infer([pixels])[0].copy()), precision
+    free = queue.SimpleQueue()  # a request runs one pass at a time
+    for _ in range(passes):
+        free.put(compiled.create_infer_request())
+
+    def forward(pixels):
+        request = free.get()
+        try:
+            return request.infer([pixels])[0].copy()
+        finally:
+            free.put(request)
+    return forward, precision
 
 
 def vision_tower(arch):
@@ -165,9 +175,10 @@ def torch_forward(weights, manifest, device, precision):
     tower.load_state_dict(load_file(weights))
     if dtype == torch.float16:
         convert_weights(tower)  # as clip.load on CUDA: the norms stay float32, their code wants it so
-    tower = tower.to(device).eval()
+    tower, lock = tower.to(device).eval(), threading.Lock()  # one pass at a time: it takes the whole device already
 
     @torch.inference_mode()
     def forward(pixels):
-        return tower(torch.from_numpy(pixels).to(device, dtype)).float().cpu().numpy()
+        with lock:
+            return tower(torch.from_numpy(pixels).to(device, dtype)).float().cpu().numpy()
     return forward, str(dtype).removeprefix("torch.")

@@ -77,8 +77,7 @@ class Engine:
     def __init__(self, settings, telemetry):
         self.settings, self.telemetry, self.detector, self.error = settings, telemetry, None, None
         self.keys = read_keys(settings["API_KEYS_FILE"])
-        count = settings["SLOTS"] or encoders.processors()
-        self.slots = Slots(count, settings["QUEUE_LIMIT"], settings["QUEUE_TIMEOUT_S"])
+        self.slots = Slots(slots_of(settings), settings["QUEUE_LIMIT"], settings["QUEUE_TIMEOUT_S"])
         telemetry.watch(self.slots)
         self.large, self._loading = threading.Lock(), threading.Lock()
         self._start(self._load)
@@ -238,12 +237,18 @@ def load_detector(settings, current=None):
     from classify import Detector
     model = check_model(settings)
     same = current is not None and current.encoder.identity == model["encoder"]["identity"]
-    detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or encoders.processors(), model=model,
+    passes = slots_of(settings)  # each on its share of the threads: 1.3 to 1.5 times one at a time (benchmarks/service.md)
+    detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or encoders.processors(), passes=passes, model=model,
                         encoder=current.encoder if same else None)
     prove(detector)
     side = detector.encoder.resolution
-    detector.encoder.encode(np.zeros((FORWARD, 3, side, side), np.float32))  # warms the other size of a forward pass
+    for n in [1] * passes + [FORWARD] * passes:  # warms every one of them, for both sizes
+        detector.encoder.encode(np.zeros((n, 3, side, side), np.float32))
     return detector
+
+
+def slots_of(settings):
+    return settings["SLOTS"] or encoders.processors()
 
 
 def prove(detector):

@@ -12,8 +12,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads 
 from gunicorn.workers.gthread import ThreadWorker  # noqa: E402
 
 from common import DetectorError  # noqa: E402
-from encoders import processors  # noqa: E402
-from engine import check  # noqa: E402
+from engine import check, slots_of  # noqa: E402
 from settings import read_settings  # noqa: E402
 from telemetry import LOGGING  # noqa: E402
 
@@ -87,7 +86,7 @@ bind = f"{settings['HOST']}:{settings['PORT']}"
 workers = 1                              # one model in memory; a forward pass takes all processors already
 worker_class = Worker
 # those at work, those that may wait for them, and some for all else: a full queue must not make /healthz wait
-threads = (settings["SLOTS"] or processors()) + settings["QUEUE_LIMIT"] + settings["SPARE_THREADS"]
+threads = slots_of(settings) + settings["QUEUE_LIMIT"] + settings["SPARE_THREADS"]
 worker_connections = 1000                # open connections; those that have sent nothing cost no thread
 keepalive = 5                            # seconds for which a silent connection stays open
 preload_app = False                      # OpenVINO's threads do not survive a fork
