@@ -1,0 +1,190 @@
+"""The service under load: latency and throughput at half, once and four times its capacity, /healthz meanwhile, memory.
+
+    python benchmarks/service.py --image photo.jpg                              # the shipped demonstration
+    python benchmarks/service.py --image photo.jpg --model_path model.joblib    # yours
+
+Needs `hey` (apt-get install hey), which sends the requests. Beside ours stands what a first try looks like: Flask's own
+threaded server around the same `Detector`, no queue. Both in one run, in turns. Writes nothing; prints Markdown.
+"""
+import argparse
+import csv
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTORS = (0.5, 1, 4)
+NAIVE = """
+import sys
+from flask import Flask, request, jsonify
+from classify import Detector
+detector, app = Detector(sys.argv[1]), Flask("naive")
+@app.post("/classify")
+def classify():
+    classification, confidence = detector.classify(request.files["image"].read())
+    return jsonify(classification=classification, confidence=confidence)
+@app.get("/healthz")
+def healthz():
+    return "ok"
+app.run(port=int(sys.argv[2]), threaded=True)
+"""
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--image", required=True, help="photograph to send")
+    parser.add_argument("--model_path", default=str(ROOT / "models" / "baseline.joblib"), help="model to serve")
+    parser.add_argument("--seconds", type=int, default=20, help="of each load")
+    parser.add_argument("--memory_requests", type=int, default=2200, help="requests over which memory is watched")
+    return parser.parse_args(argv)
+
+
+class Server:
+    """A service as a process of its own, ready."""
+
+    def __init__(self, command, folder, **env):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, log = f"http://127.0.0.1:{self.port}", open(Path(folder) / f"log{self.port}", "wb")
+        self.process = subprocess.Popen([part.replace("PORT", str(self.port)) for part in command], cwd=ROOT, stdout=log, stderr=log,
+                                        env={**os.environ, **env, "PORT": str(self.port)}, start_new_session=True)
+        log.close()
+        path = "/readyz" if "app.py" in str(command) else "/healthz"
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(self.url + path, timeout=5).close()
+                return
+            except (urllib.error.URLError, ConnectionError):
+                if self.process.poll() is not None:
+                    sys.exit(f"the service ended: {Path(log.name).read_text()}")
+                time.sleep(0.1)
+        sys.exit("the service is not ready after a minute")
+
+    def memory(self):
+        """Resident MB of the process and its children."""
+        kilobytes = 0
+        for pid in [self.process.pid, *Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]:
+            kilobytes += int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1))
+        return kilobytes / 1024
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait(60)
+
+
+def multipart(path, folder):
+    """A request's body in a file, for hey -D -> (its path, its content type)."""
+    head = b'--cut\r\nContent-Disposition: form-data; name="image"; filename="photo"\r\n\r\n'
+    body = Path(folder) / "body"
+    body.write_bytes(head + Path(path).read_bytes() + b"\r\n--cut--\r\n")
+    return body, "multipart/form-data; boundary=cut"
+
+
+def load(server, body, seconds=None, requests=None, clients=4, rate=None):
+    """Send requests -> (seconds it took, rows (status, seconds, when)); `rate` a second in all, else as fast as answers come."""
+    path, content_type = body
+    limit = ["-z", f"{seconds}s"] if seconds else ["-n", str(requests)]
+    pace = ["-q", f"{rate / clients:.6f}"] if rate else []
+    started = time.perf_counter()
+    done = subprocess.run(["hey", *limit, "-c", str(clients), *pace, "-t", "120", "-m", "POST", "-T", content_type, "-D", path,
+                           "-o", "csv", f"{server.url}/classify"], capture_output=True, text=True, check=True)
+    rows = [(int(row["status-code"]), float(row["response-time"]), float(row["offset"]))
+            for row in csv.DictReader(io.StringIO(done.stdout))]
+    return time.perf_counter() - started, rows
+
+
+class HealthWatch(threading.Thread):
+    """Asks /healthz ten times a second: seconds that it took, the slowest last."""
+
+    def __init__(self, url):
+        super().__init__(daemon=True)
+        self.url, self.seconds, self.stopped = f"{url}/healthz", [], False
+
+    def run(self):
+        while not self.stopped:
+            started = time.perf_counter()
+            try:
+                urllib.request.urlopen(self.url, timeout=30).close()
+                self.seconds.append(time.perf_counter() - started)
+            except OSError:
+                self.seconds.append(30.0)
+            time.sleep(0.1)
+
+
+def row(name, factor, server, body, seconds, capacity):
+    """One line of the table: a load of `factor` times the capacity."""
+    rate, watch = factor * capacity, HealthWatch(server.url)
+    watch.start()
+    clients = max(8, int(rate * 6)) if factor > 1 else 32
+    took, rows = load(server, body, seconds=seconds, clients=min(clients, 200), rate=rate)
+    watch.stopped = True
+    watch.join()
+    good = sorted(taken for status, taken, _ in rows if status == 200)
+    busy = sorted(taken for status, taken, _ in rows if status == 503)
+
+    def ms(values, share):
+        return f"{1000 * values[min(len(values) - 1, int(share * len(values)))]:.0f}" if values else "-"
+    health = sorted(watch.seconds)
+    print(f"| {name} | {factor:g} | {len(rows) / took:.1f} | {len(good) / took:.1f} | {ms(good, .5)} / {ms(good, .95)} / {ms(good, .99)} "
+          f"| {len(busy)} | {ms(busy, .5)} / {ms(busy, .99)} | {len(rows) - len(good) - len(busy)} | {ms(health, .99)} / {ms(health, 1)} "
+          f"| {server.memory():.0f} |", flush=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if not shutil.which("hey"):
+        sys.exit("error: hey is not installed: apt-get install hey")
+    with tempfile.TemporaryDirectory() as folder:
+        body = multipart(args.image, folder)
+        env = {"MODEL_PATH": os.path.abspath(args.model_path), "ALLOW_DEMO_MODEL": "1"}
+        ours = Server([sys.executable, "app.py"], folder, **env)
+        naive = Server([sys.executable, "-c", NAIVE, env["MODEL_PATH"], "PORT"], folder)
+        try:
+            for server in (ours, naive):
+                load(server, body, requests=20)
+            rates = {server: [] for server in (ours, naive)}
+            for _ in range(3):  # in turns: the machine's mood changes
+                for server in rates:
+                    took, rows = load(server, body, seconds=args.seconds / 2, clients=4)
+                    rates[server].append(sum(status == 200 for status, *_ in rows) / took)
+            capacity = statistics.median(rates[ours])
+            print(f"{Path(args.image).stat().st_size / 1000:.0f} kB photograph, {os.cpu_count()} processors, load from the same machine. "
+                  f"Four clients at once, medians of three: ours {capacity:.1f} verdicts a second "
+                  f"({min(rates[ours]):.1f} to {max(rates[ours]):.1f}), naive {statistics.median(rates[naive]):.1f}.\n")
+            print("| server | load | asked/s | verdicts/s | ms at 50 / 95 / 99% | 503 | ms of a 503 at 50 / 99% | other | /healthz ms at 99 / 100% | MB |\n"
+                  "|---|---|---|---|---|---|---|---|---|---|")
+            for factor in FACTORS:
+                for name, server in (("ours", ours), ("naive", naive)):
+                    row(name, factor, server, body, args.seconds, capacity)
+            memory_curve(ours, body, args.memory_requests)
+        finally:
+            ours.stop()
+            naive.stop()
+
+
+def memory_curve(server, body, requests):
+    """Resident memory after 200 requests and every tenth of the rest."""
+    load(server, body, requests=200)
+    curve = [server.memory()]
+    for _ in range(10):
+        load(server, body, requests=(requests - 200) // 10)
+        curve.append(server.memory())
+    print(f"\nMemory after 200 requests and at every tenth of {requests - 200} more: {', '.join(f'{mb:.0f}' for mb in curve)} MB "
+          f"({100 * (curve[-1] / curve[0] - 1):+.1f}%)")
+
+
+if __name__ == "__main__":
+    main()
