@@ -5,7 +5,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 
-.PHONY: help demo test test-long study tiny ship
+# Debian's packages that tests start as real parts: a browser, Prometheus and its push gateway
+TOOLS = chromium prometheus prometheus-pushgateway
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo -n)
+
+.PHONY: help demo test test-long tools study tiny ship
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
@@ -33,11 +37,16 @@ demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python demo.py
 endif
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long'
 
-test-long: $(VENV)/.ready
+test-long: $(VENV)/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m long
+
+tools:
+	@for tool in chromium promtool prometheus-pushgateway; do command -v $$tool >/dev/null || exit 1; done \
+	  || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TOOLS); } >/dev/null \
+	  || echo "not installed: $(TOOLS) (Debian's names); the tests that need them will say so" >&2
 
 # make study DATA=DIR: audit, training without and with degraded copies, every classifier, full evaluation, on one page
 LIMIT ?= 400
