@@ -295,7 +295,8 @@ def page():
     response = Response(render_template(
         "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=", ".join(common.FORMATS),
         notice=detector and detector.encoder.notice, model_version=detector and detector.model["versions"]["model"]))
-    response.headers["Content-Security-Policy"] = PAGE_POLICY.format(nonce)
+    response.headers.update({"Content-Security-Policy": PAGE_POLICY.format(nonce), "Referrer-Policy": "no-referrer",
+                             "Cache-Control": "no-store"})  # the model that it names may change
     return response
 
 
