@@ -27,7 +27,10 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
 WORKDIR /app
 COPY requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements-serve.txt
-COPY app.py classify.py common.py dataset.py encoders.py gunicorn.conf.py model.py prepare_clip.py ./
+COPY app.py classify.py common.py dataset.py encoders.py engine.py golden.py gunicorn.conf.py metrics.py model.py \
+    prepare_clip.py settings.py telemetry.py ./
+COPY static static
+COPY templates/index.html templates/index.html
 ARG CODE_COMMIT=unknown
 ENV CODE_COMMIT=${CODE_COMMIT}
 # a number, so that Kubernetes can tell that it is not root

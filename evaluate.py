@@ -4,6 +4,7 @@
     python evaluate.py --model_path model.joblib --features_file features.npz
     python evaluate.py --features_file features.npz --data_dir data     # stored features, pictures for what needs them
     python evaluate.py --data_dir golden --baseline golden_before/metrics.json     # exit code 1: something got worse
+    kubectl logs deploy/detector | python evaluate.py --feedback -     # what users said of the service's verdicts
 
 Images that trained the model or its encoder are left out, by their hashes. Tables that need pictures are left out of an
 evaluation of a features file, and named.
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import common
+import feedback
 import metrics
 import report
 from classify import Detector, choose_model
@@ -42,6 +44,7 @@ def parse_args(argv):
                         help="features of the model's encoder: nothing is encoded again; with --data_dir, the folder they are of")
     parser.add_argument("--report_dir", default="evaluation", metavar="DIR", help="folder to write the report to")
     parser.add_argument("--baseline", metavar="FILE", help="metrics.json of an earlier evaluation of the same images: what got worse?")
+    parser.add_argument("--feedback", nargs="+", metavar="LOG", help="logs of the service, - for stdin: how right it is in production")
     parser.add_argument("--robustness_images", type=int, default=1000, metavar="N",
                         help=f"at most so many images go through the {len(CONDITIONS)} distortions (a seeded draw)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
@@ -271,6 +274,8 @@ def read_baseline(path, report_dir):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.feedback:
+        return feedback.main(args)
     if args.robustness_images < 1:
         raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
     if not (args.data_dir or args.features_file):

@@ -128,8 +128,8 @@ def row(name, factor, server, body, seconds, capacity):
     """One line of the table: a load of `factor` times the capacity."""
     rate, watch = factor * capacity, HealthWatch(server.url)
     watch.start()
-    clients = max(8, int(rate * 6)) if factor > 1 else 32
-    took, rows = load(server, body, seconds=seconds, clients=min(clients, 200), rate=rate)
+    clients = int(rate) if factor > 1 else 8  # enough that the rate holds while some of them wait
+    took, rows = load(server, body, seconds=seconds, clients=min(max(clients, 8), 200), rate=rate)
     watch.stopped = True
     watch.join()
     good = sorted(taken for status, taken, _ in rows if status == 200)

@@ -1,0 +1,172 @@
+"""What tests of the service share: pictures made up, models that differ, an engine without HTTP, log lines, metrics."""
+import hashlib
+import io
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+import common
+import encoders
+from classify import Detector
+from engine import Engine, named
+from live import DEMO, ready_client
+from made_up import BASELINE
+from model import load_model, save_model
+from settings import read_settings
+from telemetry import JsonFormatter, Telemetry
+
+
+COMPILED = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """OpenVINO compiles the same weights once and not for every engine: that is most of the time that loading takes."""
+    compile_anew = encoders.openvino_forward
+
+    def compile_once(folder, *options):
+        key = common.sha256((Path(folder) / "encoder.bin").read_bytes()), *options
+        if key not in COMPILED:
+            COMPILED[key] = compile_anew(folder, *options)
+        return COMPILED[key]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders, "openvino_forward", compile_once)
+        yield
+
+
+def until(condition, seconds=20):
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.002)
+
+
+@contextmanager
+def meanwhile(work, *args):
+    """Run it in another thread; yields that thread, and waits for its end."""
+    thread = Thread(target=work, args=args, daemon=True)
+    thread.start()
+    yield thread
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def picture(seed=0, width=40, height=30):
+    """PNG bytes of noise; another one for each seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def model_file(path, **changes):
+    """The shipped model with some of its fields changed -> its path."""
+    model = load_model(BASELINE)
+    del model["sha256"]
+    save_model(path, {**model, **changes})
+    return Path(path)
+
+
+def versions(name):
+    return {"versions": {**load_model(BASELINE)["versions"], "model": name}}
+
+
+def contrary(path, name):
+    """The shipped model under another version, with every answer the other way round."""
+    return model_file(path, calibrator=-load_model(BASELINE)["calibrator"], **versions(name))
+
+
+def engine_on(**settings):
+    """An engine once its first attempt to load is over; the shipped demonstration where nothing else is said."""
+    engine = Engine(read_settings({**DEMO, **{name: str(value) for name, value in settings.items()}}), Telemetry())
+    until(lambda: engine.detector or engine.error)
+    with engine._loading:  # its lines are logged as well
+        return engine
+
+
+def client_on(**settings):
+    """A test client of a service on the shipped demonstration, once its model serves."""
+    client = ready_client(**settings)
+    with client.application.extensions["engine"]._loading:  # as above
+        return client
+
+
+def counted(telemetry, name, **labels):
+    """A metric's value; 0 where there is none yet."""
+    return telemetry.registry.get_sample_value(f"detector_{name}", {k: str(v) for k, v in labels.items()}) or 0
+
+
+def reload(engine):
+    """Ask for it and wait for its end -> 'ok' or 'failed'."""
+    def done():
+        return {result: counted(engine.telemetry, "reloads_total", result=result) for result in ("ok", "failed")}
+    before = done()
+    engine.reload()
+    until(lambda: done() != before)
+    (result,) = (name for name, value in done().items() if value != before[name])
+    assert sum(done().values()) == sum(before.values()) + 1
+    return result
+
+
+def detector_of(name="v1", **changes):
+    """A detector as far as telemetry looks at one: no encoder behind it."""
+    return SimpleNamespace(model={**load_model(BASELINE), **versions(name), **changes},
+                           encoder=SimpleNamespace(name="tiny", identity="ab", precision="float32", notice="a demonstration"))
+
+
+def serve(telemetry, detector):
+    """It serves from now on, as far as telemetry knows."""
+    telemetry.serve(detector, named(detector))
+    return detector
+
+
+def give(telemetry, detector, score=0.0, classification="real", uncertain=False, row=None):
+    """Count a made-up verdict of its."""
+    telemetry.verdict(detector, {"classification": classification, "confidence": 0.7, "uncertain": uncertain}, score,
+                      detector.model["center"].astype("f4") if row is None else row)
+
+
+def lines(caplog, event=None):
+    """What this test logged, each line as JSON gives it back; only those of one event where it is named."""
+    found = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    return [line for line in found if event in (None, line["event"])]
+
+
+def upload(client, path, *images, headers=None, field="image"):
+    """Multipart post of these bytes to any path."""
+    files = [(field, (f"{i}.bin", data)) for i, data in enumerate(images)]
+    ready = requests.Request("POST", "http://x", files=files or [("text", (None, "no file"))]).prepare()
+    return client.post(path, data=ready.body, headers={**(headers or {}), "Content-Type": ready.headers["Content-Type"]})
+
+
+@contextmanager
+def held(monkeypatch, telemetry, work):
+    """`work()`, called in another thread, stands still in the middle of an image while the body runs; then it goes on."""
+    go_on, pixels = Event(), Detector.pixels
+
+    def slow(self, image):
+        assert go_on.wait(20)
+        return pixels(self, image)
+    monkeypatch.setattr(Detector, "pixels", slow)
+    with meanwhile(work):
+        try:
+            until(lambda: counted(telemetry, "slots_busy"))
+            yield
+        finally:
+            go_on.set()
+    monkeypatch.setattr(Detector, "pixels", pixels)
+
+
+def keys_file(path, **tokens):
+    """API_KEYS_FILE for {name: token} -> its path, as text."""
+    Path(path).write_text("".join(f"{name} {hashlib.sha256(token.encode()).hexdigest()}\n" for name, token in tokens.items()))
+    return str(path)

@@ -1,0 +1,252 @@
+"""The engine without HTTP: bounded work, bounded waiting, and verdicts as the detector gives them alone."""
+import contextlib
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import common
+import engine as module
+from classify import Detector
+from encoders import Encoder
+from engine import FORWARD, Busy, Slots
+from engines import compiled_once, counted, engine_on, meanwhile, picture, until  # noqa: F401
+from made_up import BASELINE
+
+
+# ---- slots ----
+
+def take(slots, told, work=lambda: None):
+    """Take a slot and work; what came of it is appended to `told`: seconds waited, or the reason for turning it away."""
+    try:
+        with slots.take() as waited:
+            work()
+        told.append(waited)
+    except Busy as busy:
+        told.append(busy.reason)
+
+
+def test_many_threads_never_work_on_more_than_there_are_slots_and_each_gets_its_turn():
+    slots, most, told = Slots(3, limit=40, timeout=20), [], []
+
+    def work():
+        most.append(slots.busy)
+        time.sleep(0.002)
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(meanwhile(take, slots, told, work))
+    assert len(told) == 40 and all(isinstance(waited, float) for waited in told)
+    assert max(most) == 3 and (slots.busy, slots.waiting) == (0, 0)
+
+
+def test_as_many_as_may_wait_do_and_one_more_is_turned_away_at_once():
+    slots, told = Slots(1, limit=2, timeout=20), []
+    with contextlib.ExitStack() as waiters:
+        with slots.take():
+            for number in (1, 2):
+                assert not slots.full()
+                waiters.enter_context(meanwhile(take, slots, told))
+                until(lambda: slots.waiting == number)
+            assert slots.full()
+            started = time.monotonic()
+            with pytest.raises(Busy, match="as many requests as may wait") as error, slots.take():
+                pass
+            assert error.value.reason == "queue_full" and time.monotonic() - started < 5
+            assert slots.waiting == 2 and told == []
+    assert all(isinstance(waited, float) for waited in told) and len(told) == 2
+    assert (slots.busy, slots.waiting) == (0, 0)
+
+
+def test_a_wait_ends_after_the_timeout_and_leaves_no_trace():
+    slots = Slots(1, limit=5, timeout=0.1)
+    with slots.take():
+        started = time.monotonic()
+        with pytest.raises(Busy, match="within 0.1 s") as error, slots.take():
+            pass
+        assert error.value.reason == "queue_timeout" and 0.09 < time.monotonic() - started < 10
+        assert (slots.busy, slots.waiting) == (1, 0)
+    with slots.take():
+        assert slots.busy == 1
+
+
+def test_the_wait_is_told_in_seconds():
+    slots, told = Slots(1, limit=1, timeout=20), []
+    with meanwhile(take, slots, told):  # in and out at once
+        pass
+    with contextlib.ExitStack() as stack:
+        with slots.take():
+            stack.enter_context(meanwhile(take, slots, told))
+            until(lambda: slots.waiting == 1)
+            time.sleep(0.1)
+    assert 0 <= told[0] < told[1] and told[1] >= 0.1
+
+
+def test_where_none_may_wait_a_free_slot_is_taken_all_the_same():
+    slots = Slots(2, limit=0, timeout=20)
+    with slots.take(), slots.take():
+        with pytest.raises(Busy) as error, slots.take():
+            pass
+        assert error.value.reason == "queue_full"
+    with slots.take():
+        assert slots.busy == 1
+
+
+def test_work_that_fails_gives_its_slot_back():
+    slots = Slots(1, limit=0, timeout=1)
+    for error in (ValueError, Busy("queue_full", ""), KeyboardInterrupt):
+        with pytest.raises((ValueError, Busy, KeyboardInterrupt)), slots.take():
+            raise error
+        assert (slots.busy, slots.waiting) == (0, 0)
+    with slots.take():
+        assert slots.busy == 1
+
+
+def test_those_that_come_in_the_same_instant_are_bounded_too():
+    slots, told = Slots(1, limit=1, timeout=20), []
+    acquire, may, entered = slots._work.acquire, threading.Event(), []
+
+    def slow(**options):  # admitted, and not yet counted as at work
+        entered.append(1)
+        assert may.wait(20)
+        return acquire(**options)
+    slots._work.acquire = slow
+    with contextlib.ExitStack() as stack:
+        for number in range(4):
+            stack.enter_context(meanwhile(take, slots, told))
+            until(lambda: len(entered) + len(told) > number)
+        may.set()
+    assert sorted(map(str, told))[2:] == ["queue_full", "queue_full"]
+
+
+# ---- images ----
+
+@pytest.fixture(scope="module")
+def engine():
+    return engine_on(SLOTS=2)
+
+
+def meeting(monkeypatch, patience):
+    """`load_rgb` notes how many are in it at a time; those that come wait so many seconds for a second one."""
+    load, inside, most, second = common.load_rgb, [], [0], threading.Event()
+
+    def slow(image):
+        inside.append(1)
+        most.append(len(inside))
+        if len(inside) == 2:
+            second.set()
+        second.wait(patience)
+        try:
+            return load(image)
+        finally:
+            inside.pop()
+    monkeypatch.setattr(common, "load_rgb", slow)
+    return most
+
+
+@pytest.mark.parametrize("heights, together", [((31, 31), False), ((30, 30), True), ((31, 30), True)],
+                         ids=["both large", "both just small enough", "a large and a small one"])
+def test_two_large_images_are_never_decoded_at_the_same_time_small_ones_are(engine, monkeypatch, heights, together):
+    monkeypatch.setattr(module, "LARGE_PIXELS", 40 * 30)
+    most = meeting(monkeypatch, patience=10 if together else 0.2)
+    images = [picture(seed, height=height) for seed, height in enumerate(heights)]
+    with meanwhile(engine.judge, engine.detector, images[:1]), meanwhile(engine.judge, engine.detector, images[1:]):
+        pass
+    assert max(most) == 1 + together
+
+
+def test_a_large_image_that_cannot_be_decoded_does_not_hold_up_the_next(engine, monkeypatch):
+    monkeypatch.setattr(module, "LARGE_PIXELS", 100)
+    torn = picture(0, 60, 60)[:-2000]
+    for data in (torn, picture()):
+        with meanwhile(engine.judge, engine.detector, [data]):
+            pass
+    assert not engine.large.locked()
+
+
+# ---- verdicts ----
+
+def test_one_image_gets_the_verdict_that_the_detector_gives(engine, photos):
+    alone, found = Detector(BASELINE), []
+    for path in photos.values():
+        data = path.read_bytes()
+        waited, (facts,) = engine.judge(engine.admit(), [data])
+        assert 0 <= waited < 5
+        assert (facts["classification"], facts["confidence"]) == alone.classify(data)
+        found.append((facts["classification"], facts["confidence"]))
+    assert len(set(found)) == len(found) and len({name for name, _ in found}) == 2
+
+
+def test_the_facts_name_the_bytes_the_picture_and_the_seconds(engine, photos):
+    data = photos["china.jpg"].read_bytes()
+    _, (facts,) = engine.judge(engine.detector, [data])
+    assert {name: facts[name] for name in ("sha256", "bytes", "format", "width", "height")} == {
+        "sha256": common.sha256(data), "bytes": len(data), "format": "JPEG", "width": 640, "height": 427}
+    assert all(0 < facts[f"{stage}_s"] < 5 for stage in ("decode", "encode", "classify"))
+    assert facts["confidence"] == round(max(facts["p_fake"], 1 - facts["p_fake"]), 4)
+    assert "error" not in facts and "status" not in facts
+
+
+@pytest.fixture(scope="module")
+def mixed(photos):
+    """Ten images among which three are none -> (bytes, expected: the verdict alone or a status)."""
+    images = [photos["china.jpg"].read_bytes(), b"hello", *map(picture, range(4)), photos["coffee.png"].read_bytes()[:9000],
+              photos["rocket.jpg"].read_bytes(), b"", *map(picture, range(4, 8))]
+    alone, statuses = Detector(BASELINE), {1: 415, 6: 422, 8: 415}
+    return images, [statuses.get(i) or alone.classify(data) for i, data in enumerate(images)]
+
+
+def test_a_batch_gets_the_same_verdicts_in_order_with_errors_in_their_places(engine, mixed):
+    images, expected = mixed
+    _, found = engine.judge(engine.detector, images)
+    assert [facts["sha256"] for facts in found] == [common.sha256(data) for data in images]
+    for facts, wanted in zip(found, expected, strict=True):
+        if isinstance(wanted, int):
+            assert (facts["status"], "p_fake" in facts, bool(facts["error"])) == (wanted, False, True)
+        else:
+            assert facts["classification"] == wanted[0] and facts["confidence"] == pytest.approx(wanted[1], abs=1.01e-4)
+    assert len({facts.get("confidence") for facts in found}) > 6  # so that a mix-up would show
+
+
+def test_a_batch_is_encoded_in_passes_of_at_most_four_and_what_is_no_image_takes_no_place(engine, mixed, monkeypatch):
+    sizes, encode = [], Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: sizes.append(len(pixels)) or encode(self, pixels))
+    engine.judge(engine.detector, mixed[0])
+    assert sizes == [4, 4, 2] and max(sizes) <= FORWARD
+    engine.judge(engine.detector, [b"hello"])
+    assert sizes == [4, 4, 2]
+
+
+def test_each_stage_is_timed_once_an_image_or_a_forward_pass(mixed):
+    engine = engine_on()
+    engine.judge(engine.detector, mixed[0])
+    stages = {stage: counted(engine.telemetry, "stage_seconds_count", stage=stage) for stage in ("wait", "decode", "encode", "classify")}
+    assert stages == {"wait": 1, "decode": 10, "encode": 3, "classify": 3}
+
+
+@pytest.mark.parametrize("band, uncertain", [([0.0, 1.0], True), ([0.5, 0.5], False)])
+def test_a_verdict_is_uncertain_inside_the_models_band(engine, band, uncertain):
+    detector = SimpleNamespace(model={**engine.detector.model, "band": np.array(band)}, encoder=engine.detector.encoder,
+                               pixels=engine.detector.pixels)
+    _, (facts,) = engine.judge(detector, [picture()])
+    assert facts["uncertain"] is uncertain
+
+
+def test_without_a_slot_nothing_is_decoded(monkeypatch):
+    engine = engine_on(SLOTS=1, QUEUE_LIMIT=0)
+    monkeypatch.setattr(common, "open_image", None)  # would raise TypeError
+    with engine.slots.take():
+        for ask in (engine.admit, lambda: engine.judge(engine.detector, [picture()])):
+            with pytest.raises(Busy) as error:
+                ask()
+            assert error.value.reason == "queue_full"
+    assert engine.admit() is engine.detector
+
+
+@pytest.mark.parametrize("given, slots", [(0, 3), (5, 5)])
+def test_there_is_a_slot_a_processor_unless_a_number_is_set(monkeypatch, given, slots):
+    monkeypatch.setattr("encoders.processors", lambda: 3)
+    engine = engine_on(SLOTS=given, QUEUE_LIMIT=7, QUEUE_TIMEOUT_S=9)
+    assert (engine.slots.count, engine.slots.limit, engine.slots.timeout) == (slots, 7, 9)
+    assert counted(engine.telemetry, "slots") == slots

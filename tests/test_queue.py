@@ -1,0 +1,136 @@
+"""More than can be worked on: a bounded wait, then 503 that says when to come again, while everything else is answered."""
+import io
+import threading
+import time
+
+import pytest
+
+import app as service
+from classify import Detector
+from engines import client_on, compiled_once, counted, held, lines, meanwhile, picture, until, upload  # noqa: F401
+from live import DEMO, assert_error
+
+PATHS = ["/classify", "/classify/batch"]
+
+
+def engine_of(client):
+    return client.application.extensions["engine"]
+
+
+def another(client):
+    """A client of the same service for another thread."""
+    return client.application.test_client()
+
+
+@pytest.fixture
+def client(compiled_once):  # noqa: F811
+    return client_on(SLOTS="1", QUEUE_LIMIT="0", QUEUE_TIMEOUT_S="7")
+
+
+@pytest.fixture
+def busy(client, monkeypatch):
+    """The one slot is taken for as long as the test runs."""
+    answers = []
+    with held(monkeypatch, engine_of(client).telemetry, lambda: answers.append(upload(another(client), "/classify", picture()))):
+        yield client
+    assert answers[0].status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_while_the_slot_is_taken_and_none_may_wait_it_says_503_at_once_and_when_to_come_again(busy, path):
+    before, started = counted(engine_of(busy).telemetry, "rejections_total", reason="queue_full"), time.monotonic()
+    response = upload(busy, path, picture())
+    assert_error(response, 503, "busy", "try again later")
+    assert response.headers["Retry-After"] == "7" and time.monotonic() - started < 5
+    assert counted(engine_of(busy).telemetry, "rejections_total", reason="queue_full") == before + 1
+    assert counted(engine_of(busy).telemetry, "slots_busy") == 1 and counted(engine_of(busy).telemetry, "queue_depth") == 0
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/model", "/"])
+def test_meanwhile_everything_that_needs_no_slot_is_answered(busy, path):
+    started = time.monotonic()
+    assert busy.get(path).status_code == 200 and time.monotonic() - started < 5
+
+
+class Body(io.BytesIO):
+    """A request's body that knows how much of it was read."""
+    taken = 0
+
+    def read(self, *size):
+        data = super().read(*size)
+        self.taken += len(data)
+        return data
+
+    def readinto(self, buffer):
+        taken = super().readinto(buffer)
+        self.taken += taken
+        return taken
+
+
+@pytest.mark.parametrize("size", [1000, 3_000_000])
+def test_the_body_of_a_request_that_is_turned_away_is_read_so_that_its_sender_gets_the_answer(busy, size):
+    body = Body(bytes(size))
+    response = busy.post("/classify", input_stream=body, content_length=size, content_type="multipart/form-data; boundary=x")
+    assert response.status_code == 503 and body.taken == size
+
+
+def test_a_body_above_the_limit_is_not_read_even_then(busy):
+    body = Body(bytes(11_000_000))
+    response = busy.post("/classify", input_stream=body, content_length=11_000_000, content_type="multipart/form-data; boundary=x")
+    assert response.status_code == 413 and body.taken < 100_000
+
+
+def test_when_the_slot_is_free_again_so_is_the_service(client, monkeypatch):
+    with held(monkeypatch, engine_of(client).telemetry, lambda: upload(another(client), "/classify", picture())):
+        assert upload(client, "/classify", picture()).status_code == 503
+    assert upload(client, "/classify", picture()).status_code == 200
+    assert counted(engine_of(client).telemetry, "slots_busy") == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_wait_that_finds_no_slot_ends_with_503_after_the_timeout(compiled_once, monkeypatch, path):  # noqa: F811
+    client = client_on(SLOTS="1", QUEUE_LIMIT="1", QUEUE_TIMEOUT_S="1")
+    telemetry, answers = engine_of(client).telemetry, []
+    with held(monkeypatch, telemetry, lambda: upload(another(client), "/classify", picture())):
+        started = time.monotonic()
+        with meanwhile(lambda: answers.append(upload(client, path, picture()))):
+            until(lambda: counted(telemetry, "queue_depth") == 1)
+            full = upload(another(client), path, picture())
+            assert full.status_code == 503 and counted(telemetry, "rejections_total", reason="queue_full") == 1 and answers == []
+        assert 0.9 < time.monotonic() - started < 10
+    assert_error(answers[0], 503, "no turn came within 1 s")
+    assert answers[0].headers["Retry-After"] == "1" and counted(telemetry, "rejections_total", reason="queue_timeout") == 1
+    assert counted(telemetry, "queue_depth") == 0
+
+
+def test_one_that_waits_gets_its_verdict_and_is_told_how_long_it_took(compiled_once, monkeypatch, caplog):  # noqa: F811
+    caplog.set_level("INFO")
+    client, answers = client_on(SLOTS="1", QUEUE_LIMIT="1"), []
+    second = threading.Thread(target=lambda: answers.append(upload(client, "/classify?details=1", picture(), headers={"X-Request-ID": "2"})))
+    with held(monkeypatch, engine_of(client).telemetry, lambda: upload(another(client), "/classify", picture())):
+        second.start()
+        until(lambda: counted(engine_of(client).telemetry, "queue_depth") == 1)
+        time.sleep(0.1)
+    second.join(20)
+    (line,) = (line for line in lines(caplog, "verdict") if line["request_id"] == "2")
+    assert answers[0].status_code == 200 and 0.1 <= answers[0].json["timings"]["wait_s"] == line["wait_s"] < 5
+
+
+def test_every_503_says_when_to_come_again_while_the_model_loads_too(monkeypatch):
+    may_load, load = threading.Event(), Detector.__init__
+
+    def slow(self, *args, **options):
+        assert may_load.wait(20)
+        load(self, *args, **options)
+    monkeypatch.setattr(Detector, "__init__", slow)
+    client = service.create_app({**DEMO, "QUEUE_TIMEOUT_S": "3"}).test_client()
+    body = Body(bytes(200_000))
+    turned_away = [client.get("/readyz"), client.get("/model"), upload(client, "/classify", picture()), upload(client, "/classify/batch"),
+                   client.post("/classify", input_stream=body, content_length=200_000)]
+    assert client.get("/healthz").status_code == client.get("/").status_code == 200
+    may_load.set()
+    for response in turned_away:
+        assert_error(response, 503, "still loading")
+        assert response.headers["Retry-After"] == "3" and response.headers["X-Request-ID"]
+    assert counted(engine_of(client).telemetry, "rejections_total", reason="not_ready") >= 3 and body.taken == 200_000
+    until(lambda: client.get("/readyz").status_code == 200)
