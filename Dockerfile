@@ -30,7 +30,7 @@ RUN python -m pip install --no-cache-dir -r requirements-serve.txt
 COPY app.py classify.py common.py dataset.py encoders.py engine.py golden.py gunicorn.conf.py metrics.py model.py \
     prepare_clip.py settings.py telemetry.py ./
 COPY static static
-COPY templates/index.html templates/index.html
+COPY templates templates
 ARG CODE_COMMIT=unknown
 ENV CODE_COMMIT=${CODE_COMMIT}
 # a number, so that Kubernetes can tell that it is not root

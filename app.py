@@ -133,7 +133,8 @@ def error(status, message):
 
 def busy(exception):
     """503 and when to come again."""
-    telemetry().rejections.labels(exception.reason).inc()
+    if request.path not in PROBES:
+        telemetry().rejections.labels(exception.reason).inc()
     response = error(503, str(exception))
     response.headers["Retry-After"] = str(engine().settings["QUEUE_TIMEOUT_S"])
     return response
@@ -228,7 +229,8 @@ def classify():
 def classify_batch():
     """Several fields `image` -> {"results": [...]}, in order, each a verdict or {"error": ...}."""
     detector, images = read_images()
-    if not 1 <= len(images) <= (limit := engine().settings["BATCH_LIMIT"]):
+    limit = engine().settings["BATCH_LIMIT"]
+    if not 1 <= len(images) <= limit:
         return error(413 if images else 400, f"expected 1 to {limit} files in multipart fields 'image', got {len(images)}")
     waited, found = engine().judge(detector, images)
     for number, facts in enumerate(found):
@@ -241,7 +243,10 @@ def feedback():
     """{"request_id": ..., "label": "real" | "fake"}: one line in the log, which `evaluate.py --feedback` reads. No state."""
     if g.key is None:
         return error(403, "feedback needs a token: set API_KEYS_FILE")
-    sent = request.get_json(silent=True)
+    try:
+        sent = request.get_json(silent=True)
+    except RecursionError:  # a hundred thousand brackets
+        sent = None
     if not isinstance(sent, dict) or set(sent) != {"request_id", "label"} or sent["label"] not in CLASSES \
             or not isinstance(sent["request_id"], str) or not FEEDBACK_ID.fullmatch(sent["request_id"]):
         return error(400, 'expected JSON {"request_id": "the X-Request-ID of a verdict", "label": "real" or "fake"}')
@@ -273,7 +278,7 @@ def model():
             "encoder": {"name": names["encoder"], "identity": names["identity"], "precision": names["precision"]},
             "training_data": {**{name: data[name] for name in ("sha256", "real", "fake")}, "sources": len(data["sources"])},
             "threshold": found["threshold"], "threshold_rule": found["threshold_rule"], "band": found["band"].tolist(),
-            "metrics": found["metrics"], "golden_floor": whole.get("balanced_accuracy", {}).get("interval", [None])[0]}
+            "metrics": found["metrics"], "golden_floor": (whole.get("balanced_accuracy", {}).get("interval") or [None])[0]}
     return body | ({"notice": detector.encoder.notice} if detector.encoder.notice else {})
 
 

@@ -152,7 +152,7 @@ def line(model, p_fake, args, path=None):
     more = details(model, p_fake) if args.details else {}
     if args.json:
         return json.dumps({**({} if path is None else {"path": path}), **answer(classification, confidence), **more})
-    text = f"{classification} (confidence {confidence:.2f})" + "".join(f"; {k} {v}" for k, v in more.items())
+    text = f"{classification} (confidence {confidence:.2f})" + "".join(f"; {k} {v}" for k, v in more.items() if v is not None)
     return text if path is None else f"{path}: {text}"
 
 

@@ -47,7 +47,7 @@ class Slots:
         self.busy = self.waiting = 0
 
     def full(self):
-        return self.busy >= self.count and self.waiting >= self.limit
+        return self.busy + self.waiting >= self.count + self.limit
 
     @contextlib.contextmanager
     def take(self):
@@ -107,12 +107,12 @@ class Engine:
             started = time.monotonic()
             try:
                 detector = load_detector(self.settings, self.detector)
+                self.telemetry.serve(detector, named(detector))
             except Exception as error:  # whatever a file on a disk can do: say so and stay as we are
                 self.error = f"the model cannot be loaded: {error}"
                 say_event("load_failed", level="error", message=self.error, old_model_serves=self.detector is not None,
                           exc_info=not isinstance(error, DetectorError))
                 return False
-            self.telemetry.serve(detector, named(detector))
             self.detector, self.error = detector, None
             say_event("ready", seconds=round(time.monotonic() - started, 3), **named(detector))
             if detector.encoder.notice:

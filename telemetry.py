@@ -88,6 +88,10 @@ class Telemetry:
         self.ready = new(Gauge, "ready", "1 once verdicts can be given")
         self.feedback = new(Counter, "feedback", "Right labels that users sent", ("label",))
         self.drift = None
+        for metric, values in ((self.stage, ("wait", "read", "decode", "encode", "classify")), (self.reloads, ("ok", "failed")),
+                               (self.rejections, ("queue_full", "queue_timeout", "not_ready", "unauthorized", "slow_body"))):
+            for value in values:  # there from the first scrape: a counter that appears with its first event has no increase
+                metric.labels(value)
 
     def watch(self, slots):
         """Gauges read from the slots when they are asked for."""

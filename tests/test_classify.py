@@ -125,7 +125,7 @@ def test_help_fits_one_screen(script):
 
 # ---- details ----
 
-DETAILS = ["p_fake", "threshold", "uncertain", "model_version", "notice"]
+DETAILS = ["p_fake", "threshold", "uncertain", "reason", "model_version", "notice"]
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_the_line_with_details_says_the_same_as_the_json(classify, photos, moved
     line = assert_done(classify(photo, model=model)).rstrip("\n")
     assert re.fullmatch(LINE, line)
     assert assert_done(classify(photo, model=model, flags=["--details"])) == line + "".join(
-        f"; {name} {found[name]}" for name in DETAILS[:-1]) + "\n"  # no notice here
+        f"; {name} {found[name]}" for name in DETAILS[:-1] if found[name] is not None) + "\n"  # no notice here
     assert "notice" not in found and found["model_version"] == "v7.0.0"
 
 

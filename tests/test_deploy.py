@@ -174,7 +174,7 @@ def test_every_package_that_the_service_imports_is_installed():
         for module, needed in found:
             if module in sys.stdlib_module_names or module in ours or module in PREPARING and not needed:
                 continue
-            names = {name.lower() for name in owners.get(module, [module])}
+            names = {name.lower().replace("_", "-") for name in owners.get(module, [module])}
             assert names & (listed | brought), f"{file}.py imports {module}, which the image has not"
 
 

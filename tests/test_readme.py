@@ -28,6 +28,9 @@ ELSEWHERE = {
     "make ": "demo.py is run by test_demo.py; the targets are looked at below",
     "kaggle ": "needs an account of Kaggle's",
     "docker ": "no engine at hand: test_deploy.py holds the Dockerfile against the repository",
+    'curl -H "Authorization': "needs a service with keys: test_keys.py",
+    "python evaluate.py --feedback": "needs the log of a service that was used: test_feedback.py",
+    "kubectl ": "no cluster at hand: test_manifests.py holds the manifests against Kubernetes' schemas",
 }
 SHORTER = {"finetune_clip.py": " --steps 2 --batch_size 8"}  # the same command, not the half hour
 
@@ -84,7 +87,7 @@ def test_every_command_runs_in_the_order_of_the_page(reader):
                 server = start_service(command, place, env)
                 continue
             result = run(command + next((more for name, more in SHORTER.items() if name in command), ""), place, env)
-            assert result.returncode == 0 or "audit.py" in command and result.returncode == 1, command + "\n" + result.stderr
+            assert result.returncode == 0 or re.search("audit|golden", command) and result.returncode == 1, command + "\n" + result.stderr
     finally:
         if server:
             server.send_signal(signal.SIGTERM)
@@ -110,7 +113,7 @@ def test_every_make_target_exists():
 
 def test_the_settings_table_is_the_code_s():
     from app import SETTINGS
-    table = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*) \|$", README, re.MULTILINE)
+    table = re.findall(r"^\| `([A-Z0-9_]+)` \| (.*?) \| (.*) \|$", README, re.MULTILINE)
     assert table == [(name, f"`{default}`" if default else "", text) for name, (default, text) in SETTINGS.items()]
 
 
