@@ -237,7 +237,7 @@ def load_detector(settings, current=None):
     from classify import Detector
     model = check_model(settings)
     same = current is not None and current.encoder.identity == model["encoder"]["identity"]
-    passes = slots_of(settings)  # each on its share of the threads: 1.3 to 1.5 times one at a time (benchmarks/service.md)
+    passes = slots_of(settings)  # each on its share of the threads: 1.5 times one at a time, or more (benchmarks/service.md)
     detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or encoders.processors(), passes=passes, model=model,
                         encoder=current.encoder if same else None)
     prove(detector)
