@@ -151,15 +151,16 @@ def upload(client, path, *images, headers=None, field="image"):
 @contextmanager
 def held(monkeypatch, telemetry, work):
     """`work()`, called in another thread, stands still in the middle of an image while the body runs; then it goes on."""
-    go_on, pixels = Event(), Detector.pixels
+    go_on, there, pixels = Event(), Event(), Detector.pixels
 
     def slow(self, image):
+        there.set()
         assert go_on.wait(20)
         return pixels(self, image)
     monkeypatch.setattr(Detector, "pixels", slow)
     with meanwhile(work):
         try:
-            until(lambda: counted(telemetry, "slots_busy"))
+            assert there.wait(20) and counted(telemetry, "slots_busy")
             yield
         finally:
             go_on.set()

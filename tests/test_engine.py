@@ -225,6 +225,20 @@ def test_each_stage_is_timed_once_an_image_or_a_forward_pass(mixed):
     assert stages == {"wait": 1, "decode": 10, "encode": 3, "classify": 3}
 
 
+def test_the_seconds_of_a_forward_pass_are_shared_by_its_images():
+    engine = engine_on()
+    _, found = engine.judge(engine.detector, list(map(picture, range(6))))
+    for stage in ("decode", "encode", "classify"):
+        total = counted(engine.telemetry, "stage_seconds_sum", stage=stage)
+        assert sum(facts[f"{stage}_s"] for facts in found) == pytest.approx(total)
+
+
+def test_the_largest_image_taken_is_that_of_the_settings():
+    engine = engine_on(MAX_PIXELS=1200)
+    _, (taken, refused) = engine.judge(engine.detector, [picture(0, 40, 30), picture(0, 40, 31)])
+    assert "classification" in taken and (refused["status"], "1,200" in refused["error"]) == (413, True)
+
+
 @pytest.mark.parametrize("band, uncertain", [([0.0, 1.0], True), ([0.5, 0.5], False)])
 def test_a_verdict_is_uncertain_inside_the_models_band(engine, band, uncertain):
     detector = SimpleNamespace(model={**engine.detector.model, "band": np.array(band)}, encoder=engine.detector.encoder,
