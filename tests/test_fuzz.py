@@ -90,7 +90,8 @@ def mutated(draw, files):
 
 def announced(files):
     """Random bytes behind the first bytes of a real file."""
-    return st.builds(lambda data, size, rest: data[:size] + rest, st.sampled_from(files), st.integers(0, 64), st.binary(max_size=400))
+    return st.builds(lambda data, size, rest: data[:size] + rest, st.sampled_from(files), st.integers(0, 64),
+                     st.binary(max_size=400))
 
 
 def memory():

@@ -180,6 +180,15 @@ def test_all_ten_bins_are_there_before_the_first_verdict():
     assert telemetry.registry.get_sample_value("detector_feature_distance", {"model_version": "v1"}) == 0
 
 
+@pytest.mark.parametrize("name, label, values", [
+    ("stage_seconds_count", "stage", ["wait", "read", "decode", "encode", "classify"]), ("reloads_total", "result", ["ok", "failed"]),
+    ("rejections_total", "reason", ["queue_full", "queue_timeout", "not_ready", "unauthorized", "slow_body"])])
+def test_what_alarms_look_at_is_there_from_the_first_scrape(name, label, values):
+    telemetry = Telemetry()
+    assert [telemetry.registry.get_sample_value(f"detector_{name}", {label: value}) for value in values] == [0] * len(values)
+    assert sorted(found[label] for found in series(telemetry, name)) == sorted(values)
+
+
 def test_when_another_version_serves_nothing_of_the_old_one_stands_there_as_if_it_did():
     telemetry = Telemetry()
     old = serve(telemetry, detector_of("v1"))
