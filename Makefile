@@ -44,7 +44,7 @@ test-long: $(VENV)/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m long
 
 tools:
-	@for tool in chromium promtool prometheus-pushgateway; do command -v $$tool >/dev/null || exit 1; done \
+	@( for tool in chromium promtool prometheus-pushgateway; do command -v $$tool || exit 1; done ) >/dev/null \
 	  || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TOOLS); } >/dev/null \
 	  || echo "not installed: $(TOOLS) (Debian's names); the tests that need them will say so" >&2
 
