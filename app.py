@@ -7,8 +7,9 @@
 Settings come from environment variables: python app.py --help lists them.
 """
 import argparse
-import hmac
+import contextlib
 import io
+import json
 import os
 import re
 import secrets
@@ -25,11 +26,12 @@ import common
 from classify import answer, details
 from common import CLASSES, ImageError
 from engine import Busy, Engine, named
-from settings import SETTINGS, read_settings
+from settings import SETTINGS, key_of, read_settings
 from telemetry import Telemetry, say_event
 
 FIELD_BYTES = 500_000  # of a form's text fields, which nothing here reads; Flask's default
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
+UPLOADS = ("/classify", "/classify/batch")
 PROBES = ("/healthz", "/readyz", "/metrics")                      # asked every few seconds: not logged while they succeed
 ID, FEEDBACK_ID = re.compile(r"[A-Za-z0-9._-]{1,64}"), re.compile(r"[A-Za-z0-9._-]{1,72}")  # a batch's has a number behind it
 PAGE_POLICY = ("default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:; connect-src 'self'; "
@@ -62,6 +64,7 @@ def create_app(config=None):
     app.register_blueprint(routes)
     telemetry = Telemetry()
     app.extensions.update(engine=Engine(settings, telemetry), telemetry=telemetry)
+    app.wsgi_app = turn_away(app)
     app.before_request(begin)
     app.after_request(finish)
     app.register_error_handler(ImageError, lambda e: error(e.status, str(e)))
@@ -84,15 +87,48 @@ def route():
     return request.url_rule.rule if request.url_rule else "other"
 
 
+def id_of(sent):
+    """The client's request id, or one of ours where it is none."""
+    return sent if ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+def drain(environ, settings):
+    """Read what is left of a request's body: an answer that overtakes it reaches many clients as a broken connection."""
+    left = 2 * settings["MAX_UPLOAD_BYTES"]
+    with contextlib.suppress(OSError, ParseException):  # cut off, or malformed: gunicorn closes the connection
+        while left > 0 and (part := environ["wsgi.input"].read(1 << 20)):
+            left -= len(part)
+
+
+def turn_away(app):
+    """-> WSGI app: uploads that can get no verdict now get their 503 before Flask sees them, and no log line each. Under four
+    times the load that is most of them, and what one costs is taken from the verdicts: half of what it costs through
+    Flask (benchmarks/service.md)."""
+    inner, engine, telemetry = app.wsgi_app, app.extensions["engine"], app.extensions["telemetry"]
+
+    def wsgi(environ, start_response):
+        route, started = environ["PATH_INFO"], time.perf_counter()
+        refusal = engine.refusal() if route in UPLOADS and environ["REQUEST_METHOD"] == "POST" else None
+        if refusal is None:
+            return inner(environ, start_response)
+        drain(environ, engine.settings)
+        telemetry.turned_away(route, refusal.reason, time.perf_counter() - started)
+        body = json.dumps({"error": str(refusal)}).encode() + b"\n"
+        start_response("503 SERVICE UNAVAILABLE", [
+            ("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("X-Content-Type-Options", "nosniff"),
+            ("X-Request-ID", id_of(environ.get("HTTP_X_REQUEST_ID", ""))), ("Retry-After", str(engine.settings["QUEUE_TIMEOUT_S"]))])
+        return [body]
+    return wsgi
+
+
 def begin():
     """Before every request: its id, its clock, and where keys are set, whose it is."""
-    sent = request.headers.get("X-Request-ID", "")
-    g.request_id, g.started = sent if ID.fullmatch(sent) else uuid.uuid4().hex, time.perf_counter()
+    g.request_id, g.started = id_of(request.headers.get("X-Request-ID", "")), time.perf_counter()
     g.key, g.error, g.read_s = None, None, None
     if request.content_length is not None:  # gunicorn's own word for the end would let a body that stops early pass as whole
         request.environ.pop("wsgi.input_terminated", None)
     if engine().keys and request.path not in OPEN:
-        g.key = key_of(request.headers.get("Authorization", ""))
+        g.key = key_of(request.headers.get("Authorization", ""), engine().keys)
         if g.key is None:
             telemetry().rejections.labels("unauthorized").inc()
             response = error(401, "a token is needed: send the header 'Authorization: Bearer TOKEN'")
@@ -100,16 +136,9 @@ def begin():
             return response
 
 
-def key_of(authorization):
-    """Name of the key whose token this header bears, or None. All are compared, each in constant time."""
-    scheme, _, token = authorization.partition(" ")
-    digest = bytes.fromhex(common.sha256(token.strip().encode()))
-    names = [name for name, known in engine().keys.items() if hmac.compare_digest(known, digest)]
-    return names[0] if names and scheme.lower() == "bearer" else None
-
-
 def finish(response):
     """After every request: counted, logged, its id sent back."""
+    drain(request.environ, engine().settings)
     seconds = time.perf_counter() - g.started
     response.headers["X-Request-ID"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
@@ -166,13 +195,7 @@ def unexpected(exception):
 
 def read_images():
     """-> (the detector that this request keeps, bytes of each file named `image`). Raises Busy, and HTTPException's kinds."""
-    started = time.perf_counter()
-    try:
-        detector = engine().admit()
-    except Busy:
-        while request.stream.read(1 << 20):  # a client cut off while it sends would see a broken connection, not our 503
-            pass
-        raise
+    started, detector = time.perf_counter(), engine().ready()
     images = [file.stream.getvalue() for file in request.files.getlist("image")]
     g.read_s = round(time.perf_counter() - started, 4)
     telemetry().stage.labels("read").observe(g.read_s)

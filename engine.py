@@ -1,7 +1,7 @@
 """The model in service: loaded and proved before it serves, swapped without losing a request, and the queue before it.
 
     engine = Engine(read_settings(), Telemetry())    # loads in a thread; engine.detector is None until a model has proved itself
-    waited, facts = engine.judge(engine.admit(), [data])   # Busy where too many wait already
+    waited, facts = engine.judge(engine.ready(), [data])   # Busy where there is no model yet, or too many wait already
     engine.reload()                                  # the file anew; a broken one leaves the old model serving
 """
 import contextlib
@@ -23,6 +23,7 @@ from telemetry import say_event
 GOLDEN_COSINE, GOLDEN_SHIFT = 0.99, 0.05  # the golden picture's features and probability may differ from the record by this
 FORWARD = 4                               # images in one forward pass of a batch: more gain little and hold up the others
 LARGE_PIXELS = 12_000_000                 # images above this are decoded one at a time: 50 megapixels take up to 750 MB
+LOADING = "the model is still loading"
 QUEUE_FULL = "busy: as many requests as may wait are waiting already; try again later"
 
 
@@ -85,14 +86,14 @@ class Engine:
     def ready(self):
         """The detector that serves now. Raises Busy while there is none."""
         if self.detector is None:
-            raise Busy("not_ready", self.error or "the model is still loading")
+            raise Busy("not_ready", self.error or LOADING)
         return self.detector
 
-    def admit(self):
-        """The detector for a request that has yet to be read. Raises Busy where it would be turned away later anyway."""
+    def refusal(self):
+        """The Busy that an upload which has yet to be read would meet later anyway, or None."""
         if self.slots.full():
-            raise Busy("queue_full", QUEUE_FULL)
-        return self.ready()
+            return Busy("queue_full", QUEUE_FULL)
+        return Busy("not_ready", self.error or LOADING) if self.detector is None else None
 
     def reload(self):
         """Read keys and model again in a thread; called by SIGHUP. One at a time: a second one waits for the first."""

@@ -9,6 +9,7 @@ from selectors import EVENT_READ
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads would fight with OpenVINO's for the processors
 
+from gunicorn.glogging import Logger  # noqa: E402
 from gunicorn.workers.gthread import ThreadWorker  # noqa: E402
 
 from common import DetectorError  # noqa: E402
@@ -26,6 +27,13 @@ def load_settings():
     except DetectorError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class QuietLogger(Logger):
+    """With a `logconfig_dict` gunicorn puts together a line for each request, a tenth of a millisecond, for nobody."""
+
+    def access(self, *_):
+        pass
 
 
 class Worker(ThreadWorker):
@@ -95,5 +103,6 @@ graceful_timeout = 30                    # in-flight requests may finish; below 
 control_socket_disable = True            # it would need a writable home
 # the heartbeat file: writable where the root is read-only, and never waits for a disk
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+forwarder_headers = ""                   # no header may move a request to another path: nothing here depends on where it is mounted
 logconfig_dict = LOGGING                 # every line one JSON object on stderr
-accesslog = None                         # the app's own lines say more
+logger_class = QuietLogger               # the app's own lines say more than an access log

@@ -3,6 +3,7 @@
     read_settings()                     # {"PORT": 8000, ...}; UsageError names a bad value
     read_settings({"PORT": "9000"})
 """
+import hmac
 import os
 
 import common
@@ -63,3 +64,11 @@ def read_keys(path):
     if path and not keys:
         raise UsageError(f"API_KEYS_FILE={path}: holds no key; add a line 'name sha256-of-token', or leave the setting empty")
     return keys
+
+
+def key_of(authorization, keys):
+    """Name of the key whose token this header bears, or None. All are compared, each in constant time."""
+    scheme, _, token = authorization.partition(" ")
+    digest = bytes.fromhex(common.sha256(token.strip().encode()))
+    names = [name for name, known in keys.items() if hmac.compare_digest(known, digest)]
+    return names[0] if names and scheme.lower() == "bearer" else None

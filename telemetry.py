@@ -87,7 +87,7 @@ class Telemetry:
         self.reloads = new(Counter, "reloads", "Models and keys read again, by result: ok, failed", ("result",))
         self.ready = new(Gauge, "ready", "1 once verdicts can be given")
         self.feedback = new(Counter, "feedback", "Right labels that users sent", ("label",))
-        self.drift = None
+        self.drift, self.away, self.told = None, 0, 0.0
         for metric, values in ((self.stage, ("wait", "read", "decode", "encode", "classify")), (self.reloads, ("ok", "failed")),
                                (self.rejections, ("queue_full", "queue_timeout", "not_ready", "unauthorized", "slow_body"))):
             for value in values:  # there from the first scrape: a counter that appears with its first event has no increase
@@ -110,6 +110,16 @@ class Telemetry:
             self.scores.labels(names["version"], str(number))  # there from the first scrape, at 0
         self.distance.labels(names["version"]).set_function(self.drift.distance)
         self.ready.set(1)
+
+    def turned_away(self, route, reason, seconds):
+        """Count an upload that got its 503 at once. One line a second tells of all of them."""
+        self.requests.labels(route, 503).inc()
+        self.seconds.labels(route).observe(seconds)
+        self.rejections.labels(reason).inc()
+        self.away, now = self.away + 1, time.monotonic()
+        if now >= self.told + 1:
+            self.told = now
+            say_event("turned_away", level="warning", reason=reason, total=self.away)
 
     def verdict(self, detector, facts, score, features):
         """Count one; `score` its decision value, `features` float32 [d]."""

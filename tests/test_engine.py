@@ -171,7 +171,7 @@ def test_one_image_gets_the_verdict_that_the_detector_gives(engine, photos):
     alone, found = Detector(BASELINE), []
     for path in photos.values():
         data = path.read_bytes()
-        waited, (facts,) = engine.judge(engine.admit(), [data])
+        waited, (facts,) = engine.judge(engine.ready(), [data])
         assert 0 <= waited < 5
         assert (facts["classification"], facts["confidence"]) == alone.classify(data)
         found.append((facts["classification"], facts["confidence"]))
@@ -251,11 +251,10 @@ def test_without_a_slot_nothing_is_decoded(monkeypatch):
     engine = engine_on(SLOTS=1, QUEUE_LIMIT=0)
     monkeypatch.setattr(common, "open_image", None)  # would raise TypeError
     with engine.slots.take():
-        for ask in (engine.admit, lambda: engine.judge(engine.detector, [picture()])):
-            with pytest.raises(Busy) as error:
-                ask()
-            assert error.value.reason == "queue_full"
-    assert engine.admit() is engine.detector
+        with pytest.raises(Busy) as error:
+            engine.judge(engine.detector, [picture()])
+        assert error.value.reason == engine.refusal().reason == "queue_full"
+    assert engine.refusal() is None
 
 
 @pytest.mark.parametrize("given, slots", [(0, 3), (5, 5)])

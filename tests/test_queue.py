@@ -74,10 +74,33 @@ def test_the_body_of_a_request_that_is_turned_away_is_read_so_that_its_sender_ge
     assert response.status_code == 503 and body.taken == size
 
 
-def test_a_body_above_the_limit_is_not_read_even_then(busy):
-    body = Body(bytes(11_000_000))
-    response = busy.post("/classify", input_stream=body, content_length=11_000_000, content_type="multipart/form-data; boundary=x")
-    assert response.status_code == 413 and body.taken < 100_000
+@pytest.mark.parametrize("path", ["/classify", "/nowhere"])
+def test_a_body_far_above_the_limit_is_not_read_to_its_end(busy, path):
+    body = Body(bytes(40_000_000))
+    response = busy.post(path, input_stream=body, content_length=40_000_000, content_type="multipart/form-data; boundary=x")
+    assert response.status_code == (503 if path in PATHS else 404) and 20_000_000 < body.taken < 23_000_000
+
+
+def test_what_is_turned_away_is_counted_like_all_else_and_a_line_a_second_tells_of_all_of_it(busy, caplog):
+    caplog.set_level("INFO")
+    telemetry = engine_of(busy).telemetry
+    for total in range(1, 6):
+        response = upload(busy, "/classify", picture(), headers={"X-Request-ID": f"mine-{total}"})
+        assert (response.status_code, response.headers["X-Request-ID"]) == (503, f"mine-{total}")
+    assert counted(telemetry, "requests_total", route="/classify", status="503") == 5
+    assert counted(telemetry, "request_seconds_count", route="/classify") == 5
+    assert [line["total"] for line in lines(caplog, "turned_away")] == [1] and not lines(caplog, "request")
+    time.sleep(1)
+    upload(busy, "/classify", picture())
+    assert [(line["reason"], line["total"]) for line in lines(caplog, "turned_away")] == [("queue_full", 1), ("queue_full", 6)]
+
+
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 65, "a\n{}"])
+def test_a_request_id_that_is_none_is_replaced_there_too(busy, sent):
+    body = picture()
+    environ = {"HTTP_X_REQUEST_ID": sent}
+    response = busy.post("/classify", data=body, content_type="multipart/form-data; boundary=x", environ_overrides=environ)
+    assert response.status_code == 503 and len(response.headers["X-Request-ID"]) == 32
 
 
 def test_when_the_slot_is_free_again_so_is_the_service(client, monkeypatch):

@@ -65,7 +65,7 @@ def test_a_demonstration_is_called_one_in_the_log_and_other_models_are_not(engin
 
 def test_answers_change_with_the_model_and_not_before(engine, path):
     def ask():
-        return engine.judge(engine.admit(), [picture()])[1][0]["classification"]
+        return engine.judge(engine.ready(), [picture()])[1][0]["classification"]
     before = ask()
     contrary(path, "v2")
     assert ask() == before
@@ -74,7 +74,7 @@ def test_answers_change_with_the_model_and_not_before(engine, path):
 
 
 def test_a_request_that_began_before_the_swap_is_finished_by_the_model_it_began_with(engine, path):
-    began, telemetry = engine.admit(), engine.telemetry
+    began, telemetry = engine.ready(), engine.telemetry
     (before,) = engine.judge(began, [picture()])[1]
     contrary(path, "v2")
     reload(engine)
@@ -98,7 +98,7 @@ def test_while_a_new_model_loads_the_old_one_answers(engine, path, monkeypatch):
     old = engine.detector
     with meanwhile(reload, engine):
         assert began.wait(20)
-        assert engine.admit() is old and "classification" in engine.judge(old, [picture()])[1][0]
+        assert engine.ready() is old and "classification" in engine.judge(old, [picture()])[1][0]
         may.set()
     assert engine.detector is not old
 
@@ -149,7 +149,7 @@ def model_file_of_format_1(path):
 
 
 def assert_the_old_one_serves(engine, old, caplog, *words):
-    assert engine.detector is engine.ready() is engine.admit() is old and shown(engine) == [version(old)]
+    assert engine.detector is engine.ready() is old and shown(engine) == [version(old)]
     (line,) = lines(caplog, "load_failed")
     assert line["level"] == "error" and line["old_model_serves"] is True and len(line["message"].splitlines()) == 1
     assert all(word in line["message"] for word in ("the model cannot be loaded", *words))
@@ -205,10 +205,9 @@ def test_after_a_first_file_that_cannot_serve_it_says_why_and_a_reload_mends_it(
     path = tmp_path / "m.joblib"
     path.write_text("hello")
     engine = engine_on(MODEL_PATH=path)
-    for ask in (engine.ready, engine.admit):
-        with pytest.raises(Busy, match="cannot be loaded: .*m.joblib is not a model file") as error:
-            ask()
-        assert error.value.reason == "not_ready"
+    with pytest.raises(Busy, match="cannot be loaded: .*m.joblib is not a model file") as error:
+        engine.ready()
+    assert error.value.reason == engine.refusal().reason == "not_ready" and str(error.value) == str(engine.refusal())
     (line,) = lines(caplog, "load_failed")
     assert line["old_model_serves"] is False and counted(engine.telemetry, "ready") == 0 and shown(engine) == []
     model_file(path)
