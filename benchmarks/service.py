@@ -1,7 +1,9 @@
-"""The service under load: latency and throughput at half, once and four times its capacity, /healthz meanwhile, memory.
+"""The service under load: latency and throughput at half, once and four times its capacity, /healthz meanwhile, memory, and
+how many pods that makes.
 
     python benchmarks/service.py --image photo.jpg                              # the shipped demonstration
     python benchmarks/service.py --image photo.jpg --model_path model.joblib    # yours
+    python benchmarks/service.py --image photo.jpg --server_cpus 0              # the load comes from the other processors
 
 Needs `hey` (apt-get install hey), which sends the requests. Beside ours stands what a first try looks like: Flask's own
 threaded server around the same `Detector`, no queue. Both in one run, in turns. Writes nothing; prints Markdown.
@@ -9,6 +11,8 @@ threaded server around the same `Detector`, no queue. Both in one run, in turns.
 import argparse
 import csv
 import io
+import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = (0.5, 1, 4)
+UPLOADS = (1, 10, 100)  # a second: how many pods
+FILL = 0.7              # of a pod's capacity that is planned with: the autoscaler's target in deploy/scaling.yaml
 NAIVE = """
 import sys
 from flask import Flask, request, jsonify
@@ -47,6 +53,8 @@ def parse_args(argv):
     parser.add_argument("--image", required=True, help="photograph to send")
     parser.add_argument("--model_path", default=str(ROOT / "models" / "baseline.joblib"), help="model to serve")
     parser.add_argument("--seconds", type=int, default=20, help="of each load")
+    parser.add_argument("--server_cpus", type=int, nargs="+", metavar="N",
+                        help="processors of the servers; the load then comes from the others (default: all share all)")
     parser.add_argument("--memory_requests", type=int, default=2200, help="requests over which memory is watched")
     return parser.parse_args(argv)
 
@@ -54,13 +62,15 @@ def parse_args(argv):
 class Server:
     """A service as a process of its own, ready."""
 
-    def __init__(self, command, folder, **env):
+    def __init__(self, command, folder, cpus, **env):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url, log = f"http://127.0.0.1:{self.port}", open(Path(folder) / f"log{self.port}", "wb")
-        self.process = subprocess.Popen([part.replace("PORT", str(self.port)) for part in command], cwd=ROOT, stdout=log, stderr=log,
-                                        env={**os.environ, **env, "PORT": str(self.port)}, start_new_session=True)
+        pin = ["taskset", "-c", ",".join(map(str, cpus))] if cpus else []
+        command = pin + [part.replace("PORT", str(self.port)) for part in command]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                                        env={**os.environ, **env, "PORT": str(self.port)})
         log.close()
         path = "/readyz" if "app.py" in str(command) else "/healthz"
         for _ in range(600):
@@ -79,6 +89,10 @@ class Server:
         for pid in [self.process.pid, *Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]:
             kilobytes += int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1))
         return kilobytes / 1024
+
+    def ask(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
 
     def stop(self):
         os.killpg(self.process.pid, signal.SIGTERM)
@@ -143,33 +157,51 @@ def row(name, factor, server, body, seconds, capacity):
           f"| {server.memory():.0f} |", flush=True)
 
 
+def capacities(servers, body, seconds):
+    """Four clients at once -> {server: verdicts a second, three times}; in turns, since the machine's mood changes."""
+    rates = {server: [] for server in servers}
+    for server in servers:
+        load(server, body, requests=20)
+    for _ in range(3):
+        for server in servers:
+            took, rows = load(server, body, seconds=seconds, clients=4)
+            rates[server].append(sum(status == 200 for status, *_ in rows) / took)
+    return rates
+
+
+def sizing(server, capacity, cpus):
+    """The README's row: what one pod takes, and how many it takes."""
+    encoder, pods = server.ask("/model")["encoder"], [math.ceil(n / (FILL * capacity)) for n in UPLOADS]
+    print(f"\n| encoder | images/s a processor | MB a pod | pods of {cpus} processors for {', '.join(map(str, UPLOADS))} uploads/s |\n"
+          f"|---|---|---|---|\n| `{Path(encoder['name']).stem}`, {encoder['precision']} | {capacity / cpus:.2g} | {server.memory():.0f} "
+          f"| {', '.join(map(str, pods))} |")
+
+
 def main(argv=None):
     args = parse_args(argv)
-    if not shutil.which("hey"):
-        sys.exit("error: hey is not installed: apt-get install hey")
+    for tool in ("hey", "taskset"):
+        if not shutil.which(tool):
+            sys.exit(f"error: {tool} is not installed: apt-get install hey util-linux")
+    if args.server_cpus:
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - set(args.server_cpus))
     with tempfile.TemporaryDirectory() as folder:
         body = multipart(args.image, folder)
         env = {"MODEL_PATH": os.path.abspath(args.model_path), "ALLOW_DEMO_MODEL": "1"}
-        ours = Server([sys.executable, "app.py"], folder, **env)
-        naive = Server([sys.executable, "-c", NAIVE, env["MODEL_PATH"], "PORT"], folder)
+        ours = Server([sys.executable, "app.py"], folder, args.server_cpus, **env)
+        naive = Server([sys.executable, "-c", NAIVE, env["MODEL_PATH"], "PORT"], folder, args.server_cpus)
         try:
-            for server in (ours, naive):
-                load(server, body, requests=20)
-            rates = {server: [] for server in (ours, naive)}
-            for _ in range(3):  # in turns: the machine's mood changes
-                for server in rates:
-                    took, rows = load(server, body, seconds=args.seconds / 2, clients=4)
-                    rates[server].append(sum(status == 200 for status, *_ in rows) / took)
-            capacity = statistics.median(rates[ours])
-            print(f"{Path(args.image).stat().st_size / 1000:.0f} kB photograph, {os.cpu_count()} processors, load from the same machine. "
-                  f"Four clients at once, medians of three: ours {capacity:.1f} verdicts a second "
-                  f"({min(rates[ours]):.1f} to {max(rates[ours]):.1f}), naive {statistics.median(rates[naive]):.1f}.\n")
+            rates = capacities((ours, naive), body, args.seconds / 2)
+            capacity, cpus = statistics.median(rates[ours]), len(args.server_cpus or range(os.cpu_count()))
+            print(f"{Path(args.image).stat().st_size / 1000:.0f} kB photograph, {cpus} processors, load from "
+                  f"{'others' if args.server_cpus else 'the same'}. Four clients at once, medians of three: ours {capacity:.1f} "
+                  f"verdicts a second ({min(rates[ours]):.1f} to {max(rates[ours]):.1f}), naive {statistics.median(rates[naive]):.1f}.\n")
             print("| server | load | asked/s | verdicts/s | ms at 50 / 95 / 99% | 503 | ms of a 503 at 50 / 99% | other | /healthz ms at 99 / 100% | MB |\n"
                   "|---|---|---|---|---|---|---|---|---|---|")
             for factor in FACTORS:
                 for name, server in (("ours", ours), ("naive", naive)):
                     row(name, factor, server, body, args.seconds, capacity)
             memory_curve(ours, body, args.memory_requests)
+            sizing(ours, capacity, cpus)
         finally:
             ours.stop()
             naive.stop()

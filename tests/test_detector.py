@@ -22,7 +22,8 @@ def test_tiny_runs_in_float32_everywhere_because_bfloat16_turns_some_of_its_verd
     try:
         pair = [encoders.Encoder(encoders.SHIPPED, precision=precision) for precision in ("bfloat16", "float32")]
     except common.EncoderError as error:
-        pytest.skip(f"bfloat16 against float32: {error}")
+        assert "no bfloat16" in str(error)
+        pytest.skip("this processor has no bfloat16")
     assert [e.precision for e in pair] == ["bfloat16", "float32"]
     images = (common.decode_image(common.read_bytes(path)) for path in crops)
     pixels, model = np.stack([common.preprocess(image, pair[0].resolution) for image in images]), load_model(BASELINE)
@@ -53,5 +54,5 @@ def test_a_bad_image_does_not_shift_the_answers_of_the_others(crops, tmp_path, b
     found = dict(classify_all(detector, paths, common.MAX_PIXELS, batch))
     assert isinstance(found.pop(bad), common.UnsupportedImage)
     alone = dict(classify_all(detector, crops[:7], common.MAX_PIXELS, 1))
-    assert list(found) == list(alone) and list(found.values()) == pytest.approx(list(alone.values()), abs=1e-9)
-    assert len(set(alone.values())) == 7
+    assert list(found) == list(alone) and list(found.values()) == pytest.approx(list(alone.values()), abs=1e-6)  # the order of sums
+    assert np.diff(sorted(alone.values())).min() > 1e-4  # so an answer at another's place would show
