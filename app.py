@@ -30,6 +30,7 @@ from settings import SETTINGS, key_of, read_settings
 from telemetry import Telemetry, say_event
 
 FIELD_BYTES = 500_000  # of a form's text fields, which nothing here reads; Flask's default
+FEEDBACK_BYTES = 2000  # a parsed megabyte of JSON takes thirty
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
 UPLOADS = ("/classify", "/classify/batch")
 PROBES = ("/healthz", "/readyz", "/metrics")                      # asked every few seconds: not logged while they succeed
@@ -70,7 +71,7 @@ def create_app(config=None):
     app.register_error_handler(ImageError, lambda e: error(e.status, str(e)))
     app.register_error_handler(Busy, busy)
     app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(ParseException, lambda e: error(400, f"the body's chunks are malformed: {e}"))
+    app.register_error_handler(ParseException, lambda _: error(400, "the body's chunks are malformed"))  # its words hold the body's
     app.register_error_handler(Exception, unexpected)
     return app
 
@@ -266,6 +267,7 @@ def feedback():
     """{"request_id": ..., "label": "real" | "fake"}: one line in the log, which `evaluate.py --feedback` reads. No state."""
     if g.key is None:
         return error(403, "feedback needs a token: set API_KEYS_FILE")
+    request.max_content_length = FEEDBACK_BYTES
     try:
         sent = request.get_json(silent=True)
     except RecursionError:  # a hundred thousand brackets

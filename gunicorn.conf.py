@@ -4,6 +4,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from selectors import EVENT_READ
 
@@ -36,9 +37,12 @@ class QuietLogger(Logger):
         pass
 
 
+ANSWER_S = 60  # beyond the deadline of its body, for the queue, the verdicts of a batch and a client that reads slowly
+
+
 class Worker(ThreadWorker):
-    """gthread, for clients that are slow on purpose: one that has sent nothing costs no thread, and a request that has not
-    arrived by its deadline is cut off."""
+    """gthread, for clients that are slow on purpose: one that has sent nothing costs no thread, a request that has not
+    arrived by its deadline is cut off, and nobody makes the main loop wait."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,17 +63,33 @@ class Worker(ThreadWorker):
         finally:
             self.deadlines.pop(conn, None)
 
+    def finish_request(self, conn, future):
+        conn.close = partial(close_now, conn)
+        super().finish_request(conn, future)
+
     def notify(self):
-        """Called by the main loop at least once a second. Only reading is cut off: an answer can still be sent."""
+        """Called by the main loop at least once a second. At first only reading is cut off, so that an answer can still be
+        sent; a client that does not take it is cut off as well."""
         super().notify()
         now = time.monotonic()
         for conn, deadline in list(self.deadlines.items()):
             if now > deadline:
-                self.deadlines.pop(conn, None)
-                try:
-                    conn.sock.shutdown(socket.SHUT_RD)
-                except OSError:  # gone by itself
-                    pass
+                with suppress(OSError):  # gone by itself
+                    conn.sock.shutdown(socket.SHUT_RDWR if now > deadline + ANSWER_S else socket.SHUT_RD)
+
+
+def close_now(conn, graceful=False):
+    """gunicorn's own graceful close waits in the main loop, up to two seconds, for the client to close first: one client that
+    does not would stop all others. Here what has come already is read, so that the answer is followed by an end and not
+    by a reset, and that is all: bodies were read before the answer."""
+    with suppress(OSError):
+        conn.sock.setblocking(False)
+        conn.sock.shutdown(socket.SHUT_WR)
+        for _ in range(16):
+            if not conn.sock.recv(65536):
+                break
+    with suppress(OSError):
+        conn.sock.close()
 
 
 # ---- a new model without a new process ----

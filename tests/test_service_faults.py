@@ -241,6 +241,22 @@ def test_headers_that_never_end_are_cut_off_as_well(serve):
         assert slow.recv(4096) == b""
 
 
+@pytest.mark.parametrize("head", [b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b"GET /healthz HTTP/1.0\r\n\r\n",
+                                  b"nonsense\r\n\r\n"], ids=["close", "HTTP/1.0", "nonsense"])
+def test_clients_that_do_not_close_after_their_answer_make_nobody_wait(serve, head):
+    server = serve()
+    lingering = [connect(server) for _ in range(20)]
+    try:
+        for one in lingering:
+            one.sendall(head)
+        started = time.monotonic()
+        assert server.session.get(f"{server.url}/healthz", timeout=10).status_code == 200 and time.monotonic() - started < 1
+        assert all(re.match(rb"HTTP/1\.[01] (200|400) ", one.recv(4096)) for one in lingering)
+    finally:
+        for one in lingering:
+            one.close()
+
+
 def test_connections_that_send_nothing_cost_no_thread(serve):
     server = serve(QUEUE_LIMIT="0", SPARE_THREADS="1", SLOTS="1")
     silent = [connect(server) for _ in range(50)]
