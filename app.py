@@ -104,7 +104,7 @@ def drain(environ, settings):
 def turn_away(app):
     """-> WSGI app: uploads that can get no verdict now get their 503 before Flask sees them, and no log line each. Under four
     times the load that is most of them, and what one costs is taken from the verdicts: half of what it costs through
-    Flask (benchmarks/service.md)."""
+    Flask."""
     inner, engine, telemetry = app.wsgi_app, app.extensions["engine"], app.extensions["telemetry"]
 
     def wsgi(environ, start_response):
