@@ -38,7 +38,7 @@ demo: $(DEMO_VENV)/.ready
 endif
 
 test: $(VENV)/.ready tools
-	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long'
+	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile
 
 test-long: $(VENV)/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m long

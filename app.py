@@ -109,7 +109,9 @@ def turn_away(app):
 
     def wsgi(environ, start_response):
         route, started = environ["PATH_INFO"], time.perf_counter()
-        refusal = engine.refusal() if route in UPLOADS and environ["REQUEST_METHOD"] == "POST" else None
+        upload = route in UPLOADS and environ["REQUEST_METHOD"] == "POST"
+        known = not engine.keys or key_of(environ.get("HTTP_AUTHORIZATION", ""), engine.keys)
+        refusal = engine.refusal() if upload and known else None  # who is not known learns that, and nothing else
         if refusal is None:
             return inner(environ, start_response)
         drain(environ, engine.settings)
@@ -144,7 +146,7 @@ def finish(response):
     response.headers["X-Request-ID"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
     telemetry().requests.labels(route(), response.status_code).inc()
-    telemetry().seconds.labels(route()).observe(seconds)
+    telemetry().seconds.labels(route(), response.status_code).observe(seconds)
     if request.path not in PROBES or response.status_code >= 400:
         say_event("request", request_id=g.request_id, method=request.method, route=route(), status=response.status_code,
                   seconds=round(seconds, 4), read_s=g.read_s, key=g.key, **({"error": g.error} if g.error else {}))
@@ -177,10 +179,10 @@ def http_error(exception):
         return error(408, f"the body did not arrive in full within {engine().settings['BODY_TIMEOUT_S']} s")
     message = f"{exception.name}: {exception.description}"
     if exception.code == 413:
-        limits = engine().settings
-        message = f"the request is larger than the {limits['MAX_UPLOAD_BYTES']:,} bytes allowed"
-        if (request.content_length or 0) <= limits["MAX_UPLOAD_BYTES"]:
-            message += f", or has more than {limits['BATCH_LIMIT']} images or a text field of more than {FIELD_BYTES:,} bytes"
+        message = f"the request is larger than the {request.max_content_length:,} bytes allowed"
+        if (request.content_length or 0) <= request.max_content_length:
+            message += (f", or has more than {engine().settings['BATCH_LIMIT']} images or a text field of more than "
+                        f"{FIELD_BYTES:,} bytes")
     response = error(exception.code, message)
     response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
     return response
@@ -243,7 +245,7 @@ def classify():
     if "error" in facts:
         return error(facts["status"], facts["error"])
     body = body_of(detector, facts)
-    if len(body) > 2:
+    if request.args.get("details") == "1":
         stages = {"wait_s": waited, "read_s": g.read_s, **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")}}
         body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
     return with_model(detector, body)
@@ -336,7 +338,7 @@ def main(argv=None):
              for name, (default, text) in SETTINGS.items()]
     argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "API_KEYS_FILE"):
+    for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "API_KEYS_FILE", "CLIP_CACHE"):
         if os.environ.get(name):
             os.environ[name] = os.path.abspath(os.environ[name])
     os.chdir(common.HERE)  # gunicorn looks for its settings and the app here

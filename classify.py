@@ -64,16 +64,18 @@ class Detector:
         return verdict(self.model, self.p_fake(self.pixels(common.decode_image(data, max_pixels))[None])[0])
 
 
-def encoder_folder(encoder, model_path):
-    """The prepared folder that a model's encoder entry names; one of OpenAI's is prepared where it is missing."""
+def encoder_folder(encoder, model_path, prepare=True):
+    """The prepared folder that a model's encoder entry names; one of OpenAI's is prepared where it is missing, unless a
+    service asks: torch's gigabytes would stay in its process. Raises EncoderError."""
     folder = encoders.find_encoder(identity=encoder["identity"])
-    if folder is None and encoder["name"] in encoders.OPENAI_NAMES:
+    if folder is None and prepare and encoder["name"] in encoders.OPENAI_NAMES:
         from prepare_clip import ensure_encoder
         ensure_encoder(encoder["name"])
         folder = encoders.find_encoder(identity=encoder["identity"])
     if folder is None:
+        checkpoint = encoder["name"] if encoder["name"] in encoders.OPENAI_NAMES else "with its checkpoint"
         raise EncoderError(f"{model_path} was trained on encoder '{encoder['name']}' ({encoder['identity'][:12]}), which is "
-                           f"not in {encoders.cache_dir()}: run python prepare_clip.py --clip_model with its checkpoint")
+                           f"not in {encoders.cache_dir()}: run python prepare_clip.py --clip_model {checkpoint}")
     return folder
 
 

@@ -4,8 +4,9 @@
     waited, facts = engine.judge(engine.ready(), [data])   # Busy where there is no model yet, or too many wait already
     engine.reload()                                  # the file anew; a broken one leaves the old model serving
 """
+import collections
 import contextlib
-import os
+import queue
 import subprocess
 import sys
 import threading
@@ -36,39 +37,53 @@ class Busy(Exception):
 
 
 class Slots:
-    """So many requests in work at a time, so many waiting for a while, and no more.
+    """So many requests in work at a time, so many waiting for a while, first come, first served, and no more.
 
     slots = Slots(2, limit=16, timeout=5)
     with slots.take() as waited: ...    # seconds; raises Busy at once where `limit` wait, and after `timeout` seconds
+
+    `observe` is called with the seconds of every wait, those that end without a turn too.
     """
 
-    def __init__(self, count, limit, timeout):
-        self.count, self.limit, self.timeout = count, limit, timeout
-        self._work, self._lock = threading.Semaphore(count), threading.Lock()
-        self.busy = self.waiting = 0
+    def __init__(self, count, limit, timeout, observe=lambda seconds: None):
+        self.count, self.limit, self.timeout, self._observe = count, limit, timeout, observe
+        self._lock, self._queue, self.busy = threading.Lock(), collections.deque(), 0
+
+    @property
+    def waiting(self):
+        return len(self._queue)
 
     def full(self):
         return self.busy + self.waiting >= self.count + self.limit
 
     @contextlib.contextmanager
     def take(self):
-        started = time.perf_counter()
+        started, turn = time.perf_counter(), threading.Event()
         with self._lock:
             if self.full():
                 raise Busy("queue_full", QUEUE_FULL)
-            self.waiting += 1
-        free = self._work.acquire(timeout=self.timeout)
+            self._queue.append(turn)
+            self._next()
+        turn.wait(self.timeout)
         with self._lock:
-            self.waiting -= 1
-            self.busy += free
-        if not free:
+            if not turn.is_set():
+                self._queue.remove(turn)
+        waited = time.perf_counter() - started
+        self._observe(waited)
+        if not turn.is_set():
             raise Busy("queue_timeout", f"busy: no turn came within {self.timeout} s; try again later")
         try:
-            yield time.perf_counter() - started
+            yield waited
         finally:
             with self._lock:
                 self.busy -= 1
-            self._work.release()
+                self._next()
+
+    def _next(self):
+        """Give a free slot to the one that has waited longest. Called with the lock held."""
+        if self._queue and self.busy < self.count:
+            self.busy += 1
+            self._queue.popleft().set()
 
 
 class Engine:
@@ -78,10 +93,11 @@ class Engine:
     def __init__(self, settings, telemetry):
         self.settings, self.telemetry, self.detector, self.error = settings, telemetry, None, None
         self.keys = read_keys(settings["API_KEYS_FILE"])
-        self.slots = Slots(slots_of(settings), settings["QUEUE_LIMIT"], settings["QUEUE_TIMEOUT_S"])
+        self.slots = Slots(slots_of(settings), settings["QUEUE_LIMIT"], settings["QUEUE_TIMEOUT_S"],
+                           telemetry.stage.labels("wait").observe)
         telemetry.watch(self.slots)
-        self.large, self._loading = threading.Lock(), threading.Lock()
-        self._start(self._load)
+        self.large, self._asked = threading.Lock(), queue.SimpleQueue()
+        threading.Thread(target=self._keep_loaded, daemon=True).start()
 
     def ready(self):
         """The detector that serves now. Raises Busy while there is none."""
@@ -96,29 +112,37 @@ class Engine:
         return Busy("not_ready", self.error or LOADING) if self.detector is None else None
 
     def reload(self):
-        """Read keys and model again in a thread; called by SIGHUP. One at a time: a second one waits for the first."""
-        self._start(self._reload)
+        """Read keys and model again, in the engine's own thread. A signal handler calls this: it takes no lock."""
+        self._asked.put(None)
 
-    @staticmethod
-    def _start(work):
-        threading.Thread(target=work, daemon=True).start()
+    def _keep_loaded(self):
+        """The engine's own thread: load, and then again whenever asked; what is asked meanwhile becomes one more time."""
+        self._load()
+        while True:
+            self._asked.get()
+            while not self._asked.empty():
+                self._asked.get()
+            self._reload()
 
     def _load(self):
-        with self._loading:
-            started = time.monotonic()
-            try:
-                detector = load_detector(self.settings, self.detector)
-                self.telemetry.serve(detector, named(detector))
-            except Exception as error:  # whatever a file on a disk can do: say so and stay as we are
-                self.error = f"the model cannot be loaded: {error}"
-                say_event("load_failed", level="error", message=self.error, old_model_serves=self.detector is not None,
-                          exc_info=not isinstance(error, DetectorError))
-                return False
-            self.detector, self.error = detector, None
-            say_event("ready", seconds=round(time.monotonic() - started, 3), **named(detector))
-            if detector.encoder.notice:
-                say_event("demonstration", level="warning", message=detector.encoder.notice)
-            return True
+        started = time.monotonic()
+        try:
+            detector = load_detector(self.settings, self.detector)
+            if detector is self.detector:  # its drift is measured on
+                say_event("unchanged", **named(detector))
+                return True
+            self.telemetry.serve(detector, named(detector))
+        except Exception as error:  # whatever a file on a disk can do: say so and stay as we are
+            message = f"the model cannot be loaded: {error}"
+            say_event("load_failed", level="error", message=message, old_model_serves=self.detector is not None,
+                      exc_info=not isinstance(error, DetectorError))
+            self.error = message
+            return False
+        say_event("ready", seconds=round(time.monotonic() - started, 3), **named(detector))
+        if detector.encoder.notice:
+            say_event("demonstration", level="warning", message=detector.encoder.notice)
+        self.detector, self.error = detector, None
+        return True
 
     def _reload(self):
         try:
@@ -136,7 +160,6 @@ class Engine:
         """Bytes of images -> (seconds waited, one dict of facts an image, in order; `error` and `status` where there is no
         verdict). Raises Busy."""
         with self.slots.take() as waited:
-            self.telemetry.stage.labels("wait").observe(waited)
             found = [self._decode(detector, data) for data in images]
             good = [(facts, pixels) for facts, pixels in found if pixels is not None]
             for start in range(0, len(good), FORWARD):
@@ -189,24 +212,18 @@ def check(settings):
 
     One of OpenAI's encoders that is missing is prepared by a process of its own: torch's gigabytes end with it.
     """
-    from model import load_model
     read_keys(settings["API_KEYS_FILE"])
-    if os.path.isfile(settings["MODEL_PATH"]):
-        wanted = load_model(settings["MODEL_PATH"])["encoder"]
-        if wanted["name"] in encoders.OPENAI_NAMES and encoders.find_encoder(identity=wanted["identity"]) is None:
-            prepared = subprocess.run([sys.executable, common.HERE / "prepare_clip.py", "--clip_model", wanted["name"]],
-                                      stdout=sys.stderr)
-            if prepared.returncode:
-                sys.exit(prepared.returncode)  # it has said why
-    check_model(settings)
+    model = read_model(settings)
+    wanted = model["encoder"]
+    if wanted["name"] in encoders.OPENAI_NAMES and encoders.find_encoder(identity=wanted["identity"]) is None:
+        prepared = subprocess.run([sys.executable, common.HERE / "prepare_clip.py", "--clip_model", wanted["name"]], stdout=sys.stderr)
+        if prepared.returncode:
+            sys.exit(prepared.returncode)  # it has said why
+    check_encoder(settings, model)
 
 
-def check_model(settings):
-    """The model file, its pinned hash, its encoder's folder: all that can be known without OpenVINO. -> model dict
-
-    Raises DetectorError, in one line.
-    """
-    from classify import encoder_folder
+def read_model(settings):
+    """The model file, if it is the pinned one -> model dict. Raises DetectorError."""
     from model import load_model
     path = settings["MODEL_PATH"]
     if not path:
@@ -216,10 +233,16 @@ def check_model(settings):
     model = load_model(path)
     if settings["MODEL_SHA256_FILE"]:
         check_pin(settings["MODEL_SHA256_FILE"], model["sha256"], path)
-    notice = encoders.read_manifest(encoder_folder(model["encoder"], path)).get("notice")
+    return model
+
+
+def check_encoder(settings, model):
+    """Raises DetectorError unless the model's encoder is prepared, and allowed where it is a demonstration."""
+    from classify import encoder_folder
+    path = settings["MODEL_PATH"]
+    notice = encoders.read_manifest(encoder_folder(model["encoder"], path, prepare=False)).get("notice")
     if notice and not settings["ALLOW_DEMO_MODEL"]:
         raise UsageError(f"MODEL_PATH={path}: {notice}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
-    return model
 
 
 def check_pin(pin_path, found, model_path):
@@ -231,19 +254,23 @@ def check_pin(pin_path, found, model_path):
 
 
 def load_detector(settings, current=None):
-    """-> Detector, warm and proved on the golden picture. The encoder of `current` is used again where it is the same.
+    """-> Detector, warm and proved on the golden picture; `current` itself where it is of the same file. Its encoder is used
+    again where that is the same.
 
     Raises DetectorError.
     """
     from classify import Detector
-    model = check_model(settings)
+    model = read_model(settings)
+    if current is not None and current.model["sha256"] == model["sha256"]:
+        return current
+    check_encoder(settings, model)
     same = current is not None and current.encoder.identity == model["encoder"]["identity"]
     passes = slots_of(settings)  # each on its share of the threads: 1.5 times one at a time, or more (benchmarks/service.md)
     detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or encoders.processors(), passes=passes, model=model,
                         encoder=current.encoder if same else None)
     prove(detector)
     side = detector.encoder.resolution
-    for n in [1] * passes + [FORWARD] * passes:  # warms every one of them, for both sizes
+    for n in [] if same else [1] * passes + [FORWARD] * passes:  # warms every one of them, for both sizes
         detector.encoder.encode(np.zeros((n, 3, side, side), np.float32))
     return detector
 

@@ -1,4 +1,5 @@
 """gunicorn's settings, each with its reason. gunicorn reads this file from the folder it is started in."""
+import json
 import os
 import signal
 import socket
@@ -11,12 +12,15 @@ from selectors import EVENT_READ
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads would fight with OpenVINO's for the processors
 
 from gunicorn.glogging import Logger  # noqa: E402
+from gunicorn.http.errors import (ExpectationFailed, LimitRequestHeaders, LimitRequestLine, ParseException,  # noqa: E402
+                                  UnsupportedTransferCoding)
+from gunicorn.util import write_nonblock  # noqa: E402
 from gunicorn.workers.gthread import ThreadWorker  # noqa: E402
 
 from common import DetectorError  # noqa: E402
 from engine import check, slots_of  # noqa: E402
 from settings import read_settings  # noqa: E402
-from telemetry import LOGGING  # noqa: E402
+from telemetry import LOGGING, say_event  # noqa: E402
 
 
 def load_settings():
@@ -37,7 +41,10 @@ class QuietLogger(Logger):
         pass
 
 
-ANSWER_S = 60  # beyond the deadline of its body, for the queue, the verdicts of a batch and a client that reads slowly
+FIRST_BYTE_S = 5  # for a new connection that has sent nothing
+ANSWER_S = 60     # beyond the deadline of its body, for the queue, the verdicts of a batch and a client that reads slowly
+MALFORMED = {ExpectationFailed: "417 Expectation Failed", LimitRequestHeaders: "431 Request Header Fields Too Large",
+             LimitRequestLine: "414 URI Too Long", UnsupportedTransferCoding: "501 Not Implemented"}
 
 
 class Worker(ThreadWorker):
@@ -46,22 +53,38 @@ class Worker(ThreadWorker):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.deadlines = {}  # connection: when its request must have arrived; threads add and remove, the main loop looks
+        # connection: (when its request must have arrived, it once its headers have); threads write, the main loop looks
+        self.deadlines = {}
 
     def enqueue_req(self, conn):
         if conn.initialized or conn.data_ready:
             return super().enqueue_req(conn)
         conn.sock.setblocking(False)  # as gunicorn itself does after five seconds of a thread's waiting
-        conn.timeout = time.monotonic() + self.cfg.keepalive
+        conn.timeout = time.monotonic() + FIRST_BYTE_S
         self.pending_conns.append(conn)
         self.poller.register(conn.sock, EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def handle(self, conn):
-        self.deadlines[conn] = time.monotonic() + settings["BODY_TIMEOUT_S"]
+        self.deadlines[conn] = time.monotonic() + settings["BODY_TIMEOUT_S"], None
         try:
             return super().handle(conn)
         finally:
             self.deadlines.pop(conn, None)
+
+    def handle_request(self, req, conn):
+        self.deadlines[conn] = self.deadlines[conn][0], req
+        return super().handle_request(req, conn)
+
+    def handle_error(self, req, client, addr, exc):
+        """gunicorn would write the bytes that it could not parse, a token perhaps, into its log and its answer."""
+        if not isinstance(exc, ParseException):
+            return super().handle_error(req, client, addr, exc)
+        status = MALFORMED.get(type(exc), "400 Bad Request")
+        say_event("malformed", level="warning", kind=type(exc).__name__, address=addr and addr[0], status=int(status[:3]))
+        body = json.dumps({"error": f"the request is malformed: {type(exc).__name__}"}) + "\n"
+        with suppress(OSError):  # gone by itself
+            write_nonblock(client, (f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+                                    f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
 
     def finish_request(self, conn, future):
         conn.close = partial(close_now, conn)
@@ -72,10 +95,16 @@ class Worker(ThreadWorker):
         sent; a client that does not take it is cut off as well."""
         super().notify()
         now = time.monotonic()
-        for conn, deadline in list(self.deadlines.items()):
-            if now > deadline:
-                with suppress(OSError):  # gone by itself
+        for conn, (deadline, req) in list(self.deadlines.items()):
+            if now > deadline and not (req and arrived(req)) or now > deadline + ANSWER_S:
+                with suppress(OSError):
                     conn.sock.shutdown(socket.SHUT_RDWR if now > deadline + ANSWER_S else socket.SHUT_RD)
+
+
+def arrived(req):
+    """Has its body been read to the end? Both of gunicorn's readers know: one counts down, the other drops its parser."""
+    reader = req.body.reader
+    return getattr(reader, "length", None) == 0 or getattr(reader, "parser", reader) is None
 
 
 def close_now(conn, graceful=False):
@@ -115,8 +144,8 @@ workers = 1                              # one model in memory; a forward pass t
 worker_class = Worker
 # those at work, those that may wait for them, and some for all else: a full queue must not make /healthz wait
 threads = slots_of(settings) + settings["QUEUE_LIMIT"] + settings["SPARE_THREADS"]
-worker_connections = 1000                # open connections; those that have sent nothing cost no thread
-keepalive = 5                            # seconds for which a silent connection stays open
+worker_connections = 1000                # open connections, more are not accepted; those that are silent cost no thread
+keepalive = 75                           # seconds between requests; longer than the 60 after which nginx closes an idle one
 preload_app = False                      # OpenVINO's threads do not survive a fork
 timeout = 60                             # a worker silent for so long is replaced
 graceful_timeout = 30                    # in-flight requests may finish; below Kubernetes' grace period

@@ -6,6 +6,7 @@
 """
 import json
 import logging
+import threading
 import time
 
 import numpy as np
@@ -65,14 +66,14 @@ class Telemetry:
         def new(kind, name, text, labels=(), **more):
             return kind(f"detector_{name}", text, labels, registry=registry, **more)
         self.requests = new(Counter, "requests", "Requests answered", ("route", "status"))
-        self.seconds = new(Histogram, "request_seconds", "Whole requests", ("route",), buckets=SECONDS)
+        self.seconds = new(Histogram, "request_seconds", "Whole requests", ("route", "status"), buckets=SECONDS)
         self.stage = new(Histogram, "stage_seconds", "Stages of a verdict: wait (for a slot), read (the body), decode "
                          "(to the encoder's input), encode (one forward pass), classify", ("stage",), buckets=SECONDS)
         self.queue = new(Gauge, "queue_depth", "Requests that wait for a slot")
         self.slots = new(Gauge, "slots", "Requests that are worked on at a time, at most")
         self.busy = new(Gauge, "slots_busy", "Requests that are worked on now")
         self.rejections = new(Counter, "rejections", "Requests turned away: queue_full, queue_timeout, not_ready, "
-                              "unauthorized, slow_body", ("reason",))
+                              "unauthorized, slow_body (late, or its sender gave up)", ("reason",))
         self.image_errors = new(Counter, "image_errors", "Images refused, by the status that fits", ("status",))
         self.verdicts = new(Counter, "verdicts", "Verdicts", ("model_version", "classification"))
         self.uncertain = new(Counter, "uncertain", "Verdicts inside the model's band of uncertainty", ("model_version",))
@@ -114,7 +115,7 @@ class Telemetry:
     def turned_away(self, route, reason, seconds):
         """Count an upload that got its 503 at once. One line a second tells of all of them."""
         self.requests.labels(route, 503).inc()
-        self.seconds.labels(route).observe(seconds)
+        self.seconds.labels(route, 503).observe(seconds)
         self.rejections.labels(reason).inc()
         self.away, now = self.away + 1, time.monotonic()
         if now >= self.told + 1:
@@ -148,7 +149,7 @@ class Drift:
         self.edges = np.quantile(scores, np.arange(1, BINS) / BINS)
         self.reference = np.bincount(np.searchsorted(self.edges, scores, "right"), minlength=BINS) / len(scores)
         self.model, self.mean, self.noise = model, np.zeros(len(model["center"])), 0.0
-        self.seen = 0
+        self.seen, self._lock = 0, threading.Lock()
 
     def bin(self, score):
         """Decision value -> bin 0 .. BINS - 1."""
@@ -157,10 +158,12 @@ class Drift:
     def add(self, features):
         """float32 [d]: one image's. Replaces arrays rather than changing them: a scrape in between sees a whole state."""
         from model import standardise
-        self.seen += 1
-        weight = max(1 / self.seen, 1 / WINDOW)
-        self.mean = self.mean + weight * (standardise(self.model, features[None])[0] - self.mean)
-        self.noise = (1 - weight) ** 2 * self.noise + weight ** 2  # sum of squared weights: variance of a mean of white noise
+        row = standardise(self.model, features[None])[0]
+        with self._lock:
+            self.seen += 1
+            weight = max(1 / self.seen, 1 / WINDOW)
+            self.mean = self.mean + weight * (row - self.mean)
+            self.noise = (1 - weight) ** 2 * self.noise + weight ** 2  # sum of squared weights: variance of a mean of white noise
 
     def distance(self):
         if not self.seen:

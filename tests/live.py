@@ -1,13 +1,18 @@
 """The service under test: Flask's test client with a model loaded, and the service as a process of its own."""
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import pytest
 import requests
+from PIL import Image
 
 import app as service
 from conftest import ROOT
@@ -83,3 +88,44 @@ class Live:
             return self.process.wait(40)
         finally:
             self.process.kill()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Function: settings -> the live service, on a copy of the shipped model that a test may replace."""
+    started = []
+
+    def start(**settings):
+        shutil.copy(BASELINE, tmp_path / "model.joblib")
+        started.append(Live(tmp_path, MODEL_PATH="model.joblib", **settings))
+        return started[-1]
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def photo(photos):
+    return photos["china.jpg"].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A PNG of 36 megapixels and 100 kB: most of a second of decoding, time enough for something to happen."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (6000, 6000), "navy").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def metric(server, name):
+    """Value of the first series of that name, 0 where there is none."""
+    text = server.session.get(f"{server.url}/metrics", timeout=10).text
+    found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+    return float(found.group(1)) if found else 0.0
+
+
+def wait_for(what, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)

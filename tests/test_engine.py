@@ -103,21 +103,39 @@ def test_work_that_fails_gives_its_slot_back():
         assert slots.busy == 1
 
 
-def test_those_that_come_in_the_same_instant_are_bounded_too():
-    slots, told = Slots(1, limit=1, timeout=20), []
-    acquire, may, entered = slots._work.acquire, threading.Event(), []
+def test_who_has_waited_longest_is_next_and_newcomers_pass_nobody():
+    slots, order = Slots(1, limit=9, timeout=20), []
 
-    def slow(**options):  # admitted, and not yet counted as at work
-        entered.append(1)
-        assert may.wait(20)
-        return acquire(**options)
-    slots._work.acquire = slow
+    def work(number):
+        order.append(number)
+        if number < 5:  # a newcomer at the moment that a slot is given back
+            stack.enter_context(meanwhile(take, slots, [], lambda: work(number + 5)))
     with contextlib.ExitStack() as stack:
-        for number in range(4):
-            stack.enter_context(meanwhile(take, slots, told))
-            until(lambda: len(entered) + len(told) > number)
-        may.set()
-    assert sorted(map(str, told))[2:] == ["queue_full", "queue_full"]
+        with slots.take():
+            for number in range(5):
+                stack.enter_context(meanwhile(take, slots, [], lambda number=number: work(number)))
+                until(lambda: slots.waiting == number + 1)
+    assert order == list(range(10))
+
+
+def test_a_turn_that_comes_as_the_wait_ends_is_taken_or_passed_on_and_never_lost():
+    slots, told = Slots(1, limit=3, timeout=0.02), []
+    for _ in range(50):
+        with contextlib.ExitStack() as stack:
+            with slots.take():
+                for _ in range(3):
+                    stack.enter_context(meanwhile(take, slots, told))
+                time.sleep(0.019)
+        assert (slots.busy, slots.waiting) == (0, 0)
+    assert len(told) == 150
+
+
+def test_every_wait_is_observed_those_in_vain_too():
+    waits = []
+    slots = Slots(1, limit=1, timeout=0.1, observe=waits.append)
+    with slots.take(), pytest.raises(Busy), slots.take():
+        pass
+    assert waits[0] < 0.05 and 0.1 <= waits[1] < 5 and len(waits) == 2
 
 
 # ---- images ----

@@ -140,8 +140,20 @@ def test_a_strange_request_is_answered_once_with_the_fitting_status(live, what):
     status, data = ALL[what]
     answer = ask(live, data)
     assert statuses(answer) == [status], answer[:500]
+    assert status < 400 or list(json.loads(answer.split(b"\r\n\r\n")[1])) == ["error"]
     assert b"Traceback" not in answer and b"root:" not in answer
     assert live.session.get(f"{live.url}/healthz", timeout=1).status_code == 200
+
+
+@pytest.mark.parametrize("data", [get(b"GET /healthz TOKEN HTTP/1.1"), get(b"GET /healthz TOKEN"), get(b"GE(TOKEN / HTTP/1.1"),
+                                  request(b"Authorization : Bearer TOKEN\r\n"), request(b"X: TOKEN\0\r\n"),
+                                  request(b"TOKEN\r\n"), request(CHUNKED, b"TOKEN\r\n")])
+def test_what_cannot_be_parsed_is_named_and_its_bytes_come_neither_into_the_answer_nor_into_the_log(live, data):
+    before = live.log.stat().st_size
+    answer = ask(live, data)
+    assert statuses(answer) == [400] and b"malformed" in answer and b"TOKEN" not in answer
+    assert [line["event"] for line in log(live, before)] in (["malformed"], ["request"])
+    assert b"TOKEN" not in live.log.read_bytes()[before:]
 
 
 @pytest.mark.parametrize("line, status", [(b"POST /nowhere-either HTTP/1.1", 404), (b"POST /healthz HTTP/1.1", 405),

@@ -170,14 +170,15 @@ def test_a_service_that_is_gone_can_be_tried_again(visit, photos):
     assert not found.get_by_role("button", name="Try again").is_visible()
 
 
+@pytest.mark.parametrize("status", [503, 429], ids=["the service", "an ingress that limits rates"])
 @pytest.mark.parametrize("times", [1, 9], ids=["for a while", "for good"])
-def test_a_busy_service_is_asked_again_three_times(visit, photos, times):
+def test_a_busy_service_is_asked_again_three_times(visit, photos, times, status):
     page, asked = visit(), []
 
     def busy(route):
         asked.append(route)
         if len(asked) <= times:
-            route.fulfill(status=503, headers={"Retry-After": "1"}, json={"error": "busy: no turn came"})
+            route.fulfill(status=status, headers={"Retry-After": "1"}, json={"error": "busy: no turn came"})
         else:
             answer()(route)
     page.route(CLASSIFY, busy)

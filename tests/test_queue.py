@@ -88,7 +88,7 @@ def test_what_is_turned_away_is_counted_like_all_else_and_a_line_a_second_tells_
         response = upload(busy, "/classify", picture(), headers={"X-Request-ID": f"mine-{total}"})
         assert (response.status_code, response.headers["X-Request-ID"]) == (503, f"mine-{total}")
     assert counted(telemetry, "requests_total", route="/classify", status="503") == 5
-    assert counted(telemetry, "request_seconds_count", route="/classify") == 5
+    assert counted(telemetry, "request_seconds_count", route="/classify", status="503") == 5
     assert [line["total"] for line in lines(caplog, "turned_away")] == [1] and not lines(caplog, "request")
     time.sleep(1)
     upload(busy, "/classify", picture())

@@ -1,5 +1,6 @@
 """SIGHUP: a good new model replaces the old one without losing a request, any other leaves it serving and says so."""
 import copy
+import sys
 import threading
 import time
 
@@ -8,6 +9,7 @@ import pytest
 import common
 import engine as module
 from classify import Detector
+from encoders import Encoder
 from engine import Busy
 from engines import compiled_once, contrary, counted, engine_on, keys_file, lines, meanwhile, model_file, picture, reload, until, versions  # noqa: F401
 from made_up import BASELINE, Planted, baseline_for, other_encoder
@@ -52,7 +54,32 @@ def test_a_good_new_file_takes_over_under_its_own_version(engine, path, caplog):
     assert line["seconds"] >= 0 and lines(caplog, "load_failed") == []
 
 
+def test_a_file_that_is_the_same_changes_nothing_and_drift_is_measured_on(engine, path, caplog):
+    old, drift = engine.detector, engine.telemetry.drift
+    engine.judge(old, [picture()])
+    assert reload(engine) == "ok"
+    assert engine.detector is old and engine.telemetry.drift is drift and drift.seen == 1
+    (line,) = lines(caplog, "unchanged")
+    assert line["sha256"] == old.model["sha256"] and lines(caplog, "ready") == []
+
+
+def test_an_encoder_that_serves_already_is_proved_and_not_warmed_again(engine, path, monkeypatch):
+    passes, encode = [], Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: passes.append(len(pixels)) or encode(self, pixels))
+    model_file(path, **versions("v2"))
+    assert reload(engine) == "ok" and passes == [1]
+
+
+def test_an_encoder_that_is_not_prepared_is_not_prepared_by_the_service(engine, path, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prepare_clip", None)  # to import it would fail
+    baseline_for(path, name="ViT-B/32")
+    assert reload(engine) == "failed"
+    (line,) = lines(caplog, "load_failed")
+    assert "prepare_clip.py --clip_model ViT-B/32" in line["message"]
+
+
 def test_a_demonstration_is_called_one_in_the_log_and_other_models_are_not(engine, path, tmp_path, caplog):
+    model_file(path, **versions("v2"))
     reload(engine)
     (line,) = lines(caplog, "demonstration")
     assert line["level"] == "warning" and "not a detector to rely on" in line["message"]
@@ -96,6 +123,7 @@ def test_while_a_new_model_loads_the_old_one_answers(engine, path, monkeypatch):
         return load(*args)
     monkeypatch.setattr(module, "load_detector", slow)
     old = engine.detector
+    model_file(path, **versions("v2"))
     with meanwhile(reload, engine):
         assert began.wait(20)
         assert engine.ready() is old and "classification" in engine.judge(old, [picture()])[1][0]
@@ -103,20 +131,23 @@ def test_while_a_new_model_loads_the_old_one_answers(engine, path, monkeypatch):
     assert engine.detector is not old
 
 
-def test_two_reloads_at_a_time_run_one_after_the_other(engine, path, monkeypatch):
-    load, inside, most = module.load_detector, [], []
+def test_what_is_asked_while_a_model_loads_becomes_one_more_load_after_it(engine, path, monkeypatch):
+    load, may, seen = module.load_detector, threading.Event(), []
 
     def slow(*args):
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.05)
-        inside.pop()
+        seen.append(load_model(path)["versions"]["model"])
+        assert may.wait(20)
         return load(*args)
     monkeypatch.setattr(module, "load_detector", slow)
+    engine.reload()
+    until(lambda: len(seen) == 1)
+    model_file(path, **versions("v2"))
     for _ in range(3):
         engine.reload()
-    until(lambda: counted(engine.telemetry, "reloads_total", result="ok") == 3)
-    assert most == [1, 1, 1]
+    may.set()
+    until(lambda: counted(engine.telemetry, "reloads_total", result="ok") == 2)
+    time.sleep(0.1)
+    assert len(seen) == 2 and seen[1] == version(engine.detector) == "v2"
 
 
 # ---- a bad one ----
@@ -194,6 +225,7 @@ def test_a_bug_has_a_traceback_in_the_log_what_a_user_can_mend_has_none(engine, 
         raise error
     monkeypatch.setattr(Detector, "__init__", broken)
     old = engine.detector
+    model_file(path, **versions("v2"))
     assert reload(engine) == "failed"
     assert_the_old_one_serves(engine, old, caplog, str(error))
     assert ("traceback" in lines(caplog, "load_failed")[0]) == traced

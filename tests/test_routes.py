@@ -252,7 +252,7 @@ def test_in_a_batch_each_image_has_a_line_under_the_requests_id_and_its_number(c
                                                          ("get", VERDICT, "other", 405), ("get", "/model", "/model", 200)])
 def test_a_request_is_one_line_and_one_count(client, caplog, method, path, route, status):
     telemetry = engine_of(client).telemetry
-    before = [counted(telemetry, "requests_total", route=route, status=status), counted(telemetry, "request_seconds_count", route=route)]
+    before = [counted(telemetry, "requests_total", route=route, status=status), counted(telemetry, "request_seconds_count", route=route, status=status)]
     response = getattr(client, method)(path, headers={"X-Request-ID": "abc"})
     (line,) = lines(caplog)
     assert set(line) == HEAD | {"method", "route", "status", "seconds", "read_s"} | ({"error"} if status >= 400 else set())
@@ -261,7 +261,7 @@ def test_a_request_is_one_line_and_one_count(client, caplog, method, path, route
     assert response.status_code == status and 0 <= line["seconds"] < 5
     assert line.get("error") == (response.json["error"] if status >= 400 else None)
     assert (line["read_s"] is None) == (path != VERDICT or method != "post")
-    after = [counted(telemetry, "requests_total", route=route, status=status), counted(telemetry, "request_seconds_count", route=route)]
+    after = [counted(telemetry, "requests_total", route=route, status=status), counted(telemetry, "request_seconds_count", route=route, status=status)]
     assert after == [count + 1 for count in before]
 
 
@@ -287,7 +287,7 @@ def test_neither_the_picture_nor_its_name_comes_into_the_log(client, caplog):
 
 # ---- metrics ----
 
-LABELS = {"requests": {"route", "status"}, "request_seconds": {"route"}, "stage_seconds": {"stage"}, "rejections": {"reason"},
+LABELS = {"requests": {"route", "status"}, "request_seconds": {"route", "status"}, "stage_seconds": {"stage"}, "rejections": {"reason"},
           "image_errors": {"status"}, "verdicts": {"model_version", "classification"}, "uncertain": {"model_version"},
           "scores": {"model_version", "bin"}, "reference_share": {"model_version", "bin"}, "feature_distance": {"model_version"},
           "model_info": {"version", "commit", "sha256", "encoder", "identity", "precision", "demonstration"}, "reloads": {"result"}}

@@ -1,11 +1,8 @@
-"""The live service when things go wrong around it: signals, a killed worker, a model file replaced, slow clients, no disk."""
-import io
+"""The live service when things go wrong around it: signals, a killed worker, a model file replaced, load, no disk."""
 import json
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -14,56 +11,14 @@ from pathlib import Path
 
 import pytest
 import requests
-from PIL import Image
 
 from common import sha256
 from conftest import ROOT
-from live import DEMO, Live, assert_error
+from live import DEMO, Live, assert_error, large, metric, photo, serve, wait_for  # noqa: F401
 from made_up import BASELINE
 from model import load_model, save_model
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Function: settings -> the live service, on a copy of the shipped model that a test may replace."""
-    started = []
-
-    def start(**settings):
-        shutil.copy(BASELINE, tmp_path / "model.joblib")
-        started.append(Live(tmp_path, MODEL_PATH="model.joblib", **settings))
-        return started[-1]
-    yield start
-    for server in started:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def photo(photos):
-    return photos["china.jpg"].read_bytes()
-
-
-@pytest.fixture(scope="module")
-def large():
-    """A PNG of 36 megapixels and 100 kB: most of a second of decoding, time enough for something to happen."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (6000, 6000), "navy").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def metric(server, name):
-    """Value of the first series of that name, 0 where there is none."""
-    text = server.session.get(f"{server.url}/metrics", timeout=10).text
-    found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-    return float(found.group(1)) if found else 0.0
-
-
-def wait_for(what, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
 
 
 def events(server, name):
@@ -199,85 +154,6 @@ def test_a_wait_has_an_end(serve, large):
         answers = list(pool.map(lambda _: requests.post(f"{server.url}/classify", files={"image": large}, timeout=60), range(12)))
     assert {answer.status_code for answer in answers} == {200, 503}
     assert metric(server, 'detector_rejections_total{reason="queue_timeout"}') == sum(a.status_code == 503 for a in answers)
-
-
-# ---- slow clients ----
-
-HEAD = (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
-        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
-
-
-def connect(server):
-    host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
-
-
-def test_a_body_that_trickles_in_is_cut_off_with_408_and_the_others_are_served(serve, photo):
-    server = serve(BODY_TIMEOUT_S="1")
-    with connect(server) as slow:
-        slow.sendall(HEAD)
-        for _ in range(20):
-            try:
-                slow.sendall(b"x")
-            except OSError:
-                break
-            time.sleep(0.1)
-        assert server.post(photo).status_code == 200
-        assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
-    assert metric(server, 'detector_rejections_total{reason="slow_body"}') == 1
-
-
-def test_a_chunked_body_that_stops_is_cut_off_as_well(serve):
-    server = serve(BODY_TIMEOUT_S="1")
-    with connect(server) as slow:
-        slow.sendall(HEAD.replace(b"Content-Length: 100000", b"Transfer-Encoding: chunked") + b"100\r\nabc")
-        assert slow.recv(4096).startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 "))
-
-
-def test_headers_that_never_end_are_cut_off_as_well(serve):
-    server = serve(BODY_TIMEOUT_S="1")
-    with connect(server) as slow:
-        slow.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
-        assert slow.recv(4096) == b""
-
-
-@pytest.mark.parametrize("head", [b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b"GET /healthz HTTP/1.0\r\n\r\n",
-                                  b"nonsense\r\n\r\n"], ids=["close", "HTTP/1.0", "nonsense"])
-def test_clients_that_do_not_close_after_their_answer_make_nobody_wait(serve, head):
-    server = serve()
-    lingering = [connect(server) for _ in range(20)]
-    try:
-        for one in lingering:
-            one.sendall(head)
-        started = time.monotonic()
-        assert server.session.get(f"{server.url}/healthz", timeout=10).status_code == 200 and time.monotonic() - started < 1
-        assert all(re.match(rb"HTTP/1\.[01] (200|400) ", one.recv(4096)) for one in lingering)
-    finally:
-        for one in lingering:
-            one.close()
-
-
-def test_connections_that_send_nothing_cost_no_thread(serve):
-    server = serve(QUEUE_LIMIT="0", SPARE_THREADS="1", SLOTS="1")
-    silent = [connect(server) for _ in range(50)]
-    try:
-        assert server.session.get(f"{server.url}/healthz", timeout=2).status_code == 200
-    finally:
-        for one in silent:
-            one.close()
-
-
-def test_as_many_slow_bodies_as_there_are_spare_threads_leave_room_for_verdicts(serve, photo):
-    server = serve(SPARE_THREADS="4", SLOTS="1", QUEUE_LIMIT="1")
-    slow = [connect(server) for _ in range(4)]
-    try:
-        for one in slow:
-            one.sendall(HEAD)
-        time.sleep(0.3)
-        assert server.post(photo).status_code == 200
-    finally:
-        for one in slow:
-            one.close()
 
 
 # ---- nothing to write to ----

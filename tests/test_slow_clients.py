@@ -1,0 +1,144 @@
+"""Clients that are slow on purpose: cut off in time, and nobody else waits for them."""
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+import requests
+
+from conftest import ROOT
+from live import DEMO, free_port, large, metric, photo, serve, wait_for  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+HEAD = (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+
+
+def connect(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_a_body_that_trickles_in_is_cut_off_with_408_and_the_others_are_served(serve, photo):
+    server = serve(BODY_TIMEOUT_S="1")
+    with connect(server) as slow:
+        slow.sendall(HEAD)
+        for _ in range(20):
+            try:
+                slow.sendall(b"x")
+            except OSError:
+                break
+            time.sleep(0.1)
+        assert server.post(photo).status_code == 200
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
+    assert metric(server, 'detector_rejections_total{reason="slow_body"}') == 1
+
+
+def test_a_chunked_body_that_stops_is_cut_off_as_well(serve):
+    server = serve(BODY_TIMEOUT_S="1")
+    with connect(server) as slow:
+        slow.sendall(HEAD.replace(b"Content-Length: 100000", b"Transfer-Encoding: chunked") + b"100\r\nabc")
+        assert slow.recv(4096).startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 "))
+
+
+def test_headers_that_never_end_are_cut_off_as_well(serve):
+    server = serve(BODY_TIMEOUT_S="1")
+    with connect(server) as slow:
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+        assert slow.recv(4096) == b""
+
+
+@pytest.mark.parametrize("head", [b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b"GET /healthz HTTP/1.0\r\n\r\n",
+                                  b"nonsense\r\n\r\n"], ids=["close", "HTTP/1.0", "nonsense"])
+def test_clients_that_do_not_close_after_their_answer_make_nobody_wait(serve, head):
+    server = serve()
+    lingering = [connect(server) for _ in range(20)]
+    try:
+        for one in lingering:
+            one.sendall(head)
+        started = time.monotonic()
+        assert server.session.get(f"{server.url}/healthz", timeout=10).status_code == 200 and time.monotonic() - started < 1
+        assert all(re.match(rb"HTTP/1\.[01] (200|400) ", one.recv(4096)) for one in lingering)
+    finally:
+        for one in lingering:
+            one.close()
+
+
+def test_a_request_that_has_arrived_and_takes_long_keeps_its_connection(serve, large):
+    server = serve(BODY_TIMEOUT_S="1", SLOTS="1")
+    ready, last = requests.Request("POST", server.url, files={"image": large}).prepare(), connect(server)
+    with ThreadPoolExecutor(5) as pool, last:
+        for _ in range(5):
+            pool.submit(requests.post, f"{server.url}/classify", files={"image": large}, timeout=60)
+        wait_for(lambda: metric(server, "detector_queue_depth") == 4)
+        started = time.monotonic()
+        last.sendall(f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: {ready.headers['Content-Type']}\r\n"
+                     f"Content-Length: {len(ready.body)}\r\n\r\n".encode() + ready.body)
+        assert last.recv(65536).startswith(b"HTTP/1.1 200 ") and time.monotonic() - started > 2.5
+        time.sleep(0.3)  # were it cut off, it would be closed by now
+        last.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert last.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_clients_that_never_read_their_answers_are_cut_off(tmp_path):
+    conf = (ROOT / "gunicorn.conf.py").read_text()
+    assert "ANSWER_S = 60 " in conf
+    (tmp_path / "conf.py").write_text(conf.replace("ANSWER_S = 60 ", "ANSWER_S = 4 "))
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "gunicorn", "-c", tmp_path / "conf.py", "app:create_app()"], cwd=ROOT,
+                               env={**os.environ, **DEMO, "PORT": str(port), "SLOTS": "1", "QUEUE_LIMIT": "0",
+                                    "SPARE_THREADS": "1", "BODY_TIMEOUT_S": "1"}, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: answers(port))
+        with deaf_client(port), deaf_client(port):  # one for each thread
+            time.sleep(3)
+            assert not answers(port, seconds=0.5)
+            wait_for(lambda: all(answers(port, seconds=0.5) or time.sleep(0.2) for _ in range(10)), seconds=20)
+    finally:
+        process.terminate()
+        assert process.wait(40) == 0
+
+
+def answers(port, seconds=5):
+    with suppress(requests.RequestException):
+        return requests.get(f"http://127.0.0.1:{port}/healthz", timeout=seconds).status_code == 200
+
+
+def deaf_client(port):
+    """A connection full of requests whose answers nobody reads."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    one.connect(("127.0.0.1", port))
+    one.setblocking(False)
+    with suppress(BlockingIOError):
+        one.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 50_000)
+    return one
+
+
+def test_connections_that_send_nothing_cost_no_thread(serve):
+    server = serve(QUEUE_LIMIT="0", SPARE_THREADS="1", SLOTS="1")
+    silent = [connect(server) for _ in range(50)]
+    try:
+        assert server.session.get(f"{server.url}/healthz", timeout=2).status_code == 200
+    finally:
+        for one in silent:
+            one.close()
+
+
+def test_as_many_slow_bodies_as_there_are_spare_threads_leave_room_for_verdicts(serve, photo):
+    server = serve(SPARE_THREADS="4", SLOTS="1", QUEUE_LIMIT="1")
+    slow = [connect(server) for _ in range(4)]
+    try:
+        for one in slow:
+            one.sendall(HEAD)
+        time.sleep(0.3)
+        assert server.post(photo).status_code == 200
+    finally:
+        for one in slow:
+            one.close()
