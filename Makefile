@@ -1,6 +1,6 @@
 # make demo        see what it does, in three minutes, without torch
 # make test        set up the full environment and run the tests (15 minutes at most)
-# make test-long   what takes longer: full-size checkpoints
+# make test-long   what takes longer: the demo, full-size checkpoints, fuzzing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
@@ -38,7 +38,7 @@ demo: $(DEMO_VENV)/.ready
 endif
 
 test: $(VENV)/.ready tools
-	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m long

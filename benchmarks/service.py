@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = (0.5, 1, 4)
 UPLOADS = (1, 10, 100)  # a second: how many pods
+PLACES, HEYS = 18, 8    # requests in work and waiting, of the defaults on two processors; processes that send
 FILL = 0.7              # of a pod's capacity that is planned with: the autoscaler's target in deploy/scaling.yaml
 NAIVE = """
 import sys
@@ -55,7 +56,7 @@ def parse_args(argv):
     parser.add_argument("--seconds", type=int, default=20, help="of each load")
     parser.add_argument("--server_cpus", type=int, nargs="+", metavar="N",
                         help="processors of the servers; the load then comes from the others (default: all share all)")
-    parser.add_argument("--memory_requests", type=int, default=2200, help="requests over which memory is watched")
+    parser.add_argument("--memory_requests", type=int, default=2200, help="requests over which memory is watched; 0: not at all")
     return parser.parse_args(argv)
 
 
@@ -107,17 +108,46 @@ def multipart(path, folder):
     return body, "multipart/form-data; boundary=cut"
 
 
-def load(server, body, seconds=None, requests=None, clients=4, rate=None):
-    """Send requests -> (seconds it took, rows (status, seconds, when)); `rate` a second in all, else as fast as answers come."""
+def hey(server, body, *limits):
+    """Start sending; `sent` reads what came of it."""
     path, content_type = body
-    limit = ["-z", f"{seconds}s"] if seconds else ["-n", str(requests)]
-    pace = ["-q", f"{rate / clients:.6f}"] if rate else []
-    started = time.perf_counter()
-    done = subprocess.run(["hey", *limit, "-c", str(clients), *pace, "-t", "120", "-m", "POST", "-T", content_type, "-D", path,
-                           "-o", "csv", f"{server.url}/classify"], capture_output=True, text=True, check=True)
-    rows = [(int(row["status-code"]), float(row["response-time"]), float(row["offset"]))
-            for row in csv.DictReader(io.StringIO(done.stdout))]
-    return time.perf_counter() - started, rows
+    command = ["hey", *map(str, limits), "-t", "120", "-m", "POST", "-T", content_type, "-D", path, "-o", "csv", f"{server.url}/classify"]
+    return time.perf_counter(), subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def sent(started, process):
+    """-> [(status, seconds, when it was answered)]. hey tells nothing of requests that got no answer."""
+    rows = list(csv.DictReader(io.StringIO(process.communicate()[0])))
+    return [(int(row["status-code"]), float(row["response-time"]), started + float(row["offset"]) + float(row["response-time"]))
+            for row in rows]
+
+
+def together(server, body, **limit):
+    """Four clients, each asking again as soon as it has its answer, for `seconds` or `requests` -> verdicts a second."""
+    limits = ("-z", f"{limit['seconds']}s") if "seconds" in limit else ("-n", limit["requests"])
+    started, process = hey(server, body, *limits, "-c", 4)
+    rows = sent(started, process)
+    return sum(status == 200 for status, *_ in rows) / (max(when for *_, when in rows) - started)
+
+
+def paced(server, body, rate, seconds):
+    """`rate` requests a second, come what may -> ([(status, seconds)] of those answered while all clients were at work, how
+    many seconds that was, how many requests got no answer).
+
+    All clients of one hey ask in the same instant, so there are several, started one after the other within the time
+    between two requests of a client: uploads come spread, not in bursts that fill any queue and then leave it empty.
+    """
+    # enough that those who wait for an answer do not slow down the others, and each asks at least four times
+    clients = math.ceil(min(max(3 * PLACES, rate), rate * seconds / 4) / HEYS)
+    between, each = clients * HEYS / rate, math.ceil(rate * seconds / HEYS / clients)
+    running = []
+    for _ in range(HEYS):
+        running.append(hey(server, body, "-n", each * clients, "-c", clients, "-q", f"{1 / between:.6f}"))
+        time.sleep(between / HEYS)
+    begin, end = time.perf_counter(), running[0][0] + each * between
+    rows = [row for started, process in running for row in sent(started, process)]
+    return ([(status, taken) for status, taken, when in rows if begin <= when <= end], end - begin,
+            each * clients * HEYS - len(rows))
 
 
 class HealthWatch(threading.Thread):
@@ -140,32 +170,30 @@ class HealthWatch(threading.Thread):
 
 def row(name, factor, server, body, seconds, capacity):
     """One line of the table: a load of `factor` times the capacity."""
-    rate, watch = factor * capacity, HealthWatch(server.url)
+    watch = HealthWatch(server.url)
     watch.start()
-    clients = int(rate) if factor > 1 else 8  # enough that the rate holds while some of them wait
-    took, rows = load(server, body, seconds=seconds, clients=min(max(clients, 8), 200), rate=rate)
+    rows, window, unanswered = paced(server, body, factor * capacity, seconds)
     watch.stopped = True
     watch.join()
-    good = sorted(taken for status, taken, _ in rows if status == 200)
-    busy = sorted(taken for status, taken, _ in rows if status == 503)
+    good = sorted(taken for status, taken in rows if status == 200)
+    busy = sorted(taken for status, taken in rows if status == 503)
 
     def ms(values, share):
         return f"{1000 * values[min(len(values) - 1, int(share * len(values)))]:.0f}" if values else "-"
     health = sorted(watch.seconds)
-    print(f"| {name} | {factor:g} | {len(rows) / took:.1f} | {len(good) / took:.1f} | {ms(good, .5)} / {ms(good, .95)} / {ms(good, .99)} "
-          f"| {len(busy)} | {ms(busy, .5)} / {ms(busy, .99)} | {len(rows) - len(good) - len(busy)} | {ms(health, .99)} / {ms(health, 1)} "
-          f"| {server.memory():.0f} |", flush=True)
+    print(f"| {name} | {factor:g} | {len(rows) / window:.1f} | {len(good) / window:.1f} | {ms(good, .5)} / {ms(good, .95)} / {ms(good, .99)} "
+          f"| {len(busy)} | {ms(busy, .5)} / {ms(busy, .99)} | {len(rows) - len(good) - len(busy)} | {unanswered} "
+          f"| {ms(health, .99)} / {ms(health, 1)} | {server.memory():.0f} |", flush=True)
 
 
 def capacities(servers, body, seconds):
     """Four clients at once -> {server: verdicts a second, three times}; in turns, since the machine's mood changes."""
     rates = {server: [] for server in servers}
     for server in servers:
-        load(server, body, requests=20)
+        together(server, body, requests=20)
     for _ in range(3):
         for server in servers:
-            took, rows = load(server, body, seconds=seconds, clients=4)
-            rates[server].append(sum(status == 200 for status, *_ in rows) / took)
+            rates[server].append(together(server, body, seconds=seconds))
     return rates
 
 
@@ -195,12 +223,13 @@ def main(argv=None):
             print(f"{Path(args.image).stat().st_size / 1000:.0f} kB photograph, {cpus} processors, load from "
                   f"{'others' if args.server_cpus else 'the same'}. Four clients at once, medians of three: ours {capacity:.1f} "
                   f"verdicts a second ({min(rates[ours]):.1f} to {max(rates[ours]):.1f}), naive {statistics.median(rates[naive]):.1f}.\n")
-            print("| server | load | asked/s | verdicts/s | ms at 50 / 95 / 99% | 503 | ms of a 503 at 50 / 99% | other | /healthz ms at 99 / 100% | MB |\n"
-                  "|---|---|---|---|---|---|---|---|---|---|")
+            print("| server | load | answers/s | verdicts/s | ms at 50 / 95 / 99% | 503 | ms of a 503 at 50 / 99% | other answers | no answer "
+                  "| /healthz ms at 99 / 100% | MB |\n|---|---|---|---|---|---|---|---|---|---|---|")
             for factor in FACTORS:
                 for name, server in (("ours", ours), ("naive", naive)):
                     row(name, factor, server, body, args.seconds, capacity)
-            memory_curve(ours, body, args.memory_requests)
+            if args.memory_requests:
+                memory_curve(ours, body, args.memory_requests)
             sizing(ours, capacity, cpus)
         finally:
             ours.stop()
@@ -209,10 +238,10 @@ def main(argv=None):
 
 def memory_curve(server, body, requests):
     """Resident memory after 200 requests and every tenth of the rest."""
-    load(server, body, requests=200)
+    together(server, body, requests=200)
     curve = [server.memory()]
     for _ in range(10):
-        load(server, body, requests=(requests - 200) // 10)
+        together(server, body, requests=(requests - 200) // 10)
         curve.append(server.memory())
     print(f"\nMemory after 200 requests and at every tenth of {requests - 200} more: {', '.join(f'{mb:.0f}' for mb in curve)} MB "
           f"({100 * (curve[-1] / curve[0] - 1):+.1f}%)")

@@ -67,6 +67,7 @@ def test_the_shipped_recipe_leaves_no_recorded_interval(recipe, baseline, column
     assert {**again["training_data"], "images": None} == {**baseline["training_data"], "images": None}
 
 
+@pytest.mark.long
 def test_a_recipe_that_got_worse_is_caught_and_named(recipe, tmp_path):
     with np.load(ROOT / "models" / "features.npz") as file:
         broken = dict(file)
@@ -104,6 +105,7 @@ def test_the_encoder_sees_in_installed_photographs_what_was_stored():
 
 
 if os.environ.get("IMAGES_DIR"):
+    @pytest.mark.long
     def test_from_pictures_to_the_shipped_metrics(baseline, columns, script, tmp_path):
         result = script("extract_features.py", "--data_dir", os.environ["IMAGES_DIR"], CLIP_MODEL="tiny")
         assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ import pytest
 import common
 import encoders
 from encoders import Encoder, processors
-from engine import check, check_model, check_pin, load_detector, prove
+from engine import check, check_pin, load_detector, prove, read_model
 from engines import compiled_once, model_file  # noqa: F401
 from live import DEMO
 from made_up import BASELINE, baseline_for, other_encoder
@@ -185,10 +185,10 @@ def test_the_pin_is_that_of_the_whole_model_file(tmp_path):
     pin, path = tmp_path / "pin", model_file(tmp_path / "m.joblib")
     settings = read_settings({**DEMO, "MODEL_PATH": str(path), "MODEL_SHA256_FILE": str(pin)})
     pin.write_text(subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout)
-    assert check_model(settings)["sha256"] == common.sha256(path.read_bytes())
+    assert read_model(settings)["sha256"] == common.sha256(path.read_bytes())
     model_file(path, intercept=0.0)
     with pytest.raises(common.ModelError, match="put the right pair in place"):
-        check_model(settings)
+        read_model(settings)
 
 
 # ---- before the start ----

@@ -71,7 +71,7 @@ def test_clients_that_do_not_close_after_their_answer_make_nobody_wait(serve, he
 
 
 def test_a_request_that_has_arrived_and_takes_long_keeps_its_connection(serve, large):
-    server = serve(BODY_TIMEOUT_S="1", SLOTS="1")
+    server = serve(BODY_TIMEOUT_S="1", SLOTS="1", QUEUE_TIMEOUT_S="60")
     ready, last = requests.Request("POST", server.url, files={"image": large}).prepare(), connect(server)
     with ThreadPoolExecutor(5) as pool, last:
         for _ in range(5):

@@ -8,7 +8,7 @@ from conftest import assert_one_line_error
 COUNTS = {f"{split}/{label}/{source}": n for split, n in (("train", 12), ("test", 6)) for label in ("real", "fake") for source in "ab"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_command_makes_one_page_of_everything(script, make_folder, tmp_path):
     folder = make_folder(tmp_path / "data", COUNTS)
     result = script("study.py", "--data_dir", folder, "--limit", 64, "--robustness_images", 4, CLIP_MODEL="tiny", OMP_NUM_THREADS="1")
