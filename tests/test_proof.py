@@ -125,8 +125,8 @@ def sizes(monkeypatch):
     return found
 
 
-def test_every_pass_that_may_run_at_a_time_is_warm_for_both_sizes_before_the_first_request(sizes, shipped):
-    load_detector(read_settings({**DEMO, "SLOTS": "3"}), shipped)
+def test_every_pass_that_may_run_at_a_time_is_warm_for_both_sizes_before_the_first_request(sizes):
+    load_detector(read_settings({**DEMO, "SLOTS": "3"}))
     assert set(sizes) == {1, 4} and sizes.count(1) >= 3 and sizes.count(4) >= 3
 
 
@@ -138,10 +138,10 @@ def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_th
     assert other.encoder is not shipped.encoder and other.encoder.name == "other"
 
 
-def test_the_encoder_in_memory_has_to_prove_itself_again_with_the_new_model(pair):
+def test_the_encoder_in_memory_has_to_prove_itself_again_with_the_new_model(pair, tmp_path):
     pair.encoder.manifest["golden"] = (-np.array(pair.encoder.manifest["golden"])).tolist()
     with pytest.raises(common.EncoderError, match="cannot be trusted"):
-        load_detector(read_settings(DEMO), pair)
+        load_detector(read_settings({**DEMO, "MODEL_PATH": str(model_file(tmp_path / "m.joblib", intercept=0.25))}), pair)
 
 
 @pytest.mark.parametrize("threads, slots, expected", [("0", "0", (3, 3)), ("2", "0", (2, 3)), ("0", "1", (3, 1))])
