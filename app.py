@@ -108,12 +108,11 @@ def turn_away(app):
     inner, engine, telemetry = app.wsgi_app, app.extensions["engine"], app.extensions["telemetry"]
 
     def wsgi(environ, start_response):
-        route, started = environ["PATH_INFO"], time.perf_counter()
+        route, started = "/" + environ["PATH_INFO"].lstrip("/"), time.perf_counter()  # as Flask sees it
         upload = route in UPLOADS and environ["REQUEST_METHOD"] == "POST"
-        known = not engine.keys or key_of(environ.get("HTTP_AUTHORIZATION", ""), engine.keys)
-        refusal = engine.refusal() if upload and known else None  # who is not known learns that, and nothing else
-        if refusal is None:
-            return inner(environ, start_response)
+        refusal = engine.refusal() if upload else None
+        if refusal is None or engine.keys and not key_of(environ.get("HTTP_AUTHORIZATION", ""), engine.keys):
+            return inner(environ, start_response)  # who is not known learns that, and nothing else
         drain(environ, engine.settings)
         telemetry.turned_away(route, refusal.reason, time.perf_counter() - started)
         body = json.dumps({"error": str(refusal)}).encode() + b"\n"
@@ -180,7 +179,7 @@ def http_error(exception):
     message = f"{exception.name}: {exception.description}"
     if exception.code == 413:
         message = f"the request is larger than the {request.max_content_length:,} bytes allowed"
-        if (request.content_length or 0) <= request.max_content_length:
+        if request.path in UPLOADS and (request.content_length or 0) <= request.max_content_length:
             message += (f", or has more than {engine().settings['BATCH_LIMIT']} images or a text field of more than "
                         f"{FIELD_BYTES:,} bytes")
     response = error(exception.code, message)

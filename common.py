@@ -43,7 +43,7 @@ CLASSES = ("real", "fake")      # labels 0 and 1
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF") + (("HEIF",) if pillow_heif else ())
 MAX_PIXELS = 200_000_000        # on the command line: the Kaggle set has sides of 14,000
 MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
-MAX_REPEATS = 200               # of what costs a pass each and comes once or a few times: a JPEG's scans, a PNG's profiles
+MAX_SCANS, MAX_REPEATS = 50, 200  # what costs a pass each: a JPEG's scans (10 where it is progressive); profiles, EXIF
 MAX_HEADER_READS = 100_000      # pieces of a file's header: cameras write dozens, millions of empty ones would take seconds
 MAX_TIFF_PIECES = 250_000       # strips or tiles: more than any picture here has rows
 TIFF_GRID = {256, 257, 258, 259, 273, 277, 278, 279, 284, 322, 323, 324, 325}  # tags that say how a TIFF's pixels lie
@@ -155,10 +155,10 @@ def open_image(data, max_pixels=MAX_PIXELS):
 
 def refuse_repeats(known, data):
     """Parts that cost a pass over the image, or over all parts before them, each time they come."""
-    for name, what, pattern in (("JPEG", "scans", rb"\xff\xda\0[\x08\x0a\x0c\x0e]"), ("JPEG", "EXIF segments", rb"Exif\0\0"),
-                                ("PNG", "colour profiles", rb"iCCP")):
-        if known == name and len(re.findall(pattern, data)) > MAX_REPEATS:
-            raise BrokenImage(f"the {known} has more than {MAX_REPEATS} {what}")
+    for name, most, what, pattern in (("JPEG", MAX_SCANS, "scans", rb"\xff\xda\0[\x08\x0a\x0c\x0e]"),
+                                      ("JPEG", MAX_REPEATS, "EXIF segments", rb"Exif\0\0"), ("PNG", MAX_REPEATS, "colour profiles", rb"iCCP")):
+        if known == name and len(re.findall(pattern, data)) > most:
+            raise BrokenImage(f"the {known} has more than {most} {what}")
     if any(count > MAX_TIFF_PIECES for tag, count in tiff_directory(data) if tag in TIFF_GRID):
         raise BrokenImage(f"the TIFF is cut into more than {MAX_TIFF_PIECES:,} pieces")
 

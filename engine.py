@@ -24,7 +24,9 @@ from telemetry import say_event
 GOLDEN_COSINE, GOLDEN_SHIFT = 0.99, 0.05  # the golden picture's features and probability may differ from the record by this
 FORWARD = 4                               # images in one forward pass of a batch: more gain little and hold up the others
 LARGE_PIXELS = 12_000_000                 # images above this are decoded one at a time: 50 megapixels take up to 750 MB
+DECODE_S = 20                             # of one request: what made-up files of a batch may hold up the others
 LOADING = "the model is still loading"
+FAILED = "the model cannot be loaded: the service's log says why"
 QUEUE_FULL = "busy: as many requests as may wait are waiting already; try again later"
 
 
@@ -88,7 +90,7 @@ class Slots:
 
 class Engine:
     """Holds the model that serves. `detector` (a `classify.Detector`) is replaced whole, so a request keeps the one it
-    began with; `error` says why there is none; `keys` are the API keys, {name: SHA-256 of its token}."""
+    began with; `error`: it could not be loaded; `keys` are the API keys, {name: SHA-256 of its token}."""
 
     def __init__(self, settings, telemetry):
         self.settings, self.telemetry, self.detector, self.error = settings, telemetry, None, None
@@ -133,10 +135,9 @@ class Engine:
                 return True
             self.telemetry.serve(detector, named(detector))
         except Exception as error:  # whatever a file on a disk can do: say so and stay as we are
-            message = f"the model cannot be loaded: {error}"
-            say_event("load_failed", level="error", message=message, old_model_serves=self.detector is not None,
-                      exc_info=not isinstance(error, DetectorError))
-            self.error = message
+            say_event("load_failed", level="error", message=f"the model cannot be loaded: {error}",
+                      old_model_serves=self.detector is not None, exc_info=not isinstance(error, DetectorError))
+            self.error = FAILED  # the rest is nobody's business: paths and hashes
             return False
         say_event("ready", seconds=round(time.monotonic() - started, 3), **named(detector))
         if detector.encoder.notice:
@@ -160,15 +161,18 @@ class Engine:
         """Bytes of images -> (seconds waited, one dict of facts an image, in order; `error` and `status` where there is no
         verdict). Raises Busy."""
         with self.slots.take() as waited:
-            found = [self._decode(detector, data) for data in images]
+            end = time.perf_counter() + DECODE_S
+            found = [self._decode(detector, data, end) for data in images]
             good = [(facts, pixels) for facts, pixels in found if pixels is not None]
             for start in range(0, len(good), FORWARD):
                 self._score(detector, good[start:start + FORWARD])
         return waited, [facts for facts, _ in found]
 
-    def _decode(self, detector, data):
-        """Bytes of an image -> (its facts, the encoder's input or None)."""
+    def _decode(self, detector, data, end):
+        """Bytes of an image -> (its facts, the encoder's input or None, also where it is past this `end`)."""
         started, facts = time.perf_counter(), {"sha256": common.sha256(data), "bytes": len(data)}
+        if started > end:
+            return {**facts, "status": 503, "error": f"the images before it took {DECODE_S} s to decode: send fewer at a time"}, None
         try:
             image = common.open_image(data, self.settings["MAX_PIXELS"])
             facts |= {"format": image.format, "width": image.width, "height": image.height}
@@ -270,8 +274,9 @@ def load_detector(settings, current=None):
                         encoder=current.encoder if same else None)
     prove(detector)
     side = detector.encoder.resolution
-    for n in [] if same else [1] * passes + [FORWARD] * passes:  # warms every one of them, for both sizes
-        detector.encoder.encode(np.zeros((n, 3, side, side), np.float32))
+    if not same:
+        for n in [1] * passes + [FORWARD] * passes:  # warms every one of them, for both sizes
+            detector.encoder.encode(np.zeros((n, 3, side, side), np.float32))
     return detector
 
 

@@ -1,6 +1,7 @@
 """gunicorn's settings, each with its reason. gunicorn reads this file from the folder it is started in."""
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -12,10 +13,11 @@ from selectors import EVENT_READ
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads would fight with OpenVINO's for the processors
 
 from gunicorn.glogging import Logger  # noqa: E402
-from gunicorn.http.errors import (ExpectationFailed, LimitRequestHeaders, LimitRequestLine, ParseException,  # noqa: E402
+from gunicorn.http.errors import (ConfigurationProblem, ExpectationFailed, InvalidResponseHeader,  # noqa: E402
+                                  InvalidResponseHeaderName, LimitRequestHeaders, LimitRequestLine, ParseException,
                                   UnsupportedTransferCoding)
 from gunicorn.util import write_nonblock  # noqa: E402
-from gunicorn.workers.gthread import ThreadWorker  # noqa: E402
+from gunicorn.workers.gthread import TConn, ThreadWorker  # noqa: E402
 
 from common import DetectorError  # noqa: E402
 from engine import check, slots_of  # noqa: E402
@@ -43,6 +45,7 @@ class QuietLogger(Logger):
 
 FIRST_BYTE_S = 5  # for a new connection that has sent nothing
 ANSWER_S = 60     # beyond the deadline of its body, for the queue, the verdicts of a batch and a client that reads slowly
+OURS = ConfigurationProblem, InvalidResponseHeader, InvalidResponseHeaderName  # our mistakes, though gunicorn derives them so
 MALFORMED = {ExpectationFailed: "417 Expectation Failed", LimitRequestHeaders: "431 Request Header Fields Too Large",
              LimitRequestLine: "414 URI Too Long", UnsupportedTransferCoding: "501 Not Implemented"}
 
@@ -77,18 +80,15 @@ class Worker(ThreadWorker):
 
     def handle_error(self, req, client, addr, exc):
         """gunicorn would write the bytes that it could not parse, a token perhaps, into its log and its answer."""
-        if not isinstance(exc, ParseException):
+        if not isinstance(exc, ParseException) or isinstance(exc, OURS):
             return super().handle_error(req, client, addr, exc)
         status = MALFORMED.get(type(exc), "400 Bad Request")
+        self.wsgi.extensions["telemetry"].requests.labels("other", int(status[:3])).inc()
         say_event("malformed", level="warning", kind=type(exc).__name__, address=addr and addr[0], status=int(status[:3]))
         body = json.dumps({"error": f"the request is malformed: {type(exc).__name__}"}) + "\n"
         with suppress(OSError):  # gone by itself
             write_nonblock(client, (f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
                                     f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
-
-    def finish_request(self, conn, future):
-        conn.close = partial(close_now, conn)
-        super().finish_request(conn, future)
 
     def notify(self):
         """Called by the main loop at least once a second. At first only reading is cut off, so that an answer can still be
@@ -97,6 +97,8 @@ class Worker(ThreadWorker):
         now = time.monotonic()
         for conn, (deadline, req) in list(self.deadlines.items()):
             if now > deadline and not (req and arrived(req)) or now > deadline + ANSWER_S:
+                if req:
+                    req.force_close()  # what comes of its body later is no request
                 with suppress(OSError):
                     conn.sock.shutdown(socket.SHUT_RDWR if now > deadline + ANSWER_S else socket.SHUT_RD)
 
@@ -121,6 +123,9 @@ def close_now(conn, graceful=False):
         conn.sock.close()
 
 
+TConn.close = close_now
+
+
 # ---- a new model without a new process ----
 # gunicorn's own SIGHUP starts a second worker, and one that does not boot ends the master. So the master passes the
 # signal on, and the worker loads the file in a thread (engine.py).
@@ -138,13 +143,22 @@ def post_worker_init(worker):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
+def most_connections():
+    """Open connections that the limit on open files allows, which is raised first: out of files, gunicorn's worker ends."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < 2048:
+        limit = min(2048, most) if most != resource.RLIM_INFINITY else 2048
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    return max(50, min(1000, limit - 100))  # a hundred for all else that is open
+
+
 settings = load_settings()
 bind = f"{settings['HOST']}:{settings['PORT']}"
 workers = 1                              # one model in memory; a forward pass takes all processors already
 worker_class = Worker
 # those at work, those that may wait for them, and some for all else: a full queue must not make /healthz wait
 threads = slots_of(settings) + settings["QUEUE_LIMIT"] + settings["SPARE_THREADS"]
-worker_connections = 1000                # open connections, more are not accepted; those that are silent cost no thread
+worker_connections = most_connections()  # open ones, more are not accepted; those that are silent cost no thread
 keepalive = 75                           # seconds between requests; longer than the 60 after which nginx closes an idle one
 preload_app = False                      # OpenVINO's threads do not survive a fork
 timeout = 60                             # a worker silent for so long is replaced

@@ -11,6 +11,7 @@ plain data.
 """
 import io
 import pickle
+import re
 
 import numpy as np
 
@@ -27,6 +28,9 @@ FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1
 LINEAR = {"coef": ("f", 1)}
 CLASSIFIERS = {"svm": {"support_vectors": ("f", 2), "dual_coef": ("f", 1), "gamma": float}, "linear-svm": LINEAR,
                "logistic": LINEAR, "mlp": {"hidden_weights": ("f", 2), "hidden_bias": ("f", 1), "output_weights": ("f", 1)}}
+
+
+VERSION = re.compile(r"[!-~]{1,64}")
 
 
 def plain_dtype(name, *_):
@@ -89,6 +93,9 @@ def check(model):
         raise ModelError("its field 'threshold_rule' does not say how the threshold and the band were chosen")
     if not isinstance(data.get("sources"), list) or not isinstance(data.get("images"), np.ndarray):
         raise ModelError("its field 'training_data' does not say which sources and images it was trained on")
+    version = model["versions"].get("model")
+    if not isinstance(version, str) or not VERSION.fullmatch(version):
+        raise ModelError(f"its version {version!r} is not of up to 64 plain characters, for a header of HTTP")
     if not sizes_fit(model):
         raise ModelError("the sizes of its arrays do not fit together")
     if not all(isinstance(model["encoder"].get(name), str) for name in ("name", "identity")):

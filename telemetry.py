@@ -4,6 +4,7 @@
     telemetry.stage.labels("decode").observe(0.02)
     say_event("verdict", request_id="...", classification="real")
 """
+import itertools
 import json
 import logging
 import threading
@@ -88,11 +89,13 @@ class Telemetry:
         self.reloads = new(Counter, "reloads", "Models and keys read again, by result: ok, failed", ("result",))
         self.ready = new(Gauge, "ready", "1 once verdicts can be given")
         self.feedback = new(Counter, "feedback", "Right labels that users sent", ("label",))
-        self.drift, self.away, self.told = None, 0, 0.0
+        self.drift, self.away, self.told, self._lock = None, 0, 0.0, threading.Lock()
         for metric, values in ((self.stage, ("wait", "read", "decode", "encode", "classify")), (self.reloads, ("ok", "failed")),
                                (self.rejections, ("queue_full", "queue_timeout", "not_ready", "unauthorized", "slow_body"))):
             for value in values:  # there from the first scrape: a counter that appears with its first event has no increase
                 metric.labels(value)
+        for route, status in itertools.product(("/classify", "/classify/batch"), (200, 500, 503)):
+            self.requests.labels(route, status)
 
     def watch(self, slots):
         """Gauges read from the slots when they are asked for."""
@@ -113,14 +116,16 @@ class Telemetry:
         self.ready.set(1)
 
     def turned_away(self, route, reason, seconds):
-        """Count an upload that got its 503 at once. One line a second tells of all of them."""
+        """Count an upload that got its 503 at once. At most one line a second says how many there were."""
         self.requests.labels(route, 503).inc()
         self.seconds.labels(route, 503).observe(seconds)
         self.rejections.labels(reason).inc()
-        self.away, now = self.away + 1, time.monotonic()
-        if now >= self.told + 1:
-            self.told = now
-            say_event("turned_away", level="warning", reason=reason, total=self.away)
+        with self._lock:
+            self.away, now = self.away + 1, time.monotonic()
+            if now < self.told + 1:
+                return
+            self.told, total = now, self.away
+        say_event("turned_away", level="warning", reason=reason, total=total)
 
     def verdict(self, detector, facts, score, features):
         """Count one; `score` its decision value, `features` float32 [d]."""
@@ -129,9 +134,10 @@ class Telemetry:
         self.confidence.observe(facts["confidence"])
         if facts["uncertain"]:
             self.uncertain.labels(version).inc()
-        if self.drift.model is detector.model:  # one that began under the model before belongs to no reference
-            self.scores.labels(version, str(self.drift.bin(score))).inc()
-            self.drift.add(features)
+        drift = self.drift  # a reload may replace it meanwhile
+        if drift.model is detector.model:  # one that began under the model before belongs to no reference
+            self.scores.labels(version, str(drift.bin(score))).inc()
+            drift.add(features)
 
 
 class Drift:
@@ -156,7 +162,7 @@ class Drift:
         return int(np.searchsorted(self.edges, score, "right"))
 
     def add(self, features):
-        """float32 [d]: one image's. Replaces arrays rather than changing them: a scrape in between sees a whole state."""
+        """float32 [d]: one image's."""
         from model import standardise
         row = standardise(self.model, features[None])[0]
         with self._lock:
@@ -168,7 +174,9 @@ class Drift:
     def distance(self):
         if not self.seen:
             return 0.0
+        with self._lock:
+            mean, noise = self.mean, self.noise
         start, line = self.model["means"][0].astype(np.float64), np.subtract(*self.model["means"][::-1].astype(np.float64))
-        along = np.clip((self.mean - start) @ line / max(line @ line, 1e-12), 0, 1)
-        away = self.mean - start - along * line
-        return float(np.sqrt(max(0.0, (away * away).mean() - self.noise)))
+        along = np.clip((mean - start) @ line / max(line @ line, 1e-12), 0, 1)
+        away = mean - start - along * line
+        return float(np.sqrt(max(0.0, (away * away).mean() - noise)))

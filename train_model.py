@@ -17,7 +17,7 @@ import metrics
 from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search
 from common import CLASSES, UsageError, say
 from dataset import COLUMNS, join_columns, load_features
-from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model, standardise
+from model import FORMAT, VERSION, choose_band, choose_threshold, decision, probability, save_model, standardise
 from probes import MIN_IMAGES
 
 BAND_ERROR = 0.1         # of each class, the share that may lie on the wrong side outside the 'uncertain' band
@@ -279,6 +279,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must be at least 0")
+    if not VERSION.fullmatch(args.model_version):
+        raise UsageError(f"--model_version {args.model_version!r}: must be of 1 to 64 plain characters without spaces")
     check_output(Path(args.model_output_path))
     columns, encoder = load_columns(args.features_file)
     train, test, groups, twins, how = choose_rows(columns, args, args.seed)

@@ -29,7 +29,6 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTORS = (0.5, 1, 4)
 UPLOADS = (1, 10, 100)  # a second: how many pods
 PLACES, HEYS = 18, 8    # requests in work and waiting, of the defaults on two processors; processes that send
 FILL = 0.7              # of a pod's capacity that is planned with: the autoscaler's target in deploy/scaling.yaml
@@ -54,6 +53,8 @@ def parse_args(argv):
     parser.add_argument("--image", required=True, help="photograph to send")
     parser.add_argument("--model_path", default=str(ROOT / "models" / "baseline.joblib"), help="model to serve")
     parser.add_argument("--seconds", type=int, default=20, help="of each load")
+    parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 1, 4], metavar="N",
+                        help="in capacities; a slow encoder wants more --seconds for each, or none")
     parser.add_argument("--server_cpus", type=int, nargs="+", metavar="N",
                         help="processors of the servers; the load then comes from the others (default: all share all)")
     parser.add_argument("--memory_requests", type=int, default=2200, help="requests over which memory is watched; 0: not at all")
@@ -225,7 +226,7 @@ def main(argv=None):
                   f"verdicts a second ({min(rates[ours]):.1f} to {max(rates[ours]):.1f}), naive {statistics.median(rates[naive]):.1f}.\n")
             print("| server | load | answers/s | verdicts/s | ms at 50 / 95 / 99% | 503 | ms of a 503 at 50 / 99% | other answers | no answer "
                   "| /healthz ms at 99 / 100% | MB |\n|---|---|---|---|---|---|---|---|---|---|---|")
-            for factor in FACTORS:
+            for factor in args.loads:
                 for name, server in (("ours", ours), ("naive", naive)):
                     row(name, factor, server, body, args.seconds, capacity)
             if args.memory_requests:

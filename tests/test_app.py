@@ -175,16 +175,18 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(monkeypatch, data):
     assert post(client, data["china.jpg"]).status_code == 200
 
 
-def test_where_the_model_cannot_be_loaded_it_says_why_and_never_is_ready(monkeypatch, data):
+def test_where_the_model_cannot_be_loaded_the_log_says_why_and_it_never_is_ready(monkeypatch, data, caplog):
     def broken(self, *_, **__):
         raise common.EncoderError("the weights are gone")
     monkeypatch.setattr(classify.Detector, "__init__", broken)
     client = service.create_app(DEMO).test_client()
     deadline = time.monotonic() + 30
-    while "gone" not in client.get("/readyz").text and time.monotonic() < deadline:
+    while "cannot be loaded" not in client.get("/readyz").text and time.monotonic() < deadline:
         time.sleep(0.02)
     for response in (client.get("/readyz"), post(client, data["china.jpg"])):
-        assert_error(response, 503, "cannot be loaded", "the weights are gone")
+        assert_error(response, 503, "cannot be loaded", "log") and "weights" not in response.text
+    (failed,) = (record for record in caplog.records if record.msg == "load_failed")
+    assert "the weights are gone" in failed.fields["message"]
 
 
 # ---- nothing on disk ----

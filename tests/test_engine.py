@@ -265,6 +265,15 @@ def test_a_verdict_is_uncertain_inside_the_models_band(engine, band, uncertain):
     assert facts["uncertain"] is uncertain
 
 
+def test_images_that_take_too_long_together_are_left_at_some_point_and_told_so(engine, monkeypatch):
+    monkeypatch.setattr(module, "DECODE_S", 0.2)
+    pixels = Detector.pixels
+    monkeypatch.setattr(Detector, "pixels", lambda self, image: time.sleep(0.15) or pixels(self, image))
+    _, found = engine.judge(engine.detector, list(map(picture, range(4))))
+    assert [facts.get("status") for facts in found] == [None, None, 503, 503]
+    assert "send fewer at a time" in found[3]["error"] and "classification" in found[1]
+
+
 def test_without_a_slot_nothing_is_decoded(monkeypatch):
     engine = engine_on(SLOTS=1, QUEUE_LIMIT=0)
     monkeypatch.setattr(common, "open_image", None)  # would raise TypeError

@@ -91,6 +91,7 @@ LINES = {
     "the folder above": (404, get(b"GET /../../../../etc/passwd HTTP/1.1")), "a star": (404, get(b"OPTIONS * HTTP/1.1")),
     "the folder above, escaped": (404, get(b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1")),
     "an escape that is none": (404, get(b"GET /%zz%ff HTTP/1.1")), "a zero byte": (400, get(b"GET /health\0z HTTP/1.1")),
+    "two slashes": (415, request(LENGTH, line=b"POST //classify HTTP/1.1")),
     "an escaped zero byte": (404, get(b"GET /healthz%00 HTTP/1.1")), "HTTP/9.9": (400, get(b"GET /healthz HTTP/9.9")),
     "HTTP/0.9": (400, b"GET /healthz\r\n\r\n"), "HTTP/2": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     "a proxy's greeting": (400, b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n" + get(b"GET /healthz HTTP/1.1")),

@@ -289,6 +289,11 @@ def test_a_network_with_its_weights_on_their_side_is_refused(of_kind, saved):
     assert "do not fit together" in refusal(saved(model, hidden_weights=model["hidden_weights"].T))
 
 
+@pytest.mark.parametrize("version", ["v1 – test", "", "a b", "a" * 65, None, 1.5])
+def test_a_version_that_fits_into_no_header_is_refused(saved, version):
+    assert "its version" in refusal(saved(versions={"model": version}))
+
+
 @pytest.mark.parametrize("encoder", [{}, {"name": "tiny"}, {"identity": "ab"}, {"name": "tiny", "identity": 5}], ids=str)
 def test_a_model_must_say_which_encoder_it_was_trained_on(saved, encoder):
     assert "which encoder" in refusal(saved(encoder=encoder))

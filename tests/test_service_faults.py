@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -66,7 +67,8 @@ def test_a_killed_worker_comes_back_unready_but_alive_where_the_file_is_broken_m
     (tmp_path / "model.joblib").write_bytes(b"broken")
     os.kill(worker_of(server), signal.SIGKILL)
     wait_for(lambda: server.status() == 503)
-    assert_error(server.session.get(f"{server.url}/readyz", timeout=10), 503, "cannot be loaded", "not a model file")
+    assert_error(server.session.get(f"{server.url}/readyz", timeout=10), 503, "cannot be loaded")
+    assert "not a model file" in events(server, "load_failed")[-1]["message"]
     assert server.session.get(f"{server.url}/healthz", timeout=10).status_code == 200
     shutil.copy(BASELINE, tmp_path / "model.joblib")
     server.process.send_signal(signal.SIGHUP)
@@ -154,6 +156,23 @@ def test_a_wait_has_an_end(serve, large):
         answers = list(pool.map(lambda _: requests.post(f"{server.url}/classify", files={"image": large}, timeout=60), range(12)))
     assert {answer.status_code for answer in answers} == {200, 503}
     assert metric(server, 'detector_rejections_total{reason="queue_timeout"}') == sum(a.status_code == 503 for a in answers)
+
+
+def test_more_connections_than_there_may_be_open_files_end_no_worker(tmp_path, photo, monkeypatch):
+    plain = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: plain(
+        ["bash", "-c", 'ulimit -n 160; exec "$@"', "bash", *map(str, command)], **options))
+    server = Live(tmp_path)
+    monkeypatch.undo()
+    address, worker = ("127.0.0.1", int(server.url.rsplit(":")[-1])), worker_of(server)
+    silent = [socket.create_connection(address) for _ in range(200)]
+    try:
+        assert requests.post(f"{server.url}/classify", files={"image": photo}, timeout=30).status_code == 200
+        assert worker_of(server) == worker
+    finally:
+        for one in silent:
+            one.close()
+        assert server.stop() == 0
 
 
 # ---- nothing to write to ----

@@ -172,6 +172,11 @@ def test_a_refused_rate_is_one_line(command):
     assert_one_line_error(command("--max_fpr", "nan"), "--max_fpr nan", "between 0 and 1")
 
 
+@pytest.mark.parametrize("version", ["v1 – test", "", "a" * 65, "v1\n"])
+def test_a_version_that_fits_into_no_header_is_one_line(command, version):
+    assert_one_line_error(command("--model_version", version), f"--model_version {version!r}", "plain characters")
+
+
 @pytest.mark.parametrize("rate, needed", [(0.05, 60), (0.074, 41), (0.075, None), (0.5, None), (0.01, 300)])
 @pytest.mark.parametrize("views", [0, 3])
 def test_too_few_reals_to_certify_a_rate_are_warned_of(capsys, rate, needed, views):
