@@ -222,8 +222,8 @@ def main(argv=None):
             rates = capacities((ours, naive), body, args.seconds / 2)
             capacity, cpus = statistics.median(rates[ours]), len(args.server_cpus or range(os.cpu_count()))
             print(f"{Path(args.image).stat().st_size / 1000:.0f} kB photograph, {cpus} processors, load from "
-                  f"{'others' if args.server_cpus else 'the same'}. Four clients at once, medians of three: ours {capacity:.1f} "
-                  f"verdicts a second ({min(rates[ours]):.1f} to {max(rates[ours]):.1f}), naive {statistics.median(rates[naive]):.1f}.\n")
+                  f"{'others' if args.server_cpus else 'the same'}. Four clients at once, medians of three: ours {capacity:.3g} "
+                  f"verdicts a second ({min(rates[ours]):.3g} to {max(rates[ours]):.3g}), naive {statistics.median(rates[naive]):.3g}.\n")
             print("| server | load | answers/s | verdicts/s | ms at 50 / 95 / 99% | 503 | ms of a 503 at 50 / 99% | other answers | no answer "
                   "| /healthz ms at 99 / 100% | MB |\n|---|---|---|---|---|---|---|---|---|---|---|")
             for factor in args.loads:

@@ -132,6 +132,12 @@ def test_the_table_of_planted_faults_is_the_benchmark_s():
     assert (ROOT / "benchmarks" / "planted_faults.md").read_text().strip() in README
 
 
+def test_the_table_of_pods_is_the_benchmark_s():
+    """Its rows are what benchmarks/service.py prints last, once for each encoder."""
+    rows = re.findall(r"^\| encoder \| images/s .*\n(?:\|.*\n)+", README, re.MULTILINE)
+    assert len(rows) == 1 and rows[0] in (ROOT / "benchmarks" / "service.md").read_text()
+
+
 @pytest.mark.parametrize("script", ["extract_features.py", "train_model.py", "classify.py"])
 def test_the_help_of_the_three_user_scripts_fits_one_screen_and_names_the_user_s_flags_first(script):
     text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,
