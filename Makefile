@@ -41,7 +41,7 @@ test: $(VENV)/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.ready tools
-	$(VENV)/bin/python -m pytest --fail-on-skip -m long
+	$(VENV)/bin/python -m pytest --fail-on-skip -m long -n 2 --dist loadfile --no-loadscope-reorder
 
 tools:
 	@( for tool in chromium promtool prometheus-pushgateway; do command -v $$tool || exit 1; done ) >/dev/null \
