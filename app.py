@@ -133,7 +133,8 @@ def begin():
         g.key = key_of(request.headers.get("Authorization", ""), engine().keys)
         if g.key is None:
             telemetry().rejections.labels("unauthorized").inc()
-            response = error(401, "a token is needed: send the header 'Authorization: Bearer TOKEN'")
+            said = "this token is not known" if "Authorization" in request.headers else "a token is needed"
+            response = error(401, f"{said}: send the header 'Authorization: Bearer TOKEN'")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
 
@@ -176,12 +177,12 @@ def http_error(exception):
     if isinstance(exception, ClientDisconnected):
         telemetry().rejections.labels("slow_body").inc()
         return error(408, f"the body did not arrive in full within {engine().settings['BODY_TIMEOUT_S']} s")
-    message = f"{exception.name}: {exception.description}"
+    message = f"{request.method} {request.path[:100]!r}: {exception.name.lower()}; /openapi.json says what there is"
     if exception.code == 413:
         message = f"the request is larger than the {request.max_content_length:,} bytes allowed"
         if request.path in UPLOADS and (request.content_length or 0) <= request.max_content_length:
-            message += (f", or has more than {engine().settings['BATCH_LIMIT']} images or a text field of more than "
-                        f"{FIELD_BYTES:,} bytes")
+            limit = engine().settings["BATCH_LIMIT"]
+            message += f", or has more than {limit} images, {limit + 1} fields, or a text field of more than {FIELD_BYTES:,} bytes"
     response = error(exception.code, message)
     response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
     return response
@@ -238,7 +239,7 @@ def classify():
     """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
     detector, images = read_images()
     if len(images) != 1:
-        return error(400, f"expected one file in the multipart field 'image', got {len(images)}")
+        return error(400, f"expected one file in the multipart field 'image', got {len(images)}: curl -F image=@FILE")
     waited, (facts,) = engine().judge(detector, images)
     note(detector, facts, waited, g.request_id)
     if "error" in facts:
@@ -275,7 +276,7 @@ def feedback():
         sent = None
     if not isinstance(sent, dict) or set(sent) != {"request_id", "label"} or sent["label"] not in CLASSES \
             or not isinstance(sent["request_id"], str) or not FEEDBACK_ID.fullmatch(sent["request_id"]):
-        return error(400, 'expected JSON {"request_id": "the X-Request-ID of a verdict", "label": "real" or "fake"}')
+        return error(400, 'expected Content-Type: application/json and {"request_id": "the X-Request-ID of a verdict", "label": "real" or "fake"}')
     telemetry().feedback.labels(sent["label"]).inc()
     say_event("feedback", request_id=sent["request_id"], label=sent["label"], key=g.key)
     return {"status": "noted"}

@@ -74,7 +74,7 @@ def list_images(data_dir, split_names=SPLITS, unlabelled=False):
     labelled = [e for e in entries if e.label >= 0]
     if not labelled:
         raise UsageError(f"--data_dir {data_dir}: no folder below it names a label; expected real/ and fake/ "
-                         f"(or {', '.join(LABELS)}), or --unlabelled")
+                         f"(or {', '.join(LABELS)}); extract_features.py takes any folder with --unlabelled")
     if len({e.label for e in labelled}) == 1:
         raise UsageError(f"--data_dir {data_dir}: only one class is there ('{CLASSES[labelled[0].label]}'); "
                          "a detector needs both (extract_features.py takes any folder with --unlabelled)")

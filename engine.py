@@ -18,7 +18,7 @@ import numpy as np
 import common
 import encoders
 from common import DetectorError, EncoderError, ImageError, ModelError, UsageError
-from settings import read_keys
+from settings import read_file, read_keys
 from telemetry import say_event
 
 GOLDEN_COSINE, GOLDEN_SHIFT = 0.99, 0.05  # the golden picture's features and probability may differ from the record by this
@@ -233,7 +233,8 @@ def read_model(settings):
     if not path:
         raise UsageError("MODEL_PATH is not set: name a model file from train_model.py (models/baseline.joblib is a demonstration)")
     if not Path(path).is_file():
-        raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py")
+        raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py, or see a demonstration: "
+                         "MODEL_PATH=models/baseline.joblib ALLOW_DEMO_MODEL=1")
     model = load_model(path)
     if settings["MODEL_SHA256_FILE"]:
         check_pin(settings["MODEL_SHA256_FILE"], model["sha256"], path)
@@ -251,7 +252,8 @@ def check_encoder(settings, model):
 
 def check_pin(pin_path, found, model_path):
     """Raises ModelError unless the file (as sha256sum writes it: the hash first) holds this hash."""
-    words = common.read_bytes(pin_path).decode(errors="replace").split()
+    data = read_file("MODEL_SHA256_FILE", pin_path, "a file that sha256sum wrote, or leave it empty")
+    words = data.decode(errors="replace").split()
     if not words or words[0].lower() != found:
         raise ModelError(f"MODEL_PATH={model_path} has the SHA-256 {found}, MODEL_SHA256_FILE={pin_path} says "
                          f"{words[0][:64] if words else 'nothing'}: put the right pair in place")

@@ -19,7 +19,7 @@ from gunicorn.http.errors import (ConfigurationProblem, ExpectationFailed, Inval
 from gunicorn.util import write_nonblock  # noqa: E402
 from gunicorn.workers.gthread import TConn, ThreadWorker  # noqa: E402
 
-from common import DetectorError  # noqa: E402
+from common import DetectorError, UsageError  # noqa: E402
 from engine import check, slots_of  # noqa: E402
 from settings import read_settings  # noqa: E402
 from telemetry import LOGGING, say_event  # noqa: E402
@@ -29,11 +29,23 @@ def load_settings():
     """A bad setting ends the start in one line, exit code 2; left to the worker it would be a traceback and a 3."""
     try:
         settings = read_settings()
+        check_address(settings["HOST"], settings["PORT"])
         check(settings)
         return settings
     except DetectorError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_address(host, port):
+    """Raises UsageError where nobody can listen: gunicorn would try for five seconds and name no setting."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UsageError(f"HOST={host} PORT={port}: cannot listen there ({error.strerror}); set another address or port") from None
 
 
 class QuietLogger(Logger):
@@ -153,7 +165,7 @@ def most_connections():
 
 
 settings = load_settings()
-bind = f"{settings['HOST']}:{settings['PORT']}"
+bind = f"[{settings['HOST'].strip('[]')}]:{settings['PORT']}"  # the brackets are for IPv6
 workers = 1                              # one model in memory; a forward pass takes all processors already
 worker_class = Worker
 # those at work, those that may wait for them, and some for all else: a full queue must not make /healthz wait

@@ -27,6 +27,7 @@ SETTINGS = {
     "HOST": ("127.0.0.1", "address to listen on"),
     "PORT": ("8000", "port to listen on"),
 }
+MOST_THREADS = 500  # each costs memory, and connections are at most 1,000
 POSITIVE = ("BATCH_LIMIT", "QUEUE_TIMEOUT_S", "BODY_TIMEOUT_S", "SPARE_THREADS", "MAX_UPLOAD_BYTES", "MAX_PIXELS")
 
 
@@ -40,9 +41,20 @@ def read_settings(given=None):
             values[name] = int(values[name])
         if name in POSITIVE and not values[name]:
             raise UsageError(f"{name}=0: must be at least 1")
+    if (threads := values["SLOTS"] + values["QUEUE_LIMIT"] + values["SPARE_THREADS"]) > MOST_THREADS:
+        raise UsageError(f"SLOTS={values['SLOTS']}, QUEUE_LIMIT={values['QUEUE_LIMIT']}, SPARE_THREADS={values['SPARE_THREADS']}: "
+                         f"together {threads:,} threads; must be at most {MOST_THREADS}")
     if values["PORT"] > 65535:
         raise UsageError(f"PORT={values['PORT']}: must be at most 65535")
     return values
+
+
+def read_file(name, path, remedy):
+    """Bytes of the file that a setting names. Raises UsageError."""
+    try:
+        return common.read_bytes(path)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}; name {remedy}") from None
 
 
 # ---- API keys ----
@@ -50,16 +62,19 @@ def read_settings(given=None):
 def read_keys(path):
     """File of `name sha256-of-token` lines -> {name: 32 bytes}; {} where no file is set. Raises UsageError."""
     keys = {}
-    for number, line in enumerate(common.read_bytes(path).decode(errors="replace").splitlines() if path else [], 1):
+    data = read_file("API_KEYS_FILE", path, "a file of lines 'name sha256-of-token'") if path else b""
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
         words = line.split("#")[0].split()
         if not words:
             continue
         try:
             name, digest = words[0], bytes.fromhex(words[1])
-            if len(words) != 2 or len(digest) != 32 or name in keys:
+            if len(words) != 2 or len(digest) != 32:
                 raise ValueError
         except (ValueError, IndexError):
-            raise UsageError(f"API_KEYS_FILE={path}: line {number} is not 'name sha256-of-token' with a name of its own") from None
+            raise UsageError(f"API_KEYS_FILE={path}: line {number} is not 'name sha256-of-token'") from None
+        if name in keys:
+            raise UsageError(f"API_KEYS_FILE={path}: line {number} has a name that another line has; give it one of its own")
         keys[name] = digest
     if path and not keys:
         raise UsageError(f"API_KEYS_FILE={path}: holds no key; add a line 'name sha256-of-token', or leave the setting empty")

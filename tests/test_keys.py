@@ -110,7 +110,7 @@ def test_keys_are_names_and_hashes_with_comments_between(tmp_path):
                                   f"ben {digest('1')}"], ids=["no hash", "no name", "short", "long", "no hex", "three words", "a name twice"])
 def test_a_line_that_is_no_key_is_refused_by_its_number(tmp_path, line):
     (tmp_path / "keys").write_text(f"# ours\nben {digest('2')}\n{line}\n")
-    with pytest.raises(common.UsageError, match="API_KEYS_FILE=.*keys: line 3 is not 'name sha256-of-token'") as error:
+    with pytest.raises(common.UsageError, match="API_KEYS_FILE=.*keys: line 3 (is not 'name sha256-of-token'|has a name that another line has)") as error:
         read_keys(tmp_path / "keys")
     assert digest("1") not in str(error.value)
 
@@ -180,4 +180,4 @@ def test_feedback_that_is_large_is_413_before_it_is_parsed(client):
 
 
 def test_feedback_that_does_not_say_it_is_json_is_400(client):
-    assert_error(client.post("/feedback", data=json.dumps(GOOD), headers=BEARER), 400, "expected JSON")
+    assert_error(client.post("/feedback", data=json.dumps(GOOD), headers=BEARER), 400, "application/json")

@@ -41,6 +41,7 @@ def reader(tmp_path_factory, make_folder, photos):
     place = tmp_path_factory.mktemp("reader")
     make_folder(place / "data", {f"{split}/{label}": n for split, n in (("train", 40), ("test", 15)) for label in ("real", "fake")})
     make_folder(place / "folder", {".": 3})
+    make_folder(place / "golden", {label: 5 for label in ("real", "fake")})
     shutil.copy(photos["china.jpg"], place / "photo.jpg")
     shutil.copy(photos["coffee.png"], place / "other.png")
     for script in ROOT.glob("*.py"):

@@ -14,8 +14,8 @@ import pytest
 import requests
 
 from common import sha256
-from conftest import ROOT
-from live import DEMO, Live, assert_error, large, metric, photo, serve, wait_for  # noqa: F401
+from conftest import ROOT, assert_one_line_error
+from live import DEMO, Live, assert_error, free_port, large, metric, photo, serve, wait_for  # noqa: F401
 from made_up import BASELINE
 from model import load_model, save_model
 
@@ -131,6 +131,29 @@ def test_a_model_that_is_not_the_pinned_one_does_not_start(script, tmp_path):
     (tmp_path / "pin").write_text("0" * 64)
     result = script("app.py", cwd=tmp_path, MODEL_SHA256_FILE="pin", **DEMO)
     assert result.returncode == 2 and "MODEL_SHA256_FILE" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"HOST": "nosuchhost.invalid"}, "HOST=nosuchhost.invalid PORT="), ({"HOST": "203.0.113.1"}, "HOST=203.0.113.1 PORT="),
+    ({"HOST": "localhost:80"}, "HOST=localhost:80 PORT="), ({"SLOTS": "99999999"}, "SLOTS=99999999, QUEUE_LIMIT=16"),
+    ({"API_KEYS_FILE": "nowhere"}, "API_KEYS_FILE: cannot read"), ({"MODEL_SHA256_FILE": "nowhere"}, "MODEL_SHA256_FILE: cannot read"),
+    ({"MODEL_PATH": "nowhere"}, "models/baseline.joblib")], ids=str)
+def test_a_setting_that_cannot_be_used_ends_the_start_in_one_line(script, settings, words):
+    assert_one_line_error(script("app.py", **{**DEMO, "PORT": str(free_port()), **settings}), words)
+
+
+def test_a_port_that_is_taken_is_told_at_once(script):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_one_line_error(script("app.py", **{**DEMO, "PORT": port}), f"PORT={port}: cannot listen there", "set another")
+
+
+def test_it_listens_on_ipv6_as_well(tmp_path):
+    server = Live(tmp_path, HOST="::")  # and with it, as everywhere but on a few systems, on IPv4
+    try:
+        assert requests.get(server.url.replace("127.0.0.1", "[::1]") + "/healthz", timeout=10).status_code == 200
+    finally:
+        assert server.stop() == 0
 
 
 # ---- load ----
