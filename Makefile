@@ -1,6 +1,6 @@
 # make demo        see what it does, in three minutes, without torch
 # make test        set up the full environment and run the tests (15 minutes at most)
-# make test-long   what takes longer: the demo, full-size checkpoints, fuzzing
+# make test-long   what takes longer: the demo, the README's commands, full-size checkpoints, fuzzing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo

@@ -73,7 +73,7 @@ def start_service(command, place, env):
     raise AssertionError("the service is not ready after 20 s")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_command_runs_in_the_order_of_the_page(reader):
     for needed in ("torch", "clip"):
         if importlib.util.find_spec(needed) is None:
