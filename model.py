@@ -28,9 +28,7 @@ FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1
 LINEAR = {"coef": ("f", 1)}
 CLASSIFIERS = {"svm": {"support_vectors": ("f", 2), "dual_coef": ("f", 1), "gamma": float}, "linear-svm": LINEAR,
                "logistic": LINEAR, "mlp": {"hidden_weights": ("f", 2), "hidden_bias": ("f", 1), "output_weights": ("f", 1)}}
-
-
-VERSION = re.compile(r"[!-~]{1,64}")
+VERSION = re.compile(r"[!-~]{1,64}")  # it goes into a header of every verdict
 
 
 def plain_dtype(name, *_):

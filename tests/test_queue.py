@@ -7,7 +7,7 @@ import pytest
 
 import app as service
 from classify import Detector
-from engines import client_on, compiled_once, counted, held, lines, meanwhile, picture, until, upload  # noqa: F401
+from engines import client_on, compiled_once, counted, held, keys_file, lines, meanwhile, picture, until, upload  # noqa: F401
 from live import DEMO, assert_error
 
 PATHS = ["/classify", "/classify/batch"]
@@ -50,6 +50,14 @@ def test_while_the_slot_is_taken_and_none_may_wait_it_says_503_at_once_and_when_
 def test_meanwhile_everything_that_needs_no_slot_is_answered(busy, path):
     started = time.monotonic()
     assert busy.get(path).status_code == 200 and time.monotonic() - started < 5
+
+
+def test_a_stranger_learns_that_a_token_is_needed_and_not_how_busy_it_is(compiled_once, monkeypatch, tmp_path):  # noqa: F811
+    client = client_on(SLOTS="1", QUEUE_LIMIT="0", API_KEYS_FILE=keys_file(tmp_path / "keys", ann="1"))
+    known = {"Authorization": "Bearer 1"}
+    with held(monkeypatch, engine_of(client).telemetry, lambda: upload(another(client), "/classify", picture(), headers=known)):
+        assert upload(client, "/classify", picture()).status_code == 401
+        assert upload(client, "/classify", picture(), headers=known).status_code == 503
 
 
 class Body(io.BytesIO):

@@ -16,7 +16,7 @@ import requests
 from common import sha256
 from conftest import ROOT, assert_one_line_error
 from live import DEMO, Live, assert_error, free_port, large, metric, photo, serve, wait_for  # noqa: F401
-from made_up import BASELINE
+from made_up import BASELINE, baseline_for, other_encoder
 from model import load_model, save_model
 
 pytestmark = pytest.mark.slow
@@ -146,6 +146,15 @@ def test_a_port_that_is_taken_is_told_at_once(script):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert_one_line_error(script("app.py", **{**DEMO, "PORT": port}), f"PORT={port}: cannot listen there", "set another")
+
+
+def test_a_cache_of_encoders_is_found_from_the_folder_it_was_started_in(tmp_path, photo):
+    other_encoder()
+    server = Live(tmp_path, MODEL_PATH=baseline_for(tmp_path / "other.joblib").name, CLIP_CACHE="home/clip")
+    try:
+        assert server.post(photo).status_code == 200
+    finally:
+        assert server.stop() == 0
 
 
 def test_it_listens_on_ipv6_as_well(tmp_path):

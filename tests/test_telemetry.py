@@ -127,6 +127,12 @@ def test_there_are_the_metrics_of_the_contract_and_no_others():
     assert "_created" not in text
 
 
+@pytest.mark.parametrize("route", ["/classify", "/classify/batch"])
+@pytest.mark.parametrize("status", ["200", "500", "503"])
+def test_what_alerts_compare_is_there_before_it_first_happens(route, status):
+    assert Telemetry().registry.get_sample_value("detector_requests_total", {"route": route, "status": status}) == 0
+
+
 def test_seconds_are_counted_in_buckets_from_5_ms_to_30_s():
     telemetry = Telemetry()
     telemetry.seconds.labels("/classify", 200).observe(0.02)
