@@ -17,17 +17,36 @@ import sys
 import time
 import uuid
 
-from flask import Blueprint, Flask, Request, Response, current_app, g, jsonify, render_template, request
-from gunicorn.http.errors import ParseException
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from werkzeug.exceptions import ClientDisconnected, HTTPException
-
 import common
-from classify import answer, details
-from common import CLASSES, ImageError
-from engine import Busy, Engine, named
 from settings import SETTINGS, key_of, read_settings
-from telemetry import Telemetry, say_event
+
+
+def main(argv=None):
+    width = max(map(len, SETTINGS))
+    lines = [f"  {name:{width}}  {text}" + (f" (default: {default})" if default else "")
+             for name, (default, text) in SETTINGS.items()]
+    argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "API_KEYS_FILE", "CLIP_CACHE"):
+        if os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.environ[name])
+    os.chdir(common.HERE)  # gunicorn looks for its settings and the app here
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "app:create_app()"])
+
+
+if __name__ == "__main__":  # here, before the rest is imported: gunicorn imports it again
+    common.run(main)
+
+from flask import Blueprint, Flask, Request, Response, current_app, g, jsonify, render_template, request  # noqa: E402
+from gunicorn.http.errors import ParseException  # noqa: E402
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest  # noqa: E402
+from werkzeug.exceptions import ClientDisconnected, HTTPException  # noqa: E402
+
+import imaging  # noqa: E402
+from classify import answer, details  # noqa: E402
+from common import CLASSES, ImageError  # noqa: E402
+from engine import Busy, Engine, named  # noqa: E402
+from telemetry import Telemetry, say_event  # noqa: E402
 
 FIELD_BYTES = 500_000  # of a form's text fields, which nothing here reads; Flask's default
 FEEDBACK_BYTES = 2000  # a parsed megabyte of JSON takes thirty
@@ -325,25 +344,8 @@ def page():
     """Drop images, see verdicts: one template, nothing from elsewhere."""
     detector, nonce = engine().detector, secrets.token_urlsafe(16)
     response = Response(render_template(
-        "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=", ".join(common.FORMATS),
+        "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=", ".join(imaging.FORMATS),
         notice=detector and detector.encoder.notice, model_version=detector and detector.model["versions"]["model"]))
     response.headers.update({"Content-Security-Policy": PAGE_POLICY.format(nonce), "Referrer-Policy": "no-referrer",
                              "Cache-Control": "no-store"})  # the model that it names may change
     return response
-
-
-def main(argv=None):
-    width = max(map(len, SETTINGS))
-    lines = [f"  {name:{width}}  {text}" + (f" (default: {default})" if default else "")
-             for name, (default, text) in SETTINGS.items()]
-    argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "API_KEYS_FILE", "CLIP_CACHE"):
-        if os.environ.get(name):
-            os.environ[name] = os.path.abspath(os.environ[name])
-    os.chdir(common.HERE)  # gunicorn looks for its settings and the app here
-    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "app:create_app()"])
-
-
-if __name__ == "__main__":
-    common.run(main)

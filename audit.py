@@ -12,20 +12,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 import common
 from common import CLASSES, UsageError
-from dataset import SEEN, list_images, load_features
-from facts import describe_image, make_groups, twin_clusters
-from metrics import words
-from probes import (MIN_IMAGES, doubtful_sources, label_errors, linear_scores, probe_all, telling_values)
-
-MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing;
-                        # and share of all images that stand under both labels
-TELLING_AUC = 0.65      # lower end of the interval from which on a probe is spoken of: pictures differ a little in any two pools
-HUGE = 50_000_000       # pixels: the service refuses larger ones
-SHOWN = 5               # of each kind
 
 
 def parse_args(argv):
@@ -34,7 +22,29 @@ def parse_args(argv):
     group.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
     group.add_argument("--features_file", metavar="FILE", help="or the facts stored by extract_features.py")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_dir:
+        common.need_folder(args.data_dir)
+    else:
+        common.need_features(args.features_file)
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
+    common.answered(parse_args)
+
+import numpy as np  # noqa: E402
+
+from dataset import SEEN, list_images, load_features  # noqa: E402
+from facts import describe_image, make_groups, twin_clusters  # noqa: E402
+from metrics import words  # noqa: E402
+from probes import (MIN_IMAGES, doubtful_sources, label_errors, linear_scores, probe_all, telling_values)  # noqa: E402
+
+MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing;
+                        # and share of all images that stand under both labels
+TELLING_AUC = 0.65      # lower end of the interval from which on a probe is spoken of: pictures differ a little in any two pools
+HUGE = 50_000_000       # pixels: the service refuses larger ones
+SHOWN = 5               # of each kind
 
 
 # ---- findings ----

@@ -51,7 +51,8 @@ class Detector:
 
     def pixels(self, image):
         """PIL RGB image -> float32 [3, r, r], as the encoder takes it."""
-        return common.preprocess(image, self.encoder.resolution)
+        from imaging import preprocess
+        return preprocess(image, self.encoder.resolution)
 
     def p_fake(self, pixels):
         """float32 [n, 3, r, r] -> calibrated probability of fake, float64 [n]."""
@@ -60,8 +61,9 @@ class Detector:
 
     def classify(self, data, max_pixels=common.MAX_PIXELS):
         """Image bytes -> (classification, confidence). Raises ImageError's kinds."""
+        from imaging import decode_image
         from model import verdict
-        return verdict(self.model, self.p_fake(self.pixels(common.decode_image(data, max_pixels))[None])[0])
+        return verdict(self.model, self.p_fake(self.pixels(decode_image(data, max_pixels))[None])[0])
 
 
 def encoder_folder(encoder, model_path, prepare=True):
@@ -108,9 +110,10 @@ def list_paths(given):
 
 def load(detector, path, max_pixels):
     """One file -> the encoder's input, or the error that says why not."""
+    from imaging import decode_image
     try:
         data = sys.stdin.buffer.read() if path == "-" else common.read_bytes(path)
-        return detector.pixels(common.decode_image(data, max_pixels))
+        return detector.pixels(decode_image(data, max_pixels))
     except (ImageError, UsageError) as error:
         return error
 

@@ -8,15 +8,13 @@ import os
 import zipfile
 import zlib
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 
-from common import CLASSES, UsageError
+from common import CLASSES, SPLITS, UsageError, need_features, need_folder
 
 LABELS = {**dict.fromkeys("real 0_real nature natural human photo photos".split(), 0),
           **dict.fromkeys("fake 1_fake ai generated synthetic ai_generated".split(), 1)}
-SPLITS = ("train", "val", "test", "external", "extra")
 SEEN = "seen"  # split of the images that the encoder itself was trained on: good for nothing any more
 
 # Of each file: what a leak probe needs. Sizes as in the header (before EXIF rotation), bytes of the whole file.
@@ -46,8 +44,7 @@ def describe(path, split_names=SPLITS, unlabelled=False):
 
 def list_files(data_dir):
     """Sorted paths of all files below `data_dir`, relative and '/'-separated; names that start with a dot left out."""
-    if not Path(data_dir).is_dir():
-        raise UsageError(f"--data_dir {data_dir}: no such folder")
+    need_folder(data_dir)
     paths, walked = [], set()
     for folder, folders, files in os.walk(data_dir, followlinks=True):
         real = os.path.realpath(folder)
@@ -97,12 +94,11 @@ def join_columns(several):
 
 def load_features(path):
     """features.npz -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed. Raises UsageError."""
+    need_features(path)
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             columns = {name: file[name] for name in (*COLUMNS, "meta")}
         columns["meta"] = json.loads(str(columns["meta"]))
-    except FileNotFoundError:
-        raise UsageError(f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR") from None
     except KeyError as error:
         raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file

@@ -17,11 +17,21 @@ import time
 import urllib.request
 from pathlib import Path
 
-import numpy as np
-
 import common
-import distort
-from report import words
+
+
+def parse_args(argv):
+    return argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(argv)
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
+    common.answered(parse_args)
+
+import numpy as np  # noqa: E402
+
+import distort  # noqa: E402
+import imaging  # noqa: E402
+from report import words  # noqa: E402
 
 OUT = common.HERE / "demo"
 BASELINE = common.HERE / "models" / "baseline.joblib"
@@ -70,7 +80,7 @@ def stay_put(detector, photos):
     wrong, flips = np.zeros(3, int), dict.fromkeys(tiers, 0)
     for path in photos:
         data = path.read_bytes()
-        rgb = common.decode_image(data)
+        rgb = imaging.decode_image(data)
         answers = [detector.classify(d) for d in (data, *(distort.social_bytes(rgb, *t) for t in tiers.values()))]
         wrong += [a[0] == "fake" for a in answers]
         for name, again in zip(tiers, answers[1:]):
@@ -108,7 +118,7 @@ def build_trap(photos, folder):
     random into train and test: there is nothing to find."""
     rng = np.random.default_rng(0)
     shutil.rmtree(folder, ignore_errors=True)
-    pictures = [common.decode_image(path.read_bytes()) for path in photos]
+    pictures = [imaging.decode_image(path.read_bytes()) for path in photos]
     fake = call_half_fake(pictures, rng)
     for i, (path, rgb) in enumerate(zip(photos, pictures)):
         for k in range(COPIES):
@@ -132,7 +142,7 @@ def trap(photos):
     command("audit.py", "--data_dir", "demo/trap")
     command("train_model.py", "--features_file", "demo/trap.npz", "--model_output_path", "demo/resplit.joblib", "--resplit", quiet=True)
     resplit, honest = metrics_of("resplit")["balanced_accuracy"], []
-    pictures = [common.decode_image(path.read_bytes()) for path in photos]
+    pictures = [imaging.decode_image(path.read_bytes()) for path in photos]
     for draw in range(1, DRAWS + 1):  # a fifth of fourteen pictures is three: one draw of labels says little
         relabel(photos, call_half_fake(pictures, np.random.default_rng(draw)))
         run("train_model.py", "--features_file", "demo/again.npz", "--model_output_path", "demo/again.joblib", "--resplit")
@@ -197,7 +207,7 @@ def post(url, photo):
 
 
 def main(argv=None):
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(argv)
+    parse_args(argv)
     from classify import Detector
     OUT.mkdir(exist_ok=True)
     photos, detector = installed_photos(), Detector(BASELINE)

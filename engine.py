@@ -17,6 +17,7 @@ import numpy as np
 
 import common
 import encoders
+import imaging
 from common import DetectorError, EncoderError, ImageError, ModelError, UsageError
 from settings import read_file, read_keys
 from telemetry import say_event
@@ -174,10 +175,10 @@ class Engine:
         if started > end:
             return {**facts, "status": 503, "error": f"the images before it took {DECODE_S} s to decode: send fewer at a time"}, None
         try:
-            image = common.open_image(data, self.settings["MAX_PIXELS"])
+            image = imaging.open_image(data, self.settings["MAX_PIXELS"])
             facts |= {"format": image.format, "width": image.width, "height": image.height}
             with self.large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
-                pixels = detector.pixels(common.load_rgb(image))
+                pixels = detector.pixels(imaging.load_rgb(image))
         except ImageError as error:
             return {**facts, "status": error.status, "error": str(error)}, None
         facts["decode_s"] = time.perf_counter() - started
@@ -293,7 +294,7 @@ def prove(detector):
     if not recorded:
         raise EncoderError(f"the encoder '{detector.encoder.name}' has no golden features: remove its folder in "
                            f"{encoders.cache_dir() / 'encoders'} and run prepare_clip.py again")
-    pixels = detector.pixels(common.decode_image(encoders.golden_image()))
+    pixels = detector.pixels(imaging.decode_image(encoders.golden_image()))
     features = np.stack([np.float32(recorded), detector.encoder.encode(pixels[None])[0]])
     cosine = float(features[0] @ features[1] / np.linalg.norm(features[0]) / np.linalg.norm(features[1]))
     expected, found = probability(detector.model, decision(detector.model, features))

@@ -15,24 +15,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 import common
-import feedback
-import metrics
-import report
-from classify import Detector, choose_model
 from common import CLASSES, UsageError, say
-from dataset import COLUMNS, SEEN, draw_evenly, list_images
-from distort import ARMS, CONDITIONS, manageable
-from extract_features import encode_batch, read_row
-from facts import make_groups, twin_clusters
-from model import decision, load_model, probability, stale_threshold
-from train_model import load_columns
-
-BATCH = 16
-SHOWN = 12  # hardest images of each class
-PICTURES = ("robustness under re-saving, shrinking, blur, noise and crops", "files made alike", "hardest images")
 
 
 def parse_args(argv):
@@ -46,9 +30,42 @@ def parse_args(argv):
     parser.add_argument("--baseline", metavar="FILE", help="metrics.json of an earlier evaluation of the same images: what got worse?")
     parser.add_argument("--feedback", nargs="+", metavar="LOG", help="logs of the service, - for stdin: how right it is in production")
     parser.add_argument("--robustness_images", type=int, default=1000, metavar="N",
-                        help=f"at most so many images go through the {len(CONDITIONS)} distortions (a seeded draw)")
+                        help="at most so many images go through the distortions (a seeded draw)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.robustness_images < 1:
+        raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
+    if args.feedback:
+        return args
+    if not (args.data_dir or args.features_file):
+        raise UsageError("nothing to evaluate on: name --data_dir, --features_file or both")
+    if args.data_dir:
+        common.need_folder(args.data_dir)
+    if args.features_file:
+        common.need_features(args.features_file)
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
+    common.answered(parse_args)
+
+import numpy as np  # noqa: E402
+
+import feedback  # noqa: E402
+import imaging  # noqa: E402
+import metrics  # noqa: E402
+import report  # noqa: E402
+from classify import Detector, choose_model  # noqa: E402
+from dataset import COLUMNS, SEEN, draw_evenly, list_images  # noqa: E402
+from distort import ARMS, CONDITIONS, manageable  # noqa: E402
+from extract_features import encode_batch, read_row  # noqa: E402
+from facts import make_groups, twin_clusters  # noqa: E402
+from model import decision, load_model, probability, stale_threshold  # noqa: E402
+from train_model import load_columns  # noqa: E402
+
+BATCH = 16
+SHOWN = 12  # hardest images of each class
+PICTURES = ("robustness under re-saving, shrinking, blur, noise and crops", "files made alike", "hardest images")
 
 
 # ---- images ----
@@ -115,7 +132,7 @@ def read_picture(data_dir, path, sha256):
     data = common.read_bytes(Path(data_dir, path))
     if common.sha256(data) != sha256:
         raise UsageError(f"--data_dir {data_dir}: '{path}' is not the file that was encoded; extract again")
-    return common.decode_image(data)
+    return imaging.decode_image(data)
 
 
 def changed(detector, data_dir, columns, changes):
@@ -276,10 +293,6 @@ def main(argv=None):
     args = parse_args(argv)
     if args.feedback:
         return feedback.main(args)
-    if args.robustness_images < 1:
-        raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
-    if not (args.data_dir or args.features_file):
-        raise UsageError("nothing to evaluate on: name --data_dir, --features_file or both")
     common.check_folder(args.report_dir, f"--report_dir {args.report_dir}")
     before = read_baseline(args.baseline, args.report_dir) if args.baseline else None
     model_path, bad = choose_model(args.model_path), 0

@@ -17,14 +17,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 import common
-import encoders
-from common import CLASSES, ImageError, UnsupportedImage, UsageError, say
-from dataset import COLUMNS, FACTS, SEEN, SPLITS, join_columns, list_images, load_features
-
-MAX_VIEWS = 20  # all copies of the images of three batches are in memory at a time
+from common import CLASSES, MAX_VIEWS, SPLITS, ImageError, UnsupportedImage, UsageError, say
 
 
 def parse_args(argv):
@@ -46,7 +40,24 @@ def parse_args(argv):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="auto: what the encoder asks for, else the fastest here")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("limit", 1), ("batch_size", 1), ("max_pixels", 1), ("views", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UsageError(f"--{name} {value}: must be at least {least}")
+    if args.views > MAX_VIEWS:
+        raise UsageError(f"--views {args.views}: at most {MAX_VIEWS} degraded copies of an image")
+    common.need_folder(args.data_dir)
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
+    common.answered(parse_args)
+
+import numpy as np  # noqa: E402
+
+import encoders  # noqa: E402
+import imaging  # noqa: E402
+from dataset import COLUMNS, FACTS, SEEN, join_columns, list_images, load_features  # noqa: E402
 
 
 def draw(entries, limit, seed=0):
@@ -137,7 +148,7 @@ def read_row(data_dir, entry, resolution, max_pixels, views=0):
         rgb, row = describe_image(Path(data_dir, entry.path).read_bytes(), max_pixels)
         base = manageable(rgb) if views else None
         copies = (degrade(base, view_rng(row["sha256"], number)) for number in range(1, views + 1))
-        return entry, np.stack([common.preprocess(image, resolution) for image in (rgb, *copies)]), row
+        return entry, np.stack([imaging.preprocess(image, resolution) for image in (rgb, *copies)]), row
     except (ImageError, OSError) as error:
         return entry, None, [str(error), not isinstance(error, UnsupportedImage)]
 
@@ -249,11 +260,6 @@ def summary(columns, skipped, total):
 
 def main(argv=None):
     args = parse_args(argv)
-    for name, least in (("limit", 1), ("batch_size", 1), ("max_pixels", 1), ("views", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UsageError(f"--{name} {value}: must be at least {least}")
-    if args.views > MAX_VIEWS:
-        raise UsageError(f"--views {args.views}: at most {MAX_VIEWS} degraded copies of an image")
     output, parts = Path(args.output_file), Path(f"{args.output_file}.parts")
     entries = list_images(args.data_dir, [name.strip() for name in args.split_names.lower().split(",")], args.unlabelled)
     own = os.path.relpath(output, args.data_dir).replace(os.sep, "/")  # the output may lie among the images

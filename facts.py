@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 
 import common
+import imaging
 from dataset import FACTS
 
 NEAR_GREY = 3.0         # root mean square difference of two 8x8 thumbnails, in grey levels: copies re-saved at other
@@ -24,8 +25,8 @@ MIDDLE = 512            # pixels of the middle that blockiness and density look 
 
 def describe_image(data, max_pixels=common.MAX_PIXELS):
     """Image bytes -> (decoded RGB, {'sha256': ..., 'facts': record of FACTS, 'thumb': uint8 [64]}). Raises ImageError's kinds."""
-    opened = common.open_image(data, max_pixels)
-    rgb = common.load_rgb(opened)
+    opened = imaging.open_image(data, max_pixels)
+    rgb = imaging.load_rgb(opened)
     return rgb, {"sha256": common.sha256(data), "facts": container_facts(opened, rgb, len(data)), "thumb": thumbnail(rgb)}
 
 
@@ -67,7 +68,7 @@ def blockiness(image):
 
 def thumbnail(rgb):
     """8x8 grey picture, uint8 [64]."""
-    small = rgb.resize((8, 8), common.Image.Resampling.BOX)  # no reducing_gap: it moves greys by 10
+    small = rgb.resize((8, 8), imaging.Image.Resampling.BOX)  # no reducing_gap: it moves greys by 10
     return np.asarray(small.convert("L")).reshape(64)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import common
 from common import UsageError
-from dataset import list_images
 from prepare_clip import require_torch
 
 ARCHITECTURES = {  # arguments of clip.model.ModifiedResNet; heads follow from the width as `clip.load` derives them
@@ -43,7 +42,16 @@ def parse_args(argv):
     parser.add_argument("--batch_size", type=int, default=48, metavar="N", help="images a step, on average half of each class")
     parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate (AdamW, cosine)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and of every draw")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    common.need_folder(args.data_dir)
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
+    common.answered(parse_args)
+
+import imaging  # noqa: E402
+from dataset import list_images  # noqa: E402
 
 
 def kept_back(digest, share):
@@ -59,7 +67,7 @@ def load_images(args):
     for entry in tqdm([e for e in list_images(args.data_dir) if e.split in splits], desc="reading", unit="image"):
         data = common.read_bytes(Path(args.data_dir, entry.path))
         try:
-            row = fit(common.decode_image(data), SIDE), entry.label, entry.source, common.sha256(data)
+            row = fit(imaging.decode_image(data), SIDE), entry.label, entry.source, common.sha256(data)
         except common.ImageError as error:
             tqdm.write(f"left out {entry.path}: {error}", file=sys.stderr)
             continue
@@ -87,7 +95,7 @@ def views(rows, chosen, rng, resolution):
     import numpy as np
     import torch
     from distort import random_view
-    pixels = [common.preprocess(random_view(rows[i][0], rng, resolution), resolution) for i in chosen]
+    pixels = [imaging.preprocess(random_view(rows[i][0], rng, resolution), resolution) for i in chosen]
     return torch.from_numpy(np.stack(pixels)), torch.tensor([float(rows[i][1]) for i in chosen])
 
 
@@ -98,7 +106,7 @@ def kept_auc(model, rows, resolution):
     from sklearn.metrics import roc_auc_score
     model.eval()
     with torch.inference_mode():
-        pixels = torch.from_numpy(np.stack([common.preprocess(r[0], resolution) for r in rows]))
+        pixels = torch.from_numpy(np.stack([imaging.preprocess(r[0], resolution) for r in rows]))
         scores = torch.cat([model(part) for part in pixels.split(64)])[:, 0]
     return roc_auc_score([r[1] for r in rows], scores.numpy())
 

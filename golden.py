@@ -19,16 +19,7 @@ import uuid
 from pathlib import Path
 
 import common
-import metrics
 from common import CLASSES, UsageError, say
-from dataset import list_images
-
-TRIES = 5          # of one request, while the service is busy or cannot be reached for a moment
-RETRY_S = 1        # between them, where the service names no time
-LONGEST_WAIT_S = 60  # whatever it names
-TIMEOUT_S = 60     # of one request; the service itself gives up earlier
-ANSWER_BYTES = 1 << 20
-JOB = "detector-golden"
 
 
 def parse_args(argv):
@@ -36,7 +27,23 @@ def parse_args(argv):
     parser.add_argument("--url", required=True, metavar="URL", help="the service, as http://127.0.0.1:8000")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of labelled images that trained no model")
     parser.add_argument("--pushgateway", metavar="URL", help="send the figures to this Prometheus Pushgateway, too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    common.need_folder(args.data_dir)
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
+    common.answered(parse_args)
+
+import metrics  # noqa: E402
+from dataset import list_images  # noqa: E402
+
+TRIES = 5          # of one request, while the service is busy or cannot be reached for a moment
+RETRY_S = 1        # between them, where the service names no time
+LONGEST_WAIT_S = 60  # whatever it names
+TIMEOUT_S = 60     # of one request; the service itself gives up earlier
+ANSWER_BYTES = 1 << 20
+JOB = "detector-golden"
 
 
 # ---- the service ----

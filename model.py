@@ -11,11 +11,10 @@ plain data.
 """
 import io
 import pickle
-import re
 
 import numpy as np
 
-from common import CLASSES, ModelError, atomic_write, read_bytes, sha256
+from common import CLASSES, VERSION, ModelError, atomic_write, read_bytes, sha256
 
 FORMAT = 3
 BLOCK = 1000  # rows scored at a time: the kernel matrix of a test set would take gigabytes
@@ -28,7 +27,6 @@ FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1
 LINEAR = {"coef": ("f", 1)}
 CLASSIFIERS = {"svm": {"support_vectors": ("f", 2), "dual_coef": ("f", 1), "gamma": float}, "linear-svm": LINEAR,
                "logistic": LINEAR, "mlp": {"hidden_weights": ("f", 2), "hidden_bias": ("f", 1), "output_weights": ("f", 1)}}
-VERSION = re.compile(r"[!-~]{1,64}")  # it goes into a header of every verdict
 
 
 def plain_dtype(name, *_):

@@ -18,8 +18,8 @@ import warnings
 from pathlib import Path
 
 import common
-from common import PREPROCESSING, EncoderError
-from encoders import OPENAI_NAMES, SHIPPED, cache_dir, find_encoder, golden_image
+from common import EncoderError
+from encoders import OPENAI_NAMES, PREPROCESSING, SHIPPED, cache_dir, find_encoder, golden_image
 
 
 def parse_args(argv):
@@ -140,7 +140,8 @@ def architecture(visual):
 def golden_features(visual):
     """The golden picture's features in torch, float32: what every other way of running this tower is compared with."""
     import torch
-    pixels = common.preprocess(common.decode_image(golden_image()), visual.input_resolution)
+    from imaging import decode_image, preprocess
+    pixels = preprocess(decode_image(golden_image()), visual.input_resolution)
     with torch.inference_mode():
         return [float(f"{value:.6g}") for value in visual(torch.from_numpy(pixels[None]))[0]]
 

@@ -7,18 +7,14 @@
 """
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 import common
-import report
-from common import UsageError, say
-from dataset import list_images
-from extract_features import MAX_VIEWS
+from common import MAX_VIEWS, UsageError, say
 
 
 def parse_args(argv):
@@ -29,7 +25,23 @@ def parse_args(argv):
     parser.add_argument("--views", type=int, default=1, metavar="N", help="degraded copies of each image")
     parser.add_argument("--robustness_images", type=int, default=40, metavar="N", help="images that go through the distortions")
     parser.add_argument("--max_fpr", type=float, metavar="X", help="threshold at which at most this share of real images is called fake")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, most in (("limit", math.inf), ("views", MAX_VIEWS), ("robustness_images", math.inf)):
+        if not 1 <= getattr(args, name) <= most:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1" + (f", at most {most}" if most < math.inf else ""))
+    if args.max_fpr is not None and not 0 < args.max_fpr < 1:
+        raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
+    common.need_folder(args.data_dir)
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
+    common.answered(parse_args)
+
+import numpy as np  # noqa: E402
+
+import report  # noqa: E402
+from dataset import list_images  # noqa: E402
 
 
 def run(times, *words):
@@ -61,11 +73,6 @@ def metrics_of(folder):
 
 def main(argv=None):
     args = parse_args(argv)
-    for name, least, most in (("limit", 1, np.inf), ("views", 1, MAX_VIEWS), ("robustness_images", 1, np.inf)):
-        if not least <= getattr(args, name) <= most:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least {least}" + (f", at most {most}" if most < np.inf else ""))
-    if args.max_fpr is not None and not 0 < args.max_fpr < 1:
-        raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
     list_images(args.data_dir)  # told before anything is started
     out, times = Path(args.output_dir), []
     rate = [] if args.max_fpr is None else ["--max_fpr", args.max_fpr]

@@ -10,21 +10,8 @@ Images that look alike stay on one side of every split; with ten sources or more
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 import common
-import metrics
-from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search
-from common import CLASSES, UsageError, say
-from dataset import COLUMNS, join_columns, load_features
-from model import FORMAT, VERSION, choose_band, choose_threshold, decision, probability, save_model, standardise
-from probes import MIN_IMAGES
-
-BAND_ERROR = 0.1         # of each class, the share that may lie on the wrong side outside the 'uncertain' band
-HELD_OUT_ROWS = 1500     # of the other sources, for each line of the leave-one-source-out table
-MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
-                         # data are copies of a few pictures, or something chains them, and groups mean nothing
-POOL = ("train", "val", "test", "")  # what --resplit divides anew; external, extra and seen images stay out of it
+from common import CLASSES, VERSION, UsageError, say
 
 
 def parse_args(argv):
@@ -33,7 +20,7 @@ def parse_args(argv):
     parser.add_argument("--features_file", nargs="+", default=["features.npz"], metavar="FILE",
                         help="from extract_features.py (default: features.npz); several must be of one encoder")
     parser.add_argument("--model_output_path", default="model.joblib", metavar="FILE", help="model to write")
-    parser.add_argument("--classifier", choices=[*GRIDS, "all"], default="svm", help="kind; all: compare, train the best")
+    parser.add_argument("--classifier", choices=["svm", "linear-svm", "logistic", "mlp", "all"], default="svm", help="kind; all: compare, train the best")
     parser.add_argument("--max_fpr", type=float, metavar="X",
                         help="threshold at which at most this share of real images is called fake (default: 0.5 on the "
                              "calibrated probability)")
@@ -41,7 +28,34 @@ def parse_args(argv):
     parser.add_argument("--resplit", action="store_true", help="split by group here, whatever the folders say")
     parser.add_argument("--model_version", default="v0.0.0-dev", metavar="V", help="version stored in the model")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and folds")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed}: must be at least 0")
+    if not VERSION.fullmatch(args.model_version):
+        raise UsageError(f"--model_version {args.model_version!r}: must be of 1 to 64 plain characters without spaces")
+    if args.max_fpr is not None and not 0 < args.max_fpr < 1:
+        raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
+    for path in args.features_file:
+        common.need_features(path)
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
+    common.answered(parse_args)
+
+import numpy as np  # noqa: E402
+
+import metrics  # noqa: E402
+from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search  # noqa: E402
+from dataset import COLUMNS, join_columns, load_features  # noqa: E402
+from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model, standardise  # noqa: E402
+from probes import MIN_IMAGES  # noqa: E402
+
+BAND_ERROR = 0.1         # of each class, the share that may lie on the wrong side outside the 'uncertain' band
+HELD_OUT_ROWS = 1500     # of the other sources, for each line of the leave-one-source-out table
+MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
+                         # data are copies of a few pictures, or something chains them, and groups mean nothing
+POOL = ("train", "val", "test", "")  # what --resplit divides anew; external, extra and seen images stay out of it
 
 
 # ---- rows ----
@@ -246,11 +260,9 @@ def left_out(columns, used):
 
 
 def check_max_fpr(max_fpr, rows):
-    """Raises UsageError outside (0, 1); warns where the training reals are too few to certify the rate."""
+    """Warns where the training reals are too few to certify the rate."""
     if max_fpr is None:
         return
-    if not 0 < max_fpr < 1:
-        raise UsageError(f"--max_fpr {max_fpr:g}: must be between 0 and 1")
     n = int((rows.whole & (rows.labels == 0)).sum())
     if n < 3 / max_fpr:  # the rule of three: with fewer, even no false alarm at all leaves the rate open
         say(f"warning: {n} real training images are too few to certify a rate of {max_fpr:g}: it takes {int(np.ceil(3 / max_fpr))}")
@@ -277,10 +289,6 @@ def say_findings(found, before=()):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.seed < 0:
-        raise UsageError(f"--seed {args.seed}: must be at least 0")
-    if not VERSION.fullmatch(args.model_version):
-        raise UsageError(f"--model_version {args.model_version!r}: must be of 1 to 64 plain characters without spaces")
     check_output(Path(args.model_output_path))
     columns, encoder = load_columns(args.features_file)
     train, test, groups, twins, how = choose_rows(columns, args, args.seed)

@@ -17,6 +17,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
+import imaging  # noqa: E402
 from audit import audit, audit_labels, sentences  # noqa: E402
 from classifiers import fit, fit_sigmoid, fold_rows, out_of_fold, row_weights  # noqa: E402
 from classify import SHIPPED_MODEL, Detector  # noqa: E402
@@ -43,7 +44,7 @@ def control(data_dir, detector):
 
     def one(entry):
         original = Path(data_dir, entry.path).read_bytes()
-        data = jpeg_bytes(square(common.decode_image(original)), 90)
+        data = jpeg_bytes(square(imaging.decode_image(original)), 90)
         image, row = describe_image(data)
         return data, detector.pixels(image), row | {"seen": common.sha256(original)[:16] in seen}
     with ThreadPoolExecutor() as pool:
@@ -85,12 +86,12 @@ def dosed(rng, rows, dose):
 
 def as_png(data):
     buffer = io.BytesIO()
-    common.decode_image(data).save(buffer, "PNG")
+    imaging.decode_image(data).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def as_multiple_of_64(data):
-    return jpeg_bytes(square(common.decode_image(data), 256), 90)
+    return jpeg_bytes(square(imaging.decode_image(data), 256), 90)
 
 
 def twice_the_bytes(data):
@@ -116,7 +117,7 @@ def repeated(change):
 
 
 def resaved(data):
-    return jpeg_bytes(shrink(common.decode_image(data), 180), 60)
+    return jpeg_bytes(shrink(imaging.decode_image(data), 180), 60)
 
 
 DATA_FAULTS = {

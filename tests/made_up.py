@@ -47,7 +47,7 @@ def write_features(path, columns=None, encoder=ENCODER, **arguments):
 
 def training_arguments(**changes):
     """What train_model.parse_args gives without flags."""
-    return Namespace(**{**vars(train_model.parse_args([])), **changes})
+    return Namespace(**{**vars(train_model.parse_args(["--features_file", __file__])), **changes})
 
 
 def with_views(columns, views, noise=0.1, seed=0):

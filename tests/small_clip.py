@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     import clip.model
     import torch
 
-import common
+import imaging
 from finetune_clip import clip_state_dict
 
 
@@ -35,7 +35,7 @@ def crops(photos):
 
 
 def pixels_of(images, resolution):
-    return np.stack([common.preprocess(image, resolution) for image in images])
+    return np.stack([imaging.preprocess(image, resolution) for image in images])
 
 
 def small_vit(images, seed=0, resolution=64):

@@ -20,6 +20,7 @@ import app as service
 import classify
 import common
 import encoders
+import imaging
 from conftest import ROOT, assert_one_line_error
 from live import DEMO, Live, assert_error, post, ready_client, wait_until_ready
 from made_up import BASELINE, baseline_for, other_encoder
@@ -137,7 +138,7 @@ def test_a_body_of_unstated_length_is_cut_off_at_the_same_limit(limited):
 def test_a_bomb_is_refused_from_its_header_before_decoding(client, monkeypatch):
     def never(*_):
         raise AssertionError("decoded")
-    monkeypatch.setattr(common, "load_rgb", never)
+    monkeypatch.setattr(imaging, "load_rgb", never)
     assert_error(post(client, png(20_000, 20_000)), 413, "50,000,000")
 
 

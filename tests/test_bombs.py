@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import common
+import imaging
 from conftest import ROOT
 from crafted import BOMBS, LONG, POLYGLOTS, grid, listed, png, segments, tiff
 from test_decoding import FILES, chunk, picture, saved
@@ -18,13 +19,15 @@ from test_decoding import FILES, chunk, picture, saved
 WATCH = """
 import json, resource, sys
 import common
+import common
+import imaging
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a guard that fails must not take the machine with it
-common.decode_image(open(sys.argv[1], "rb").read())
+imaging.decode_image(open(sys.argv[1], "rb").read())
 unit = 1 if sys.platform == "darwin" else 1024
 for path in sys.argv[1:]:
     data, before = open(path, "rb").read(), resource.getrusage(resource.RUSAGE_SELF)
     try:
-        common.decode_image(data, 50_000_000)
+        imaging.decode_image(data, 50_000_000)
         status = 200
     except common.ImageError as error:
         status = error.status
@@ -61,10 +64,10 @@ def test_a_bomb_costs_neither_memory_nor_time(found, what):
 def test_of_a_file_that_is_two_things_only_the_picture_counts_and_only_where_it_comes_first(what):
     status, make = POLYGLOTS[what]
     if status == 200:
-        assert common.decode_image(make()).size == (60, 44)
+        assert imaging.decode_image(make()).size == (60, 44)
     else:
         with pytest.raises(common.ImageError) as error:
-            common.decode_image(make())
+            imaging.decode_image(make())
         assert error.value.status == status
 
 
@@ -101,9 +104,9 @@ def test_an_image_converted_in_strips_is_the_image_converted_whole(kind, monkeyp
         image.info["transparency"] = image.getpixel((3, 3))
     elif kind in ("RGBA", "LA"):
         image.putalpha(picture("L").rotate(180))
-    whole = common.to_rgb(image.copy())
-    monkeypatch.setattr(common, "STRIP_PIXELS", 60 * 7)
-    assert (np.asarray(common.to_rgb(image)) == np.asarray(whole)).all() and len(np.unique(whole)) > 1
+    whole = imaging.to_rgb(image.copy())
+    monkeypatch.setattr(imaging, "STRIP_PIXELS", 60 * 7)
+    assert (np.asarray(imaging.to_rgb(image)) == np.asarray(whole)).all() and len(np.unique(whole)) > 1
 
 
 # ---- what real files have, and the limits must let pass ----
@@ -112,7 +115,7 @@ def test_a_photograph_with_a_film_behind_it_is_taken(photos):
     """As telephones write them. In 25 MB of a film the two bytes that begin a scan come by chance."""
     data = photos["rocket.jpg"].read_bytes() + np.random.default_rng(0).bytes(25_000_000)
     assert data.count(b"\xff\xda") > 200
-    assert common.decode_image(data).size == (640, 427)
+    assert imaging.decode_image(data).size == (640, 427)
 
 
 @pytest.mark.parametrize("data", [
@@ -121,7 +124,7 @@ def test_a_photograph_with_a_film_behind_it_is_taken(photos):
     lambda: FILES["PNG"]()[:33] + b"".join(chunk(b"IDAT", part) for part in pieces(FILES["PNG"]())) + chunk(b"IEND", b""),
 ], ids=["large profile", "long EXIF", "five thousand comments", "pixels byte by byte"])
 def test_a_long_header_is_taken(data):
-    assert common.decode_image(data()).size == (60, 44)
+    assert imaging.decode_image(data()).size == (60, 44)
 
 
 def pieces(data):
@@ -160,12 +163,12 @@ TIFFS = {
 
 @pytest.mark.parametrize("kind", TIFFS)
 def test_an_honest_tiff_is_taken(kind):
-    assert common.decode_image(TIFFS[kind]()).size in ((64, 64), (60, 44), (8, 8))
+    assert imaging.decode_image(TIFFS[kind]()).size in ((64, 64), (60, 44), (8, 8))
 
 
 def test_a_header_is_counted_while_it_is_opened_and_not_afterwards(monkeypatch):
-    monkeypatch.setattr(common, "MAX_HEADER_READS", 3)
-    header = common.Header(b"0123456789")
+    monkeypatch.setattr(imaging, "MAX_HEADER_READS", 3)
+    header = imaging.Header(b"0123456789")
     assert [header.read(1), header.read(2), header.read()] == [b"0", b"12", b"3456789"]
     with pytest.raises(common.BrokenImage, match="too many parts"):
         header.read(1)

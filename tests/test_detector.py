@@ -4,6 +4,7 @@ import pytest
 
 import common
 import encoders
+import imaging
 from classify import Detector, classify_all
 from made_up import BASELINE
 from model import decision, load_model, probability, verdict
@@ -25,8 +26,8 @@ def test_tiny_runs_in_float32_everywhere_because_bfloat16_turns_some_of_its_verd
         assert "no bfloat16" in str(error)
         pytest.skip("this processor has no bfloat16")
     assert [e.precision for e in pair] == ["bfloat16", "float32"]
-    images = (common.decode_image(common.read_bytes(path)) for path in crops)
-    pixels, model = np.stack([common.preprocess(image, pair[0].resolution) for image in images]), load_model(BASELINE)
+    images = (imaging.decode_image(common.read_bytes(path)) for path in crops)
+    pixels, model = np.stack([imaging.preprocess(image, pair[0].resolution) for image in images]), load_model(BASELINE)
     batches = np.split(pixels, range(8, len(pixels), 8))
     brief, full = (probability(model, decision(model, np.concatenate([e.encode(batch) for batch in batches])))
                    for e in pair)

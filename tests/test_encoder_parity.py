@@ -13,6 +13,7 @@ import pytest
 
 import common
 import encoders
+import imaging
 
 torch = pytest.importorskip("torch", reason="the reference is CLIP in torch: pip install -r requirements.txt")
 clip = pytest.importorskip("clip", reason="the reference is CLIP in torch: pip install -r requirements.txt")
@@ -123,7 +124,7 @@ FAULTS = {
     "half the heads": lambda case: with_heads(case, 0.5),
     "twice the heads": lambda case: with_heads(case, 2),
     "swapped channels": lambda case: prepared(case, case.pixels[:, ::-1]),
-    "no normalisation": lambda case: prepared(case, case.pixels * common.STD[:, None, None] + common.MEAN[:, None, None]),
+    "no normalisation": lambda case: prepared(case, case.pixels * imaging.STD[:, None, None] + imaging.MEAN[:, None, None]),
     "two images exchanged": lambda case: prepared(case, case.pixels[[1, 0, *range(2, len(case.pixels))]]),
     "a pixel's shift": lambda case: prepared(case, np.roll(case.pixels, 1, axis=3)),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import common
+import imaging
 import engine as module
 from classify import Detector
 from encoders import Encoder
@@ -147,7 +148,7 @@ def engine():
 
 def meeting(monkeypatch, patience):
     """`load_rgb` notes how many are in it at a time; those that come wait so many seconds for a second one."""
-    load, inside, most, second = common.load_rgb, [], [0], threading.Event()
+    load, inside, most, second = imaging.load_rgb, [], [0], threading.Event()
 
     def slow(image):
         inside.append(1)
@@ -159,7 +160,7 @@ def meeting(monkeypatch, patience):
             return load(image)
         finally:
             inside.pop()
-    monkeypatch.setattr(common, "load_rgb", slow)
+    monkeypatch.setattr(imaging, "load_rgb", slow)
     return most
 
 
@@ -276,7 +277,7 @@ def test_images_that_take_too_long_together_are_left_at_some_point_and_told_so(e
 
 def test_without_a_slot_nothing_is_decoded(monkeypatch):
     engine = engine_on(SLOTS=1, QUEUE_LIMIT=0)
-    monkeypatch.setattr(common, "open_image", None)  # would raise TypeError
+    monkeypatch.setattr(imaging, "open_image", None)  # would raise TypeError
     with engine.slots.take():
         with pytest.raises(Busy) as error:
             engine.judge(engine.detector, [picture()])

@@ -13,6 +13,7 @@ from PIL import Image
 
 import common
 import encoders
+import imaging
 import extract_features
 import prepare_clip
 from conftest import ROOT, assert_one_line_error
@@ -47,13 +48,13 @@ def test_each_row_is_about_its_own_file(few, tmp_path):
     assert list(columns["paths"]) == sorted(p.relative_to(few).as_posix() for p in few.rglob("*.jpg"))
     for i, path in enumerate(columns["paths"]):
         data = (few / path).read_bytes()
-        image = common.decode_image(data)
+        image = imaging.decode_image(data)
         assert columns["sha256"][i] == common.sha256(data)
         assert (columns["splits"][i], ["real", "fake"][columns["labels"][i]], columns["sources"][i]) == tuple(path.split("/")[:3])
         assert columns["facts"][i]["bytes"] == len(data) and columns["facts"][i]["format"] == "JPEG"
         assert (columns["facts"][i]["width"], columns["facts"][i]["height"]) == image.size
         # The same pixels give the same features, but for the rounding of another batch size.
-        alone = encoder.encode(common.preprocess(image, encoder.resolution)[None])[0]
+        alone = encoder.encode(imaging.preprocess(image, encoder.resolution)[None])[0]
         cosine = alone @ columns["features"][i] / np.linalg.norm(alone) / np.linalg.norm(columns["features"][i])
         assert cosine > 0.999
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 import audit
 import common
+import imaging
 from common import ImageError
 from facts import MIN_OF_CLASS, MIN_SOURCES, blockiness, density, describe_image, make_groups, merge, near_pairs, twin_clusters
 from dataset import FACTS
@@ -115,8 +116,8 @@ if os.environ.get("FORMATS_DIR"):
     def test_a_file_as_people_have_them_is_read_or_refused_with_one_line(path):
         try:
             rgb, row = describe_image(path.read_bytes())
-            assert rgb.mode == "RGB" and row["facts"]["format"] in common.FORMATS
-            assert np.isfinite(common.preprocess(rgb, 160)).all()
+            assert rgb.mode == "RGB" and row["facts"]["format"] in imaging.FORMATS
+            assert np.isfinite(imaging.preprocess(rgb, 160)).all()
         except ImageError as error:
             assert str(error) and "\n" not in str(error)
 
@@ -125,14 +126,14 @@ if os.environ.get("FORMATS_DIR"):
 
 def test_a_coarse_jpeg_shows_blocks_and_a_photograph_that_never_was_one_does_not(pictures):
     for name in ("astronaut.png", "coffee.png", "chelsea.png"):
-        found = [blockiness(common.decode_image(data)) for data in
+        found = [blockiness(imaging.decode_image(data)) for data in
                  (encode(pictures[name], "PNG"), *(jpeg(pictures[name], quality) for quality in (90, 50, 15)))]
         assert found[0] == pytest.approx(1, abs=0.04)
         assert found[0] - 0.02 < found[1] < found[2] < found[3] and found[3] > 1.25
 
 
 def test_blocks_outlive_a_png(photo):
-    image = common.decode_image(jpeg(photo, 30))
+    image = imaging.decode_image(jpeg(photo, 30))
     assert describe_image(encode(image, "PNG"))[1]["facts"]["blockiness"] == pytest.approx(blockiness(image))
 
 
@@ -145,7 +146,7 @@ def test_the_blocks_of_a_turned_jpeg_are_seen_whatever_its_sides(photo, orientat
 
 def test_the_middle_of_a_large_picture_is_looked_at_on_the_grid_of_its_blocks(pictures):
     image = pictures["astronaut.png"].resize((1501, 1403), Image.Resampling.LANCZOS)
-    assert blockiness(common.decode_image(jpeg(image, 20))) > 1.3 > 1.1 > blockiness(image)
+    assert blockiness(imaging.decode_image(jpeg(image, 20))) > 1.3 > 1.1 > blockiness(image)
 
 
 # ---- density ----

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: training an
 clip = pytest.importorskip("clip", reason="clip is not installed: training an encoder needs it")
 from PIL import Image  # noqa: E402
 
-import common  # noqa: E402
 import encoders  # noqa: E402
+import imaging  # noqa: E402
 import finetune_clip  # noqa: E402
 import prepare_clip  # noqa: E402
 from conftest import assert_one_line_error  # noqa: E402
@@ -40,7 +40,7 @@ def test_clip_load_reads_the_checkpoint_and_the_prepared_folder_gives_its_featur
     images = [Image.open(path).convert("RGB") for path in photos.values()]
     with torch.inference_mode():
         theirs = model.encode_image(torch.stack([transform(image) for image in images])).numpy()
-    ours = encoder.encode(np.stack([common.preprocess(image, encoder.resolution) for image in images]))
+    ours = encoder.encode(np.stack([imaging.preprocess(image, encoder.resolution) for image in images]))
     theirs, ours = theirs - theirs.mean(0), ours - ours.mean(0)
     cosine = (theirs * ours).sum(1) / np.linalg.norm(theirs, axis=1) / np.linalg.norm(ours, axis=1)
     assert cosine.min() > 0.9999

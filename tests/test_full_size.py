@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: a full-size
 pytest.importorskip("clip", reason="clip is not installed: a full-size checkpoint needs it")
 from PIL import Image  # noqa: E402
 
-import common  # noqa: E402
 import encoders  # noqa: E402
+import imaging  # noqa: E402
 import prepare_clip  # noqa: E402
 from dataset import load_features  # noqa: E402
 from model import load_model  # noqa: E402
@@ -58,7 +58,7 @@ def test_its_features_are_those_of_clip_load(checkpoint, cache, photos, monkeypa
     monkeypatch.setenv("CLIP_CACHE", str(cache))
     folder = prepare_clip.ensure_encoder(str(checkpoint))
     images = [Image.open(path).convert("RGB") for path in photos.values()][:4]
-    pixels = np.stack([common.preprocess(image, 224) for image in images])
+    pixels = np.stack([imaging.preprocess(image, 224) for image in images])
     exact, fast = (encoders.Encoder(folder, precision=precision).encode(pixels) for precision in ("float32", "auto"))
     model, transform = clip.load(str(checkpoint), device="cpu")
     with torch.inference_mode():

@@ -17,6 +17,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks as conformance, unregister_string_format
 
 import common
+import imaging
 from engines import keys_file
 from live import Live
 from openapi_document import DOCUMENT, OPERATIONS
@@ -106,7 +107,7 @@ def decode_all(examples, files):
     def check(data):
         started = time.process_time()
         try:
-            image = common.decode_image(data, PIXELS)
+            image = imaging.decode_image(data, PIXELS)
         except common.ImageError as error:
             assert str(error) and "\n" not in str(error) and len(str(error)) < 500
             kind = type(error).__name__

@@ -5,7 +5,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import app as service
-import common
+import imaging
 from engines import client_on, compiled_once, keys_file, picture, upload  # noqa: F401
 from openapi_document import DOCUMENT, OPERATIONS, assert_as_documented, documented, examples, faults, resolve
 from settings import SETTINGS
@@ -68,9 +68,9 @@ def test_the_limits_are_told_in_words_with_the_settings_defaults():
     words = DOCUMENT["info"]["description"]
     for name in ("MAX_UPLOAD_BYTES", "MAX_PIXELS", "BATCH_LIMIT", "BODY_TIMEOUT_S", "QUEUE_LIMIT", "QUEUE_TIMEOUT_S"):
         assert f"(`{name}`, {int(SETTINGS[name][0]):,})" in words
-    for limit in (f"{service.FIELD_BYTES:,} bytes", f"{common.MAX_ASPECT} times the other"):
+    for limit in (f"{service.FIELD_BYTES:,} bytes", f"{imaging.MAX_ASPECT} times the other"):
         assert limit in words
-    for name in common.FORMATS:
+    for name in imaging.FORMATS:
         assert name.lower() in words.lower() or name == "HEIF"
 
 

@@ -52,5 +52,5 @@ def test_a_source_whose_labels_are_swapped_is_named_and_no_other(control):
 def test_twice_the_bytes_are_the_same_pixels(drawn):
     data = drawn["data"][0]
     padded = planted_faults.twice_the_bytes(data)
-    same = [planted_faults.common.decode_image(d).tobytes() for d in (data, padded)]
+    same = [planted_faults.imaging.decode_image(d).tobytes() for d in (data, padded)]
     assert same[0] == same[1] and len(padded) / len(data) == pytest.approx(2, abs=0.01)

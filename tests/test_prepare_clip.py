@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error
 
-import common
 import encoders
 from common import EncoderError
 
@@ -186,7 +185,7 @@ def test_a_checkpoint_is_prepared_under_its_name_and_found_by_its_bytes(archive,
     folder = prepare_clip.ensure_encoder(str(archive[form]))
     assert_whole(folder)
     manifest = encoders.read_manifest(folder)
-    assert manifest["name"] == archive[form].stem and manifest["preprocessing"] == common.PREPROCESSING
+    assert manifest["name"] == archive[form].stem and manifest["preprocessing"] == encoders.PREPROCESSING
     assert encoders.find_encoder(identity=manifest["identity"]) == folder
     copy = tmp_path / "a copy.pt"
     copy.write_bytes(archive[form].read_bytes())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import common
+import imaging
 
 pytest.importorskip("torch", reason="CLIP's own transform needs torch: pip install -r requirements.txt")
 pytest.importorskip("clip", reason="CLIP's own transform needs clip: pip install -r requirements.txt")
@@ -40,8 +40,8 @@ def saved(image, kind="PNG", **options):
 
 def differing_values(data, resolution, rgb_by_us=False):
     """How many of the input's values differ between ours and CLIP's transform, for an image file."""
-    ours = common.preprocess(common.decode_image(data), resolution)
-    theirs = _transform(resolution)(common.decode_image(data) if rgb_by_us else Image.open(io.BytesIO(data))).numpy()
+    ours = imaging.preprocess(imaging.decode_image(data), resolution)
+    theirs = _transform(resolution)(imaging.decode_image(data) if rgb_by_us else Image.open(io.BytesIO(data))).numpy()
     assert ours.dtype == theirs.dtype == np.float32 and ours.shape == theirs.shape == (3, resolution, resolution)
     return int((ours != theirs).sum())
 
@@ -58,7 +58,7 @@ def test_a_hundred_random_sizes_give_clips_own_pixels():
     rng = np.random.default_rng(1)
     for _ in range(100):
         size, resolution = tuple(rng.integers(1, 500, 2)), int(rng.choice(RESOLUTIONS))
-        if max(size) <= common.MAX_ASPECT * min(size):
+        if max(size) <= imaging.MAX_ASPECT * min(size):
             assert differing_values(saved(noise(size), compress_level=0), resolution) == 0, (size, resolution)
 
 
@@ -100,7 +100,7 @@ def test_other_modes_give_clips_pixels_of_our_rgb(mode, resolution):
     assert differing_values(OTHER_MODES[mode](), resolution, rgb_by_us=True) == 0
 
 
-right = common.preprocess  # the faults below wrap it
+right = imaging.preprocess  # the faults below wrap it
 
 
 def bilinear(image, resolution):
@@ -110,7 +110,7 @@ def bilinear(image, resolution):
 
 FAULTS = {
     "swapped channels": lambda image, n: right(Image.merge("RGB", image.split()[::-1]), n),
-    "no normalisation": lambda image, n: right(image, n) * common.STD[:, None, None] + common.MEAN[:, None, None],
+    "no normalisation": lambda image, n: right(image, n) * imaging.STD[:, None, None] + imaging.MEAN[:, None, None],
     "a bilinear filter": bilinear,
     "a crop one pixel beside": lambda image, n: np.roll(right(image, n), 1, axis=2),
     "no crop": lambda image, n: right(image.resize((n, n), Image.Resampling.BICUBIC), n),
@@ -121,7 +121,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_comparison_sees_a_planted_fault(fault, monkeypatch, photos):
-    monkeypatch.setattr(common, "preprocess", FAULTS[fault])
+    monkeypatch.setattr(imaging, "preprocess", FAULTS[fault])
     assert differing_values(photos["rocket.jpg"].read_bytes(), 224) > 0
 
 
@@ -132,7 +132,7 @@ def test_the_pixels_are_one_block_of_memory_as_the_runtimes_want_them():
 # ---- what RGB means ----
 
 def rgb(data):
-    image = common.decode_image(data)
+    image = imaging.decode_image(data)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 

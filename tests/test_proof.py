@@ -12,6 +12,7 @@ import pytest
 
 import common
 import encoders
+import imaging
 from encoders import Encoder, processors
 from engine import check, check_pin, load_detector, prove, read_model
 from engines import compiled_once, model_file  # noqa: F401
@@ -65,8 +66,8 @@ def test_a_machine_that_computes_something_else_is_refused(pair, monkeypatch, na
 
 
 def test_pixels_prepared_in_another_way_are_refused(pair, monkeypatch):
-    preprocess = common.preprocess
-    monkeypatch.setattr(common, "preprocess", lambda image, side: preprocess(image, side)[:, ::-1].copy())  # upside down
+    preprocess = imaging.preprocess
+    monkeypatch.setattr(imaging, "preprocess", lambda image, side: preprocess(image, side)[:, ::-1].copy())  # upside down
     with pytest.raises(common.EncoderError, match="cannot be trusted"):
         prove(pair)
 

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-import common
 import encoders
+import imaging
 import prepare_clip
 from dataset import COLUMNS
 from distort import degrade, view_rng
@@ -46,10 +46,10 @@ def test_each_image_is_followed_by_its_copies_which_share_all_but_the_features(p
 def test_copies_are_the_stated_degradations_of_the_image(few, plain):
     encoder, columns = encoders.Encoder(prepare_clip.SHIPPED), plain[1]
     for i in range(0, len(columns["paths"]), 7):
-        image = common.decode_image((few / columns["paths"][i]).read_bytes())
+        image = imaging.decode_image((few / columns["paths"][i]).read_bytes())
         if columns["view"][i]:
             image = degrade(image, view_rng(columns["sha256"][i], int(columns["view"][i])))
-        alone = encoder.encode(common.preprocess(image, encoder.resolution)[None])[0]
+        alone = encoder.encode(imaging.preprocess(image, encoder.resolution)[None])[0]
         np.testing.assert_allclose(columns["features"][i], alone, rtol=0.05, atol=0.05)
 
 

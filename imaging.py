@@ -1,0 +1,211 @@
+"""Bytes -> RGB pixels -> CLIP's input.
+
+    image = decode_image(data)          # bytes -> PIL image, RGB, upright
+    pixels = preprocess(image, 224)     # -> float32 [3, 224, 224], bit for bit CLIP's own transform
+"""
+import ctypes
+import io
+import re
+import warnings
+from contextlib import suppress
+
+import numpy as np
+# The plug-ins of the formats we take, by name: otherwise Pillow imports all forty at the first WebP.
+from PIL import (AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin,  # noqa: F401
+                 PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin)
+
+try:  # HEIC only where the optional pillow-heif is installed
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
+
+from common import MAX_PIXELS, BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF") + (("HEIF",) if pillow_heif else ())
+MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
+MAX_SCANS, MAX_REPEATS = 50, 200  # what costs a pass each: a JPEG's scans (10 where it is progressive); profiles, EXIF
+MAX_HEADER_READS = 100_000      # pieces of a file's header: cameras write dozens, millions of empty ones would take seconds
+MAX_TIFF_PIECES = 250_000       # strips or tiles: more than any picture here has rows
+TIFF_GRID = {256, 257, 258, 259, 273, 277, 278, 279, 284, 322, 323, 324, 325}  # tags that say how a TIFF's pixels lie
+STRIP_PIXELS = 1 << 20          # converted at a time: a second and third copy of a whole large image would double the memory
+# Channel mean and standard deviation of OpenAI's training images: clip/clip.py, _transform
+MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
+STD = np.float32([0.26862954, 0.26130258, 0.27577711])
+
+# Pillow warns above its limit and refuses above twice that; a bomb must never get as far as a warning.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what it thinks of a file's metadata
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+with suppress(OSError, AttributeError):  # libtiff writes to stderr itself, for a crafted file thousands of lines
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+    ctypes.CDLL(Image.core.__file__).TIFFSetWarningHandler(None)
+
+
+# ---- bytes -> RGB ----
+
+def sniff(data):
+    """Name of the format that the first bytes announce, or None."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "AVIF"
+    for magic, name in ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"),
+                        (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF")):
+        if data.startswith(magic):
+            return name
+    return None
+
+
+class Header(io.BytesIO):
+    """Bytes that can be read in so many pieces and no more. `del header.read` ends the counting."""
+    def __init__(self, data):
+        super().__init__(data)
+        self.read, self.left = self.count, MAX_HEADER_READS
+
+    def count(self, *size):
+        self.left -= 1
+        if self.left < 0:
+            raise BrokenImage("its header has too many parts")
+        return io.BytesIO.read(self, *size)
+
+
+def open_image(data, max_pixels=MAX_PIXELS):
+    """Image bytes -> PIL image with its header read and its size checked, nothing decoded yet. The content decides on the
+    format, never a name. Raises UnsupportedImage, BrokenImage, ImageTooLarge."""
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    known, file = sniff(data), Header(data)
+    refuse_repeats(known, data)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        if known:
+            raise BrokenImage(f"the file starts like {known} but its header cannot be read: damaged, or of a rare kind") from None
+        what = "not an image format we take" if data else "the file is empty"
+        raise UnsupportedImage(f"{what} (taken: {', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageTooLarge(f"the image has more than the {max_pixels:,} pixels allowed") from None
+    except Exception as error:  # Pillow's parsers raise almost anything on crafted bytes
+        raise BrokenImage(f"the image cannot be opened: {error}") from None
+    finally:
+        del file.read  # pixels may come in as many pieces as they like
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageTooLarge(f"the image has {width} x {height} pixels; at most {max_pixels:,} are allowed")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageTooLarge(f"the image has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other")
+    if image.format == "TIFF":
+        refuse_tiff_bombs(image, data, max_pixels)
+    return image
+
+
+# ---- what a small file with a harmless header can still ask for: gigabytes, or hours ----
+
+def refuse_repeats(known, data):
+    """Parts that cost a pass over the image, or over all parts before them, each time they come."""
+    for name, most, what, pattern in (("JPEG", MAX_SCANS, "scans", rb"\xff\xda\0[\x08\x0a\x0c\x0e]"),
+                                      ("JPEG", MAX_REPEATS, "EXIF segments", rb"Exif\0\0"), ("PNG", MAX_REPEATS, "colour profiles", rb"iCCP")):
+        if known == name and len(re.findall(pattern, data)) > most:
+            raise BrokenImage(f"the {known} has more than {most} {what}")
+    if any(count > MAX_TIFF_PIECES for tag, count in tiff_directory(data) if tag in TIFF_GRID):
+        raise BrokenImage(f"the TIFF is cut into more than {MAX_TIFF_PIECES:,} pieces")
+
+
+def tiff_directory(data):
+    """[(tag, count)] of a TIFF's first directory, as libtiff finds them; [] where there is none."""
+    def number(at, size):
+        return int.from_bytes(data[at:at + size], order or "little")
+    order, wide = {b"II": "little", b"MM": "big"}.get(data[:2]), data[2:3] == b"+"
+    at, head, line = number(8, 8) if wide else number(4, 4), 8 if wide else 2, 20 if wide else 12
+    lines = min(number(at, head), (len(data) - at - head) // line, 1 << 16) if order else 0
+    return [(number(at + head + i * line, 2), number(at + head + i * line + 4, 8 if wide else 4)) for i in range(lines)]
+
+
+def refuse_tiff_bombs(image, data, max_pixels):
+    """Tiles far larger than the picture, strips that are listed again and again, tags that libtiff sees and Pillow does not."""
+    tags = image.tag_v2
+    if data.startswith(b"MM\0+") or {tag for tag, _ in tiff_directory(data)} & TIFF_GRID - set(tags):
+        raise BrokenImage("the TIFF's directory cannot be read in full")
+    width, height, *tile = (tags.get(tag) for tag in (256, 257, 322, 323))
+    if all(isinstance(side, int) and side > 0 for side in tile):  # a crafted tag may be text
+        padded = -(-width // tile[0]) * -(-height // tile[1]) * tile[0] * tile[1]
+        if tile[0] * tile[1] > max_pixels or padded > 2 * max_pixels:
+            raise ImageTooLarge(f"the TIFF has tiles of more than the {max_pixels:,} pixels allowed")
+    read = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
+    lengths = (n for tag in (279, 325) if isinstance(tags.get(tag), tuple) for n in tags[tag] if isinstance(n, int))
+    stored = sum(min(n, len(data)) for n in lengths)
+    if read > 8 * width * height or stored > 4 * len(data):  # planes lie one by one, up to 6; byte counts may be careless
+        raise BrokenImage("the TIFF lists the same strips or tiles again and again")
+
+
+def upright(image):
+    """EXIF orientation applied; unreadable EXIF counts as none."""
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:
+        return image
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE, 6: turn.ROTATE_270,
+             7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def to_rgb(image):
+    """A loaded PIL image of any mode -> RGB: 16-bit scaled to 8, alpha over white, ICC profiles ignored (as CLIP does)."""
+    if image.mode == "F":
+        raise UnsupportedImage("floating-point pixels have no agreed white: save the image with 8 or 16 bits")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    found, rows = Image.new("RGB", image.size), max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        found.paste(strip_to_rgb(image.crop(box)), box)
+    return found
+
+
+def strip_to_rgb(image):
+    if image.mode in ("I", "I;16", "I;16L", "I;16B"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def load_rgb(image):
+    """An image from `open_image` -> decoded RGB, upright. Truncated files are errors, not grey images. Raises BrokenImage,
+    UnsupportedImage."""
+    try:
+        image.load()
+        return to_rgb(upright(image))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise BrokenImage(f"the image cannot be decoded: {error}") from None
+
+
+def decode_image(data, max_pixels=MAX_PIXELS):
+    """Image bytes -> PIL image, RGB, upright (first frame of an animation). Raises ImageError's kinds."""
+    return load_rgb(open_image(data, max_pixels))
+
+
+# ---- RGB -> CLIP's input ----
+
+def preprocess(image, resolution):
+    """PIL RGB image -> float32 [3, resolution, resolution], normalised, bit for bit what `clip.load`'s transform gives.
+
+    Short side to `resolution` (bicubic), centre crop, /255, minus mean, by standard deviation; the roundings are
+    torchvision's (Resize, CenterCrop).
+    """
+    width, height = image.size
+    if width <= height:
+        size = resolution, int(resolution * height / width)
+    else:
+        size = int(resolution * width / height), resolution
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (int(round((side - resolution) / 2.0)) for side in size)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(image).astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1))
