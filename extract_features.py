@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def parse_args(argv):
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, metavar="X",
                         help="share of unreadable images that fails the run")
     parser.add_argument("--max_pixels", type=int, default=common.MAX_PIXELS, metavar="N", help="largest image taken")
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="images in one forward pass")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="images in one forward pass (default: 16, on CUDA 256)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="auto: what the encoder asks for, else the fastest here")
@@ -58,6 +59,9 @@ import numpy as np  # noqa: E402
 import encoders  # noqa: E402
 import imaging  # noqa: E402
 from dataset import COLUMNS, FACTS, SEEN, join_columns, list_images, load_features  # noqa: E402
+
+
+COMPILE_FROM = 20_000  # images from which on a minute of torch.compile pays on CUDA
 
 
 def draw(entries, limit, seed=0):
@@ -188,10 +192,19 @@ def tell_skipped(part):
         tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
 
 
-def encode_missing(batches, parts, args, encoder):
-    """Encode every batch that has no part yet; -> the parts' paths in order. Each part is there whole or not at all.
+def store_batch(rows, path, encoder, size):
+    """Futures of `read_row` -> one part on the disk, there whole or not at all; -> its columns."""
+    part = encode_batch([row.result() for row in rows], encoder, size)
+    with common.atomic_write(path) as file:
+        np.savez(file, **part)
+    return part
 
-    Two batches are decoded ahead, in threads (Pillow releases the interpreter's lock), while one is encoded.
+
+def encode_missing(batches, parts, args, encoder):
+    """Encode every batch that has no part yet; -> the parts' paths in order.
+
+    Three batches are in work: one is decoded in threads (Pillow releases the interpreter's lock), one is encoded, and the
+    third, decoded already, begins the moment the second ends: joining arrays and writing parts cost the encoder nothing.
     """
     from tqdm import tqdm
     paths = [parts / part_name(i, batch, args.data_dir) for i, batch in enumerate(batches)]
@@ -201,19 +214,25 @@ def encode_missing(batches, parts, args, encoder):
             with np.load(paths[i], allow_pickle=False) as part:
                 tell_skipped(part)
         say(f"going on: {len(paths) - len(missing)} of {len(paths)} batches are stored already")
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=sum(map(len, batches)), unit="image") as progress:
+    readers, encoding, waiting = ThreadPoolExecutor(encoders.processors()), ThreadPoolExecutor(2), deque()
+    with tqdm(total=sum(map(len, batches)), unit="image") as progress:
         progress.update(progress.total - sum(len(batches[i]) for i in missing))
         progress.initial = progress.n
-        waiting = []
-        for position, i in enumerate(missing):
-            for j in missing[position + len(waiting):position + 3]:
-                waiting.append([pool.submit(read_row, args.data_dir, e, encoder.resolution, args.max_pixels, args.views)
-                                for e in batches[j]])
-            part = encode_batch([row.result() for row in waiting.pop(0)], encoder, args.batch_size)
-            tell_skipped(part)
-            with common.atomic_write(paths[i]) as file:
-                np.savez(file, **part)
+
+        def finish(i, stored):
+            tell_skipped(stored.result())
             progress.update(len(batches[i]))
+        try:
+            for i in missing:
+                rows = [readers.submit(read_row, args.data_dir, e, encoder.resolution, args.max_pixels, args.views) for e in batches[i]]
+                waiting.append((i, encoding.submit(store_batch, rows, paths[i], encoder, args.batch_size)))
+                if len(waiting) == 3:
+                    finish(*waiting.popleft())
+            for i, stored in waiting:
+                finish(i, stored)
+        finally:  # an interrupted run ends with what is being encoded
+            for pool in (readers, encoding):
+                pool.shutdown(wait=False, cancel_futures=True)
     return paths
 
 
@@ -269,7 +288,8 @@ def main(argv=None):
     check_writable(output, parts)
 
     from prepare_clip import ensure_encoder
-    encoder = encoders.Encoder(ensure_encoder(args.clip_model), args.device, args.precision)
+    encoder = encoders.Encoder(ensure_encoder(args.clip_model), args.device, args.precision, compile=len(entries) >= COMPILE_FROM)
+    args.batch_size = args.batch_size or (256 if encoder.precision == "float16" else 16)
     if encoder.notice:
         say(f"note: {encoder.notice}")
     key = {"encoder": encoder.identity, "precision": encoder.precision, "batch_size": args.batch_size,

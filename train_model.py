@@ -46,7 +46,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered now, before wh
 import numpy as np  # noqa: E402
 
 import metrics  # noqa: E402
-from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search  # noqa: E402
+from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search, svc  # noqa: E402
 from dataset import COLUMNS, join_columns, load_features  # noqa: E402
 from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model, standardise  # noqa: E402
 from probes import MIN_IMAGES  # noqa: E402
@@ -170,7 +170,7 @@ def describe_training(rows, encoder, args):
     return {
         "format": FORMAT, "encoder": dict(encoder),
         "versions": {"model": args.model_version, "code": common.code_commit(), "numpy": np.__version__,
-                     "scikit-learn": sklearn.__version__},
+                     "scikit-learn": sklearn.__version__, "svm": svc().__module__.split(".")[0]},
         "training_data": {"sha256": common.sha256(digest.encode()), "real": int((rows.labels[rows.whole] == 0).sum()),
                           "fake": int((rows.labels[rows.whole] == 1).sum()), "views": int(rows.columns["view"].max()),
                           "sources": sorted(set(rows.columns["sources"].tolist())), "images": np.array(hashes, np.int64)}}

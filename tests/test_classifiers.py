@@ -1,4 +1,10 @@
 """Classifiers: weights, folds, search, sigmoid; and that what is fitted learns what is there, and no more."""
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -10,6 +16,7 @@ import metrics
 import train_model
 from classifiers import GRIDS, balanced_weights, capped, fit_sigmoid, fold_rows, out_of_fold, row_weights, search_rows
 from common import UsageError
+from conftest import ROOT
 from made_up import build, make_columns, training_arguments, training_rows, with_views
 from model import decision, probability, verdict
 from train_model import Rows, choose_rows
@@ -117,14 +124,59 @@ def test_the_search_sees_one_view_of_each_image_and_no_fold_a_group_on_both_side
 
 @pytest.mark.parametrize("real, fake, expected", [(100, 100, (100, 100)), (30, 1000, (30, 270)), (1000, 30, (270, 30)),
                                                   (1000, 1000, (150, 150)), (140, 1000, (140, 160))])
-def test_of_many_images_three_hundred_are_searched_the_rarer_class_whole(monkeypatch, real, fake, expected):
-    monkeypatch.setattr(classifiers, "SEARCH_ROWS", 300)
+def test_of_many_images_three_hundred_are_searched_the_rarer_class_whole(real, fake, expected):
     labels, images = np.repeat([0, 1], [real, fake]), np.arange(real + fake) + 7
-    rows = search_rows(np.repeat(labels, 2), np.repeat(images, 2), np.repeat(images, 2), 0)
+    rows = search_rows(np.repeat(labels, 2), np.repeat(images, 2), np.repeat(images, 2), 0, 300)
     assert np.bincount(labels[rows // 2]).tolist() == list(expected) and len(set(rows // 2)) == sum(expected)
-    assert np.array_equal(rows, search_rows(np.repeat(labels, 2), np.repeat(images, 2), np.repeat(images, 2), 0))
+    assert np.array_equal(rows, search_rows(np.repeat(labels, 2), np.repeat(images, 2), np.repeat(images, 2), 0, 300))
     if max(real, fake) == 1000:  # drawn, not the first that come
         assert max(rows[labels[rows // 2] == int(fake == 1000)] // 2) > (real if fake == 1000 else 0) + 700
+
+
+@pytest.mark.parametrize("images, rungs", [(399, [(20, 399)]), (400, [(20, 100), (7, 200), (3, 400)]), (900, [(20, 100), (7, 200), (3, 400)])])
+def test_a_search_on_many_images_halves(monkeypatch, images, rungs):
+    monkeypatch.setattr(classifiers, "SEARCH_ROWS", 400)
+    columns, tried = make_columns(real=images // 2, fake=images - images // 2, gap=1.5), []
+
+    def spy(kind, features, labels, weight, folds, seed, **point):
+        tried.append((tuple(point.values()), len(labels)))
+        return out_of_fold(kind, features, labels, weight, folds, seed, **point)
+    monkeypatch.setattr(classifiers, "out_of_fold", spy)
+    n = np.arange(images)
+    found = classifiers.search("svm", columns["features"], columns["labels"].astype(int), np.ones(images), n, n, 0)
+    assert [(sum(rows == most for _, rows in tried), most) for _, most in rungs] == rungs and len(tried) == sum(n for n, _ in rungs)
+    last = [point for point, rows in tried if rows == rungs[-1][1]]
+    assert tuple(found.values()) in last and len(set(last)) == rungs[-1][0]
+
+
+BOTH_SOLVERS = """
+import numpy as np
+from sklearnex.svm import SVC as fast
+from sklearn.svm import SVC
+import classifiers
+from made_up import make_columns
+from model import decision
+assert classifiers.svc() is fast
+columns, new = make_columns(real=400, fake=200, gap=1.5), make_columns(real=1000, fake=1000, gap=1.5, seed=1)["features"]
+labels, found = columns["labels"].astype(int), []
+for solver in (fast, SVC):
+    classifiers.svc = lambda: solver
+    weight = classifiers.balanced_weights(labels)
+    found.append(decision(classifiers.fit("svm", columns["features"], labels, weight, 0, C=3, gamma=1), new))
+print(np.abs(found[0] - found[1]).max(), np.ptp(found[1]), ((found[0] > 0) != (found[1] > 0)).sum())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="scikit-learn-intelex: this processor has no build of it")
+def test_scikit_learn_intelex_gives_the_verdicts_of_scikit_learns_own_svm():
+    if importlib.util.find_spec("sklearnex") is None:
+        pytest.skip("scikit-learn-intelex is not installed: pip install -r requirements.txt")
+    # in a process of its own: it does not load where OpenVINO's threads are loaded already
+    done = subprocess.run([sys.executable, "-c", BOTH_SOLVERS], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert done.returncode == 0, done.stderr
+    difference, spread, flips = map(float, done.stdout.split())
+    assert difference < 2e-3 < 1 < spread and flips == 0  # both solvers stop at a tolerance of 1e-3
 
 
 # ---- calibration ----
@@ -148,7 +200,8 @@ def calibrated_by_sklearn(estimator, features, labels, folds):
 @pytest.mark.parametrize("kind", ESTIMATORS)
 @pytest.mark.parametrize("real, fake", [(100, 100), (100, 300), (77, 123), (41, 203)])
 @pytest.mark.parametrize("gap", [0.7, 2.0], ids=["overlapping", "apart"])
-def test_probabilities_are_those_of_calibrated_classifier_cv(kind, real, fake, gap):
+def test_probabilities_are_those_of_calibrated_classifier_cv(monkeypatch, kind, real, fake, gap):
+    monkeypatch.setattr(classifiers, "svc", lambda: SVC)  # the same solver on both sides
     columns = make_columns(real=real, fake=fake, gap=gap)
     features, labels = columns["features"], columns["labels"].astype(int)
     model = build(columns, kind)
@@ -261,9 +314,8 @@ def test_labels_permuted_by_group_are_chance_for_who_cannot_remember_the_group(s
     assert low - slack < 0.5 < high + slack
 
 
-def test_the_search_draws_from_every_group_however_small(monkeypatch):
-    monkeypatch.setattr(classifiers, "SEARCH_ROWS", 100)
+def test_the_search_draws_from_every_group_however_small():
     sizes = [2000, 6, 6, 6, 6]
     groups, labels = np.concatenate([np.repeat(np.arange(5) + 5 * label, sizes) for label in (0, 1)]), np.repeat([0, 1], sum(sizes))
-    rows = search_rows(labels, groups, np.arange(len(labels)), 0)
+    rows = search_rows(labels, groups, np.arange(len(labels)), 0, 100)
     assert np.bincount(groups[rows]).tolist() == 2 * [26, 6, 6, 6, 6]

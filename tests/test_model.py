@@ -10,17 +10,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, LinearSVC
+from sklearn.svm import LinearSVC
 
-from classifiers import balanced_weights, fit
+from classifiers import balanced_weights, fit, svc
 from common import ModelError, UsageError
 from conftest import ROOT
 from dataset import load_features
 from made_up import BASELINE, Planted, build, make_columns
-from model import CLASSIFIERS, FIELDS, decision, load_model, probability, save_model, verdict
+from model import CLASSIFIERS, DERIVED, FIELDS, decision, load_model, probability, save_model, verdict
 
 # Of each kind: a point of its grid, and the estimator that it stands for on `dim` features.
-KINDS = {"svm": ({"C": 3, "gamma": 0.3}, lambda dim: SVC(C=3, gamma=0.3 / dim)),
+KINDS = {"svm": ({"C": 3, "gamma": 0.3}, lambda dim: svc()(C=3, gamma=0.3 / dim)),
          "linear-svm": ({"C": 0.1}, lambda dim: LinearSVC(C=0.1, dual="auto", max_iter=5000, random_state=0)),
          "logistic": ({"C": 0.1}, lambda dim: LogisticRegression(C=0.1, max_iter=2000)),
          "mlp": ({"alpha": 1}, lambda dim: MLPClassifier((64,), alpha=1, max_iter=40, random_state=0))}
@@ -104,7 +104,7 @@ def test_numpy_gives_the_decision_values_of_the_fitted_pipeline(data, kind):
     new = features + np.float32(0.1)  # rows that it was not fitted on
     for rows in (features, new, new[:1]):
         ours, theirs = decision(model, rows), raw_scores(pipeline, rows)
-        np.testing.assert_allclose(ours, theirs, atol=1e-9 if kind == "svm" else 1e-4, rtol=0)
+        np.testing.assert_allclose(ours, theirs, atol=5e-5 if kind == "svm" else 1e-4, rtol=0)
     assert np.ptp(decision(model, features)) > 0.1  # values to agree on
 
 
@@ -135,8 +135,8 @@ def test_what_is_saved_comes_back(of_kind, tmp_path, kind):
     model = of_kind(kind)
     save_model(tmp_path / "model.joblib", model)
     back = load_model(tmp_path / "model.joblib")
-    assert len(back.pop("sha256")) == 64
-    assert equal(back, model)
+    assert len(back["sha256"]) == 64
+    assert equal({name: value for name, value in back.items() if name not in DERIVED}, model)
     features = make_columns(seed=2)["features"]
     assert np.array_equal(decision(back, features), decision(model, features))
 
@@ -233,7 +233,7 @@ def test_a_truncated_file_is_refused(saved, kept):
 
 
 def test_a_pickled_estimator_is_refused(tmp_path):
-    joblib.dump(make_pipeline(StandardScaler(), SVC()), tmp_path / "model.joblib")
+    joblib.dump(make_pipeline(StandardScaler(), LinearSVC()), tmp_path / "model.joblib")
     assert "sklearn" in refusal(tmp_path / "model.joblib")
 
 

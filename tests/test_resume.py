@@ -3,6 +3,7 @@ removed, not by another run's leftovers.
 """
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -181,7 +182,8 @@ def test_a_run_stopped_by_the_user_goes_on_from_there(many, uninterrupted, tmp_p
     strike("signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
            "np.savez = lambda file, **columns: count() and os.kill(os.getpid(), signal.SIGINT) or savez(file, **columns)",
            many, output, after=20, ends_with=130)
-    assert f"going on: 19 of {PARTS} batches" in finish(many, output)
+    stored = int(re.search(rf"going on: (\d+) of {PARTS} batches", finish(many, output))[1])
+    assert 17 <= stored <= 25  # those that were at work may end, or not
     assert digest(output) == uninterrupted
     assert names(output.parent) == ["f.npz"]
 
