@@ -153,7 +153,8 @@ def search(kind, features, labels, weight, groups, images, seed):
 
         def quality(point):  # proportional to the AUC
             return rankdata(out_of_fold(kind, x, y, w, folds, seed, **point))[y == 1].sum()
-        points = sorted(tqdm(points, desc=f"searching, {kind}"), key=quality, reverse=True)[:-(-len(points) // 3) if halving else 1]
+        order = np.argsort([-quality(point) for point in tqdm(points, desc=f"searching, {kind}")], kind="stable")
+        points = [points[i] for i in order[:-(-len(points) // 3) if halving else 1]]
     return points[0]
 
 

@@ -95,7 +95,7 @@ class Encoder:
     encoder.encode(pixels)              # float32 [n, 3, r, r] -> float32 [n, d]
 
     `identity` names the weights, layers and preprocessing; `precision` is how they are run ('float32', 'bfloat16',
-    on CUDA 'float16') and does not change the identity. `encode` may be called by several threads: on a CPU `passes` of them
+    on CUDA 'float16') and does not change the identity; 'int8' is another encoder, with a folder of its own. `encode` may be called by several threads: on a CPU `passes` of them
     run at a time, each on its share of the `threads`, the others wait. `compile`: on CUDA, a minute for a faster forward.
     """
 
@@ -106,7 +106,7 @@ class Encoder:
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
         self.notice = self.manifest.get("notice")
-        if precision == "auto":
+        if precision == "auto" or self.manifest.get("precision") == "int8":
             precision = self.manifest.get("precision", "auto")
         weights = Path(folder) / "vision.safetensors"
         if device == "cuda" and not cuda_visible():
@@ -135,9 +135,9 @@ def openvino_forward(folder, precision, threads, passes):
     has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision == "bfloat16" and not has_bfloat16:
         raise EncoderError("--precision bfloat16: this processor has no bfloat16; use --precision float32")
-    if precision == "auto":
-        precision = "bfloat16" if has_bfloat16 else "float32"
-    config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    fastest = "bfloat16" if has_bfloat16 else "float32"  # also of those layers of int8 that stay float
+    precision = fastest if precision == "auto" else precision
+    config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[fastest if precision == "int8" else precision]
     with suppress(OSError):  # where nothing can be written OpenVINO compiles each time, which takes a second for a ViT-L/14
         (cache_dir() / "compiled").mkdir(parents=True, exist_ok=True)
         config |= {"CACHE_DIR": str(cache_dir() / "compiled"), "CACHE_MODE": "OPTIMIZE_SIZE"}  # weights stay in encoder.bin

@@ -39,8 +39,8 @@ def parse_args(argv):
     parser.add_argument("--max_pixels", type=int, default=common.MAX_PIXELS, metavar="N", help="largest image taken")
     parser.add_argument("--batch_size", type=int, metavar="N", help="images in one forward pass (default: 16, on CUDA 256)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
-    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-                        help="auto: what the encoder asks for, else the fastest here")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16", "int8"], default="auto",
+                        help="auto: what the encoder asks for, else the fastest here; int8: prepare_clip.py makes it")
     args = parser.parse_args(argv)
     for name, least in (("limit", 1), ("batch_size", 1), ("max_pixels", 1), ("views", 0)):
         if (value := getattr(args, name)) is not None and value < least:
@@ -288,7 +288,7 @@ def main(argv=None):
     check_writable(output, parts)
 
     from prepare_clip import ensure_encoder
-    encoder = encoders.Encoder(ensure_encoder(args.clip_model), args.device, args.precision, compile=len(entries) >= COMPILE_FROM)
+    encoder = encoders.Encoder(ensure_encoder(args.clip_model, args.precision), args.device, args.precision, compile=len(entries) >= COMPILE_FROM)
     args.batch_size = args.batch_size or (256 if encoder.precision == "float16" else 16)
     if encoder.notice:
         say(f"note: {encoder.notice}")

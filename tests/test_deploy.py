@@ -22,7 +22,7 @@ DEMO = steps_of(read_stages(INSTRUCTIONS))
 PREPARED = steps_of(read_stages(INSTRUCTIONS, CLIP_MODEL="ViT-L/14"))
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 # Imported inside functions, only where an encoder is prepared or run on CUDA: requirements.txt has them, the image not
-PREPARING = {"torch", "clip", "filelock", "safetensors"}
+PREPARING = {"torch", "clip", "filelock", "safetensors", "nncf"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".heic"}
 
 
