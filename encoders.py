@@ -125,6 +125,12 @@ class Encoder:
         return self._forward(pixels)
 
 
+def has_bfloat16():
+    """Does this processor compute in bfloat16, by OpenVINO's account?"""
+    import openvino as ov
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def openvino_forward(folder, precision, threads, passes):
     """Prepared folder -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) on the CPU."""
     import openvino as ov
@@ -132,10 +138,9 @@ def openvino_forward(folder, precision, threads, passes):
     config = {"PERFORMANCE_HINT": "LATENCY"} if passes == 1 else {"NUM_STREAMS": passes}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
-    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if precision == "bfloat16" and not has_bfloat16:
+    if precision == "bfloat16" and not has_bfloat16():
         raise EncoderError("--precision bfloat16: this processor has no bfloat16; use --precision float32")
-    fastest = "bfloat16" if has_bfloat16 else "float32"  # also of those layers of int8 that stay float
+    fastest = "bfloat16" if has_bfloat16() else "float32"  # also of those layers of int8 that stay float
     precision = fastest if precision == "auto" else precision
     config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[fastest if precision == "int8" else precision]
     with suppress(OSError):  # where nothing can be written OpenVINO compiles each time, which takes a second for a ViT-L/14

@@ -1,0 +1,173 @@
+"""Encoding on a processor: images a second of ours, of OpenAI's loop, of open_clip's, and what the machine's arithmetic allows.
+
+    python benchmarks/random_clip.py --output vit-l-14.pt
+    python benchmarks/encoding.py --clip_model vit-l-14.pt --image photo.jpg          # an hour where there is no bfloat16
+    python benchmarks/encoding.py --clip_model tiny --image photo.jpg
+
+open_clip takes part where it is installed (pip install open_clip_torch). The limit is torch's own matrix multiplication at
+the shapes of a ViT-L/14, which takes 162 GFLOP an image. All in turns in one run; prints Markdown.
+"""
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import encoders  # noqa: E402
+from facts import describe_image  # noqa: E402
+from imaging import preprocess  # noqa: E402
+from measure import in_turns, ratios, spread  # noqa: E402
+from prepare_clip import ensure_encoder  # noqa: E402
+
+GFLOP = 162                                                        # of an image in a ViT-L/14
+SHAPES = [(1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)]  # of its four matrix products, 257 rows an image
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--clip_model", required=True, metavar="FILE", help="checkpoint, as random_clip.py writes one, or tiny")
+    parser.add_argument("--image", required=True, metavar="IMG", help="photograph that all are made of")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8, 16], help="to try for each")
+    parser.add_argument("--runs", type=int, default=3, help="of each, in turns")
+    parser.add_argument("--megapixels", type=float, nargs="*", default=[2, 12], help="of the photographs for extract_features.py")
+    parser.add_argument("--images", type=int, nargs=2, default=[16, 48], help="that it extracts: the difference is the rate")
+    return parser.parse_args(argv)
+
+
+# ---- forward passes ----
+
+def torch_loop(checkpoint):
+    """What OpenAI's README leads to: float32 on a CPU, one batch after the other."""
+    import clip
+    import torch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = clip.load(checkpoint, device="cpu")[0]
+
+    def forward(pixels):
+        with torch.no_grad():
+            return model.encode_image(torch.from_numpy(pixels)).numpy()
+    return forward
+
+
+def open_clip_loop():
+    """The same network by open_clip, weights as it initialises them; None where it is not installed."""
+    try:
+        import open_clip
+    except ImportError:
+        return None
+    import torch
+    model = open_clip.create_model("ViT-L-14-quickgelu").eval()
+
+    def forward(pixels):
+        with torch.no_grad():
+            return model.encode_image(torch.from_numpy(pixels)).numpy()
+    return forward
+
+
+def multiplications(n):
+    """-> function that multiplies what `n` images multiply in one of the 24 layers, and how many images' worth that is."""
+    import torch
+    pairs = [(torch.randn(257 * n, a), torch.randn(a, b)) for a, b in SHAPES]
+    worth = sum(2 * 257 * n * a * b for a, b in SHAPES) / (GFLOP * 1e9)
+
+    def run(_):
+        for left, right in pairs:
+            left @ right
+    return run, worth
+
+
+def rates(args, folder):
+    """-> {name: {batch size: [images a second]}}"""
+    side = encoders.read_manifest(folder)["resolution"]
+    ours = encoders.Encoder(folder, "cpu")
+    loops = {f"ours, {ours.precision}": ours.encode}
+    if encoders.has_bfloat16():
+        loops["ours, float32"] = encoders.Encoder(folder, "cpu", "float32").encode
+    if args.clip_model != "tiny":
+        loops |= {"`clip.load`, torch float32": torch_loop(args.clip_model), "open_clip, torch float32": open_clip_loop()}
+    found, rng = {name: {n: [] for n in args.batch_sizes} for name in loops}, np.random.default_rng(0)
+    limit = {n: [] for n in args.batch_sizes}
+    for turn in range(args.runs + 1):
+        for n in args.batch_sizes:
+            pixels = rng.standard_normal((n, 3, side, side)).astype(np.float32)
+            multiply, worth = multiplications(n)
+            for name, forward, worth_of in [*((k, f, n) for k, f in loops.items() if f), ("limit", multiply, worth)]:
+                started = time.perf_counter()
+                forward(pixels)
+                rate = worth_of / (time.perf_counter() - started)
+                if turn:
+                    (limit if name == "limit" else found[name])[n].append(rate)
+    if args.clip_model != "tiny":
+        found["limit: torch's float32 matrix product"] = limit
+    return {name: by_size for name, by_size in found.items() if all(by_size.values())}
+
+
+# ---- the command ----
+
+def photographs(path, megapixels, n, folder):
+    """`n` JPEG files of that size, no two alike."""
+    image = Image.open(path).convert("RGB")
+    scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    for i in range(n):
+        image.rotate(180 * (i % 2)).save(folder / f"{i:03d}.jpg", quality=85 + i % 10)
+
+
+def decode_seconds(path, side):
+    """Processor seconds of one file: decode, hash, facts, preprocess."""
+    data, started = path.read_bytes(), time.process_time()
+    for _ in range(3):
+        preprocess(describe_image(data)[0], side)
+    return (time.process_time() - started) / 3
+
+
+def extraction(args, encoder, bare, megapixels):
+    """One row: images a second of the whole command, from two numbers of images, and what the arithmetic allows."""
+    with tempfile.TemporaryDirectory() as place:
+        folders = {n: Path(place, str(n)) for n in args.images}
+        for n, folder in folders.items():
+            folder.mkdir()
+            photographs(args.image, megapixels, n, folder)
+        one = decode_seconds(next(folder.iterdir()), encoders.read_manifest(encoder)["resolution"])
+        command = [sys.executable, ROOT / "extract_features.py", "--unlabelled", "--clip_model", args.clip_model]
+        again = Path(place, "f.npz")
+        found = in_turns({n: ["sh", "-c", f'rm -rf {again}*; exec "$@"', "sh", *command, "--data_dir", folder, "--output_file", again]
+                          for n, folder in folders.items()}, max(1, args.runs - 1))
+    few, many = args.images
+    rate = [(many - few) / (b - a) for (a, _), (b, _) in zip(found[few], found[many])]
+    allowed = 1 / (1 / bare + one / encoders.processors())
+    peak = {n: max(mb for _, mb in pairs) for n, pairs in found.items()}
+    print(f"| {megapixels:g} | {spread(rate, 3)} | {bare:.3f} | {100 * statistics.median(rate) / bare:.0f}% | {allowed:.3f} "
+          f"| {100 * statistics.median(rate) / allowed:.0f}% | {1000 * one:.0f} | {many / statistics.median(s for s, _ in found[many]):.3f} "
+          f"| {peak[few]:.0f}, {peak[many]:.0f} |", flush=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folder = ensure_encoder(args.clip_model)
+    found = rates(args, folder)
+    best = {name: max(by_size, key=lambda n: statistics.median(by_size[n])) for name, by_size in found.items()}
+    base = next((name for name in found if "clip.load" in name), next(iter(found)))
+    print(f"| images a second | {' | '.join(f'batch {n}' for n in args.batch_sizes)} | best, against {base} at its best |\n|---|"
+          + "---|" * (len(args.batch_sizes) + 1))
+    for name, by_size in found.items():
+        print(f"| {name} | {' | '.join(spread(by_size[n], 3) for n in args.batch_sizes)} "
+              f"| {ratios(by_size[best[name]], found[base][best[base]], 2)} |", flush=True)
+    ours = next(iter(found))
+    if args.megapixels:
+        print("\n| megapixels | `extract_features.py`, images/s | encoder alone | share of it | arithmetic allows | share of it "
+              "| ms of processor to decode | whole run, start included | peak MB of the shorter, the longer |\n|---|---|---|---|---|---|---|---|---|")
+    for megapixels in args.megapixels:
+        extraction(args, folder, statistics.median(found[ours][best[ours]]), megapixels)
+
+
+if __name__ == "__main__":
+    main()
