@@ -1,6 +1,7 @@
 """What gives labels away without a detector: probes on file facts, telling values, labels and sources that look wrong."""
 import numpy as np
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.metrics import roc_auc_score
 
 import probes
@@ -332,3 +333,23 @@ def test_a_source_of_both_classes_is_doubtful_where_its_fakes_look_more_real_tha
     for row in rows:
         assert (row["what"], row["labels"], row["n"]) == ("AUC", ["real", "fake"], reals + fakes)
         assert row["value"] == pytest.approx(roc_auc_score(labels, p_fake)) and row["interval"][1] < probes.MAX_AUC
+
+
+def test_of_many_small_groups_folds_are_made_without_weighing_each(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels, groups = np.repeat(rng.integers(0, 2, 3000), 2), np.repeat(np.arange(3000), 2)  # two views of each image
+    monkeypatch.setattr(probes, "MANY_GROUPS", 2000)
+    folds = probes.fold_rows(labels, groups, 0)
+    assert len(folds) == probes.FOLDS and np.array_equal(np.sort(np.concatenate([test for _, test in folds])), np.arange(6000))
+    for train, test in folds:
+        assert not set(groups[train]) & set(groups[test]) and len(train) + len(test) == 6000
+        assert abs(labels[test].mean() - labels.mean()) < 0.01 and len(test) == 1200
+    assert not np.array_equal(folds[0][1], probes.fold_rows(labels, groups, 1)[0][1])  # another seed, other folds
+
+
+def test_one_large_group_among_many_keeps_the_splitter_that_weighs_them(monkeypatch):
+    labels, groups = np.arange(4000) % 2, np.r_[np.zeros(1000, int), np.arange(1, 3001)]
+    monkeypatch.setattr(probes, "MANY_GROUPS", 2000)
+    theirs = StratifiedGroupKFold(probes.FOLDS, shuffle=True, random_state=0).split(labels, labels, groups)
+    for ours, expected in zip(probes.fold_rows(labels, groups, 0), theirs, strict=True):
+        assert np.array_equal(ours[1], expected[1])

@@ -52,6 +52,7 @@ def mild_vit():
     return small_clip.rounded(small_clip.clip.model.VisionTransformer(64, 16, 128, 2, 2, 32))
 
 
+@pytest.mark.long
 def test_int8_is_an_encoder_of_its_own_that_says_how_close_it_is(made, monkeypatch):
     data, cache, checkpoint, result = made
     assert result.returncode == 0, result.stderr
@@ -67,6 +68,7 @@ def test_int8_is_an_encoder_of_its_own_that_says_how_close_it_is(made, monkeypat
     assert (folder / "encoder.bin").stat().st_size < 0.7 * (prepare_clip.ensure_encoder(str(checkpoint)) / "encoder.bin").stat().st_size
 
 
+@pytest.mark.long
 def test_features_name_the_int8_encoder_and_come_close(made, script, tmp_path):
     data, cache, checkpoint, _ = made
     found = {}
