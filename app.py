@@ -22,8 +22,7 @@ from settings import SETTINGS, key_of, read_settings
 
 
 def main(argv=None):
-    width = max(map(len, SETTINGS))
-    lines = [f"  {name:{width}}  {text}" + (f" (default: {default})" if default else "")
+    lines = [f"  {name:{max(map(len, SETTINGS))}}  {text}" + (f" (default: {default})" if default else "")
              for name, (default, text) in SETTINGS.items()]
     argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)

@@ -106,7 +106,7 @@ class Encoder:
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
         self.notice = self.manifest.get("notice")
-        if precision == "auto" or self.manifest.get("precision") == "int8":
+        if precision == "auto":
             precision = self.manifest.get("precision", "auto")
         weights = Path(folder) / "vision.safetensors"
         if device == "cuda" and not cuda_visible():

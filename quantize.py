@@ -65,7 +65,7 @@ def quantize(folder, pixels, labels):
     half = len(pixels) // 2
     reference = encode(Encoder(folder, "cpu", "float32"), pixels)
     for attempt in (plain, accuracy_controlled):
-        scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
+        scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".quantizing-"))
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # NNCF's progress; stdout is for results
                 warnings.simplefilter("ignore")

@@ -20,7 +20,8 @@ def parse_args(argv):
     parser.add_argument("--features_file", nargs="+", default=["features.npz"], metavar="FILE",
                         help="from extract_features.py (default: features.npz); several must be of one encoder")
     parser.add_argument("--model_output_path", default="model.joblib", metavar="FILE", help="model to write")
-    parser.add_argument("--classifier", choices=["svm", "linear-svm", "logistic", "mlp", "all"], default="svm", help="kind; all: compare, train the best")
+    parser.add_argument("--classifier", choices=["svm", "linear-svm", "logistic", "mlp", "all"], default="svm",
+                        help="kind; all: compare, train the best")
     parser.add_argument("--max_fpr", type=float, metavar="X",
                         help="threshold at which at most this share of real images is called fake (default: 0.5 on the "
                              "calibrated probability)")
@@ -259,7 +260,7 @@ def left_out(columns, used):
     return ", ".join(f"{k} {s or 'without split'}" for s, k in zip(splits, n))
 
 
-def check_max_fpr(max_fpr, rows):
+def warn_of_few_reals(max_fpr, rows):
     """Warns where the training reals are too few to certify the rate."""
     if max_fpr is None:
         return
@@ -297,7 +298,7 @@ def main(argv=None):
     say(f"{whole[train].sum()} images to train{copies}, {whole[test].sum()} to test ({how})")
     if rest := left_out(columns, np.concatenate([train, test])):
         say(f"left out: {rest}")
-    check_max_fpr(args.max_fpr, rows)
+    warn_of_few_reals(args.max_fpr, rows)
     found = audit_training(columns, train, test, twins)
     said = say_findings(found)
 

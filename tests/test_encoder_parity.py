@@ -105,6 +105,25 @@ def test_the_cuda_path_gives_clips_features_as_far_as_a_cpu_can_tell(case, preci
     assert cosines.mean() >= least and cosines.min() >= least_each
 
 
+def test_a_compiled_tower_sees_batches_of_one_size_and_gives_the_same(case, monkeypatch):
+    sizes = []
+
+    def compiled(tower):  # what torch.compile would be given; compiling itself takes minutes
+        def run(batch):
+            sizes.append(len(batch))
+            return tower(batch)
+        return run
+    monkeypatch.setattr(torch, "compile", compiled)
+    weights, manifest = case.folder / "vision.safetensors", encoders.read_manifest(case.folder)
+    forward, _ = encoders.torch_forward(weights, manifest, "cpu", "float32", compile=True)
+    plain, _ = encoders.torch_forward(weights, manifest, "cpu", "float32")
+    for n in (5, 2, 5, 1):
+        found = forward(case.pixels[:n])
+        assert found.shape == (n, case.reference.shape[1])
+        np.testing.assert_allclose(found, plain(case.pixels[:n]), rtol=1e-3, atol=1e-4)
+    assert sizes == [5, 5, 5, 5]
+
+
 # ---- planted faults: the comparison must see them, at the looser of the two bounds ----
 
 def with_heads(case, factor):

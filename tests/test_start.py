@@ -1,6 +1,7 @@
 """What a script imports before it answers: speed is measured in benchmarks/, its cause is held here."""
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -38,3 +39,24 @@ def test_a_wrong_flag_is_told_before_anything_slow_is_imported(script, tmp_path)
     result, slow = imported(script, *WRONG[script], cwd=tmp_path)
     assert result.returncode == 2 and slow == set(), result.stderr
     assert any(line.startswith("error: ") and WRONG[script][-1] in line for line in result.stderr.splitlines())
+
+
+def test_the_kinds_that_the_parser_offers_are_those_that_can_be_trained(capsys):
+    import train_model
+    for kind in [*train_model.GRIDS, "all"]:
+        assert train_model.parse_args(["--features_file", __file__, "--classifier", kind]).classifier == kind
+    with pytest.raises(SystemExit):
+        train_model.parse_args(["--help"])
+    assert "{" + ",".join([*train_model.GRIDS, "all"]) + "}" in capsys.readouterr().out
+
+
+def test_a_compiled_encoder_is_kept_and_where_none_can_be_kept_it_runs_all_the_same(tmp_path, monkeypatch):
+    import encoders
+    import numpy as np
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 160, 160)).astype(np.float32)
+    found = []
+    for cache in (tmp_path / "cache", tmp_path / "cache", Path("/proc/none")):
+        monkeypatch.setenv("CLIP_CACHE", str(cache))
+        found.append(encoders.Encoder(encoders.SHIPPED).encode(pixels))
+    assert len(list((tmp_path / "cache" / "compiled").glob("*.blob"))) == 1
+    assert all(np.array_equal(found[0], again) for again in found[1:])

@@ -181,7 +181,7 @@ def test_a_version_that_fits_into_no_header_is_one_line(command, version):
 @pytest.mark.parametrize("views", [0, 3])
 def test_too_few_reals_to_certify_a_rate_are_warned_of(capsys, rate, needed, views):
     rows = training_rows(with_views(make_columns(real=40, fake=200), views))  # copies certify nothing
-    train_model.check_max_fpr(rate, rows)
+    train_model.warn_of_few_reals(rate, rows)
     expected = f"warning: 40 real training images are too few to certify a rate of {rate:g}: it takes {needed}\n"
     assert capsys.readouterr().err == (expected if needed else "")
 
