@@ -68,12 +68,12 @@ def write_features(path, features, labels, train):
 
 def stock(x, y):
     from sklearn.svm import SVC
-    fitted = SVC(C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=1000).fit(x, y)
+    fitted = SVC(C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=classifiers.KERNEL_CACHE_MB).fit(x, y)
     return fitted.decision_function, len(fitted.dual_coef_[0])
 
 
 def ours(x, y):
-    fitted = classifiers.svc()(C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=1000).fit(x, y)
+    fitted = classifiers.svc()(C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=classifiers.KERNEL_CACHE_MB).fit(x, y)
     return fitted.decision_function, len(fitted.dual_coef_[0])
 
 
@@ -147,7 +147,7 @@ def whole(n, compare):
         weight = classifiers.balanced_weights(labels[:n])
         x = standardise(model, features[:n])
         started = time.perf_counter()
-        fitted = SVC(C=point["C"], gamma=point["gamma"] / x.shape[1], cache_size=1000).fit(x, labels[:n], sample_weight=weight)
+        fitted = SVC(C=point["C"], gamma=point["gamma"] / x.shape[1], cache_size=classifiers.KERNEL_CACHE_MB).fit(x, labels[:n], sample_weight=weight)
         seconds, theirs = time.perf_counter() - started, fitted.decision_function(standardise(model, features[n:]))
         print(f"scikit-learn's SVC, one fit: {seconds:.0f} s. Verdicts at score 0 that differ on {HELD_OUT:,} held-out rows: "
               f"{((score > 0) != (theirs > 0)).sum()}; scores differ by at most {np.abs(score - theirs).max():.1e}.")
