@@ -43,11 +43,10 @@ class Detector:
     loaded already. Raises ModelError, EncoderError.
     """
 
-    def __init__(self, model_path, device="auto", threads=0, passes=1, model=None, encoder=None):
+    def __init__(self, model_path, device="auto", threads=0, model=None, encoder=None):
         from model import load_model
         self.model = model or load_model(model_path)
-        self.encoder = encoder or encoders.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads,
-                                                   passes=passes)
+        self.encoder = encoder or encoders.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
 
     def pixels(self, image):
         """PIL RGB image -> float32 [3, r, r], as the encoder takes it."""

@@ -19,11 +19,11 @@ import common
 import encoders
 import imaging
 from common import DetectorError, EncoderError, ImageError, ModelError, UsageError
+from encoders import TOGETHER
 from settings import read_file, read_keys
 from telemetry import say_event
 
 GOLDEN_COSINE, GOLDEN_SHIFT = 0.99, 0.05  # the golden picture's features and probability may differ from the record by this
-FORWARD = 4                               # images in one forward pass of a batch: more gain little and hold up the others
 LARGE_PIXELS = 12_000_000                 # images above this are decoded one at a time: 50 megapixels take up to 750 MB
 DECODE_S = 20                             # of one request: what made-up files of a batch may hold up the others
 LOADING = "the model is still loading"
@@ -99,7 +99,8 @@ class Engine:
         self.slots = Slots(slots_of(settings), settings["QUEUE_LIMIT"], settings["QUEUE_TIMEOUT_S"],
                            telemetry.stage.labels("wait").observe)
         telemetry.watch(self.slots)
-        self.large, self._asked = threading.Lock(), queue.SimpleQueue()
+        self.decoding, self.large = threading.BoundedSemaphore(encoders.processors()), threading.Lock()
+        self._asked = queue.SimpleQueue()
         threading.Thread(target=self._keep_loaded, daemon=True).start()
 
     def ready(self):
@@ -165,8 +166,8 @@ class Engine:
             end = time.perf_counter() + DECODE_S
             found = [self._decode(detector, data, end) for data in images]
             good = [(facts, pixels) for facts, pixels in found if pixels is not None]
-            for start in range(0, len(good), FORWARD):
-                self._score(detector, good[start:start + FORWARD])
+            for start in range(0, len(good), TOGETHER):
+                self._score(detector, good[start:start + TOGETHER])
         return waited, [facts for facts, _ in found]
 
     def _decode(self, detector, data, end):
@@ -177,7 +178,7 @@ class Engine:
         try:
             image = imaging.open_image(data, self.settings["MAX_PIXELS"])
             facts |= {"format": image.format, "width": image.width, "height": image.height}
-            with self.large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+            with self.large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext(), self.decoding:
                 pixels = detector.pixels(imaging.load_rgb(image))
         except ImageError as error:
             return {**facts, "status": error.status, "error": str(error)}, None
@@ -272,19 +273,18 @@ def load_detector(settings, current=None):
         return current
     check_encoder(settings, model)
     same = current is not None and current.encoder.identity == model["encoder"]["identity"]
-    passes = slots_of(settings)  # each on its share of the threads: 1.5 times one at a time, or more (benchmarks/service.md)
-    detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or encoders.processors(), passes=passes, model=model,
+    detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or encoders.processors(), model=model,
                         encoder=current.encoder if same else None)
     prove(detector)
     side = detector.encoder.resolution
     if not same:
-        for n in [1] * passes + [FORWARD] * passes:  # warms every one of them, for both sizes
+        for n in (1, TOGETHER):  # the first pass of a size takes longer
             detector.encoder.encode(np.zeros((n, 3, side, side), np.float32))
     return detector
 
 
 def slots_of(settings):
-    return settings["SLOTS"] or encoders.processors()
+    return settings["SLOTS"] or encoders.processors() + TOGETHER
 
 
 def prove(detector):

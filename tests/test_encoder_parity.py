@@ -178,20 +178,38 @@ def test_features_returned_earlier_are_not_overwritten_by_later_calls(case):
     assert (first == kept).all()
 
 
-def test_neighbours_in_a_batch_do_not_matter(case):
-    encoder = encoder_of(case, "float32")
-    alone = encode(encoder, case.pixels, 1)
+def by_torch(case):
+    return encoders.torch_forward(case.folder / "vision.safetensors", encoders.read_manifest(case.folder), "cpu", "float32")[0]
+
+
+PATHS = {"openvino, one thread": lambda case: encoders.Encoder(case.folder, "cpu", "float32", threads=1).encode,
+         "openvino, two threads": lambda case: encoders.Encoder(case.folder, "cpu", "float32", threads=2).encode,
+         "torch": by_torch}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("batch_size", [5, 16])
+def test_neighbours_size_of_the_batch_and_threads_do_not_matter(case, path, batch_size):
+    alone = encode(encoder_of(case, "float32"), case.pixels, 1)
+    forward = PATHS[path](case)
     for order in (range(15, -1, -1), np.random.default_rng(0).permutation(16)):
         together = np.empty_like(alone)
-        together[list(order)] = encode(encoder, case.pixels[list(order)], 16)
+        together[list(order)] = encode(SimpleNamespace(encode=forward), case.pixels[list(order)], batch_size)
         assert small_clip.centred_cosines(together, alone).min() >= EXACT
 
 
-def test_threads_that_share_an_encoder_get_their_own_features(case):
-    encoder = encoder_of(case, "float32")
-    alone = encode(encoder, case.pixels, 1)
+def test_a_bright_or_empty_neighbour_does_not_matter(case):
+    alone, encoder = case.pixels[:1], encoder_of(case, "float32")
+    for neighbour in (np.zeros_like(alone), np.full_like(alone, 100)):
+        beside = encoder.encode(np.concatenate([neighbour, alone, neighbour]))[1:2]
+        np.testing.assert_allclose(beside, encoder.encode(alone), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_threads_that_share_an_encoder_get_their_own_features(case, path):
+    alone, forward = encode(encoder_of(case, "float32"), case.pixels, 1), PATHS[path](case)
     with ThreadPoolExecutor(4) as pool:
-        together = np.concatenate(list(pool.map(lambda i: encoder.encode(case.pixels[i:i + 1]), range(16))))
+        together = np.concatenate(list(pool.map(lambda i: forward(case.pixels[i:i + 1]), range(16))))
     assert small_clip.centred_cosines(together, alone).min() >= EXACT
 
 

@@ -11,8 +11,8 @@ import common
 import imaging
 import engine as module
 from classify import Detector
-from encoders import Encoder
-from engine import FORWARD, Busy, Slots
+from encoders import TOGETHER, Encoder
+from engine import Busy, Slots
 from engines import compiled_once, counted, engine_on, meanwhile, picture, until  # noqa: F401
 from made_up import BASELINE
 
@@ -175,6 +175,14 @@ def test_two_large_images_are_never_decoded_at_the_same_time_small_ones_are(engi
     assert max(most) == 1 + together
 
 
+def test_no_more_images_are_decoded_at_a_time_than_there_are_processors(monkeypatch):
+    monkeypatch.setattr("encoders.processors", lambda: 1)
+    engine, most = engine_on(SLOTS=4), meeting(monkeypatch, patience=0.2)
+    with meanwhile(engine.judge, engine.detector, [picture(0)]), meanwhile(engine.judge, engine.detector, [picture(1)]):
+        pass
+    assert max(most) == 1
+
+
 def test_a_large_image_that_cannot_be_decoded_does_not_hold_up_the_next(engine, monkeypatch):
     monkeypatch.setattr(module, "LARGE_PIXELS", 100)
     torn = picture(0, 60, 60)[:-2000]
@@ -232,7 +240,7 @@ def test_a_batch_is_encoded_in_passes_of_at_most_four_and_what_is_no_image_takes
     sizes, encode = [], Encoder.encode
     monkeypatch.setattr(Encoder, "encode", lambda self, pixels: sizes.append(len(pixels)) or encode(self, pixels))
     engine.judge(engine.detector, mixed[0])
-    assert sizes == [4, 4, 2] and max(sizes) <= FORWARD
+    assert sizes == [4, 4, 2] and max(sizes) <= TOGETHER
     engine.judge(engine.detector, [b"hello"])
     assert sizes == [4, 4, 2]
 
@@ -285,8 +293,8 @@ def test_without_a_slot_nothing_is_decoded(monkeypatch):
     assert engine.refusal() is None
 
 
-@pytest.mark.parametrize("given, slots", [(0, 3), (5, 5)])
-def test_there_is_a_slot_a_processor_unless_a_number_is_set(monkeypatch, given, slots):
+@pytest.mark.parametrize("given, slots", [(0, 7), (5, 5)])
+def test_the_slots_are_one_a_processor_and_a_forward_pass_of_four_unless_a_number_is_set(monkeypatch, given, slots):
     monkeypatch.setattr("encoders.processors", lambda: 3)
     engine = engine_on(SLOTS=given, QUEUE_LIMIT=7, QUEUE_TIMEOUT_S=9)
     assert (engine.slots.count, engine.slots.limit, engine.slots.timeout) == (slots, 7, 9)

@@ -126,9 +126,9 @@ def sizes(monkeypatch):
     return found
 
 
-def test_every_pass_that_may_run_at_a_time_is_warm_for_both_sizes_before_the_first_request(sizes):
-    load_detector(read_settings({**DEMO, "SLOTS": "3"}))
-    assert set(sizes) == {1, 4} and sizes.count(1) >= 3 and sizes.count(4) >= 3
+def test_passes_of_one_and_of_four_are_warm_before_the_first_request(sizes):
+    load_detector(read_settings(DEMO))
+    assert set(sizes) == {1, 4}
 
 
 def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_then(shipped, tmp_path):
@@ -145,11 +145,11 @@ def test_the_encoder_in_memory_has_to_prove_itself_again_with_the_new_model(pair
         load_detector(read_settings({**DEMO, "MODEL_PATH": str(model_file(tmp_path / "m.joblib", intercept=0.25))}), pair)
 
 
-@pytest.mark.parametrize("threads, slots, expected", [("0", "0", (3, 3)), ("2", "0", (2, 3)), ("0", "1", (3, 1))])
-def test_the_processors_allowed_are_shared_by_as_many_passes_as_there_are_slots(monkeypatch, threads, slots, expected):
+@pytest.mark.parametrize("threads, slots, expected", [("0", "0", 3), ("2", "0", 2), ("0", "1", 3)])
+def test_a_forward_pass_takes_all_processors_allowed(monkeypatch, threads, slots, expected):
     asked, forward = [], encoders.openvino_forward
     monkeypatch.setattr(encoders, "processors", lambda: 3)
-    monkeypatch.setattr(encoders, "openvino_forward", lambda *args: asked.append(args[2:]) or forward(*args))
+    monkeypatch.setattr(encoders, "openvino_forward", lambda *args: asked.append(args[2]) or forward(*args))
     load_detector(read_settings({**DEMO, "THREADS": threads, "SLOTS": slots}))
     assert asked == [expected]
 

@@ -1,0 +1,123 @@
+"""Decoding: pictures a second from JPEG bytes to the encoder's input, against plain Pillow, and what JPEG's draft mode would change.
+
+    python benchmarks/decoding.py --data_dir data
+    python benchmarks/decoding.py --data_dir data --megapixels 50 --pictures 4
+
+Large pictures are mosaics of those in the folder: detail at every scale, which a picture made larger would not have. Plain
+Pillow is what CLIP's README leads to: `Image.open`, CLIP's own transform, one at a time; and the same in threads. Draft mode
+lets libjpeg decode at 1/2, 1/4 or 1/8; how far the features move is measured with `tiny`. In turns; prints Markdown.
+"""
+import argparse
+import io
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import encoders  # noqa: E402
+from dataset import draw_evenly, list_images  # noqa: E402
+from facts import describe_image  # noqa: E402
+from imaging import decode_image, load_rgb, open_image, preprocess  # noqa: E402
+from measure import ratios, spread  # noqa: E402
+
+SIDE = 224
+TILE = 240    # pixels of each picture of a mosaic
+MARGIN = 2    # draft mode keeps at least this many times SIDE, so that the bicubic resize still has something to average
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_dir", required=True, metavar="DIR", help="labelled pictures that the mosaics are made of")
+    parser.add_argument("--megapixels", type=float, nargs="+", default=[2, 12, 24], help="of the mosaics")
+    parser.add_argument("--pictures", type=int, default=12, help="of each size")
+    parser.add_argument("--runs", type=int, default=5, help="of each, in turns")
+    return parser.parse_args(argv)
+
+
+def mosaics(data_dir, megapixels, n):
+    """-> list of `n` JPEG files (bytes), 3:2, quality 90."""
+    entries = list_images(data_dir)
+    columns = max(1, round((megapixels * 1e6 * 1.5) ** 0.5 / TILE))
+    rows = max(1, round(megapixels * 1e6 / TILE ** 2 / columns))
+    chosen, found = draw_evenly([e.label for e in entries], min(len(entries), n * columns * rows)), []
+    tiles = [Image.open(Path(data_dir, entries[i].path)).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS) for i in chosen]
+    rng = np.random.default_rng(0)
+    for _ in range(n):
+        sheet, buffer = Image.new("RGB", (columns * TILE, rows * TILE)), io.BytesIO()
+        for cell, i in enumerate(rng.integers(0, len(tiles), columns * rows)):
+            sheet.paste(tiles[i], (cell % columns * TILE, cell // columns * TILE))
+        sheet.save(buffer, "JPEG", quality=90)
+        found.append(buffer.getvalue())
+    return found
+
+
+# ---- bytes -> float32 [3, 224, 224], each in its own way ----
+
+def plain(transform):
+    return lambda data: transform(Image.open(io.BytesIO(data))).numpy()
+
+
+def ours(data):
+    return preprocess(decode_image(data), SIDE)
+
+
+def ours_described(data):
+    """What extract_features.py does: hash, facts and thumbnail too."""
+    return preprocess(describe_image(data)[0], SIDE)
+
+
+def drafted(data):
+    image = open_image(data)
+    image.draft("RGB", (MARGIN * SIDE, MARGIN * SIDE))
+    return preprocess(load_rgb(image), SIDE)
+
+
+def in_threads(function):
+    def run(files):
+        with ThreadPoolExecutor(encoders.processors()) as pool:
+            return list(pool.map(function, files))
+    return run
+
+
+def one_by_one(function):
+    return lambda files: [function(data) for data in files]
+
+
+def cosines(files):
+    """Features of draft mode to those of the exact pixels, by `tiny`: float32 [n]."""
+    encoder = encoders.Encoder(encoders.SHIPPED, "cpu", "float32")
+    a, b = (encoder.encode(np.stack([way(data) for data in files])) for way in (ours, drafted))
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import clip
+    transform = clip.clip._transform(SIDE)
+    ways = {"plain Pillow, one by one": one_by_one(plain(transform)), "plain Pillow, in threads": in_threads(plain(transform)),
+            "ours": in_threads(ours), "ours, with hash and facts": in_threads(ours_described), "draft mode": in_threads(drafted)}
+    print(f"{os.cpu_count()} processors; images a second.\n\n| megapixels | {' | '.join(ways)} | ours to Pillow one by one "
+          f"| draft to ours | draft's cosine, mean and lowest |\n|---|{'---|' * len(ways)}---|---|---|")
+    for megapixels in args.megapixels:
+        files, rates = mosaics(args.data_dir, megapixels, args.pictures), {name: [] for name in ways}
+        for turn in range(args.runs + 1):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way(files)
+                if turn:
+                    rates[name].append(len(files) / (time.perf_counter() - started))
+        cosine, width = cosines(files), Image.open(io.BytesIO(files[0])).size
+        print(f"| {megapixels:g} ({width[0]} x {width[1]}, {statistics.mean(map(len, files)) / 1e6:.1f} MB) "
+              f"| {' | '.join(spread(values, 1) for values in rates.values())} | {ratios(rates['ours'], rates['plain Pillow, one by one'], 2)} "
+              f"| {ratios(rates['draft mode'], rates['ours'], 2)} | {cosine.mean():.4f}, {cosine.min():.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
