@@ -11,15 +11,13 @@ import math
 import os
 import queue
 import sys
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 from common import HERE, EncoderError
 
 SHIPPED = HERE / "models" / "tiny"  # the encoder that comes with the project
-TOGETHER = 4              # images that share a forward pass, having waited for it: 8 gain 2% over 4 and hold up the first of them
 PREPROCESSING = "clip-1"  # changes whenever the same bytes would become other pixels; part of an encoder's identity
 OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
@@ -99,7 +97,7 @@ class Encoder:
 
     `identity` names the weights, layers and preprocessing; `precision` is how they are run ('float32', 'bfloat16',
     on CUDA 'float16') and does not change the identity; 'int8' is another encoder, with a folder of its own. `encode` may be
-    called by several threads. On a CPU a pass takes all `threads`, and what waits meanwhile goes together into the next one.
+    called by several threads; on a CPU a pass takes all `threads` (of one socket), and the others wait.
     `compile`: on CUDA, a minute for a faster forward.
     """
 
@@ -155,41 +153,12 @@ def openvino_forward(folder, precision, threads):
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise EncoderError(f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it again") from None
-    request = compiled.create_infer_request()  # runs one pass at a time
-    return Together(lambda pixels: request.infer([pixels])[0].copy()), precision
+    request, one_at_a_time = compiled.create_infer_request(), threading.Lock()
 
-
-class Together:
-    """A function of rows that threads may call at the same time: it runs once at a time, and rows that wait meanwhile go
-    together into its next run, first come, first served, at most TOGETHER (more only where one call brings them)."""
-
-    def __init__(self, function):
-        self._function, self._waiting, self._thread = function, deque(), ThreadPoolExecutor(1)
-
-    def __call__(self, rows):
-        """rows [n, ...] -> the function's [n, ...]; raises what it raises."""
-        result = Future()
-        self._waiting.append((rows, result))
-        self._thread.submit(self._run)  # one for each call; finds nothing where an earlier one took its rows along
-        return result.result()
-
-    def _run(self):
-        import numpy as np
-        taken, n = [], 0
-        while self._waiting and (not taken or n + len(self._waiting[0][0]) <= TOGETHER):
-            taken.append(self._waiting.popleft())
-            n += len(taken[-1][0])
-        if not taken:
-            return
-        try:
-            found = self._function(taken[0][0] if len(taken) == 1 else np.concatenate([rows for rows, _ in taken]))
-        except Exception as error:
-            for _, result in taken:
-                result.set_exception(error)
-            return
-        for rows, result in taken:
-            result.set_result(found[:len(rows)])
-            found = found[len(rows):]
+    def forward(pixels):
+        with one_at_a_time:
+            return request.infer([pixels])[0].copy()
+    return forward, precision
 
 
 def vision_tower(arch):

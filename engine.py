@@ -19,9 +19,9 @@ import common
 import encoders
 import imaging
 from common import DetectorError, EncoderError, ImageError, ModelError, UsageError
-from encoders import TOGETHER
 from settings import read_file, read_keys
 from telemetry import say_event
+from together import TOGETHER, Together
 
 GOLDEN_COSINE, GOLDEN_SHIFT = 0.99, 0.05  # the golden picture's features and probability may differ from the record by this
 LARGE_PIXELS = 12_000_000                 # images above this are decoded one at a time: 50 megapixels take up to 750 MB
@@ -44,6 +44,7 @@ class Slots:
 
     slots = Slots(2, limit=16, timeout=5)
     with slots.take() as waited: ...    # seconds; raises Busy at once where `limit` wait, and after `timeout` seconds
+    with slots.take(2) as waited: ...   # two of them
 
     `observe` is called with the seconds of every wait, those that end without a turn too.
     """
@@ -60,17 +61,18 @@ class Slots:
         return self.busy + self.waiting >= self.count + self.limit
 
     @contextlib.contextmanager
-    def take(self):
+    def take(self, places=1):
         started, turn = time.perf_counter(), threading.Event()
         with self._lock:
             if self.full():
                 raise Busy("queue_full", QUEUE_FULL)
-            self._queue.append(turn)
+            self._queue.append((turn, places))
             self._next()
         turn.wait(self.timeout)
         with self._lock:
             if not turn.is_set():
-                self._queue.remove(turn)
+                self._queue.remove((turn, places))
+                self._next()  # one that asked for fewer may stand behind it
         waited = time.perf_counter() - started
         self._observe(waited)
         if not turn.is_set():
@@ -79,14 +81,15 @@ class Slots:
             yield waited
         finally:
             with self._lock:
-                self.busy -= 1
+                self.busy -= places
                 self._next()
 
     def _next(self):
-        """Give a free slot to the one that has waited longest. Called with the lock held."""
-        if self._queue and self.busy < self.count:
-            self.busy += 1
-            self._queue.popleft().set()
+        """Give free slots to the one that has waited longest. Called with the lock held."""
+        while self._queue and self.busy + self._queue[0][1] <= self.count:
+            turn, places = self._queue.popleft()
+            self.busy += places
+            turn.set()
 
 
 class Engine:
@@ -160,29 +163,33 @@ class Engine:
     # ---- verdicts ----
 
     def judge(self, detector, images):
-        """Bytes of images -> (seconds waited, one dict of facts an image, in order; `error` and `status` where there is no
-        verdict). Raises Busy."""
-        with self.slots.take() as waited:
+        """Bytes of images -> (seconds waited in all, one dict of facts an image, in order; `error` and `status` where there
+        is no verdict). Several images take up to half of the slots: beside a batch there is room for single ones. Raises Busy."""
+        with self.slots.take(min(len(images), max(1, self.slots.count // 2))) as waited:
             end = time.perf_counter() + DECODE_S
             found = [self._decode(detector, data, end) for data in images]
             good = [(facts, pixels) for facts, pixels in found if pixels is not None]
             for start in range(0, len(good), TOGETHER):
                 self._score(detector, good[start:start + TOGETHER])
-        return waited, [facts for facts, _ in found]
+        turns = sum(facts.pop("turn_s") for facts, _ in found)
+        self.telemetry.stage.labels("turn").observe(turns)
+        return waited + turns, [facts for facts, _ in found]
 
     def _decode(self, detector, data, end):
         """Bytes of an image -> (its facts, the encoder's input or None, also where it is past this `end`)."""
-        started, facts = time.perf_counter(), {"sha256": common.sha256(data), "bytes": len(data)}
+        started, facts = time.perf_counter(), {"sha256": common.sha256(data), "bytes": len(data), "turn_s": 0.0}
         if started > end:
             return {**facts, "status": 503, "error": f"the images before it took {DECODE_S} s to decode: send fewer at a time"}, None
         try:
             image = imaging.open_image(data, self.settings["MAX_PIXELS"])
             facts |= {"format": image.format, "width": image.width, "height": image.height}
+            opened = time.perf_counter()
             with self.large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext(), self.decoding:
+                facts["turn_s"] = time.perf_counter() - opened
                 pixels = detector.pixels(imaging.load_rgb(image))
         except ImageError as error:
             return {**facts, "status": error.status, "error": str(error)}, None
-        facts["decode_s"] = time.perf_counter() - started
+        facts["decode_s"] = time.perf_counter() - started - facts["turn_s"]
         self.telemetry.stage.labels("decode").observe(facts["decode_s"])
         return facts, pixels
 
@@ -190,15 +197,16 @@ class Engine:
         """[(facts, the encoder's input)] of one forward pass: verdict, probability of fake and seconds into each facts."""
         from model import decision, outside, probability, verdict
         model, started = detector.model, time.perf_counter()
-        features = detector.encoder.encode(np.stack([pixels for _, pixels in chunk]))
+        features, waited = detector.encode(np.stack([pixels for _, pixels in chunk]))
         encoded = time.perf_counter()
         scores = decision(model, features)
         p_fake = probability(model, scores)
-        seconds = {"encode": encoded - started, "classify": time.perf_counter() - encoded}
+        seconds = {"encode": encoded - started - waited, "classify": time.perf_counter() - encoded}
         for stage, taken in seconds.items():
             self.telemetry.stage.labels(stage).observe(taken)
         for (facts, _), p, value, row in zip(chunk, p_fake, scores, features):
             classification, confidence = verdict(model, p)
+            facts["turn_s"] += waited / len(chunk)
             facts |= {"classification": classification, "confidence": confidence, "p_fake": float(p),
                       "uncertain": not bool(outside(p, model["band"])),
                       **{f"{stage}_s": taken / len(chunk) for stage, taken in seconds.items()}}
@@ -263,7 +271,7 @@ def check_pin(pin_path, found, model_path):
 
 def load_detector(settings, current=None):
     """-> Detector, warm and proved on the golden picture; `current` itself where it is of the same file. Its encoder is used
-    again where that is the same.
+    again where that is the same. `detector.encode` gives features and the seconds waited for a pass, which uploads share.
 
     Raises DetectorError.
     """
@@ -276,10 +284,11 @@ def load_detector(settings, current=None):
     detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or encoders.processors(), model=model,
                         encoder=current.encoder if same else None)
     prove(detector)
-    side = detector.encoder.resolution
+    encoder, side = detector.encoder, detector.encoder.resolution
+    detector.encode = current.encode if same else Together(lambda pixels: encoder.encode(pixels))
     if not same:
-        for n in (1, TOGETHER):  # the first pass of a size takes longer
-            detector.encoder.encode(np.zeros((n, 3, side, side), np.float32))
+        for n in range(1, TOGETHER + 1):  # the first pass of a size takes longer
+            encoder.encode(np.zeros((n, 3, side, side), np.float32))
     return detector
 
 

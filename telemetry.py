@@ -68,8 +68,8 @@ class Telemetry:
             return kind(f"detector_{name}", text, labels, registry=registry, **more)
         self.requests = new(Counter, "requests", "Requests answered", ("route", "status"))
         self.seconds = new(Histogram, "request_seconds", "Whole requests", ("route", "status"), buckets=SECONDS)
-        self.stage = new(Histogram, "stage_seconds", "Stages of a verdict: wait (for a slot), read (the body), decode "
-                         "(to the encoder's input), encode (one forward pass), classify", ("stage",), buckets=SECONDS)
+        self.stage = new(Histogram, "stage_seconds", "Stages of a verdict: wait (for a slot), turn (in it, for others' decoding "
+                         "and passes), read (the body), decode (to the encoder's input), encode (a forward pass), classify", ("stage",), buckets=SECONDS)
         self.queue = new(Gauge, "queue_depth", "Requests that wait for a slot")
         self.slots = new(Gauge, "slots", "Requests that are worked on at a time, at most")
         self.busy = new(Gauge, "slots_busy", "Requests that are worked on now")
@@ -90,7 +90,7 @@ class Telemetry:
         self.ready = new(Gauge, "ready", "1 once verdicts can be given")
         self.feedback = new(Counter, "feedback", "Right labels that users sent", ("label",))
         self.drift, self.away, self.told, self._lock = None, 0, 0.0, threading.Lock()
-        for metric, values in ((self.stage, ("wait", "read", "decode", "encode", "classify")), (self.reloads, ("ok", "failed")),
+        for metric, values in ((self.stage, ("wait", "turn", "read", "decode", "encode", "classify")), (self.reloads, ("ok", "failed")),
                                (self.rejections, ("queue_full", "queue_timeout", "not_ready", "unauthorized", "slow_body"))):
             for value in values:  # there from the first scrape: a counter that appears with its first event has no increase
                 metric.labels(value)

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py --clip_model tiny --data_dir data
     python benchmarks/random_clip.py --output vit-l-14.pt
-    python benchmarks/precision.py --clip_model vit-l-14.pt --data_dir data --limit 24    # speed only: its weights are random
+    python benchmarks/precision.py --clip_model vit-l-14.pt --data_dir data --limit 40    # speed only: its weights are random
 
 Needs what requirements-int8.txt names. Half of the images calibrate int8, the other half are what cosine and verdicts are told
 of; the verdicts are those of a logistic regression on the first half's float32 features. Rates in turns. Prints Markdown.

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import classifiers  # noqa: E402
 import common  # noqa: E402
 from dataset import FACTS  # noqa: E402
-from model import decision, load_model, standardise  # noqa: E402
+from model import decision, load_model, squares_of, standardise  # noqa: E402
 
 HELD_OUT = 12_000
 POINT = {"C": 10.0, "gamma": 1.0}  # what the search finds on these rows
@@ -68,13 +68,14 @@ def write_features(path, features, labels, train):
 
 def stock(x, y):
     from sklearn.svm import SVC
-    fitted = SVC(C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=classifiers.KERNEL_CACHE_MB).fit(x, y)
+    fitted = SVC(C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=classifiers.kernel_cache_mb()).fit(x, y)
     return fitted.decision_function, len(fitted.dual_coef_[0])
 
 
 def ours(x, y):
-    fitted = classifiers.svc()(C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=classifiers.KERNEL_CACHE_MB).fit(x, y)
-    return fitted.decision_function, len(fitted.dual_coef_[0])
+    fitted = classifiers.fit("svm", x, y, np.ones(len(y)), 0, **POINT)
+    fitted["squares"] = squares_of(fitted)  # as load_model does
+    return lambda rows: decision(fitted, rows), len(fitted["dual_coef"])
 
 
 def linear(x, y):
@@ -135,10 +136,13 @@ def whole(n, compare):
         started = time.perf_counter()
         process = subprocess.Popen([sys.executable, ROOT / "train_model.py"], cwd=folder)
         _, status, used = os.wait4(process.pid, 0)
-        seconds, model = time.perf_counter() - started, load_model(Path(folder, "model.joblib"))
+        seconds = time.perf_counter() - started
+        if status:
+            sys.exit("train_model.py failed")
+        model = load_model(Path(folder, "model.joblib"))
     point = model["hyperparameters"]
-    print(f"\nThe whole command on {n:,} training and {HELD_OUT:,} test rows: {seconds:.0f} s, peak memory {used.ru_maxrss / 1e6:.1f} GB, "
-          f"exit {os.waitstatus_to_exitcode(status)}; {point}, {len(model['dual_coef']):,} support vectors, solver {model['versions']['svm']}.")
+    print(f"\nThe whole command on {n:,} training and {HELD_OUT:,} test rows: {seconds:.0f} s, peak memory {used.ru_maxrss / 1e6:.1f} GB; "
+          f"{point}, {len(model['dual_coef']):,} support vectors, solver {model['versions']['svm']}.")
     score = decision(model, features[n:])
     alone = np.median([timed(decision, model, features[i:i + 1]) for i in range(50)])
     print(f"A verdict's score: {1000 * alone:.2f} ms.", flush=True)
@@ -147,7 +151,7 @@ def whole(n, compare):
         weight = classifiers.balanced_weights(labels[:n])
         x = standardise(model, features[:n])
         started = time.perf_counter()
-        fitted = SVC(C=point["C"], gamma=point["gamma"] / x.shape[1], cache_size=classifiers.KERNEL_CACHE_MB).fit(x, labels[:n], sample_weight=weight)
+        fitted = SVC(C=point["C"], gamma=point["gamma"] / x.shape[1], cache_size=classifiers.kernel_cache_mb()).fit(x, labels[:n], sample_weight=weight)
         seconds, theirs = time.perf_counter() - started, fitted.decision_function(standardise(model, features[n:]))
         print(f"scikit-learn's SVC, one fit: {seconds:.0f} s. Verdicts at score 0 that differ on {HELD_OUT:,} held-out rows: "
               f"{((score > 0) != (theirs > 0)).sum()}; scores differ by at most {np.abs(score - theirs).max():.1e}.")
@@ -155,10 +159,10 @@ def whole(n, compare):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.whole:  # first, since a child's peak memory counts from what its parent held when it was born
+        whole(args.whole, args.stock)
     if args.rows:
         growth(args)
-    if args.whole:
-        whole(args.whole, args.stock)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import common
 import imaging
 import engine as module
 from classify import Detector
-from encoders import TOGETHER, Encoder
+from encoders import Encoder
 from engine import Busy, Slots
 from engines import compiled_once, counted, engine_on, meanwhile, picture, until  # noqa: F401
 from made_up import BASELINE
+from together import TOGETHER
 
 
 # ---- slots ----
@@ -104,6 +105,34 @@ def test_work_that_fails_gives_its_slot_back():
         assert slots.busy == 1
 
 
+def test_several_slots_are_taken_and_given_back_together_and_nobody_overtakes_who_waits_for_them():
+    slots, order = Slots(3, limit=9, timeout=20), []
+    with contextlib.ExitStack() as stack:
+        with slots.take(2):
+            assert slots.busy == 2
+            for number, places in enumerate((2, 1)):
+                stack.enter_context(meanwhile(lambda number=number, places=places: taken(slots, places, lambda: order.append(number))))
+                until(lambda: slots.waiting == number + 1)
+            assert order == [], "one is free, but the one that waits for two was there first"
+    assert sorted(order) == [0, 1] and (slots.busy, slots.waiting) == (0, 0)
+
+
+def test_one_that_gave_up_waiting_for_several_slots_holds_up_nobody():
+    slots, told = Slots(2, limit=9, timeout=0.5), []
+    with slots.take():
+        with meanwhile(lambda: told.append(pytest.raises(Busy, taken, slots, 2).value.reason)):
+            until(lambda: slots.waiting == 1)
+            slots.timeout = 20
+            with meanwhile(take, slots, told):
+                pass
+    assert told[0] == "queue_timeout" and isinstance(told[1], float)
+
+
+def taken(slots, places, work=lambda: None):
+    with slots.take(places):
+        work()
+
+
 def test_who_has_waited_longest_is_next_and_newcomers_pass_nobody():
     slots, order = Slots(1, limit=9, timeout=20), []
 
@@ -183,6 +212,20 @@ def test_no_more_images_are_decoded_at_a_time_than_there_are_processors(monkeypa
     assert max(most) == 1
 
 
+def test_waiting_for_others_is_told_as_waiting_and_not_as_work(monkeypatch):
+    monkeypatch.setattr("encoders.processors", lambda: 1)
+    engine, encode, found = engine_on(SLOTS=4), Encoder.encode, []
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: time.sleep(0.4) or encode(self, pixels))
+    with contextlib.ExitStack() as stack:
+        for seed in range(3):
+            stack.enter_context(meanwhile(lambda seed=seed: found.append(engine.judge(engine.detector, [picture(seed)]))))
+    waited, encoded = sorted(waited for waited, _ in found), [facts["encode_s"] for _, (facts,) in found]
+    assert waited[0] < 0.3 <= waited[1], "two came while the first was encoded"
+    assert 0.4 <= min(encoded) and max(encoded) < 0.7
+    assert counted(engine.telemetry, "stage_seconds_sum", stage="turn") == pytest.approx(sum(waited), abs=0.05)
+    assert all("turn_s" not in facts for _, (facts,) in found)
+
+
 def test_a_large_image_that_cannot_be_decoded_does_not_hold_up_the_next(engine, monkeypatch):
     monkeypatch.setattr(module, "LARGE_PIXELS", 100)
     torn = picture(0, 60, 60)[:-2000]
@@ -236,6 +279,15 @@ def test_a_batch_gets_the_same_verdicts_in_order_with_errors_in_their_places(eng
     assert len({facts.get("confidence") for facts in found}) > 6  # so that a mix-up would show
 
 
+@pytest.mark.parametrize("images, places", [(1, 1), (2, 2), (3, 3), (9, 3)])
+def test_a_batch_takes_at_most_half_of_the_slots(monkeypatch, images, places):
+    engine, most = engine_on(SLOTS=6), []
+    decode = engine._decode
+    monkeypatch.setattr(engine, "_decode", lambda *args: most.append(engine.slots.busy) or decode(*args))
+    engine.judge(engine.detector, [picture()] * images)
+    assert set(most) == {places} and engine.slots.busy == 0
+
+
 def test_a_batch_is_encoded_in_passes_of_at_most_four_and_what_is_no_image_takes_no_place(engine, mixed, monkeypatch):
     sizes, encode = [], Encoder.encode
     monkeypatch.setattr(Encoder, "encode", lambda self, pixels: sizes.append(len(pixels)) or encode(self, pixels))
@@ -248,8 +300,8 @@ def test_a_batch_is_encoded_in_passes_of_at_most_four_and_what_is_no_image_takes
 def test_each_stage_is_timed_once_an_image_or_a_forward_pass(mixed):
     engine = engine_on()
     engine.judge(engine.detector, mixed[0])
-    stages = {stage: counted(engine.telemetry, "stage_seconds_count", stage=stage) for stage in ("wait", "decode", "encode", "classify")}
-    assert stages == {"wait": 1, "decode": 10, "encode": 3, "classify": 3}
+    stages = {stage: counted(engine.telemetry, "stage_seconds_count", stage=stage) for stage in ("wait", "turn", "decode", "encode", "classify")}
+    assert stages == {"wait": 1, "turn": 1, "decode": 10, "encode": 3, "classify": 3}
 
 
 def test_the_seconds_of_a_forward_pass_are_shared_by_its_images():
@@ -268,7 +320,7 @@ def test_the_largest_image_taken_is_that_of_the_settings():
 
 @pytest.mark.parametrize("band, uncertain", [([0.0, 1.0], True), ([0.5, 0.5], False)])
 def test_a_verdict_is_uncertain_inside_the_models_band(engine, band, uncertain):
-    detector = SimpleNamespace(model={**engine.detector.model, "band": np.array(band)}, encoder=engine.detector.encoder,
+    detector = SimpleNamespace(model={**engine.detector.model, "band": np.array(band)}, encoder=engine.detector.encoder, encode=engine.detector.encode,
                                pixels=engine.detector.pixels)
     _, (facts,) = engine.judge(detector, [picture()])
     assert facts["uncertain"] is uncertain

@@ -20,6 +20,7 @@ from live import DEMO
 from made_up import BASELINE, baseline_for, other_encoder
 from model import decision
 from settings import read_settings
+from together import TOGETHER
 
 HASH = "0123456789abcdef" * 4
 
@@ -126,9 +127,9 @@ def sizes(monkeypatch):
     return found
 
 
-def test_passes_of_one_and_of_four_are_warm_before_the_first_request(sizes):
+def test_passes_of_every_size_that_uploads_share_are_warm_before_the_first_request(sizes):
     load_detector(read_settings(DEMO))
-    assert set(sizes) == {1, 4}
+    assert set(sizes) == set(range(1, TOGETHER + 1))
 
 
 def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_then(shipped, tmp_path):

@@ -303,12 +303,12 @@ def test_after_some_traffic_the_metrics_have_the_labels_of_the_contract(client):
         for sample in family.samples:
             seen.setdefault(family.name.removeprefix("detector_"), set()).update(set(sample.labels) - {"le"})
             if family.name == "detector_stage_seconds":
-                assert sample.labels["stage"] in ("wait", "read", "decode", "encode", "classify")
+                assert sample.labels["stage"] in ("wait", "turn", "read", "decode", "encode", "classify")
     assert all(labels == LABELS.get(name, set()) for name, labels in seen.items() if f"detector_{name}" in response.text)
     assert {"requests", "request_seconds", "stage_seconds", "image_errors", "verdicts", "scores"} <= set(seen)
 
 
-@pytest.mark.parametrize("stage", ["wait", "read", "decode", "encode", "classify"])
+@pytest.mark.parametrize("stage", ["wait", "turn", "read", "decode", "encode", "classify"])
 def test_each_stage_of_a_verdict_is_timed(client, stage):
     before = counted(engine_of(client).telemetry, "stage_seconds_count", stage=stage)
     upload(client, VERDICT, picture())

@@ -187,7 +187,7 @@ def test_all_ten_bins_are_there_before_the_first_verdict():
 
 
 @pytest.mark.parametrize("name, label, values", [
-    ("stage_seconds_count", "stage", ["wait", "read", "decode", "encode", "classify"]), ("reloads_total", "result", ["ok", "failed"]),
+    ("stage_seconds_count", "stage", ["wait", "turn", "read", "decode", "encode", "classify"]), ("reloads_total", "result", ["ok", "failed"]),
     ("rejections_total", "reason", ["queue_full", "queue_timeout", "not_ready", "unauthorized", "slow_body"])])
 def test_what_alarms_look_at_is_there_from_the_first_scrape(name, label, values):
     telemetry = Telemetry()

@@ -5,7 +5,8 @@ from threading import Event
 import numpy as np
 import pytest
 
-from encoders import TOGETHER, Together
+from engines import until
+from together import TOGETHER, Together
 
 
 class Held:
@@ -34,8 +35,7 @@ def waiting(together, pool, held, calls):
     futures = [first]
     for number, call in enumerate(calls, 1):
         futures.append(pool.submit(together, call))
-        while len(together._waiting) < number:
-            pass
+        until(lambda: len(together._waiting) == number)
     return futures
 
 
@@ -54,14 +54,16 @@ def test_what_waits_goes_together_in_the_order_it_came_and_each_gets_its_own(poo
     futures = waiting(together, pool, held, given)
     held.go.set()
     for call, future in zip([rows(1), *given], futures, strict=True):
-        assert (future.result(20) == call * 2).all()
+        found, waited = future.result(20)
+        assert (found == call * 2).all() and waited >= 0
     assert held.sizes == sizes and max(n for n in sizes if n != 16) <= TOGETHER
 
 
 def test_a_call_alone_starts_at_once():
     held = Held()
     held.go.set()
-    assert Together(held)(rows(1, 2)).tolist() == [[2], [4]] and held.sizes == [2]
+    found, waited = Together(held)(rows(1, 2))
+    assert found.tolist() == [[2], [4]] and held.sizes == [2] and waited < 5
 
 
 def test_an_error_reaches_all_of_its_pass_and_nobody_else(pool):
@@ -69,7 +71,7 @@ def test_an_error_reaches_all_of_its_pass_and_nobody_else(pool):
     together = Together(held)
     first, *others, last = waiting(together, pool, held, [rows(5), rows(-1), rows(6), rows(7), rows(8)])
     held.go.set()
-    assert first.result(20) == 2 and last.result(20) == 16
+    assert first.result(20)[0] == 2 and last.result(20)[0] == 16
     for future in others:
         with pytest.raises(ValueError, match="a negative row"):
             future.result(20)
@@ -78,5 +80,5 @@ def test_an_error_reaches_all_of_its_pass_and_nobody_else(pool):
 def test_many_threads_lose_and_mix_up_nothing(pool):
     together = Together(lambda rows: rows * 2)
     values = np.random.default_rng(0).random((500, 3))
-    found = list(pool.map(lambda value: together(value[None]), values))
+    found = [found for found, _ in pool.map(lambda value: together(value[None]), values)]
     assert (np.concatenate(found) == values * 2).all()

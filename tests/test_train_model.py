@@ -16,7 +16,7 @@ from made_up import ENCODER, build, make_columns, training_arguments, training_r
 from model import decision, load_model, probability, stale_threshold
 from plots import PLOTS
 from report import NAMES
-from training import command, quick, train  # noqa: F401
+from trained import command, quick, train  # noqa: F401
 
 
 # ---- what comes out ----

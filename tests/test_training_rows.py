@@ -8,7 +8,7 @@ from common import UsageError
 from facts import make_groups
 from made_up import make_columns, training_arguments, with_views
 from train_model import choose_rows
-from training import train  # noqa: F401
+from trained import train  # noqa: F401
 
 
 def chosen(columns, **changes):

@@ -1,0 +1,75 @@
+"""The benchmarks of speed, on a scale that takes seconds: their commands are taken, and each compares what it says it does.
+
+What they measure is told in benchmarks/speed.md; nothing here looks at a clock.
+"""
+import importlib
+import re
+import shlex
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+NAMES = ["clients", "decoding", "encoding", "precision", "service", "starting", "training"]
+
+
+def commands(text):
+    return re.findall(r"^ *python benchmarks/(\w+)\.py(.*?)(?: {2,}#.*)?$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_that_a_benchmark_tells_of_itself_are_taken_by_its_parser(name):
+    module = importlib.import_module(name)
+    own = [flags for script, flags in commands(module.__doc__) if script == name]
+    assert own
+    for flags in own:
+        module.parse_args(shlex.split(flags))
+
+
+def test_the_commands_of_the_table_file_are_taken_too():
+    found = commands((ROOT / "benchmarks" / "speed.md").read_text())
+    assert {name for name, _ in found} >= set(NAMES) - {"service"}
+    for name, flags in found:
+        if name != "random_clip":
+            importlib.import_module(name).parse_args(shlex.split(flags))
+
+
+@pytest.fixture(scope="module")
+def mosaics(make_folder, tmp_path_factory):
+    import decoding
+    folder = make_folder(tmp_path_factory.mktemp("tiles"), {"real": 6, "fake": 6})
+    return decoding.mosaics(folder, 4, 2)
+
+
+def test_mosaics_are_large_different_and_large_enough_for_draft_mode(mosaics):
+    import decoding
+    from imaging import open_image
+    images = [open_image(data) for data in mosaics]
+    assert {image.size for image in images} == {(2400, 1680)} and mosaics[0] != mosaics[1]
+    images[0].draft("RGB", (decoding.MARGIN * decoding.SIDE,) * 2)
+    assert images[0].size == (1200, 840)  # the next half would leave fewer than twice the pixels that the encoder takes
+
+
+def test_every_way_of_decoding_gives_the_same_picture_but_draft_mode(mosaics):
+    import clip
+    import decoding
+    pillow = decoding.plain(clip.clip._transform(decoding.SIDE))
+    for data in mosaics:
+        expected = pillow(data)
+        assert (decoding.ours(data) == expected).all() and (decoding.ours_described(data) == expected).all()
+        drafted = decoding.drafted(data)
+        assert (drafted != expected).any() and np.abs(drafted - expected).mean() < 0.1
+    assert decoding.in_threads(len)(mosaics) == decoding.one_by_one(len)(mosaics) == [len(data) for data in mosaics]
+
+
+def test_every_fit_of_the_training_table_learns_the_same_problem():
+    import training
+    x, y = training.made_up(2000)
+    x = (x - x.mean(0)) / x.std(0)
+    found = {fit.__name__: fit(x[:1500], y[:1500]) for fit in (training.stock, training.ours, training.linear, training.nystroem)}
+    accuracy = {name: ((score(x[1500:]) > 0) == y[1500:]).mean() for name, (score, _) in found.items()}
+    assert min(accuracy.values()) > 0.7
+    np.testing.assert_allclose(found["ours"][0](x[1500:]), found["stock"][0](x[1500:]), atol=1e-2)
+    assert found["ours"][1] == pytest.approx(found["stock"][1], rel=0.01)
