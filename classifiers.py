@@ -107,7 +107,7 @@ def kernel_cache_mb():
 
 
 def svc():
-    """scikit-learn's SVC, or the same problem solved by scikit-learn-intelex, 8 to 40 times as fast, where that is installed."""
+    """scikit-learn's SVC, or the same problem solved by scikit-learn-intelex, 9 to 16 times as fast, where that is installed."""
     try:
         from sklearnex.svm import SVC
     except ImportError:

@@ -56,12 +56,13 @@ def variants(folder, place, pixels, reference):
 
 def rates(found, pixels, n, runs):
     """-> {name: [images a second]} at batch size `n`."""
-    measured, passes = {name: [] for name in found}, max(1, 16 // n)
+    measured = {name: [] for name in found}
     for turn in range(runs + 1):
         for name, encoder in found.items():
-            started = time.perf_counter()
-            for _ in range(passes):
+            started, passes = time.perf_counter(), 0
+            while time.perf_counter() - started < 0.2:
                 encoder.encode(pixels[:n])
+                passes += 1
             if turn:
                 measured[name].append(passes * n / (time.perf_counter() - started))
     return measured

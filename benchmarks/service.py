@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 UPLOADS = (1, 10, 100)  # a second: how many pods
-PLACES, HEYS = 18, 8    # requests in work and waiting, of the defaults on two processors; processes that send
+PLACES, HEYS = 22, 8    # requests in work and waiting, of the defaults on two processors; processes that send
 FILL = 0.7              # of a pod's capacity that is planned with: the autoscaler's target in deploy/scaling.yaml
 NAIVE = """
 import sys

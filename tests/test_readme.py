@@ -139,6 +139,13 @@ def test_the_table_of_pods_is_the_benchmark_s():
     assert len(rows) == 1 and rows[0] in (ROOT / "benchmarks" / "service.md").read_text()
 
 
+def test_the_tables_of_speed_are_the_benchmarks():
+    """benchmarks/speed.md keeps what the commands in it printed, and on which machine."""
+    section = README.split("### How fast is it?")[1].split("\n## ")[0]
+    tables, kept = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE), (ROOT / "benchmarks" / "speed.md").read_text()
+    assert len(tables) >= 7 and [table for table in tables if table not in kept] == []
+
+
 @pytest.mark.parametrize("script", ["extract_features.py", "train_model.py", "classify.py"])
 def test_the_help_of_the_three_user_scripts_fits_one_screen_and_names_the_user_s_flags_first(script):
     text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,
