@@ -64,13 +64,13 @@ def test_every_way_of_decoding_gives_the_same_picture_but_draft_mode(mosaics):
     assert decoding.in_threads(len)(mosaics) == decoding.one_by_one(len)(mosaics) == [len(data) for data in mosaics]
 
 
-def test_every_fit_of_the_training_table_learns_the_same_problem():
+def test_ours_learns_what_scikit_learn_learns_and_no_plane_separates_the_classes():
     import training
-    x, y = training.made_up(2000)
+    x, y = training.made_up(1500)
     x = (x - x.mean(0)) / x.std(0)
-    found = {fit.__name__: fit(x[:1500], y[:1500]) for fit in (training.stock, training.ours, training.linear, training.nystroem)}
-    accuracy = {name: ((score(x[1500:]) > 0) == y[1500:]).mean() for name, (score, _) in found.items()}
-    assert min(accuracy[name] for name in ("stock", "ours", "nystroem")) > 0.8
-    assert 0.6 < accuracy["linear"] < 0.7, "no plane separates these clusters: the table says so"
-    np.testing.assert_allclose(found["ours"][0](x[1500:]), found["stock"][0](x[1500:]), atol=1e-2)
+    found = {fit.__name__: fit(x[:1000], y[:1000]) for fit in (training.stock, training.ours, training.linear)}
+    scores = {name: score(x[1000:]) for name, (score, _) in found.items()}
+    accuracy = {name: ((values > 0) == y[1000:]).mean() for name, values in scores.items()}
+    assert accuracy["stock"] > 0.75 and accuracy["linear"] < 0.7
+    np.testing.assert_allclose(scores["ours"], scores["stock"], atol=1e-2)
     assert found["ours"][1] == pytest.approx(found["stock"][1], rel=0.01)
