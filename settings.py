@@ -18,7 +18,7 @@ SETTINGS = {
     "MAX_UPLOAD_BYTES": ("10485760", "largest request body; beyond it 413"),
     "MAX_PIXELS": ("50000000", "largest image, counted from its header before decoding; beyond it 413"),
     "BATCH_LIMIT": ("16", "most images in one POST /classify/batch; beyond it 413"),
-    "SLOTS": ("0", "requests worked on at a time, a batch counts for up to half; 0: four more than processors"),
+    "SLOTS": ("0", "requests worked on at a time, a batch counts for up to half; 0: 4 more than processors"),
     "QUEUE_LIMIT": ("16", "requests that may wait for a slot; beyond it 503 at once"),
     "QUEUE_TIMEOUT_S": ("5", "longest wait for a slot, and what Retry-After says; beyond it 503"),
     "BODY_TIMEOUT_S": ("20", "longest time for a request to arrive; beyond it 408"),
