@@ -57,14 +57,15 @@ class Slots:
     def waiting(self):
         return len(self._queue)
 
-    def full(self):
-        return self.busy + self.waiting >= self.count + self.limit
+    def full(self, places=1):
+        """Would one that comes now have to wait, though as many as may do already?"""
+        return self.waiting >= self.limit and (self.waiting > 0 or self.busy + places > self.count)
 
     @contextlib.contextmanager
     def take(self, places=1):
         started, turn = time.perf_counter(), threading.Event()
         with self._lock:
-            if self.full():
+            if self.full(places):
                 raise Busy("queue_full", QUEUE_FULL)
             self._queue.append((turn, places))
             self._next()

@@ -69,7 +69,8 @@ class Telemetry:
         self.requests = new(Counter, "requests", "Requests answered", ("route", "status"))
         self.seconds = new(Histogram, "request_seconds", "Whole requests", ("route", "status"), buckets=SECONDS)
         self.stage = new(Histogram, "stage_seconds", "Stages of a verdict: wait (for a slot), turn (in it, for others' decoding "
-                         "and passes), read (the body), decode (to the encoder's input), encode (a forward pass), classify", ("stage",), buckets=SECONDS)
+                         "and passes), read (the body), decode (to the encoder's input), encode (a forward pass), classify",
+                         ("stage",), buckets=SECONDS)
         self.queue = new(Gauge, "queue_depth", "Requests that wait for a slot")
         self.slots = new(Gauge, "slots", "Requests that are worked on at a time, at most")
         self.busy = new(Gauge, "slots_busy", "Requests that are worked on now")

@@ -26,6 +26,7 @@ from dataset import draw_evenly, list_images  # noqa: E402
 from facts import describe_image  # noqa: E402
 from imaging import decode_image, load_rgb, open_image, preprocess  # noqa: E402
 from measure import ratios, spread  # noqa: E402
+from quantize import cosines  # noqa: E402
 
 SIDE = 224
 TILE = 240    # pixels of each picture of a mosaic
@@ -90,11 +91,11 @@ def one_by_one(function):
     return lambda files: [function(data) for data in files]
 
 
-def cosines(files):
+def draft_cosines(files):
     """Features of draft mode to those of the exact pixels, by `tiny`: float32 [n]."""
     encoder = encoders.Encoder(encoders.SHIPPED, "cpu", "float32")
     a, b = (encoder.encode(np.stack([way(data, encoder.resolution) for data in files])) for way in (ours, drafted))
-    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return cosines(a, b)
 
 
 def main(argv=None):
@@ -113,8 +114,8 @@ def main(argv=None):
                 way(files)
                 if turn:
                     rates[name].append(len(files) / (time.perf_counter() - started))
-        cosine, width = cosines(files), Image.open(io.BytesIO(files[0])).size
-        print(f"| {megapixels:g} ({width[0]} x {width[1]}, {statistics.mean(map(len, files)) / 1e6:.1f} MB) "
+        cosine, (width, height) = draft_cosines(files), Image.open(io.BytesIO(files[0])).size
+        print(f"| {megapixels:g} ({width} x {height}, {statistics.mean(map(len, files)) / 1e6:.1f} MB) "
               f"| {' | '.join(spread(values, 1) for values in rates.values())} | {ratios(rates['ours'], rates['plain Pillow, one by one'], 2)}, "
               f"{ratios(rates['ours'], rates['plain Pillow, in threads'], 2)} "
               f"| {ratios(rates['draft mode'], rates['ours'], 2)} | {cosine.mean():.4f}, {cosine.min():.4f} |", flush=True)

@@ -77,8 +77,7 @@ def main(argv=None):
         os.environ["CLIP_CACHE"] = place  # the compiled forms of passing encoders go with them
         reference = quantize.encode(encoders.Encoder(folder, "cpu", "float32"), pixels)
         found = variants(folder, place, pixels[:half], reference[:half])
-        size = {name: Path(place if name.startswith("int8") else folder, name if name.startswith("int8") else "", "encoder.bin").stat().st_size
-                for name in found}
+        size = {name: Path(Path(place, name) if name.startswith("int8") else folder, "encoder.bin").stat().st_size for name in found}
         speed = {n: rates(found, pixels, n, args.runs) for n in args.batch_sizes}
         close = {name: quantize.closeness(reference, quantize.encode(encoder, pixels[half:]), labels) for name, encoder in found.items()}
     print(f"{len(pixels) - half} pictures that calibrated nothing.\n\n| {Path(args.clip_model).stem} | "

@@ -319,3 +319,10 @@ def test_the_search_draws_from_every_group_however_small():
     groups, labels = np.concatenate([np.repeat(np.arange(5) + 5 * label, sizes) for label in (0, 1)]), np.repeat([0, 1], sum(sizes))
     rows = search_rows(labels, groups, np.arange(len(labels)), 0, 100)
     assert np.bincount(groups[rows]).tolist() == 2 * [26, 6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("gigabytes, cache_mb", [(64, 4000), (8, 2000), (2, 500)])
+def test_a_kernel_s_cache_takes_a_quarter_of_a_small_machine_s_memory(monkeypatch, gigabytes, cache_mb):
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": gigabytes * 1_000_000, "SC_PAGE_SIZE": 1000}.get)
+    assert classifiers.kernel_cache_mb() == cache_mb
+    assert classifiers.estimator("svm", 8, 0).cache_size == cache_mb

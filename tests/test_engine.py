@@ -117,6 +117,17 @@ def test_several_slots_are_taken_and_given_back_together_and_nobody_overtakes_wh
     assert sorted(order) == [0, 1] and (slots.busy, slots.waiting) == (0, 0)
 
 
+def test_where_none_may_wait_one_that_needs_more_slots_than_are_free_is_turned_away_at_once():
+    slots = Slots(3, limit=0, timeout=20)
+    with slots.take(2):
+        assert slots.full(2) and not slots.full()
+        with pytest.raises(Busy) as error, slots.take(2):
+            pass
+        assert error.value.reason == "queue_full"
+        with slots.take():
+            assert slots.busy == 3
+
+
 def test_one_that_gave_up_waiting_for_several_slots_holds_up_nobody():
     slots, told = Slots(2, limit=9, timeout=0.5), []
     with slots.take():
@@ -215,13 +226,13 @@ def test_no_more_images_are_decoded_at_a_time_than_there_are_processors(monkeypa
 def test_waiting_for_others_is_told_as_waiting_and_not_as_work(monkeypatch):
     monkeypatch.setattr("encoders.processors", lambda: 1)
     engine, encode, found = engine_on(SLOTS=4), Encoder.encode, []
-    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: time.sleep(0.4) or encode(self, pixels))
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: time.sleep(1) or encode(self, pixels))
     with contextlib.ExitStack() as stack:
         for seed in range(3):
             stack.enter_context(meanwhile(lambda seed=seed: found.append(engine.judge(engine.detector, [picture(seed)]))))
     waited, encoded = sorted(waited for waited, _ in found), [facts["encode_s"] for _, (facts,) in found]
-    assert waited[0] < 0.3 <= waited[1], "two came while the first was encoded"
-    assert 0.4 <= min(encoded) and max(encoded) < 0.7
+    assert waited[0] < 0.8 <= waited[1], "two came while the first was encoded"
+    assert 1 <= min(encoded) and max(encoded) < 1.8
     assert counted(engine.telemetry, "stage_seconds_sum", stage="turn") == pytest.approx(sum(waited), abs=0.05)
     assert all("turn_s" not in facts for _, (facts,) in found)
 
