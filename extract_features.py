@@ -11,11 +11,15 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
+import signal
 import sys
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import common
@@ -61,7 +65,7 @@ import imaging  # noqa: E402
 from dataset import COLUMNS, FACTS, SEEN, join_columns, list_images, load_features  # noqa: E402
 
 
-COMPILE_FROM = 20_000  # images from which on a minute of torch.compile pays on CUDA
+COMPILE_FROM = 30_000  # images from which on torch.compile pays on CUDA: 6 s, for 0.2 ms an image
 
 
 def draw(entries, limit, seed=0):
@@ -144,7 +148,7 @@ def compare(columns, data_dir):
 # ---- encoding ----
 
 def read_row(data_dir, entry, resolution, max_pixels, views=0):
-    """One image -> (entry, pixels float32 [1 + views, 3, r, r], its stored columns), or (entry, None, [why not, is it an
+    """One image -> (entry, crops uint8 [1 + views, r, r, 3], its stored columns), or (entry, None, [why not, is it an
     image]). The first is the image as it is, the others are degraded copies, drawn from the hash of its bytes."""
     from distort import degrade, manageable, view_rng
     from facts import describe_image
@@ -152,9 +156,21 @@ def read_row(data_dir, entry, resolution, max_pixels, views=0):
         rgb, row = describe_image(Path(data_dir, entry.path).read_bytes(), max_pixels)
         base = manageable(rgb) if views else None
         copies = (degrade(base, view_rng(row["sha256"], number)) for number in range(1, views + 1))
-        return entry, np.stack([imaging.preprocess(image, resolution) for image in (rgb, *copies)]), row
+        return entry, np.stack([imaging.resize_and_crop(image, resolution) for image in (rgb, *copies)]), row
     except (ImageError, OSError) as error:
         return entry, None, [str(error), not isinstance(error, UnsupportedImage)]
+
+
+def read_rows(data_dir, entries, *how):
+    return [read_row(data_dir, entry, *how) for entry in entries]
+
+
+def reader_pool(device):
+    """What decodes: threads beside an encoder on the processors; beside a GPU a process for each of them, since Pillow and
+    numpy hold the interpreter's lock for a third of the work, and three images at a time would be all."""
+    if device == "cpu":
+        return ThreadPoolExecutor(encoders.processors())
+    return ProcessPoolExecutor(encoders.processors(), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def encode_batch(rows, encoder, size):
@@ -162,15 +178,15 @@ def encode_batch(rows, encoder, size):
 
     `size` pictures go through the encoder at a time.
     """
-    good = [(entry, row, view) for entry, pixels, row in rows if pixels is not None for view in range(len(pixels))]
-    pixels = np.concatenate([p for _, p, _ in rows if p is not None] or [np.empty((0, 3, 1, 1), np.float32)])
-    features = [encoder.encode(pixels[i:i + size]) for i in range(0, len(pixels), size)]
+    good = [(entry, row, view) for entry, crops, row in rows if crops is not None for view in range(len(crops))]
+    crops = np.concatenate([c for _, c, _ in rows if c is not None] or [np.empty((0, 1, 1, 3), np.uint8)])
+    features = [encoder.encode(imaging.normalise(crops[i:i + size])) for i in range(0, len(crops), size)]
     return {"features": np.concatenate([np.empty((0, encoder.dim), np.float32), *features]),
             "paths": np.array([e.path for e, _, _ in good], dtype=str), "view": np.array([v for _, _, v in good], np.int8),
             "sha256": np.array([r["sha256"] for _, r, _ in good], dtype="U64"),
             "facts": np.array([r["facts"] for _, r, _ in good], dtype=FACTS),
             "thumb": np.array([r["thumb"] for _, r, _ in good], np.uint8).reshape(-1, 64),
-            "bad": np.array(json.dumps([[e.path, *why] for e, pixels, why in rows if pixels is None]))}
+            "bad": np.array(json.dumps([[e.path, *why] for e, crops, why in rows if crops is None]))}
 
 
 def part_name(number, batch, data_dir):
@@ -193,8 +209,8 @@ def tell_skipped(part):
 
 
 def store_batch(rows, path, encoder, size):
-    """Futures of `read_row` -> one part on the disk, there whole or not at all; -> its columns."""
-    part = encode_batch([row.result() for row in rows], encoder, size)
+    """Futures of `read_rows` -> one part on the disk, there whole or not at all; -> its columns."""
+    part = encode_batch([row for some in rows for row in some.result()], encoder, size)
     with common.atomic_write(path) as file:
         np.savez(file, **part)
     return part
@@ -203,8 +219,8 @@ def store_batch(rows, path, encoder, size):
 def encode_missing(batches, parts, args, encoder):
     """Encode every batch that has no part yet; -> the parts' paths in order.
 
-    Three batches are in work: one is decoded in threads (Pillow releases the interpreter's lock), one is encoded, and the
-    third, decoded already, begins the moment the second ends: joining arrays and writing parts cost the encoder nothing.
+    Three batches are in work: one is decoded on all processors, one is encoded, and the third, decoded already, begins the
+    moment the second ends: joining arrays and writing parts cost the encoder nothing.
     """
     from tqdm import tqdm
     paths = [parts / part_name(i, batch, args.data_dir) for i, batch in enumerate(batches)]
@@ -214,7 +230,8 @@ def encode_missing(batches, parts, args, encoder):
             with np.load(paths[i], allow_pickle=False) as part:
                 tell_skipped(part)
         say(f"going on: {len(paths) - len(missing)} of {len(paths)} batches are stored already")
-    readers, encoding, waiting = ThreadPoolExecutor(encoders.processors()), ThreadPoolExecutor(2), deque()
+    readers, encoding, waiting = reader_pool(encoder.device), ThreadPoolExecutor(2), deque()
+    how = encoder.resolution, args.max_pixels, args.views
     with tqdm(total=sum(map(len, batches)), unit="image") as progress:
         progress.update(progress.total - sum(len(batches[i]) for i in missing))
         progress.initial = progress.n
@@ -224,12 +241,16 @@ def encode_missing(batches, parts, args, encoder):
             progress.update(len(batches[i]))
         try:
             for i in missing:
-                rows = [readers.submit(read_row, args.data_dir, e, encoder.resolution, args.max_pixels, args.views) for e in batches[i]]
+                share = math.ceil(len(batches[i]) / encoders.processors())
+                rows = [readers.submit(read_rows, args.data_dir, batches[i][j:j + share], *how) for j in range(0, len(batches[i]), share)]
                 waiting.append((i, encoding.submit(store_batch, rows, paths[i], encoder, args.batch_size)))
                 if len(waiting) == 3:
                     finish(*waiting.popleft())
             for i, stored in waiting:
                 finish(i, stored)
+        except BrokenProcessPool:
+            raise UsageError("a process that decodes images was killed, most likely for want of memory; run the same command "
+                             "again: it goes on from what is stored") from None
         finally:  # an interrupted run ends with what is being encoded
             for pool in (readers, encoding):
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -289,7 +310,7 @@ def main(argv=None):
 
     from prepare_clip import ensure_encoder
     encoder = encoders.Encoder(ensure_encoder(args.clip_model, args.precision), args.device, args.precision, compile=len(entries) >= COMPILE_FROM)
-    args.batch_size = args.batch_size or (256 if encoder.precision == "float16" else 16)
+    args.batch_size = args.batch_size or (256 if encoder.device == "cuda" else 16)
     if encoder.notice:
         say(f"note: {encoder.notice}")
     key = {"encoder": encoder.identity, "precision": encoder.precision, "batch_size": args.batch_size,

@@ -193,11 +193,13 @@ def decode_image(data, max_pixels=MAX_PIXELS):
 # ---- RGB -> CLIP's input ----
 
 def preprocess(image, resolution):
-    """PIL RGB image -> float32 [3, resolution, resolution], normalised, bit for bit what `clip.load`'s transform gives.
+    """PIL RGB image -> float32 [3, resolution, resolution], normalised, bit for bit what `clip.load`'s transform gives."""
+    return normalise(resize_and_crop(image, resolution))
 
-    Short side to `resolution` (bicubic), centre crop, /255, minus mean, by standard deviation; the roundings are
-    torchvision's (Resize, CenterCrop).
-    """
+
+def resize_and_crop(image, resolution):
+    """PIL RGB image -> uint8 [resolution, resolution, 3]: short side to `resolution` (bicubic), centre crop; the roundings
+    are torchvision's (Resize, CenterCrop)."""
     width, height = image.size
     if width <= height:
         size = resolution, int(resolution * height / width)
@@ -206,6 +208,13 @@ def preprocess(image, resolution):
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (int(round((side - resolution) / 2.0)) for side in size)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = np.asarray(image).astype(np.float32) / np.float32(255)
-    return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1))
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def normalise(crops):
+    """uint8 [..., r, r, 3] -> float32 [..., 3, r, r]: /255, minus CLIP's mean, by its standard deviation."""
+    pixels = np.ascontiguousarray(np.moveaxis(crops, -1, -3)).astype(np.float32)  # turned while small, then in place
+    pixels /= np.float32(255)
+    pixels -= MEAN[:, None, None]
+    pixels /= STD[:, None, None]
+    return pixels

@@ -1,11 +1,13 @@
-"""Encoding on a processor: images a second of ours, of OpenAI's loop, of open_clip's, and what the machine's arithmetic allows.
+"""Encoding: images a second of ours, of OpenAI's loop, of open_clip's, and what the machine's arithmetic allows.
 
     python benchmarks/random_clip.py --output vit-l-14.pt
     python benchmarks/encoding.py --clip_model vit-l-14.pt --image photo.jpg          # an hour where there is no bfloat16
     python benchmarks/encoding.py --clip_model tiny --image photo.jpg
+    python benchmarks/encoding.py --clip_model vit-l-14.pt --image photo.jpg --device cuda --batch_sizes 1 64 256 --megapixels 0.25 2 --images 4096 12288
 
 open_clip takes part where it is installed (pip install open_clip_torch). The limit is torch's own matrix multiplication at
-the shapes of a ViT-L/14, which takes 162 GFLOP an image. These in turns, extract_features.py after them; prints Markdown.
+the shapes of a ViT-L/14, which takes 162 GFLOP an image. All from pixels in the machine's memory to features there; these in
+turns, extract_features.py after them; prints Markdown.
 """
 import argparse
 import statistics
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,12 +32,14 @@ from prepare_clip import ensure_encoder  # noqa: E402
 
 GFLOP = 162                                                        # of an image in a ViT-L/14
 SHAPES = [(1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)]  # of its four matrix products, 257 rows an image
+COMPILED = "ours, compiled"
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--clip_model", required=True, metavar="FILE", help="checkpoint, as random_clip.py writes one, or tiny")
     parser.add_argument("--image", required=True, metavar="IMG", help="photograph that all are made of")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to encode")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8, 16], help="to try for each")
     parser.add_argument("--runs", type=int, default=3, help="of each, in turns")
     parser.add_argument("--megapixels", type=float, nargs="*", default=[2, 12], help="of the photographs for extract_features.py")
@@ -45,82 +49,96 @@ def parse_args(argv):
 
 # ---- forward passes ----
 
-def torch_loop(checkpoint):
-    """What OpenAI's README leads to: float32 on a CPU, one batch after the other."""
+def torch_loop(checkpoint, device):
+    """What OpenAI's README leads to: float32 on a CPU, float16 on CUDA, one batch after the other."""
     import clip
     import torch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = clip.load(checkpoint, device="cpu")[0]
+        model = clip.load(checkpoint, device=device)[0]
 
     def forward(pixels):
         with torch.no_grad():
-            return model.encode_image(torch.from_numpy(pixels)).numpy()
+            return model.encode_image(torch.from_numpy(pixels).to(device)).cpu().numpy()
     return forward
 
 
-def open_clip_loop():
-    """The same network by open_clip, weights as it initialises them; None where it is not installed."""
+def open_clip_loop(device):
+    """The same network by open_clip, weights as it initialises them, on CUDA in float16; None where it is not installed."""
     try:
         import open_clip
     except ImportError:
         return None
     import torch
-    model = open_clip.create_model("ViT-L-14-quickgelu").eval()
+    dtype = {"cpu": torch.float32, "cuda": torch.float16}[device]
+    model = open_clip.create_model("ViT-L-14-quickgelu", device=device).eval().to(dtype)
 
     def forward(pixels):
         with torch.no_grad():
-            return model.encode_image(torch.from_numpy(pixels)).numpy()
+            return model.encode_image(torch.from_numpy(pixels).to(device, dtype)).cpu().numpy()
     return forward
 
 
-def multiplications(n):
+def multiplications(n, device):
     """-> function that multiplies what `n` images multiply in one of the 24 layers, and how many images' worth that is."""
     import torch
-    pairs = [(torch.randn(257 * n, a), torch.randn(a, b)) for a, b in SHAPES]
+    kind = {"device": device, "dtype": {"cpu": torch.float32, "cuda": torch.float16}[device]}
+    pairs = [(torch.randn(257 * n, a, **kind), torch.randn(a, b, **kind)) for a, b in SHAPES]
     worth = sum(2 * 257 * n * a * b for a, b in SHAPES) / (GFLOP * 1e9)
 
     def run(_):
         for left, right in pairs:
-            left @ right
+            product = left @ right
+        product[0, 0].item()  # a GPU says that it is done
     return run, worth
 
 
 def rates(args, folder):
     """-> {name: {batch size: [images a second]}}"""
-    side = encoders.read_manifest(folder)["resolution"]
-    ours = encoders.Encoder(folder, "cpu")
+    side, float_ = encoders.read_manifest(folder)["resolution"], {"cpu": "float32", "cuda": "float16"}[args.device]
+    ours = encoders.Encoder(folder, args.device)
     loops = {f"ours, {ours.precision}": ours.encode}
-    if encoders.has_bfloat16():
+    if args.device == "cuda":
+        loops[COMPILED] = encoders.Encoder(folder, args.device, compile=True).encode
+    elif encoders.has_bfloat16():
         loops["ours, float32"] = encoders.Encoder(folder, "cpu", "float32").encode
     if args.clip_model != "tiny":
-        loops |= {"`clip.load`, torch float32": torch_loop(args.clip_model), "open_clip, torch float32": open_clip_loop()}
+        loops[f"`clip.load`, torch {float_}"] = torch_loop(args.clip_model, args.device)
+        if peer := open_clip_loop(args.device):
+            loops[f"open_clip, torch {float_}"] = peer
+    passes = {"cpu": 1, "cuda": 8}[args.device]
+    at_once = ThreadPoolExecutor({"cpu": 1, "cuda": 2}[args.device])  # as extract_features.py calls it
     found, rng = {name: {n: [] for n in args.batch_sizes} for name in loops}, np.random.default_rng(0)
     limit = {n: [] for n in args.batch_sizes}
     for turn in range(args.runs + 1):
         for n in args.batch_sizes:
             pixels = rng.standard_normal((n, 3, side, side)).astype(np.float32)
-            multiply, worth = multiplications(n)
-            for name, forward, worth_of in [*((k, f, n) for k, f in loops.items() if f), ("limit", multiply, worth)]:
+            multiply, worth = multiplications(n, args.device)
+            for name, forward, worth_of in [*((k, f, n) for k, f in loops.items()), ("limit", multiply, worth)]:
+                if name == COMPILED and n < max(args.batch_sizes):
+                    continue  # smaller ones are padded to the largest
                 started = time.perf_counter()
-                forward(pixels)
-                rate = worth_of / (time.perf_counter() - started)
+                list((at_once.map if name.startswith("ours") else map)(forward, [pixels] * passes))
+                rate = passes * worth_of / (time.perf_counter() - started)
                 if turn:
                     (limit if name == "limit" else found[name])[n].append(rate)
     if args.clip_model != "tiny":
-        found["limit: torch's float32 matrix product"] = limit
-    return {name: by_size for name, by_size in found.items() if all(by_size.values())}
+        found[f"limit: torch's {float_} matrix product"] = limit
+    return found
 
 
 # ---- the command ----
 
 def photographs(path, megapixels, n, folder):
-    """`n` JPEG files of that size, no two alike."""
+    """`n` JPEG files of that size, ten pictures of them, no two files alike."""
     image = Image.open(path).convert("RGB")
     scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    for i in range(n):
-        ImageChops.offset(image, 8 * i, 0).save(folder / f"{i:03d}.jpg", quality=85 + i % 10)
+    for i in range(min(n, 10)):
+        ImageChops.offset(image, 8 * i, 0).save(folder / f"{i:05d}.jpg", quality=85 + i)
+    saved = [file.read_bytes() for file in sorted(folder.iterdir())]
+    for i in range(10, n):
+        (folder / f"{i:05d}.jpg").write_bytes(saved[i % 10] + b"%d" % i)  # what follows the picture is not decoded
 
 
 def decode_seconds(path, side):
@@ -139,13 +157,14 @@ def extraction(args, encoder, bare, megapixels):
             folder.mkdir()
             photographs(args.image, megapixels, n, folder)
         one = decode_seconds(next(folder.iterdir()), encoders.read_manifest(encoder)["resolution"])
-        command = [sys.executable, ROOT / "extract_features.py", "--unlabelled", "--clip_model", args.clip_model]
+        command = [sys.executable, ROOT / "extract_features.py", "--unlabelled", "--clip_model", args.clip_model, "--device", args.device]
         again = Path(place, "f.npz")
         found = in_turns({n: ["sh", "-c", f'rm -rf {again}*; exec "$@"', "sh", *command, "--data_dir", folder, "--output_file", again]
                           for n, folder in folders.items()}, max(1, args.runs - 1))
     few, many = args.images
     rate = [(many - few) / (b - a) for (a, _), (b, _) in zip(found[few], found[many])]
-    allowed = 1 / (1 / bare + one / encoders.processors())
+    decoded = encoders.processors() / one
+    allowed = 1 / (1 / bare + 1 / decoded) if args.device == "cpu" else min(bare, decoded)  # which share the processors, or do not
     peak = {n: max(mb for _, mb in pairs) for n, pairs in found.items()}
     print(f"| {megapixels:g} | {spread(rate, 3)} | {bare:.3f} | {100 * statistics.median(rate) / bare:.0f}% | {allowed:.3f} "
           f"| {100 * statistics.median(rate) / allowed:.0f}% | {1000 * one:.0f} | {many / statistics.median(s for s, _ in found[many]):.3f} "
@@ -158,12 +177,12 @@ def main(argv=None):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         folder = pool.submit(ensure_encoder, args.clip_model).result()
         found = pool.submit(rates, args, folder).result()
-    best = {name: max(by_size, key=lambda n: statistics.median(by_size[n])) for name, by_size in found.items()}
+    best = {name: max(by_size, key=lambda n: statistics.median(by_size[n] or [0])) for name, by_size in found.items()}
     base = next((name for name in found if "clip.load" in name), next(iter(found)))
     print(f"| images a second | {' | '.join(f'batch {n}' for n in args.batch_sizes)} | best, against {base} at its best |\n|---|"
           + "---|" * (len(args.batch_sizes) + 1))
     for name, by_size in found.items():
-        print(f"| {name} | {' | '.join(spread(by_size[n], 3) for n in args.batch_sizes)} "
+        print(f"| {name} | {' | '.join(spread(by_size[n], 3) if by_size[n] else '-' for n in args.batch_sizes)} "
               f"| {ratios(by_size[best[name]], found[base][best[base]], 2)} |", flush=True)
     ours = next(iter(found))
     if args.megapixels:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -304,3 +305,34 @@ def test_rows_of_files_that_are_gone_stay_and_are_told(own, tmp_path, capsys):
     (own / "test/real/camera/001.jpg").unlink()
     assert len(extract(own, tmp_path / "f.npz")["paths"]) == 24
     assert "1 of them are of files that are no longer there; remove" in capsys.readouterr().err
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """A context in which images are decoded as they are beside a GPU; -> the pool, once it is started."""
+    @contextmanager
+    def patched():
+        started, start = [], extract_features.reader_pool
+        with monkeypatch.context() as patch:
+            patch.setattr(extract_features, "reader_pool", lambda device: started.append(start("cuda")) or started[0])
+            yield started
+    return patched
+
+
+def test_processes_that_decode_give_the_same_file_as_threads(few, tmp_path, processes):
+    with processes():
+        extract(few, tmp_path / "by_processes.npz", "--views", 1)
+    extract(few, tmp_path / "by_threads.npz", "--views", 1)
+    assert (tmp_path / "by_processes.npz").read_bytes() == (tmp_path / "by_threads.npz").read_bytes()
+
+
+def test_a_decoding_process_that_is_killed_is_told_in_a_line_and_the_run_goes_on_later(few, tmp_path, processes, monkeypatch):
+    store = extract_features.store_batch
+    with processes() as started, monkeypatch.context() as patch:
+        patch.setattr(extract_features, "store_batch", lambda *given: (store(*given), started[0].submit(os._exit, 1))[0])
+        with pytest.raises(common.UsageError, match="was killed, most likely for want of memory; run the same command again"):
+            extract(few, tmp_path / "f.npz", "--batch_size", 2)
+    assert not (tmp_path / "f.npz").exists() and list((tmp_path / "f.npz.parts").glob("0*.npz"))
+    for name in ("f.npz", "whole.npz"):
+        extract(few, tmp_path / name, "--batch_size", 2)
+    assert (tmp_path / "f.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
