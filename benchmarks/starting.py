@@ -36,7 +36,7 @@ BARE = """
 import sys
 import numpy as np, openvino as ov
 model = ov.Core().compile_model(sys.argv[1], "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-model.create_infer_request().infer([np.zeros((1, 3, 224, 224), np.float32)])
+model.create_infer_request().infer([np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)])
 """
 
 

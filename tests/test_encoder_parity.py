@@ -121,11 +121,10 @@ def test_a_compiled_tower_sees_batches_of_one_size_and_gives_the_same(case, devi
     monkeypatch.setattr(torch.nn.Module, "compile", watched)
     weights, manifest = case.folder / "vision.safetensors", encoders.read_manifest(case.folder)
     forward, _ = encoders.torch_forward(weights, manifest, device, "float32", compile=True)
-    plain, _ = encoders.torch_forward(weights, manifest, device, "float32")
-    for n in (5, 2, 5, 1):
-        found = forward(case.pixels[:n])
-        assert found.shape == (n, case.reference.shape[1])
-        np.testing.assert_allclose(found, plain(case.pixels[:n]), rtol=1e-3, atol=1e-4)
+    rows = [case.pixels[i:j] for i, j in ((0, 5), (5, 7), (7, 12), (12, 16))]
+    found = [forward(pixels) for pixels in rows]
+    assert [len(features) for features in found] == [5, 2, 5, 4]
+    assert small_clip.centred_cosines(np.concatenate(found), case.reference).min() >= EXACT
     assert len(set(shapes)) == 1 and 5 in shapes[0]
 
 
