@@ -13,9 +13,15 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo -n)
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
-$(VENV)/.ready: requirements.txt requirements-serve.txt requirements-demo.txt requirements-dev.txt
+$(VENV)/.ready: requirements.txt requirements-serve.txt requirements-demo.txt requirements-dev.txt requirements-mlflow.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+# MLflow's server, which tests start as a real part, wants another gunicorn than the service
+.venv-mlflow/.ready: requirements-mlflow-server.txt
+	$(PYTHON) -m venv .venv-mlflow
+	.venv-mlflow/bin/python -m pip install -q -r requirements-mlflow-server.txt
 	touch $@
 
 $(DEMO_VENV)/.ready: requirements-serve.txt requirements-demo.txt
@@ -37,7 +43,7 @@ demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python demo.py
 endif
 
-test: $(VENV)/.ready tools
+test: $(VENV)/.ready .venv-mlflow/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.ready tools

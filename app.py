@@ -26,7 +26,7 @@ def main(argv=None):
              for name, (default, text) in SETTINGS.items()]
     argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "API_KEYS_FILE", "CLIP_CACHE"):
+    for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "MODEL_PUBLIC_KEY", "API_KEYS_FILE", "CLIP_CACHE"):
         if os.environ.get(name):
             os.environ[name] = os.path.abspath(os.environ[name])
     os.chdir(common.HERE)  # gunicorn looks for its settings and the app here

@@ -246,7 +246,7 @@ def read_model(settings):
     if not Path(path).is_file():
         raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py, or see a demonstration: "
                          "MODEL_PATH=models/baseline.joblib ALLOW_DEMO_MODEL=1")
-    model = load_model(path)
+    model = load_model(path, settings["MODEL_PUBLIC_KEY"])
     if settings["MODEL_SHA256_FILE"]:
         check_pin(settings["MODEL_SHA256_FILE"], model["sha256"], path)
     return model

@@ -10,11 +10,13 @@ The threshold, and the band in which the answer is 'uncertain', follow from the 
 plain data.
 """
 import io
+import os
 import pickle
 
 import numpy as np
 
 from common import CLASSES, VERSION, ModelError, atomic_write, read_bytes, sha256
+from signing import check_signature
 
 FORMAT = 3
 DERIVED = ("sha256", "squares")  # of the file, of each support vector: added by load_model, never stored
@@ -56,9 +58,17 @@ def save_model(path, model):
         file.write(pickle.dumps(stored, protocol=5))
 
 
-def load_model(path):
-    """File -> model dict with what is DERIVED from it. Raises ModelError that says what is wrong with it."""
-    data = read_bytes(path)
+def load_model(path, public_key=None):
+    """File -> model dict with what is DERIVED from it. Raises ModelError that says what is wrong with it.
+
+    `public_key` (by default MODEL_PUBLIC_KEY): file of the key whose signature must lie beside it, looked at first.
+    """
+    data, public_key = read_bytes(path), public_key or os.environ.get("MODEL_PUBLIC_KEY")
+    if public_key:
+        try:
+            check_signature(path, data, public_key)
+        except ModelError as error:
+            raise ModelError(f"{path} is refused: {error}; sign it with train_model.py --sign, or pull it again") from None
     try:
         model = PlainUnpickler(io.BytesIO(data)).load()
         check(model)

@@ -13,6 +13,7 @@ from common import UsageError
 SETTINGS = {
     "MODEL_PATH": ("", "model file from train_model.py; required; read again on SIGHUP"),
     "MODEL_SHA256_FILE": ("", "file with the model's SHA-256, as sha256sum writes it; another model is refused"),
+    "MODEL_PUBLIC_KEY": ("", "PEM file of an Ed25519 key; a model without its signature beside it is refused"),
     "API_KEYS_FILE": ("", "file of 'name sha256-of-token' lines; requests then need 'Authorization: Bearer TOKEN'"),
     "ALLOW_DEMO_MODEL": ("0", "1 serves a model on the demonstration encoder `tiny`"),
     "MAX_UPLOAD_BYTES": ("10485760", "largest request body; beyond it 413"),

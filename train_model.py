@@ -28,6 +28,9 @@ def parse_args(argv):
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
     parser.add_argument("--resplit", action="store_true", help="split by group here, whatever the folders say")
     parser.add_argument("--model_version", default="v0.0.0-dev", metavar="V", help="version stored in the model")
+    parser.add_argument("--sign", metavar="KEY", help="private Ed25519 key in PEM: signs the model, for MODEL_PUBLIC_KEY")
+    parser.add_argument("--export_sklearn", metavar="FILE",
+                        help="also a scikit-learn Pipeline, for skops.io.load; calibrator and threshold are in the model alone")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and folds")
     args = parser.parse_args(argv)
     if args.seed < 0:
@@ -36,6 +39,8 @@ def parse_args(argv):
         raise UsageError(f"--model_version {args.model_version!r}: must be of 1 to 64 plain characters without spaces")
     if args.max_fpr is not None and not 0 < args.max_fpr < 1:
         raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
+    if args.export_sklearn and Path(args.export_sklearn).resolve() == Path(args.model_output_path).resolve():
+        raise UsageError(f"--export_sklearn {args.export_sklearn}: that is the model file's place; name another")
     for path in args.features_file:
         common.need_features(path)
     return args
@@ -46,7 +51,9 @@ if __name__ == "__main__":  # --help and wrong flags are answered now, before wh
 
 import numpy as np  # noqa: E402
 
+import export  # noqa: E402
 import metrics  # noqa: E402
+import signing  # noqa: E402
 from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search, svc  # noqa: E402
 from dataset import COLUMNS, join_columns, load_features  # noqa: E402
 from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model, standardise  # noqa: E402
@@ -247,11 +254,11 @@ def p_of(model, columns, rows):
 
 # ---- the command ----
 
-def check_output(path):
+def check_output(path, flag="--model_output_path"):
     """An unwritable place is told before the training, not after."""
-    common.check_folder(path.parent, f"--model_output_path {path}")
+    common.check_folder(path.parent, f"{flag} {path}")
     if path.is_dir():
-        raise UsageError(f"--model_output_path {path} is a folder; name a file in it")
+        raise UsageError(f"{flag} {path} is a folder; name a file in it")
 
 
 def left_out(columns, used):
@@ -291,6 +298,10 @@ def say_findings(found, before=()):
 def main(argv=None):
     args = parse_args(argv)
     check_output(Path(args.model_output_path))
+    if args.export_sklearn:
+        export.need_skops(args.export_sklearn)
+        check_output(Path(args.export_sklearn), "--export_sklearn")
+    key = signing.read_key(args.sign, "--sign", "private") if args.sign else None
     columns, encoder = load_columns(args.features_file)
     train, test, groups, twins, how = choose_rows(columns, args, args.seed)
     rows, whole = Rows(columns, train, groups, twins), columns["view"] == 0
@@ -319,6 +330,9 @@ def main(argv=None):
              "leave_one_source_out": leave_one_source_out(model, rows, args.seed)}
     model["metrics"] = {name: found[name] for name in ("split", "overall", "degraded", "calibration")}
     save_model(args.model_output_path, model)
+    signing.sign(args.model_output_path, key)
+    if args.export_sklearn:
+        export.write(args.export_sklearn, model, args.seed)
     folder = report.write_report(Path(args.model_output_path).with_suffix("").as_posix() + "_report", found)
     print(report.training(found))
     print(f"{args.model_output_path} {args.model_version}, report in {folder}/")

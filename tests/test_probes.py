@@ -109,6 +109,7 @@ def test_a_picture_that_betrays_the_label_is_found_and_constant_facts_are_no_pro
     assert rows["8x8 thumbnail"]["auc"]["value"] > 0.95 and rows["all file facts"]["auc"]["value"] == 0.5
 
 
+@pytest.mark.long
 def test_no_group_is_on_both_sides_so_that_what_only_names_it_betrays_nothing():
     """400 images of 80 groups: each group has one size, at random; who has seen a group knows its label by that."""
     group = np.repeat(np.arange(80), 5)
@@ -143,6 +144,7 @@ def test_a_class_of_one_group_cannot_be_cross_validated():
     assert rows and all(row["auc"] is None for row in rows.values())
 
 
+@pytest.mark.long
 def test_what_is_learnt_on_train_is_tried_on_test():
     """The fakes of train are PNG, those of test are not."""
     facts, labels, splits = make_facts(), half(), np.tile(["train", "test"], 100)

@@ -51,7 +51,7 @@ def reader(tmp_path_factory, make_folder, photos):
         port = str(free.getsockname()[1])
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
     return place, {**os.environ, "PATH": path, "CLIP_MODEL": "tiny", "CLIP_CACHE": str(place / "cache"), "PORT": port,
-                   "ALLOW_DEMO_MODEL": "1"}
+                   "ALLOW_DEMO_MODEL": "1", "GIT_DIR": "/nowhere", "CODE_COMMIT": "c0de" * 10}  # not dirty while one works on it
 
 
 def run(command, place, env):
@@ -88,7 +88,8 @@ def test_every_command_runs_in_the_order_of_the_page(reader):
                 server = start_service(command, place, env)
                 continue
             result = run(command + next((more for name, more in SHORTER.items() if name in command), ""), place, env)
-            assert result.returncode == 0 or re.search("audit|golden", command) and result.returncode == 1, command + "\n" + result.stderr
+            assert result.returncode == 0 or re.search("audit|golden", command) and result.returncode == 1 \
+                and "Traceback" not in result.stderr, command + "\n" + result.stderr
     finally:
         if server:
             server.send_signal(signal.SIGTERM)

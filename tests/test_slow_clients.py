@@ -22,7 +22,7 @@ HEAD = (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
 
 def connect(server):
     host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def answer_of(connection):

@@ -1,4 +1,5 @@
 """extract_features.py --views: degraded copies of each image beside it, the same wherever and whenever they are made."""
+import itertools
 import json
 import os
 import shutil
@@ -111,11 +112,11 @@ def test_another_number_of_copies_sets_the_file_aside(few, tmp_path, capsys, bef
 
 def test_a_run_that_was_stopped_goes_on_with_all_copies(few, tmp_path, monkeypatch, capsys):
     extract(few, tmp_path / "fresh.npz", "--views", 2, "--batch_size", 4)
-    savez, stored = np.savez, []
+    savez, stored, number = np.savez, [], itertools.count(1)
 
-    def stop_at_the_fourth(file, **columns):
+    def stop_at_the_fourth(file, **columns):  # two threads store
         stored.append(len(columns["paths"]))
-        return savez(file, **columns) if len(stored) < 4 else 1 / 0
+        return savez(file, **columns) if next(number) < 4 else 1 / 0
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", stop_at_the_fourth)
         with pytest.raises(ZeroDivisionError):

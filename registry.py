@@ -1,0 +1,343 @@
+"""Versions of models in an MLflow registry: register, promote what is no worse, roll back, pull.
+
+    python registry.py register detector model.joblib
+    python registry.py promote detector v1.2.0 --golden golden.npz
+    python registry.py list detector
+    python registry.py rollback detector
+    python registry.py pull detector@champion --out model.joblib
+
+The registry is that of MLFLOW_TRACKING_URI, else mlflow.db in this folder. What classifies reads files only: `pull` writes one.
+Needs what requirements-mlflow.txt names.
+"""
+import argparse
+import contextlib
+import getpass
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import common
+from common import UsageError, say
+
+CHAMPION = "champion"  # the alias of the version in production
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SEMANTIC = re.compile(r"v\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?")
+COMMIT = re.compile("[0-9a-f]{40}")
+DEV = "v0.0.0-dev"     # what train_model.py writes where no version is named
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, text):
+        added = commands.add_parser(name, help=text, description=text, formatter_class=common.Help)
+        added.add_argument("name", metavar="NAME@VERSION" if name == "pull" else "NAME", help="of the registered model",
+                           nargs="?" if name == "list" else None)
+        return added
+    register = command("register", "a model file and its report become a version")
+    register.add_argument("model", metavar="FILE", help="from train_model.py; its report is looked for beside it")
+    register.add_argument("--allow_dirty", action="store_true", help="take one of uncommitted code; recorded")
+    promote = command("promote", "make a version the champion, if it is no worse than the one before")
+    promote.add_argument("version", metavar="VERSION", help="as v1.2.0, or the registry's own number")
+    promote.add_argument("--golden", metavar="PATH", help="labelled images that trained neither: features file or folder")
+    promote.add_argument("--force", metavar="WHY", help="without looking; who and why are recorded")
+    command("rollback", "make the champion before this one the champion again")
+    pull = command("pull", "write a version's model file; NAME@champion, NAME@v1.2.0 or NAME@3")
+    pull.add_argument("--out", default="model.joblib", metavar="FILE", help="model to write")
+    command("list", "versions, their figures and commits, and which one is champion")
+    args = parser.parse_args(argv)
+    args.name, _, args.ref = (args.name or "").partition("@") if args.command == "pull" else (args.name, "", None)
+    if args.name is not None and not NAME.fullmatch(args.name) or args.ref == "":
+        raise UsageError(f"{args.name or 'NAME'!r}: " + ("name the version too, as in detector@champion" if args.ref == "" else
+                                                          "a name is of 1 to 64 letters, digits, '.', '_' and '-'"))
+    if args.command == "promote" and not (args.golden or args.force):
+        raise UsageError("promote: name labelled images that trained neither model with --golden, or say why not with --force")
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes seconds to import
+    common.answered(parse_args)
+
+from model import load_model  # noqa: E402
+from signing import signature_path  # noqa: E402
+
+
+# ---- the registry ----
+
+def connect():
+    """-> MLflow's client of the registry. Raises UsageError where MLflow is not installed."""
+    for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
+                        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"), ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+                        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")):
+        os.environ.setdefault(name, value)
+    try:
+        import mlflow
+        import sqlalchemy  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"registry.py needs mlflow ({error}): pip install -r requirements-mlflow.txt") from None
+    import logging
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # forty lines when a new mlflow.db is made
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(registry_uri())
+    return mlflow.MlflowClient()
+
+
+def registry_uri():
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def versions(client, name):
+    """All versions of a model that `register` made, oldest first; UsageError where there is none of that name."""
+    found = [v for v in client.search_model_versions(f"name='{name}'") if {"version", "commit", "sha256"} <= v.tags.keys()]
+    found.sort(key=lambda v: int(v.version))
+    if not found:
+        raise UsageError(f"no model '{name}' is registered: registry.py list tells which are")
+    return found
+
+
+def find(client, name, wanted):
+    """The version called 'champion', 'v1.2.0' (the newest that says so) or '3'. Raises UsageError."""
+    there = versions(client, name)
+    number = champion_number(client, name) if wanted == CHAMPION else wanted
+    found = [v for v in there if number in (number_of(v), v.tags["version"])]
+    if not found:
+        have = "it has no champion yet" if wanted == CHAMPION else f"it has {', '.join(v.tags['version'] for v in there)}"
+        raise UsageError(f"'{name}' has no version {wanted}: {have}")
+    return found[-1]
+
+
+def champion_number(client, name):
+    """As text, or None."""
+    number = client.get_registered_model(name).aliases.get(CHAMPION)
+    return number and str(number)
+
+
+def number_of(version):
+    return str(version.version)  # a server sends text, a file holds a number
+
+
+def who():
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def title(version):
+    return f"{version.name} {version.tags['version']} (number {version.version}, commit {version.tags['commit'][:12]})"
+
+
+# ---- register ----
+
+def read_report(path, model):
+    """The report that train_model.py wrote with this model -> (its folder, metrics.json). Raises UsageError."""
+    folder = Path(f"{Path(path).with_suffix('').as_posix()}_report")
+    try:
+        found = json.loads((folder / "metrics.json").read_text())
+        of_report = [found["model_version"], found["code"], found["training_data"]["sha256"], found["threshold"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UsageError(f"{folder}/metrics.json, the report of {path}, cannot be read: train the model again") from None
+    if of_report != [model["versions"]["model"], model["versions"]["code"], model["training_data"]["sha256"], model["threshold"]]:
+        raise UsageError(f"{folder}/ is the report of another model than {path}: train the model again")
+    return folder, found
+
+
+def check_origin(model, path, allow_dirty):
+    """A version that can be told apart, of code that can be found again. Raises UsageError."""
+    version, commit = model["versions"]["model"], model["versions"]["code"]
+    if not SEMANTIC.fullmatch(version):
+        raise UsageError(f"{path} is version '{version}': train it with --model_version v1.2.0 or the like")
+    if not allow_dirty and not COMMIT.fullmatch(commit):
+        raise UsageError(f"{path} was trained by uncommitted code ({commit}): commit and train again, or register it with "
+                         "--allow_dirty")
+
+
+def flat(metrics):
+    """The numbers of a report -> {'overall.auc': value, 'overall.auc.low': ..., 'overall.auc.high': ...}"""
+    found = {}
+    for part in ("overall", "known", "unseen", "degraded"):
+        for name, metric in (metrics[part] or {}).items():
+            if isinstance(metric, dict) and metric.get("value") is not None:
+                low, high = metric.get("interval") or (metric["value"],) * 2
+                found |= {f"{part}.{name}": metric["value"], f"{part}.{name}.low": low, f"{part}.{name}.high": high}
+    return found
+
+
+def register(client, args):
+    model = load_model(args.model)
+    check_origin(model, args.model, args.allow_dirty)
+    folder, found = read_report(args.model, model)
+    label, commit = model["versions"]["model"], model["versions"]["code"]
+    for other in client.search_model_versions(f"name='{args.name}'"):
+        if other.tags.get("sha256") == model["sha256"]:
+            return print(f"{title(other)} is registered already")
+        if other.tags.get("version") == label != DEV:
+            raise UsageError(f"'{args.name}' has a {label} of another file: train with another --model_version")
+    tags = {"version": label, "commit": commit, "sha256": model["sha256"], "training_data": model["training_data"]["sha256"],
+            "encoder": model["encoder"]["identity"], "registered_by": who()}
+    if not COMMIT.fullmatch(commit):
+        tags["dirty"] = f"allowed by {who()}"
+    run = log_run(client, args, model, folder, found, tags)
+    with contextlib.suppress(exception()):  # it is there already
+        client.create_registered_model(args.name)
+    print(title(client.create_model_version(args.name, f"{run.info.artifact_uri}/model", run.info.run_id, tags=tags)))
+
+
+def log_run(client, args, model, folder, found, tags):
+    """Parameters, metrics, report and the file itself as one run of the experiment of that name. -> the run"""
+    experiment = client.get_experiment_by_name(args.name)
+    number = experiment.experiment_id if experiment else client.create_experiment(args.name)
+    run = client.create_run(number, run_name=tags["version"], tags=tags)
+    identifier, status = run.info.run_id, "FAILED"
+    try:
+        rule, data = model["threshold_rule"]["words"], model["training_data"]
+        parameters = {"classifier": model["classifier"], **model["hyperparameters"], "encoder": model["encoder"]["name"],
+                      "threshold": model["threshold"], "threshold_rule": rule, "split": found["split"],
+                      **{name: data[name] for name in ("real", "fake", "views")}}
+        from mlflow.entities import Metric, Param
+        now = int(time.time() * 1000)
+        client.log_batch(identifier, [Metric(name, value, now, 0) for name, value in flat(found).items()],
+                         [Param(name, str(value)) for name, value in parameters.items()])
+        client.log_artifacts(identifier, folder, "report")
+        with tempfile.TemporaryDirectory() as place:  # whatever the file is called here, it is model.joblib there
+            shutil.copy(args.model, Path(place, "model.joblib"))
+            if signature_path(args.model).is_file():
+                shutil.copy(signature_path(args.model), signature_path(Path(place, "model.joblib")))
+            client.log_artifacts(identifier, place, "model")
+        status = "FINISHED"
+    finally:
+        client.set_terminated(identifier, status)
+    return run
+
+
+# ---- promote, roll back ----
+
+def events(client, name):
+    """What happened to the champion, oldest first: dicts of action, number, version, by, at and what else is known."""
+    tags = client.get_registered_model(name).tags
+    return [json.loads(tags[key]) for key in sorted(tags) if key.startswith(f"{CHAMPION}.")]
+
+
+def move(client, version, action, **known):
+    """The alias goes to that version; how it came to it is written down first."""
+    name, before = version.name, events(client, version.name)
+    event = {"action": action, "number": number_of(version), "version": version.tags["version"], "by": who(),
+             "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **known}
+    client.set_registered_model_tag(name, f"{CHAMPION}.{len(before):05d}", json.dumps(event))
+    client.set_registered_model_alias(name, CHAMPION, version.version)
+
+
+def fetch(client, version, place):
+    """A version's model file, checked against the hash that was registered -> its path below `place`. Raises UsageError."""
+    import mlflow
+    folder = mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=str(place))
+    path = Path(folder, "model.joblib")
+    if common.sha256(common.read_bytes(path)) != version.tags["sha256"]:
+        raise UsageError(f"the registry's file of {title(version)} is not the one that was registered (SHA-256 "
+                         f"{version.tags['sha256']}): do not use it; register the original under another version")
+    load_model(path)
+    return path
+
+
+def worse(client, candidate, champion, golden, place):
+    """`evaluate.py --baseline`: is the candidate worse on the golden images than the champion? What it found goes to stderr."""
+    import evaluate
+    baseline = []
+    for version in filter(None, (champion, candidate)):
+        folder = Path(place, number_of(version))
+        folder.mkdir()
+        with contextlib.redirect_stdout(sys.stderr):
+            failed = evaluate.main(["--model_path", str(fetch(client, version, folder)), "--report_dir", str(folder / "report"),
+                                    "--data_dir" if Path(golden).is_dir() else "--features_file", golden, *baseline])
+        if failed and not baseline:
+            raise UsageError(f"--golden {golden}: holds images that cannot be read (see above); mend or remove them")
+        baseline = ["--baseline", str(folder / "report" / "metrics.json")]
+    return bool(champion) and failed == 1
+
+
+def promote(client, args):
+    candidate, number = find(client, args.name, args.version), champion_number(client, args.name)
+    if candidate.tags["version"] == DEV:
+        raise UsageError(f"{title(candidate)} has no version of its own: train with --model_version v1.0.0 and register that")
+    if number_of(candidate) == number:
+        raise UsageError(f"{title(candidate)} is the champion already")
+    if args.force:
+        move(client, candidate, "promote", forced=args.force)
+        return print(f"{title(candidate)} is champion, forced by {who()}: {args.force}")
+    champion = find(client, args.name, number) if number else None
+    with tempfile.TemporaryDirectory() as place:
+        if worse(client, candidate, champion, args.golden, place):
+            say(f"{title(candidate)} is worse than the champion, {title(champion)}, which stays (--force WHY: all the same)")
+            return 1
+    move(client, candidate, "promote", checked=args.golden)
+    print(f"{title(candidate)} is champion" + (f", no worse than {title(champion)}" if champion else ", the first"))
+
+
+def rollback(client, args):
+    versions(client, args.name)
+    line = []
+    for event in events(client, args.name):
+        line = line[:-1] if event["action"] == "rollback" else [*line, event["number"]]
+    if len(line) < 2:
+        raise UsageError(f"'{args.name}' has had no champion before this one" if line else f"'{args.name}' has no champion yet")
+    version = find(client, args.name, line[-2])
+    move(client, version, "rollback")
+    print(f"{title(version)} is champion again")
+
+
+# ---- pull, list ----
+
+def pull(client, args):
+    version = find(client, args.name, args.ref)
+    out = Path(args.out)
+    with tempfile.TemporaryDirectory() as place:
+        path = fetch(client, version, place)
+        signature_path(out).unlink(missing_ok=True)  # of the file that was there
+        for source, target in ((path, out), (signature_path(path), signature_path(out))):
+            if source.is_file():
+                with common.atomic_write(target) as file:
+                    file.write(source.read_bytes())
+    print(f"{out}: {title(version)}")
+
+
+def list_all(client, args):
+    names = [args.name] if args.name else sorted(m.name for m in client.search_registered_models(max_results=1000))
+    if not names:
+        print("no models yet: registry.py register NAME model.joblib")
+    for name in names:
+        there, champion = versions(client, name), champion_number(client, name)
+        print(f"{name}\n{'':2}{'version':14}{'number':>8}  {'commit':14}{'balanced accuracy':24}{'AUC':24}registered")
+        for v in there:
+            metrics = client.get_run(v.run_id).data.metrics
+            figures = "".join(f"{figure(metrics, f'overall.{metric}'):24}" for metric in ("balanced_accuracy", "auc"))
+            day = datetime.fromtimestamp(v.creation_timestamp / 1000, timezone.utc).date()
+            notes = ", ".join([CHAMPION] * (number_of(v) == champion) + ["uncommitted code"] * ("dirty" in v.tags))
+            print(f"{'':2}{v.tags['version']:14}{v.version:>8}  {v.tags['commit'][:12]:14}{figures}{day}  {notes}".rstrip())
+
+
+def figure(metrics, name):
+    return f"{metrics[name]:.3f} [{metrics[f'{name}.low']:.3f}, {metrics[f'{name}.high']:.3f}]" if name in metrics else "-"
+
+
+def exception():
+    from mlflow.exceptions import MlflowException
+    return MlflowException
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    client, commands = connect(), {"register": register, "promote": promote, "rollback": rollback, "pull": pull, "list": list_all}
+    try:
+        return commands[args.command](client, args)
+    except exception() as error:
+        raise UsageError(f"the registry {registry_uri()} answers: {' '.join(str(error).split())[:300]}; is MLFLOW_TRACKING_URI "
+                         "right?") from None
+
+
+if __name__ == "__main__":
+    common.run(main)
