@@ -78,6 +78,15 @@ def list_images(data_dir, split_names=SPLITS, unlabelled=False):
     return labelled
 
 
+def count_cells(columns):
+    """Images by split and class, degraded copies left out: {'test/real': 4, ...}."""
+    whole = columns["view"] == 0
+    counts = {f"{s or 'no split'}/{CLASSES[label] if label >= 0 else 'unlabelled'}":
+              int((whole & (columns["splits"] == s) & (columns["labels"] == label)).sum())
+              for s in np.unique(columns["splits"]) for label in np.unique(columns["labels"])}
+    return {cell: n for cell, n in counts.items() if n}
+
+
 def draw_evenly(cells, most, seed=0):
     """At most `most` row numbers, sorted, of cell names [n]: one of every cell, then a second of every cell, and so on."""
     order = np.random.default_rng(seed).permutation(len(cells))

@@ -8,7 +8,6 @@ Folders: train/real/..., train/fake/..., test/real/..., test/fake/... as in the 
 are the source (a generator, a camera). Interrupted runs go on; images added later are encoded alone.
 """
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -36,6 +35,7 @@ def parse_args(argv):
     parser.add_argument("--limit", type=int, metavar="N", help="a seeded draw of N images, balanced over class and split")
     parser.add_argument("--views", type=int, default=0, metavar="N",
                         help="degraded copies of each image beside it, for a training that survives re-saving")
+    parser.add_argument("--prune", action="store_true", help="drop the rows of files that are gone")
     parser.add_argument("--unlabelled", action="store_true", help="take any folder; all labels are -1")
     parser.add_argument("--split_names", default=",".join(SPLITS), metavar="A,B", help="folder names that are splits")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, metavar="X",
@@ -61,8 +61,9 @@ if __name__ == "__main__":  # --help and wrong flags are answered now, before wh
 import numpy as np  # noqa: E402
 
 import encoders  # noqa: E402
+import growing  # noqa: E402
 import imaging  # noqa: E402
-from dataset import COLUMNS, FACTS, SEEN, join_columns, list_images, load_features  # noqa: E402
+from dataset import COLUMNS, FACTS, SEEN, count_cells, join_columns, list_images  # noqa: E402
 
 
 COMPILE_FROM = 30_000  # images from which on torch.compile pays on CUDA: 6 s, for 0.2 ms an image
@@ -93,56 +94,6 @@ def check_writable(output, parts):
     (parts / "probe").unlink()
     if not any(parts.iterdir()):  # leave no trace if nothing comes of this run
         parts.rmdir()
-
-
-def set_aside(path, why):
-    """Rename what other flags, another encoder or another folder left, and say so; nothing is ever overwritten."""
-    number = 1
-    while (aside := Path(f"{path}.old-{number}")).exists():
-        number += 1
-    os.replace(path, aside)
-    say(f"{path} {why}: set aside as {aside}")
-
-
-def old_columns(output, key, data_dir):
-    """Rows of an earlier run with the same key on the same folder that still stand: the file is gone or has the same bytes.
-
-    None where there are no such rows; then the file is set aside.
-    """
-    if not output.is_file():
-        return None
-    try:
-        columns = load_features(output)
-    except UsageError:
-        set_aside(output, "cannot be read")
-        return None
-    if columns["meta"].get("key") != key:
-        set_aside(output, "was made with other flags, another encoder or precision")
-        return None
-    found = compare(columns, data_dir)
-    if "same" not in found:  # the same names with other bytes in all of them are another folder too
-        set_aside(output, "holds none of the images of this folder")
-        return None
-    keep = np.array(found) != "changed"
-    say(f"{output} is there: {int(keep.sum())} of its rows stay as they are")
-    if gone := found.count("gone"):
-        say(f"{gone} of them are of files that are no longer there; remove {output} and extract again to drop them")
-    return {name: columns[name][keep] for name in COLUMNS}
-
-
-def compare(columns, data_dir):
-    """What became of the file of each row: list of 'same', 'changed' (other bytes) or 'gone'."""
-    from tqdm import tqdm
-
-    @functools.cache  # views of an image are rows of one file
-    def fate(path, digest):
-        path = Path(data_dir, path)
-        if not path.is_file():
-            return "gone"
-        return "same" if common.sha256(common.read_bytes(path)) == digest else "changed"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(fate, columns["paths"], columns["sha256"]), total=len(columns["paths"]),
-                         desc="comparing", unit="image"))
 
 
 # ---- encoding ----
@@ -290,12 +241,9 @@ def assemble(part_paths, old, entries, encoder, meta):
 def summary(columns, skipped, total):
     """One line for stdout: what was written."""
     whole = columns["view"] == 0
-    counts = {f"{s or 'no split'}/{CLASSES[label] if label >= 0 else 'unlabelled'}":
-              int((whole & (columns["splits"] == s) & (columns["labels"] == label)).sum())
-              for s in np.unique(columns["splits"]) for label in np.unique(columns["labels"])}
     views = f" and {int((~whole).sum())} degraded copies" if not whole.all() else ""
     return (f"{int(whole.sum())} images{views}, {columns['features'].shape[1]}-d features ("
-            + ", ".join(f"{k} {v}" for k, v in counts.items() if v) + f"); {len(skipped)} of {total} skipped")
+            + ", ".join(f"{cell} {n}" for cell, n in count_cells(columns).items()) + f"); {len(skipped)} of {total} skipped")
 
 
 def main(argv=None):
@@ -319,11 +267,11 @@ def main(argv=None):
     state = parts / "key.json"
     left_by = json.loads(state.read_text()) if state.is_file() else None
     if left_by != key and any(parts.glob("*.npz")):
-        set_aside(parts, "was left by other flags, another encoder or precision")
+        growing.set_aside(parts, "was left by other flags, another encoder or precision")
     with common.atomic_write(state, "w") as file:
         json.dump(key, file)
 
-    old = old_columns(output, key, args.data_dir)
+    old, before = growing.earlier_rows(output, key, args.data_dir, args.prune)
     known = set() if old is None else set(old["paths"])
     todo = [e for e in entries if e.path not in known]
     batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
@@ -338,6 +286,9 @@ def main(argv=None):
     if (columns["splits"] == SEEN).any():
         say(f"{len(np.unique(columns['paths'][columns['splits'] == SEEN]))} images were used to train this encoder: split '{SEEN}', "
             "not for training a classifier")
+    if before:
+        for line in growing.words(growing.whats_new(before, columns)):  # before the file is there: a killed run says it again
+            say(line)
     with common.atomic_write(parts / "all") as file:  # in there, so that a killed run leaves nothing else behind
         np.savez_compressed(file, **columns)
     os.replace(parts / "all", output)

@@ -75,23 +75,32 @@ def thumbnail(rgb):
 # ---- twins ----
 
 def near_pairs(thumb, block=256):
-    """uint8 [n, 64] -> index pairs [m, 2], first below second, whose 8x8 pictures agree.
+    """uint8 [n, 64] -> index pairs [m, 2], first below second, whose 8x8 pictures agree (see `pairs_between`)."""
+    pairs = pairs_between(thumb, thumb, block)
+    return pairs[pairs[:, 0] < pairs[:, 1]]
+
+
+def pairs_between(thumb, others, block=256):
+    """uint8 [n, 64], uint8 [k, 64] -> index pairs [m, 2], one of each, whose 8x8 pictures agree.
 
     Within NEAR_GREY of each other and, so that flat pictures do not all agree, correlated by NEAR_CORRELATION.
     """
-    grey = thumb.astype(np.float32)
-    square = (grey * grey).sum(axis=1)
-    shape = grey - grey.mean(axis=1, keepdims=True)
-    shape /= np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 1e-6)
+    (grey, square, shape), (other_grey, other_square, other_shape) = map(measured, (thumb, others))
     pairs = [np.empty((0, 2), int)]
     for start in range(0, len(grey), block):
         rows = slice(start, start + block)
-        distance = (square[rows, None] + square - 2 * grey[rows] @ grey.T) / 64
+        distance = (square[rows, None] + other_square - 2 * grey[rows] @ other_grey.T) / 64
         i, j = np.nonzero(distance <= NEAR_GREY ** 2)
-        i, j = i[start + i < j], j[start + i < j]
-        alike = (shape[start + i] * shape[j]).sum(axis=1) >= NEAR_CORRELATION
+        alike = (shape[start + i] * other_shape[j]).sum(axis=1) >= NEAR_CORRELATION
         pairs.append(np.stack([start + i[alike], j[alike]], axis=1))
     return np.concatenate(pairs)
+
+
+def measured(thumb):
+    """-> (greys as float32, their squared length, their deviations from the mean at length 1)."""
+    grey = thumb.astype(np.float32)
+    shape = grey - grey.mean(axis=1, keepdims=True)
+    return grey, (grey * grey).sum(axis=1), shape / np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 1e-6)
 
 
 def twin_clusters(thumb, sha256):

@@ -304,7 +304,7 @@ def test_rows_of_files_that_are_gone_stay_and_are_told(own, tmp_path, capsys):
     extract(own, tmp_path / "f.npz")
     (own / "test/real/camera/001.jpg").unlink()
     assert len(extract(own, tmp_path / "f.npz")["paths"]) == 24
-    assert "1 of them are of files that are no longer there; remove" in capsys.readouterr().err
+    assert "1 of them are of files that are no longer there; extract again with --prune to drop them" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """README.md says what is so: every command in it runs, every setting and figure in it is the code's own.
 
-The commands run in order in one folder that holds what a reader would have: data/, folder/, photo.jpg, other.png.
+The commands run in order in one folder that holds what a reader would have: data/, more/, folder/, photo.jpg, other.png.
 CLIP_MODEL=tiny stands in for OpenAI's CLIP, which is a download of 890 MB; the commands are the same.
 """
 import importlib.util
@@ -40,6 +40,7 @@ def reader(tmp_path_factory, make_folder, photos):
     """A folder as a reader has it after cloning, and the environment in which the commands run."""
     place = tmp_path_factory.mktemp("reader")
     make_folder(place / "data", {f"{split}/{label}": n for split, n in (("train", 40), ("test", 15)) for label in ("real", "fake")})
+    make_folder(place / "more", {f"train/{label}": 10 for label in ("real", "fake")}, seed=1)
     make_folder(place / "folder", {".": 3})
     make_folder(place / "golden", {label: 5 for label in ("real", "fake")})
     shutil.copy(photos["china.jpg"], place / "photo.jpg")

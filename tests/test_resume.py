@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,10 +16,9 @@ from PIL import Image
 
 import encoders
 import prepare_clip
-from conftest import ROOT
-from dataset import COLUMNS, load_features
-from extracting import (FEW, SETTINGS, another_encoder, digest, encoded, extract, few, names, own,  # noqa: F401
-                        settings)
+from dataset import load_features
+from extracting import (BLOWS, FEW, SETTINGS, another_encoder, command, digest, encoded, extract, few, finish,  # noqa: F401
+                        names, own, rows, settings, strike)
 
 pytestmark = pytest.mark.slow
 
@@ -34,12 +32,6 @@ def many(make_folder, tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("many"), MANY, seed=1)
 
 
-def rows(columns, keep=slice(None)):
-    """Columns -> {path: the row's values}, to compare rows whatever their place."""
-    return {columns["paths"][i]: [columns[name][i].tobytes() if name in ("features", "facts", "thumb") else columns[name][i]
-                                  for name in COLUMNS] for i in range(len(columns["paths"]))[keep]}
-
-
 # ---- killed ----
 
 @pytest.fixture(scope="module")
@@ -48,11 +40,6 @@ def uninterrupted(many, tmp_path_factory):
     output = tmp_path_factory.mktemp("uninterrupted") / "f.npz"
     subprocess.run(command(many, output), env={**os.environ, **SETTINGS}, check=True, capture_output=True, timeout=120)
     return digest(output)
-
-
-def command(data_dir, output, *flags):
-    return [sys.executable, str(ROOT / "extract_features.py"), "--data_dir", str(data_dir), "--output_file", str(output),
-            "--batch_size", "2", *flags]
 
 
 def parts_of(output):
@@ -73,13 +60,6 @@ def kill_in_a_run(data_dir, output, more_parts, wait):
         time.sleep(wait)
         process.kill()
     return process.returncode == -signal.SIGKILL
-
-
-def finish(data_dir, output, *flags):
-    """The same command once more, left in peace; -> its stderr."""
-    done = subprocess.run(command(data_dir, output, *flags), env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 @pytest.mark.parametrize("seed, times", [(0, 1), (1, 1), (2, 1), (3, 4)])
@@ -107,40 +87,6 @@ def test_a_run_killed_about_the_time_of_the_last_write_goes_on_to_the_same_bytes
         finish(many, output)
         assert digest(output) == uninterrupted
         assert names(output.parent) == ["f.npz"]
-
-
-# Each plants one fatal blow, at a moment that is too short to be met from outside; N is how often it lets pass.
-BLOWS = {
-    "before anything is stored": "encoders.Encoder = die",
-    "in the middle of a part": "np.savez = lambda file, **columns: count() and half(file) or savez(file, **columns)",
-    "between a part's last byte and its name": "os.replace = lambda a, b: count() and die() or replace(a, b)",
-    "in the middle of the file": "np.savez_compressed = lambda file, **columns: half(file)",
-    "before the file gets its name": "os.replace = lambda a, b: Path(b).name == 'f.npz' and die() or replace(a, b)",
-    "when the file has its name": "os.replace = lambda a, b: (replace(a, b), Path(b).name == 'f.npz' and die())",
-    "while the parts are removed":
-        "Path.unlink = lambda path, **k: path.suffix == '.npz' and count() and die() or unlink(path, **k)",
-    "when all parts are removed": "shutil.rmtree = lambda parts: (os.unlink(parts / 'key.json'), die())",
-}
-
-
-def strike(blow, data_dir, output, *flags, after, ends_with=-signal.SIGKILL):
-    """Run the command in a process that kills itself at the moment planted, or at the `after`-th such moment."""
-    code = f"""
-import itertools, os, shutil, signal, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-import numpy as np
-import common, encoders, extract_features
-replace, savez, unlink, calls = os.replace, np.savez, Path.unlink, itertools.count(1)
-die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-half = lambda file: (file.write(b"half"), file.flush(), die())
-count = lambda: next(calls) == {after}
-{blow}
-common.run(extract_features.main)
-"""
-    done = subprocess.run([sys.executable, "-c", code, *command(data_dir, output, *flags)[2:]], env={**os.environ, **SETTINGS},
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == ends_with, done.stderr
 
 
 @pytest.mark.parametrize("blow", BLOWS.values(), ids=BLOWS)
