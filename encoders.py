@@ -188,8 +188,9 @@ def torch_forward(weights, manifest, device, precision, compile=False):
     if dtype == torch.float16:
         convert_weights(tower)  # as clip.load on CUDA: the norms stay float32, their code wants it so
     tower = tower.to(device, memory_format=torch.channels_last).eval()  # of the convolutions, as cuDNN wants them for float16
-    for part in (tower.transformer.resblocks if hasattr(tower, "transformer") else [tower]) if compile else []:
-        part.compile()
+    if compile:
+        for part in tower.transformer.resblocks if hasattr(tower, "transformer") else [tower]:
+            part.compile()
     largest, free = 0, queue.SimpleQueue()
     for _ in range(2):
         free.put(torch.cuda.Stream() if device == "cuda" else None)

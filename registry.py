@@ -94,10 +94,15 @@ def registry_uri():
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def versions(client, name):
-    """All versions of a model that `register` made, oldest first; UsageError where there is none of that name."""
+def registered(client, name):
+    """All versions of a model that `register` made, oldest first: others' may lie in the same registry."""
     found = [v for v in client.search_model_versions(f"name='{name}'") if {"version", "commit", "sha256"} <= v.tags.keys()]
-    found.sort(key=lambda v: int(v.version))
+    return sorted(found, key=lambda v: int(v.version))
+
+
+def versions(client, name):
+    """The same; UsageError where there is none of that name."""
+    found = registered(client, name)
     if not found:
         raise UsageError(f"no model '{name}' is registered: registry.py list tells which are")
     return found
@@ -173,10 +178,10 @@ def register(client, args):
     check_origin(model, args.model, args.allow_dirty)
     folder, found = read_report(args.model, model)
     label, commit = model["versions"]["model"], model["versions"]["code"]
-    for other in client.search_model_versions(f"name='{args.name}'"):
-        if other.tags.get("sha256") == model["sha256"]:
+    for other in registered(client, args.name):
+        if other.tags["sha256"] == model["sha256"]:
             return print(f"{title(other)} is registered already")
-        if other.tags.get("version") == label != DEV:
+        if other.tags["version"] == label != DEV:
             raise UsageError(f"'{args.name}' has a {label} of another file: train with another --model_version")
     tags = {"version": label, "commit": commit, "sha256": model["sha256"], "training_data": model["training_data"]["sha256"],
             "encoder": model["encoder"]["identity"], "registered_by": who()}
@@ -257,7 +262,7 @@ def worse(client, candidate, champion, golden, place):
         if failed and not baseline:
             raise UsageError(f"--golden {golden}: holds images that cannot be read (see above); mend or remove them")
         baseline = ["--baseline", str(folder / "report" / "metrics.json")]
-    return bool(champion) and failed == 1
+    return failed == 1
 
 
 def promote(client, args):
@@ -306,7 +311,8 @@ def pull(client, args):
 
 
 def list_all(client, args):
-    names = [args.name] if args.name else sorted(m.name for m in client.search_registered_models(max_results=1000))
+    names = [args.name] if args.name else sorted(m.name for m in client.search_registered_models(max_results=1000)
+                                                 if registered(client, m.name))
     if not names:
         print("no models yet: registry.py register NAME model.joblib")
     for name in names:

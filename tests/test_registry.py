@@ -160,6 +160,14 @@ def test_list_shows_versions_figures_commits_and_the_champion(run, place):
     assert [line.endswith("champion") for line in lines[2:]] == [False, True, False] and lines[4].endswith("uncommitted code")
 
 
+def test_models_that_others_keep_in_the_same_registry_are_passed_over(run, capsys):
+    registry.connect().create_registered_model(f"others-{run.name}"[:64])
+    run("register", "good")
+    capsys.readouterr()
+    assert not registry.main(["list"])
+    assert run.name in (listed := capsys.readouterr().out.splitlines()) and f"others-{run.name}"[:64] not in listed
+
+
 def test_a_version_carries_what_its_file_and_report_say(run, place):
     run("register", "good")
     client = registry.connect()
