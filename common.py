@@ -133,15 +133,20 @@ def say(message):
     print(message, file=sys.stderr, flush=True)
 
 
+def is_remote(path):
+    """Is it in an object store, as s3://bucket/folder is?"""
+    return "://" in str(path)
+
+
 def need_folder(path):
-    """Raises UsageError unless --data_dir is a folder."""
-    if not Path(path).is_dir():
+    """Raises UsageError unless --data_dir is a folder; of an object store that is seen when it is listed."""
+    if not is_remote(path) and not Path(path).is_dir():
         raise UsageError(f"--data_dir {path}: no such folder")
 
 
 def need_features(path):
-    """Raises UsageError unless --features_file is there."""
-    if not Path(path).exists():
+    """Raises UsageError unless --features_file is there; of an object store that is seen when it is read."""
+    if not is_remote(path) and not Path(path).exists():
         raise UsageError(f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR")
 
 

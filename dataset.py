@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from common import CLASSES, SPLITS, UsageError, need_features, need_folder
+from common import CLASSES, SPLITS, UsageError, is_remote, need_features, need_folder
 
 LABELS = {**dict.fromkeys("real 0_real nature natural human photo photos".split(), 0),
           **dict.fromkeys("fake 1_fake ai generated synthetic ai_generated".split(), 1)}
@@ -57,12 +57,13 @@ def list_files(data_dir):
     return sorted(paths)
 
 
-def list_images(data_dir, split_names=SPLITS, unlabelled=False):
-    """Folder -> sorted list of Entry. Files outside any label folder are left out, unless `unlabelled`.
+def list_images(data_dir, split_names=SPLITS, unlabelled=False, paths=None):
+    """Folder (or its files' `paths`, where they are known) -> sorted list of Entry. Files outside any label folder are left out,
+    unless `unlabelled`.
 
     Raises UsageError where the folder is empty, holds no label or only one class.
     """
-    paths = list_files(data_dir)
+    paths = list_files(data_dir) if paths is None else paths
     if not paths:
         raise UsageError(f"--data_dir {data_dir}: the folder is empty")
     entries = [describe(path, split_names, unlabelled) for path in paths]
@@ -102,16 +103,36 @@ def join_columns(several):
 
 
 def load_features(path):
-    """features.npz -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed. Raises UsageError."""
+    """features.npz, or a Parquet data set of the same columns (storage.py) -> dict of its columns (see COLUMNS; n rows each)
+    and 'meta', parsed. Raises UsageError."""
     need_features(path)
+    return check_columns(path, load_parquet(path) if is_dataset(path) else load_npz(path))
+
+
+def is_dataset(path):
+    """Is this features file a Parquet data set, rather than an .npz?"""
+    return is_remote(path) or os.path.isdir(path)
+
+
+def load_parquet(path):
+    import storage
+    meta = storage.read_meta(path)
+    return join_columns(list(storage.iterate_parts(path, meta["parts"]))) | {"meta": meta}
+
+
+def load_npz(path):
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             columns = {name: file[name] for name in (*COLUMNS, "meta")}
-        columns["meta"] = json.loads(str(columns["meta"]))
+        return columns | {"meta": json.loads(str(columns["meta"]))}
     except KeyError as error:
         raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file
         raise UsageError(f"--features_file {path} is not a features file ({error}); extract again") from None
+
+
+def check_columns(path, columns):
+    """The columns, where they are what the code that reads them takes for granted. Raises UsageError."""
     lengths = {len(columns[name]) for name in COLUMNS}
     if len(lengths) != 1 or columns["features"].ndim != 2:
         raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")

@@ -11,6 +11,7 @@ evaluation of a features file, and named.
 """
 import argparse
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +59,7 @@ import report  # noqa: E402
 from classify import Detector, choose_model  # noqa: E402
 from dataset import COLUMNS, SEEN, draw_evenly, list_images  # noqa: E402
 from distort import ARMS, CONDITIONS, manageable  # noqa: E402
-from extract_features import encode_batch, read_row  # noqa: E402
+from extract_features import encode_ahead, join_parts, labels_of  # noqa: E402
 from facts import make_groups, twin_clusters  # noqa: E402
 from model import decision, load_model, probability, stale_threshold  # noqa: E402
 from train_model import load_columns  # noqa: E402
@@ -73,24 +74,14 @@ PICTURES = ("robustness under re-saving, shrinking, blur, noise and crops", "fil
 def encode_folder(detector, data_dir):
     """Folder -> (columns as in a features file, number of files that cannot be read; each of those is told)."""
     from tqdm import tqdm
-    entries, parts = list_images(data_dir), []
-    batches = [entries[i:i + BATCH] for i in range(0, len(entries), BATCH)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(entries), desc="encoding", unit="image") as progress:
-        def start(batch):
-            return [pool.submit(read_row, data_dir, e, detector.encoder.resolution, common.MAX_PIXELS) for e in batch]
-        ahead = start(batches[0])
-        for batch, following in zip(batches, [*batches[1:], []]):
-            waiting, ahead = ahead, start(following)
-            parts.append(encode_batch([row.result() for row in waiting], detector.encoder, BATCH))
-            progress.update(len(batch))
-    bad = [entry for part in parts for entry in json.loads(str(part.pop("bad")))]
+    entries = list_images(data_dir)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        batches = encode_ahead(data_dir, entries, detector.encoder, BATCH, pool, common.MAX_PIXELS)
+        parts = list(tqdm(batches, total=math.ceil(len(entries) / BATCH), desc="encoding", unit="batch"))
+    columns, bad = join_parts(parts)
     for path, why, _ in bad:
         say(f"left out {path}: {why}")
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    by_path = {e.path: e for e in entries}
-    for name in ("label", "split", "source"):
-        columns[f"{name}s"] = np.array([getattr(by_path[path], name) for path in columns["paths"]])
-    return columns, sum(is_image for _, _, is_image in bad)
+    return columns | labels_of(columns, entries, detector.encoder), sum(is_image for _, _, is_image in bad)
 
 
 def stored_columns(path, model, data_dir):

@@ -3,6 +3,7 @@
     python extract_features.py --data_dir DIR --output_file features.npz
     CLIP_MODEL=tiny python extract_features.py --data_dir DIR
     python extract_features.py --data_dir DIR --limit 4000 --views 3
+    python extract_features.py --data_dir s3://bucket/images --output_file s3://bucket/features.parquet --ray auto
 
 Folders: train/real/..., train/fake/..., test/real/..., test/fake/... as in the Kaggle set; other folders on the path
 are the source (a generator, a camera). Interrupted runs go on; images added later are encoded alone.
@@ -29,7 +30,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=common.Help)
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
-    parser.add_argument("--output_file", default="features.npz", metavar="FILE", help="features to write")
+    parser.add_argument("--output_file", metavar="FILE", help="features to write (default: features.npz; --ray: features.parquet)")
     parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
                         help="OpenAI's name, a checkpoint, or tiny; CLIP_MODEL sets the default")
     parser.add_argument("--limit", type=int, metavar="N", help="a seeded draw of N images, balanced over class and split")
@@ -45,13 +46,20 @@ def parse_args(argv):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16", "int8"], default="auto",
                         help="auto: what the encoder asks for, else the fastest here; int8: prepare_clip.py makes it")
+    parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster, into Parquet; local starts one here; auto: the one we are on")
     args = parser.parse_args(argv)
+    args.output_file = args.output_file or ("features.parquet" if args.ray else "features.npz")
     for name, least in (("limit", 1), ("batch_size", 1), ("max_pixels", 1), ("views", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UsageError(f"--{name} {value}: must be at least {least}")
     if args.views > MAX_VIEWS:
         raise UsageError(f"--views {args.views}: at most {MAX_VIEWS} degraded copies of an image")
     common.need_folder(args.data_dir)
+    for flag in () if args.ray else ("data_dir", "output_file"):
+        if common.is_remote(value := getattr(args, flag)) or flag == "output_file" and value.endswith(".parquet"):
+            raise UsageError(f"--{flag} {value}: object stores and Parquet need --ray (--ray local starts Ray here)")
+    if args.ray and args.output_file.endswith(".npz"):
+        raise UsageError(f"--output_file {args.output_file}: --ray writes a folder of Parquet files; name it features.parquet")
     return args
 
 
@@ -63,6 +71,7 @@ import numpy as np  # noqa: E402
 import encoders  # noqa: E402
 import growing  # noqa: E402
 import imaging  # noqa: E402
+import storage  # noqa: E402
 from dataset import COLUMNS, FACTS, SEEN, count_cells, join_columns, list_images  # noqa: E402
 
 
@@ -99,12 +108,12 @@ def check_writable(output, parts):
 # ---- encoding ----
 
 def read_row(data_dir, entry, resolution, max_pixels, views=0):
-    """One image -> (entry, crops uint8 [1 + views, r, r, 3], its stored columns), or (entry, None, [why not, is it an
+    """One image of a folder, here or in an object store -> (entry, crops uint8 [1 + views, r, r, 3], its stored columns), or (entry, None, [why not, is it an
     image]). The first is the image as it is, the others are degraded copies, drawn from the hash of its bytes."""
     from distort import degrade, manageable, view_rng
     from facts import describe_image
     try:
-        rgb, row = describe_image(Path(data_dir, entry.path).read_bytes(), max_pixels)
+        rgb, row = describe_image(storage.read_bytes(data_dir, entry.path), max_pixels)
         base = manageable(rgb) if views else None
         copies = (degrade(base, view_rng(row["sha256"], number)) for number in range(1, views + 1))
         return entry, np.stack([imaging.resize_and_crop(image, resolution) for image in (rgb, *copies)]), row
@@ -116,12 +125,23 @@ def read_rows(data_dir, entries, *how):
     return [read_row(data_dir, entry, *how) for entry in entries]
 
 
-def reader_pool(device):
-    """What decodes: threads beside an encoder on the processors; beside a GPU a process for each of them, since Pillow and
+def reader_pool(device, count):
+    """What decodes on `count` processors: threads beside an encoder on the processors; beside a GPU a process for each of them, since Pillow and
     numpy hold the interpreter's lock for a third of the work, and three images at a time would be all."""
     if device == "cpu":
-        return ThreadPoolExecutor(encoders.processors())
-    return ProcessPoolExecutor(encoders.processors(), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        return ThreadPoolExecutor(count)
+    return ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
+def encode_ahead(data_dir, entries, encoder, size, readers, *how):
+    """Columns of each batch of `size` entries (see `encode_batch`), one after the other; the next is read meanwhile."""
+    def read(batch):
+        return [readers.submit(read_row, data_dir, entry, encoder.resolution, *how) for entry in batch]
+    batches = [entries[i:i + size] for i in range(0, len(entries), size)]
+    ahead = read(batches[0])
+    for following in [*batches[1:], []]:
+        rows, ahead = ahead, read(following)
+        yield encode_batch([row.result() for row in rows], encoder, size)
 
 
 def encode_batch(rows, encoder, size):
@@ -140,16 +160,9 @@ def encode_batch(rows, encoder, size):
             "bad": np.array(json.dumps([[e.path, *why] for e, crops, why in rows if crops is None]))}
 
 
-def part_name(number, batch, data_dir):
-    """File name of a batch: changes when any of its files does, so stale parts are never picked up."""
-    def stamp(path):
-        try:
-            stat = os.stat(path)
-            return stat.st_size, stat.st_mtime_ns
-        except OSError:  # a dangling link, or gone since it was listed: told when it is read
-            return None
-    stats = [(e.path, stamp(Path(data_dir, e.path))) for e in batch]
-    return f"{number:06d}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.npz"
+def part_name(number, stamps):
+    """Name of a batch from its [path, (bytes, time)]: other when any of its files is, so stale parts are never picked up."""
+    return f"{number:06d}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]}"
 
 
 def tell_skipped(part):
@@ -174,14 +187,14 @@ def encode_missing(batches, parts, args, encoder):
     moment the second ends: joining arrays and writing parts cost the encoder nothing.
     """
     from tqdm import tqdm
-    paths = [parts / part_name(i, batch, args.data_dir) for i, batch in enumerate(batches)]
+    paths = [parts / (part_name(i, [(e.path, storage.stamp(args.data_dir, e.path)) for e in batch]) + ".npz") for i, batch in enumerate(batches)]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     if len(missing) < len(paths):
         for i in sorted(set(range(len(paths))) - set(missing)):
             with np.load(paths[i], allow_pickle=False) as part:
                 tell_skipped(part)
         say(f"going on: {len(paths) - len(missing)} of {len(paths)} batches are stored already")
-    readers, encoding, waiting = reader_pool(encoder.device), ThreadPoolExecutor(2), deque()
+    readers, encoding, waiting = reader_pool(encoder.device, encoders.processors()), ThreadPoolExecutor(2), deque()
     how = encoder.resolution, args.max_pixels, args.views
     with tqdm(total=sum(map(len, batches)), unit="image") as progress:
         progress.update(progress.total - sum(len(batches[i]) for i in missing))
@@ -210,22 +223,58 @@ def encode_missing(batches, parts, args, encoder):
 
 # ---- the features file ----
 
+def find_entries(args, paths=None):
+    """What there is to encode (of `paths`, where the folder is listed already); not the output, which may lie among the images."""
+    entries = list_images(args.data_dir, [name.strip() for name in args.split_names.lower().split(",")], args.unlabelled, paths)
+    folder, output = args.data_dir.rstrip("/"), args.output_file.rstrip("/")
+    own = output.removeprefix(f"{folder}/") if common.is_remote(folder) else os.path.relpath(output, folder).replace(os.sep, "/")
+    entries = [e for e in entries if e.path != own and not e.path.startswith((f"{own}/", f"{own}.parts", f"{own}.old-"))]
+    return draw(entries, args.limit) if args.limit else entries
+
+
+def key_of(args, encoder, precision):
+    """What rows of one features file have in common."""
+    return {"encoder": encoder["identity"], "precision": precision, "batch_size": args.batch_size, "limit": args.limit,
+            "unlabelled": args.unlabelled, "split_names": args.split_names, "max_pixels": args.max_pixels, "views": args.views}
+
+
+def meta_of(key, encoder):
+    named = {k: v for k, v in encoder.items() if k in ("name", "identity", "layers", "dim", "notice")}
+    return {"format": 1, "key": key, "commit": common.code_commit(), "encoder": named}
+
+
+def join_parts(parts):
+    """Column sets from `encode_batch` -> (their columns joined, [path, reason, is it an image] of each file without a row)."""
+    bad = [entry for part in parts for entry in json.loads(str(part["bad"]))]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "bad"}, bad
+
+
+def check_skipped(skipped, total, args):
+    """Raises UsageError where too many images could not be read; `skipped`: of each file without a row, is it an image?"""
+    if sum(skipped) > args.max_bad_fraction * total:  # a caption beside each image is no broken image
+        raise UsageError(f"{sum(skipped)} of {total} images cannot be read, more than --max_bad_fraction "
+                         f"{args.max_bad_fraction}; mend them (see the lines above) or raise the limit")
+
+
+def labels_of(columns, entries, encoder):
+    """Columns of parts -> those of them that follow from the paths: labels, splits, sources."""
+    by_path = {e.path: e for e in entries}
+    rows = [by_path[path] for path in columns["paths"]]
+    seen = np.isin([digest[:16] for digest in columns["sha256"]], encoder.manifest.get("seen", []))
+    return {"labels": np.array([e.label for e in rows], np.int8), "sources": np.array([e.source for e in rows], dtype=str),
+            "splits": np.where(seen, SEEN, np.array([e.split for e in rows], dtype=str))}
+
+
 def assemble(part_paths, old, entries, encoder, meta):
     """Old rows, then the parts' -> all columns of the features file, old rows first and as they were.
 
     Beside them, of each file that was skipped, whether it is an image.
     """
     parts = [dict(np.load(path, allow_pickle=False)) for path in part_paths]
-    skipped = [is_image for part in parts for _, _, is_image in json.loads(str(part["bad"]))]
-    stored = ("features", "paths", "sha256", "view", "facts", "thumb")
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in stored} if parts else None
+    columns, bad = join_parts(parts) if parts else (None, [])
+    skipped = [is_image for _, _, is_image in bad]
     if columns is not None:
-        by_path = {e.path: e for e in entries}
-        rows = [by_path[path] for path in columns["paths"]]
-        seen = np.isin([digest[:16] for digest in columns["sha256"]], encoder.manifest.get("seen", []))
-        columns |= {"labels": np.array([e.label for e in rows], np.int8),
-                    "splits": np.where(seen, SEEN, np.array([e.split for e in rows], dtype=str)),
-                    "sources": np.array([e.source for e in rows], dtype=str)}
+        columns |= labels_of(columns, entries, encoder)
     if old is not None and columns is not None:  # a file that was moved (a label put right, say) is not there twice
         moved = ~np.isin(old["paths"], [e.path for e in entries]) & np.isin(old["sha256"], columns["sha256"])
         old = {name: old[name][~moved] for name in COLUMNS}
@@ -238,22 +287,21 @@ def assemble(part_paths, old, entries, encoder, meta):
     return columns, skipped
 
 
-def summary(columns, skipped, total):
-    """One line for stdout: what was written."""
-    whole = columns["view"] == 0
-    views = f" and {int((~whole).sum())} degraded copies" if not whole.all() else ""
-    return (f"{int(whole.sum())} images{views}, {columns['features'].shape[1]}-d features ("
-            + ", ".join(f"{cell} {n}" for cell, n in count_cells(columns).items()) + f"); {len(skipped)} of {total} skipped")
+def summary(cells, rows, dim, skipped, total):
+    """One line for stdout: what was written. `cells`: images by split and class; `rows`: with their degraded copies."""
+    images = sum(cells.values())
+    views = f" and {rows - images} degraded copies" if rows > images else ""
+    return (f"{images} images{views}, {dim}-d features (" + ", ".join(f"{cell} {n}" for cell, n in cells.items())
+            + f"); {skipped} of {total} skipped")
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.ray:
+        import cluster
+        return cluster.extract(args)
     output, parts = Path(args.output_file), Path(f"{args.output_file}.parts")
-    entries = list_images(args.data_dir, [name.strip() for name in args.split_names.lower().split(",")], args.unlabelled)
-    own = os.path.relpath(output, args.data_dir).replace(os.sep, "/")  # the output may lie among the images
-    entries = [e for e in entries if e.path != own and not e.path.startswith((f"{own}.parts", f"{own}.old-"))]
-    if args.limit:
-        entries = draw(entries, args.limit)
+    entries = find_entries(args)
     check_writable(output, parts)
 
     from prepare_clip import ensure_encoder
@@ -261,9 +309,7 @@ def main(argv=None):
     args.batch_size = args.batch_size or (256 if encoder.device == "cuda" else 16)
     if encoder.notice:
         say(f"note: {encoder.notice}")
-    key = {"encoder": encoder.identity, "precision": encoder.precision, "batch_size": args.batch_size,
-           "limit": args.limit, "unlabelled": args.unlabelled, "split_names": args.split_names,
-           "max_pixels": args.max_pixels, "views": args.views}
+    key = key_of(args, encoder.manifest, encoder.precision)
     state = parts / "key.json"
     left_by = json.loads(state.read_text()) if state.is_file() else None
     if left_by != key and any(parts.glob("*.npz")):
@@ -277,12 +323,8 @@ def main(argv=None):
     batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
     part_paths = encode_missing(batches, parts, args, encoder)
 
-    named = {k: v for k, v in encoder.manifest.items() if k in ("name", "identity", "layers", "dim", "notice")}
-    meta = {"format": 1, "key": key, "commit": common.code_commit(), "encoder": named}
-    columns, skipped = assemble(part_paths, old, entries, encoder, meta)
-    if sum(skipped) > args.max_bad_fraction * len(entries):  # a caption beside each image is no broken image
-        raise UsageError(f"{sum(skipped)} of {len(entries)} images cannot be read, more than --max_bad_fraction "
-                         f"{args.max_bad_fraction}; mend them (see the lines above) or raise the limit")
+    columns, skipped = assemble(part_paths, old, entries, encoder, meta_of(key, encoder.manifest))
+    check_skipped(skipped, len(entries), args)
     if (columns["splits"] == SEEN).any():
         say(f"{len(np.unique(columns['paths'][columns['splits'] == SEEN]))} images were used to train this encoder: split '{SEEN}', "
             "not for training a classifier")
@@ -295,7 +337,7 @@ def main(argv=None):
     for path in parts.glob("*.npz"):  # key.json goes last: parts never lie there without a word on how they were made
         path.unlink()
     shutil.rmtree(parts)
-    print(f"{output}: {summary(columns, skipped, len(entries))}")
+    print(f"{output}: {summary(count_cells(columns), *columns['features'].shape, len(skipped), len(entries))}")
 
 
 if __name__ == "__main__":

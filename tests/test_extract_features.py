@@ -314,7 +314,7 @@ def processes(monkeypatch):
     def patched():
         started, start = [], extract_features.reader_pool
         with monkeypatch.context() as patch:
-            patch.setattr(extract_features, "reader_pool", lambda device: started.append(start("cuda")) or started[0])
+            patch.setattr(extract_features, "reader_pool", lambda device, count: started.append(start("cuda", count)) or started[0])
             yield started
     return patched
 

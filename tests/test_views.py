@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_a_run_that_was_stopped_goes_on_with_all_copies(few, tmp_path, monkeypat
             extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
     assert set(stored) == {12} and len(stored) in (4, 5) and json.loads((tmp_path / "f.npz.parts/key.json").read_text())["views"] == 2
     extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
-    assert "going on: 3 of 6 batches are stored already" in capsys.readouterr().err
+    assert re.search("going on: [23] of 6 batches are stored already", capsys.readouterr().err)  # the third may be on its way
     assert digest(tmp_path / "f.npz") == digest(tmp_path / "fresh.npz") and names(tmp_path) == ["f.npz", "fresh.npz", "home"]
 
 
