@@ -35,7 +35,8 @@ if __name__ == "__main__":  # --help and wrong flags are answered now, before wh
 
 import numpy as np  # noqa: E402
 
-from dataset import SEEN, list_images, load_features  # noqa: E402
+from dataset import SEEN, list_images  # noqa: E402
+from features import load_features  # noqa: E402
 from facts import describe_image, make_groups, twin_clusters  # noqa: E402
 from metrics import words  # noqa: E402
 from probes import (MIN_IMAGES, doubtful_sources, label_errors, linear_scores, probe_all, telling_values)  # noqa: E402

@@ -13,7 +13,7 @@ import numpy as np
 import probes
 from common import CLASSES, UsageError
 from dataset import draw_evenly
-from model import decision
+from model import decision, standardise
 from probes import FOLDS
 
 SEARCH_ROWS = 3000  # hyperparameters are searched on at most so many rows; the cost of an SVM grows with their square
@@ -43,17 +43,17 @@ def balanced_weights(labels):
     return (len(labels) / (2 * np.bincount(labels, minlength=2)))[labels]
 
 
-def row_weights(labels, sources):
+def row_weights(labels, sources, unnamed=""):
     """Weight of each row for fitting, mean 1: classes even, and within a class no source dominates.
 
     A source weighs as many images as it has, but at most MAX_SHARE times its even share of the class. Images without a
-    source count one by one.
+    source (`unnamed`) count one by one.
     """
     weight = np.ones(len(labels))
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         names, source, counts = np.unique(sources[rows], return_inverse=True, return_counts=True)
-        if len(names) > 1 and "" not in names:
+        if len(names) > 1 and not (names == unnamed).any():
             weight[rows] = (capped(counts, MAX_SHARE / len(names)) / counts)[source]
         weight[rows] *= len(labels) / (2 * weight[rows].sum())
     return weight
@@ -185,3 +185,13 @@ def fit_sigmoid(scores, labels):
         slope = weight * (target - p)
         return (weight * (np.logaddexp(0, z) - (1 - target) * z)).sum(), np.array([slope @ scores, slope.sum()])
     return minimize(loss, [-1.0, 0.0], jac=True, method="L-BFGS-B", options={"gtol": 1e-6, "ftol": 64 * np.finfo(float).eps}).x
+
+
+def calibrated(fitted, point, scores, rows):
+    """A fitted classifier -> its part of the model: with the sigmoid on its out-of-fold scores, these, and what the service's drift
+    is measured from, each class's mean of the standardised untouched images. `rows`: training_rows.Rows."""
+    x = standardise(fitted, rows.features)
+    return {**fitted, "hyperparameters": point, "calibrator": fit_sigmoid(scores, rows.labels),
+            "means": np.stack([x[rows.whole & (rows.labels == label)].mean(0) for label in (0, 1)]),
+            "out_of_fold": {"scores": scores.astype(np.float32), "labels": rows.labels.astype(np.int8),
+                            "view": rows.columns["view"].astype(np.int8)}}

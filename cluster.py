@@ -14,7 +14,6 @@ import shutil
 import socket
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -171,12 +170,6 @@ def number_of(name):
     return int(re.fullmatch(r"part-(\d+)-\w+\.parquet", name)[1])
 
 
-def about_parts(output, names):
-    """{name: `about_part`} of stored parts."""
-    with ThreadPoolExecutor(storage.AT_ONCE) as pool:
-        return dict(zip(names, pool.map(lambda name: storage.about_part(output, name), names)))
-
-
 def tell_skipped(about):
     from tqdm import tqdm
     for path, why, _ in about["bad"]:
@@ -187,7 +180,7 @@ def encode_missing(ray, parts, args, folder):
     """Have every part made that is not stored yet; -> {name: `about_part`} of all of them."""
     from tqdm import tqdm
     files = storage.list_stamps(args.output_file)
-    abouts = about_parts(args.output_file, [name for name in parts if name in files])
+    abouts = storage.about_parts(args.output_file, [name for name in parts if name in files])
     missing = [{"name": name, "images": json.dumps(parts[name])} for name in parts if name not in abouts]
     for about in abouts.values():
         tell_skipped(about)
@@ -235,7 +228,7 @@ def open_output(output, key):
         growing.set_aside(output, "was made with other flags or another encoder")
         files = {}
     storage.write_bytes(output, "_key.json", json.dumps(key).encode())
-    return about_parts(output, storage.read_meta(output)["parts"]) if "_meta.json" in files else {}
+    return storage.about_parts(output, storage.read_meta(output)["parts"]) if "_meta.json" in files else {}
 
 
 def changes(abouts, stamps, prune):

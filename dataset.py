@@ -1,17 +1,13 @@
-"""A folder of images and a features file: what is in them. Labels, splits and sources come from folder names.
+"""A folder of images: what is in it. Labels, splits and sources come from folder names.
 
     entries = list_images("data")             # sorted, each (path, label, split, source)
-    columns = load_features("features.npz")   # dict of arrays, and "meta" as a dict
 """
-import json
 import os
-import zipfile
-import zlib
 from collections import namedtuple
 
 import numpy as np
 
-from common import CLASSES, SPLITS, UsageError, is_remote, need_features, need_folder
+from common import CLASSES, SPLITS, UsageError, need_folder
 
 LABELS = {**dict.fromkeys("real 0_real nature natural human photo photos".split(), 0),
           **dict.fromkeys("fake 1_fake ai generated synthetic ai_generated".split(), 1)}
@@ -100,48 +96,3 @@ def draw_evenly(cells, most, seed=0):
 def join_columns(several):
     """Rows of several column sets one below the other; text columns as wide as the longest needs."""
     return {name: np.concatenate([columns[name] for columns in several]) for name in COLUMNS}
-
-
-def load_features(path):
-    """features.npz, or a Parquet data set of the same columns (storage.py) -> dict of its columns (see COLUMNS; n rows each)
-    and 'meta', parsed. Raises UsageError."""
-    need_features(path)
-    return check_columns(path, load_parquet(path) if is_dataset(path) else load_npz(path))
-
-
-def is_dataset(path):
-    """Is this features file a Parquet data set, rather than an .npz?"""
-    return is_remote(path) or os.path.isdir(path)
-
-
-def load_parquet(path):
-    import storage
-    meta = storage.read_meta(path)
-    return join_columns(list(storage.iterate_parts(path, meta["parts"]))) | {"meta": meta}
-
-
-def load_npz(path):
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            columns = {name: file[name] for name in (*COLUMNS, "meta")}
-        return columns | {"meta": json.loads(str(columns["meta"]))}
-    except KeyError as error:
-        raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file
-        raise UsageError(f"--features_file {path} is not a features file ({error}); extract again") from None
-
-
-def check_columns(path, columns):
-    """The columns, where they are what the code that reads them takes for granted. Raises UsageError."""
-    lengths = {len(columns[name]) for name in COLUMNS}
-    if len(lengths) != 1 or columns["features"].ndim != 2:
-        raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")
-    bad = ~np.isfinite(columns["features"]).all(axis=1)
-    if bad.any():
-        raise UsageError(f"--features_file {path}: {bad.sum()} rows hold NaN or infinite features (first: "
-                         f"{columns['paths'][bad][0]}); extract again")
-    if not np.isin(columns["labels"], (-1, 0, 1)).all():
-        raise UsageError(f"--features_file {path}: labels other than -1, 0 and 1; extract again")
-    if columns["facts"].dtype != FACTS:
-        raise UsageError(f"--features_file {path}: its facts are not those that this code reads; extract again")
-    return columns

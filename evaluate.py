@@ -57,12 +57,12 @@ import imaging  # noqa: E402
 import metrics  # noqa: E402
 import report  # noqa: E402
 from classify import Detector, choose_model  # noqa: E402
-from dataset import COLUMNS, SEEN, draw_evenly, list_images  # noqa: E402
+from dataset import COLUMNS, SEEN, draw_evenly, join_columns, list_images  # noqa: E402
 from distort import ARMS, CONDITIONS, manageable  # noqa: E402
 from extract_features import encode_ahead, join_parts, labels_of  # noqa: E402
 from facts import make_groups, twin_clusters  # noqa: E402
 from model import decision, load_model, probability, stale_threshold  # noqa: E402
-from train_model import load_columns  # noqa: E402
+from training_rows import open_files  # noqa: E402
 
 BATCH = 16
 SHOWN = 12  # hardest images of each class
@@ -86,7 +86,8 @@ def encode_folder(detector, data_dir):
 
 def stored_columns(path, model, data_dir):
     """Columns of a features file, checked to be of the model's encoder and (where a folder is named) of that folder."""
-    columns, encoder = load_columns([path])
+    (file,), encoder = open_files([path])
+    columns = join_columns(list(file.parts()))
     if encoder["identity"] != model["encoder"]["identity"]:
         raise UsageError(f"{path} is of encoder '{encoder['name']}' ({encoder['identity'][:12]}), the model "
                          f"needs '{model['encoder']['name']}' ({model['encoder']['identity'][:12]}): extract with that one")

@@ -83,24 +83,32 @@ def near_pairs(thumb, block=256):
 def pairs_between(thumb, others, block=256):
     """uint8 [n, 64], uint8 [k, 64] -> index pairs [m, 2], one of each, whose 8x8 pictures agree.
 
-    Within NEAR_GREY of each other and, so that flat pictures do not all agree, correlated by NEAR_CORRELATION.
+    Within NEAR_GREY of each other and, so that flat pictures do not all agree, correlated by NEAR_CORRELATION. Two pictures
+    differ by no less than their means do, so only those of about the same brightness are compared.
     """
-    (grey, square, shape), (other_grey, other_square, other_shape) = map(measured, (thumb, others))
+    (order, mean, grey, square, shape), (other_order, other_mean, other_grey, other_square, other_shape) = map(by_brightness, (thumb, others))
     pairs = [np.empty((0, 2), int)]
     for start in range(0, len(grey), block):
         rows = slice(start, start + block)
-        distance = (square[rows, None] + other_square - 2 * grey[rows] @ other_grey.T) / 64
+        first = np.searchsorted(other_mean, mean[start] - NEAR_GREY - 0.01)
+        near = slice(first, np.searchsorted(other_mean, mean[rows][-1] + NEAR_GREY + 0.01))
+        distance = (square[rows, None] + other_square[near] - 2 * grey[rows] @ other_grey[near].T) / 64
         i, j = np.nonzero(distance <= NEAR_GREY ** 2)
-        alike = (shape[start + i] * other_shape[j]).sum(axis=1) >= NEAR_CORRELATION
-        pairs.append(np.stack([start + i[alike], j[alike]], axis=1))
-    return np.concatenate(pairs)
+        alike = (shape[start + i] * other_shape[first + j]).sum(axis=1) >= NEAR_CORRELATION
+        pairs.append(np.stack([order[start + i[alike]], other_order[first + j[alike]]], axis=1))
+    pairs = np.concatenate(pairs)
+    return pairs[np.lexsort(pairs.T[::-1])]
 
 
-def measured(thumb):
-    """-> (greys as float32, their squared length, their deviations from the mean at length 1)."""
+def by_brightness(thumb):
+    """-> (row numbers from dark to bright; and of these rows: mean, greys as float32, their squared length, their deviations
+    from the mean at length 1)."""
     grey = thumb.astype(np.float32)
-    shape = grey - grey.mean(axis=1, keepdims=True)
-    return grey, (grey * grey).sum(axis=1), shape / np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 1e-6)
+    mean = grey.mean(axis=1)
+    order = np.argsort(mean, kind="stable")
+    grey, mean = grey[order], mean[order]
+    shape = grey - mean[:, None]
+    return order, mean, grey, (grey * grey).sum(axis=1), shape / np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 1e-6)
 
 
 def twin_clusters(thumb, sha256):

@@ -13,7 +13,8 @@ import numpy as np
 
 import common
 from common import UsageError, say
-from dataset import COLUMNS, count_cells, load_features
+from dataset import COLUMNS, count_cells
+from features import load_features
 from facts import pairs_between
 
 SHOWN_SOURCES = 10

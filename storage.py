@@ -11,6 +11,7 @@ import functools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -135,16 +136,35 @@ def about_part(folder, name):
     return json.loads(open_part(folder, name).schema_arrow.metadata[b"about"])
 
 
+def about_parts(folder, names):
+    """{name: `about_part`} of several parts."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(names, pool.map(lambda name: about_part(folder, name), names)))
+
+
 def open_part(folder, name):
     import pyarrow.parquet as pq
-    filesystem, root = open_folder(str(folder))
+    filesystem, root = open_folder(str(folder) if is_remote(folder) else os.path.abspath(folder))
     return pq.ParquetFile(f"{root}/{name}", filesystem=filesystem)
 
 
-def read_part(folder, name, wanted=COLUMNS):
-    """Columns of one part, as in a features file."""
-    table = open_part(folder, name).read(columns=list(wanted))
+@contextmanager
+def readable(folder, name):
+    """A part that cannot be read is a UsageError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:  # ValueError: pyarrow's own kinds
+        raise UsageError(f"--features_file {folder}: {name} cannot be read ({one_line(error)}); extract again") from None
 
+
+def read_part(folder, name, wanted=COLUMNS):
+    """Columns of one part, as in a features file. Raises UsageError."""
+    with readable(folder, name):
+        return columns_of(open_part(folder, name).read(columns=list(wanted)), wanted)
+
+
+def columns_of(table, wanted):
+    """Arrow's table -> arrays as numpy has them in an .npz."""
     def column(name):
         values = table[name].combine_chunks()
         if name in ("features", "thumb"):
@@ -173,16 +193,26 @@ def read_meta(folder):
         raise UsageError(f"--features_file {folder}: its _meta.json is damaged; extract again") from None
 
 
+def count_rows(folder, names):
+    """Rows of the parts together, from their footers. Raises UsageError."""
+    def rows(name):
+        with readable(folder, name):
+            return open_part(folder, name).metadata.num_rows
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return sum(pool.map(rows, names))
+
+
 def iterate_parts(folder, names, wanted=COLUMNS):
-    """Columns of the parts, one after the other; the next are read meanwhile. Raises UsageError."""
-    def read(name):
-        try:
-            return read_part(folder, name, wanted)
-        except (OSError, ValueError, KeyError) as error:  # ValueError: pyarrow's own kinds
-            raise UsageError(f"--features_file {folder}: {name} cannot be read ({one_line(error)}); extract again") from None
+    """Columns of the parts, one after the other. Raises UsageError."""
+    return read_ahead(lambda name: read_part(folder, name, wanted), names)
+
+
+def read_ahead(read, places):
+    """read(place) of each, one after the other; the next is read meanwhile."""
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(read, names[0]) if names else None
-        for following in [*names[1:], None]:
-            columns = coming.result()
-            coming = ahead.submit(read, following) if following else None
-            yield columns
+        coming = ahead.submit(read, places[0]) if places else None
+        for following in places[1:]:
+            found, coming = coming.result(), ahead.submit(read, following)
+            yield found
+        if coming:
+            yield coming.result()

@@ -31,8 +31,12 @@ def parse_args(argv):
     parser.add_argument("--sign", metavar="KEY", help="private Ed25519 key in PEM: signs the model, for MODEL_PUBLIC_KEY")
     parser.add_argument("--export_sklearn", metavar="FILE",
                         help="also a scikit-learn Pipeline, for skops.io.load; calibrator and threshold are in the model alone")
+    parser.add_argument("--max_rows", type=int, default=100_000, metavar="N",
+                        help="more rows than this are sampled; linear-svm takes all of a Parquet data set, in passes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and folds")
     args = parser.parse_args(argv)
+    if args.max_rows < 1:
+        raise UsageError(f"--max_rows {args.max_rows}: must be at least 1")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must be at least 0")
     if not VERSION.fullmatch(args.model_version):
@@ -54,105 +58,24 @@ import numpy as np  # noqa: E402
 import export  # noqa: E402
 import metrics  # noqa: E402
 import signing  # noqa: E402
-from classifiers import GRIDS, fit, fit_sigmoid, fold_rows, out_of_fold, row_weights, search, svc  # noqa: E402
-from dataset import COLUMNS, join_columns, load_features  # noqa: E402
-from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model, standardise  # noqa: E402
-from probes import MIN_IMAGES  # noqa: E402
+import streaming  # noqa: E402
+from classifiers import GRIDS, calibrated, fit, fold_rows, out_of_fold, row_weights, search, svc  # noqa: E402
+from dataset import COLUMNS  # noqa: E402
+from features import load_rows  # noqa: E402
+from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model  # noqa: E402
+from training_rows import Rows, choose_rows, open_files  # noqa: E402
 
 BAND_ERROR = 0.1         # of each class, the share that may lie on the wrong side outside the 'uncertain' band
 HELD_OUT_ROWS = 1500     # of the other sources, for each line of the leave-one-source-out table
-MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
-                         # data are copies of a few pictures, or something chains them, and groups mean nothing
-POOL = ("train", "val", "test", "")  # what --resplit divides anew; external, extra and seen images stay out of it
-
-
-# ---- rows ----
-
-def load_columns(paths):
-    """Features files -> their joined columns and the encoder's entry. Raises UsageError on mixed encoders."""
-    files = [load_features(path) for path in paths]
-    for path, file in zip(paths, files):
-        if "encoder" not in file["meta"]:
-            raise UsageError(f"{path} does not say which encoder made it: extract again")
-    encoders = [file["meta"]["encoder"] for file in files]
-    for path, encoder in zip(paths, encoders):
-        if encoder["identity"] != encoders[0]["identity"]:
-            raise UsageError(f"{paths[0]} was made by '{encoders[0]['name']}' ({encoders[0]['identity'][:12]}), {path} by "
-                             f"'{encoder['name']}' ({encoder['identity'][:12]}): extract both with one encoder")
-    columns = join_columns(files)
-    return columns, encoders[0]
-
-
-def group_rows(columns):
-    """`facts.make_groups`; UsageError where one picture is more than MAX_CLUSTER of the data. -> (groups, twins, words)"""
-    from facts import make_groups, twin_clusters
-    cluster = twin_clusters(columns["thumb"], columns["sha256"])
-    whole = columns["view"] == 0
-    largest = int(np.bincount(cluster[whole]).argmax())
-    n = int((cluster[whole] == largest).sum())
-    if n > max(50, MAX_CLUSTER * whole.sum()):
-        raise UsageError(f"{n} of {whole.sum()} images look like one and the same picture "
-                         f"({', '.join(columns['paths'][whole & (cluster == largest)][:3])}, ...): remove the copies, then extract again")
-    groups, kind = make_groups(columns, cluster)
-    return groups, cluster, kind
-
-
-def choose_rows(columns, args, seed):
-    """-> (train row numbers, test row numbers, groups and twins of all rows, words on how they were chosen)."""
-    labelled = columns["labels"] >= 0
-    splits, wanted = columns["splits"], args.train_splits.split(",")
-    missing = sorted(set(wanted) - set(splits[labelled]))
-    if missing and args.train_splits != "train":  # without a split called so the default means our own
-        raise UsageError(f"--train_splits {args.train_splits}: no labelled images in '{missing[0]}' "
-                         f"(splits there: {', '.join(filter(None, sorted(set(splits[labelled])))) or 'none'})")
-    in_train = labelled & np.isin(splits, wanted)
-    in_test = labelled & (splits == "test")
-    own = args.resplit or not in_train.any() or not in_test.any() or "test" in wanted
-    pool = labelled & (np.isin(splits, (*POOL, *wanted)) if args.resplit or not in_train.any() else in_train)
-    check_classes(columns, pool if own else in_train, "to train on")
-    used = np.flatnonzero(pool if own else in_train | in_test)  # others' sources must not count
-    groups, twins = np.full((2, len(labelled)), -1)
-    groups[used], twins[used], kind = group_rows({name: columns[name][used] for name in COLUMNS})
-    if not own:
-        return np.flatnonzero(in_train), np.flatnonzero(in_test), groups, twins, f"the folders' split; folds by {kind}"
-    rows = np.flatnonzero(pool)
-    train, test = fold_rows(columns["labels"][rows], groups[rows], seed)[0]
-    return rows[train], rows[test], groups, twins, f"our own split by {kind}, a fifth for testing; folds the same way"
-
-
-def check_classes(columns, rows, what):
-    for label, name in enumerate(CLASSES):
-        n = int((columns["labels"][rows & (columns["view"] == 0)] == label).sum())
-        if n < MIN_IMAGES:
-            raise UsageError(f"{n} {name} images {what}; at least {MIN_IMAGES} are needed: add some, or name other splits with "
-                             f"--train_splits (there: {', '.join(filter(None, sorted(set(columns['splits'])))) or 'none'})")
 
 
 # ---- one classifier ----
-
-class Rows:
-    """The training rows as the fitting takes them: features, labels, weight, group, twins and image of each."""
-
-    def __init__(self, columns, train, groups, twins):
-        self.columns = {name: columns[name][train] for name in COLUMNS}
-        self.features, self.labels = self.columns["features"], self.columns["labels"].astype(int)
-        self.whole = self.columns["view"] == 0
-        self.groups, self.twins = groups[train], twins[train]
-        self.images = np.unique(self.columns["sha256"], return_inverse=True)[1]
-        self.weight = row_weights(self.labels, self.columns["sources"])
-
 
 def build(kind, rows, seed):
     """Search, out-of-fold scores once, a sigmoid on them, final fit on all rows -> the classifier's part of the model dict."""
     point = search(kind, rows.features, rows.labels, rows.weight, rows.groups, rows.images, seed)
     scores = out_of_fold(kind, rows.features, rows.labels, rows.weight, fold_rows(rows.labels, rows.groups, seed), seed, **point)
-    fitted = fit(kind, rows.features, rows.labels, rows.weight, seed, **point)
-    x = standardise(fitted, rows.features)
-    return {**fitted, "hyperparameters": point, "calibrator": fit_sigmoid(scores, rows.labels),
-            # what the service's drift is measured from: each class's mean of the standardised untouched images
-            "means": np.stack([x[rows.whole & (rows.labels == label)].mean(0) for label in (0, 1)]),
-            "out_of_fold": {"scores": scores.astype(np.float32), "labels": rows.labels.astype(np.int8),
-                            "view": rows.columns["view"].astype(np.int8)}}
+    return calibrated(fit(kind, rows.features, rows.labels, rows.weight, seed, **point), point, scores, rows)
 
 
 def out_of_fold_probability(model):
@@ -170,18 +93,23 @@ def set_threshold(model, max_fpr):
             "band": choose_band(p_fake, labels, threshold, BAND_ERROR)}
 
 
-def describe_training(rows, encoder, args):
-    """What the model file says of where it comes from. `images`: first 64 bits of each training image's hash."""
+def training_data(rows):
+    """What the model says of the rows that trained it. `images`: first 64 bits of each image's hash."""
     digest = "".join(f"{s}{label}" for s, label in sorted(zip(rows.columns["sha256"][rows.whole], rows.labels[rows.whole])))
     hashes = sorted({int(s[:16], 16) - 2 ** 63 for s in rows.columns["sha256"]})
+    return {"sha256": common.sha256(digest.encode()), "real": int((rows.labels[rows.whole] == 0).sum()),
+            "fake": int((rows.labels[rows.whole] == 1).sum()), "views": int(rows.columns["view"].max()),
+            "sources": sorted(set(rows.columns["sources"].tolist())), "images": np.array(hashes, np.int64)}
+
+
+def describe_training(data, encoder, args):
+    """What the model file says of where it comes from; `data`: from `training_data`."""
     import sklearn
     return {
         "format": FORMAT, "encoder": dict(encoder),
         "versions": {"model": args.model_version, "code": common.code_commit(), "numpy": np.__version__,
                      "scikit-learn": sklearn.__version__, "svm": svc().__module__.split(".")[0]},
-        "training_data": {"sha256": common.sha256(digest.encode()), "real": int((rows.labels[rows.whole] == 0).sum()),
-                          "fake": int((rows.labels[rows.whole] == 1).sum()), "views": int(rows.columns["view"].max()),
-                          "sources": sorted(set(rows.columns["sources"].tolist())), "images": np.array(hashes, np.int64)}}
+        "training_data": data}
 
 
 def false_alarms(model, rows):
@@ -302,8 +230,13 @@ def main(argv=None):
         export.need_skops(args.export_sklearn)
         check_output(Path(args.export_sklearn), "--export_sklearn")
     key = signing.read_key(args.sign, "--sign", "private") if args.sign else None
-    columns, encoder = load_columns(args.features_file)
+    files, encoder = open_files(args.features_file)
+    columns, numbers = load_rows(files, args.max_rows, args.seed)
     train, test, groups, twins, how = choose_rows(columns, args, args.seed)
+    streams = numbers is not None and args.classifier == streaming.KIND and all(file.whole is None for file in files)
+    if numbers is not None:
+        how += (f"; {len(numbers)} of {sum(file.rows for file in files)} rows, a draw even over class and source"
+                + (", and the others train as well" if streams else ""))
     rows, whole = Rows(columns, train, groups, twins), columns["view"] == 0
     copies = f", and {(~whole[train]).sum()} degraded copies" if not whole[train].all() else ""
     say(f"{whole[train].sum()} images to train{copies}, {whole[test].sum()} to test ({how})")
@@ -313,11 +246,16 @@ def main(argv=None):
     found = audit_training(columns, train, test, twins)
     said = say_findings(found)
 
-    models = {kind: set_threshold(build(kind, rows, args.seed), args.max_fpr)
-              for kind in (GRIDS if args.classifier == "all" else [args.classifier])}
+    if streams:
+        part, data = streaming.build(files, numbers, columns, rows, train, test, groups, args.seed)
+        parts = {streaming.KIND: part}
+    else:
+        data = training_data(rows)
+        parts = {kind: build(kind, rows, args.seed) for kind in (GRIDS if args.classifier == "all" else [args.classifier])}
+    models = {kind: set_threshold(part, args.max_fpr) for kind, part in parts.items()}
     kinds = compare(models, rows, columns, test, groups)
     model = models[max(kinds, key=lambda row: row["out_of_fold"]["value"])["classifier"]]  # never by the test images
-    model |= describe_training(rows, encoder, args)
+    model |= describe_training(data, encoder, args)
     if notice := encoder.get("notice"):
         say(f"note: {notice}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import load_features  # noqa: E402
+from features import load_features  # noqa: E402
 from model import decision, load_model  # noqa: E402
 from telemetry import BINS, Drift  # noqa: E402
 

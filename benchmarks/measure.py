@@ -5,20 +5,26 @@ import subprocess
 import time
 
 
+def run(name, command, **env):
+    """A process of its own -> (seconds, peak MB). One that fails ends the benchmark with what it said."""
+    started = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{name} failed: {said.decode()}")
+    return time.perf_counter() - started, used.ru_maxrss / 1000
+
+
 def in_turns(commands, runs, **env):
     """{name: command} -> {name: [(seconds, peak MB)]}: one run of each that does not count, then A B A B ..., since the
-    machine's mood changes. A command that fails ends the benchmark with what it said."""
+    machine's mood changes."""
     found = {name: [] for name in commands}
     for turn in range(runs + 1):
         for name, command in commands.items():
-            started = time.perf_counter()
-            process = subprocess.Popen(list(map(str, command)), env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            said = process.stderr.read()
-            _, status, used = os.wait4(process.pid, 0)
-            if status:
-                raise SystemExit(f"{name} failed: {said.decode()}")
+            measured = run(name, command, **env)
             if turn:
-                found[name].append((time.perf_counter() - started, used.ru_maxrss / 1000))
+                found[name].append(measured)
     return found
 
 

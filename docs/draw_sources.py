@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 from common import CLASSES, atomic_write  # noqa: E402
-from dataset import load_features  # noqa: E402
+from features import load_features  # noqa: E402
 from model import decision, load_model, probability  # noqa: E402
 
 COLOURS = ("#2c7fb8", "#e6550d")

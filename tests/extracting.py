@@ -13,7 +13,8 @@ import pytest
 import encoders
 import extract_features
 from conftest import ROOT
-from dataset import COLUMNS, load_features
+from dataset import COLUMNS
+from features import load_features
 
 FEW = {"train/real/camera": 8, "train/fake/gan": 8, "test/real/camera": 4, "test/fake/gan": 4}
 # No git repository at that place, so that meta holds CODE_COMMIT: an edit of the code during a test changes no bytes.

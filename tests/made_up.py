@@ -9,6 +9,7 @@ import numpy as np
 import common
 import encoders
 import train_model
+import training_rows
 from dataset import COLUMNS, FACTS
 from model import load_model, save_model
 
@@ -62,14 +63,14 @@ def with_views(columns, views, noise=0.1, seed=0):
 def training_rows(columns):
     """All rows to train on, each image (with its copies) a group of its own."""
     groups = np.unique(columns["sha256"], return_inverse=True)[1]
-    return train_model.Rows(columns, np.arange(len(columns["labels"])), groups, groups)
+    return training_rows.Rows(columns, np.arange(len(columns["labels"])), groups, groups)
 
 
 def build(columns, kind="svm", seed=0, **changes):
     """Train on all rows -> the model, as train_model.py would save it."""
     args, rows = training_arguments(seed=seed, classifier=kind, **changes), training_rows(columns)
     model = train_model.set_threshold(train_model.build(kind, rows, seed), args.max_fpr)
-    return {**model, **train_model.describe_training(rows, ENCODER, args), "metrics": {}}
+    return {**model, **train_model.describe_training(train_model.training_data(rows), ENCODER, args), "metrics": {}}
 
 
 def other_encoder(name="other", identity="cd" * 32, **changes):

@@ -14,7 +14,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from common import CLASSES
-from dataset import COLUMNS, load_features
+from dataset import COLUMNS
+from features import load_features
 from live import free_port
 from made_up import build
 from metrics import measure

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import common
 import golden
 from conftest import ROOT
-from dataset import load_features
+from features import load_features
 from live import post, ready_client
 from made_up import BASELINE
 from model import decision, load_model

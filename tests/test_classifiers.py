@@ -19,7 +19,7 @@ from common import UsageError
 from conftest import ROOT
 from made_up import build, make_columns, training_arguments, training_rows, with_views
 from model import decision, probability, verdict
-from train_model import Rows, choose_rows
+from training_rows import Rows, choose_rows
 
 
 # ---- weights ----

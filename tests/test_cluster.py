@@ -22,7 +22,8 @@ import cluster
 import storage
 from common import UsageError
 from conftest import ROOT, assert_one_line_error
-from dataset import COLUMNS, Entry, load_features
+from dataset import COLUMNS, Entry
+from features import load_features
 from extracting import FEW, SETTINGS, extract, few, own, settings  # noqa: F401
 from live import free_port
 from made_up import make_columns, other_encoder
@@ -365,7 +366,7 @@ def test_parts_lose_the_rows_that_went_and_others_are_left_as_they_are(tmp_path)
     for i in range(3):
         part = {name: columns[name][2 * i:2 * i + 2] for name in COLUMNS}
         storage.write_part(tmp_path, f"part-{i:06d}-00.parquet", part, cluster.describe(part, [(p, (1, 1)) for p in part["paths"].tolist()]))
-    abouts = cluster.about_parts(tmp_path, [f"part-{i:06d}-00.parquet" for i in range(3)])
+    abouts = storage.about_parts(tmp_path, [f"part-{i:06d}-00.parquet" for i in range(3)])
     args, paths = Namespace(output_file=str(tmp_path)), columns["paths"].tolist()
     kept = cluster.rewrite(args, abouts, drop={paths[1], paths[4], paths[5]}, gone=set(), new=[])
     assert [cluster.number_of(name) for name in kept] == [0, 1] and list(kept)[1] == "part-000001-00.parquet"

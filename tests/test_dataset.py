@@ -8,7 +8,8 @@ import pytest
 
 from common import UsageError
 from conftest import ROOT
-from dataset import COLUMNS, FACTS, LABELS, SPLITS, Entry, describe, draw_evenly, list_files, list_images, load_features
+from dataset import COLUMNS, FACTS, LABELS, SPLITS, Entry, describe, draw_evenly, list_files, list_images
+from features import load_features
 from made_up import make_columns, write_features
 
 REAL, FAKE, UNKNOWN = 0, 1, -1

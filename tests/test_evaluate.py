@@ -9,7 +9,7 @@ from conftest import ROOT, assert_one_line_error
 from PIL import Image
 
 import evaluate
-from dataset import load_features
+from features import load_features
 from distort import ARMS, CONDITIONS
 from made_up import BASELINE, ENCODER, build, make_columns, write_features
 from model import choose_band, probability, save_model

@@ -15,7 +15,7 @@ import imaging  # noqa: E402
 import finetune_clip  # noqa: E402
 import prepare_clip  # noqa: E402
 from conftest import assert_one_line_error  # noqa: E402
-from dataset import load_features  # noqa: E402
+from features import load_features  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

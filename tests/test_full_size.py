@@ -16,7 +16,7 @@ from PIL import Image  # noqa: E402
 import encoders  # noqa: E402
 import imaging  # noqa: E402
 import prepare_clip  # noqa: E402
-from dataset import load_features  # noqa: E402
+from features import load_features  # noqa: E402
 from model import load_model  # noqa: E402
 from small_clip import centred_cosines, pairwise_cosines, rounded, save_state_dict  # noqa: E402
 

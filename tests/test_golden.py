@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import encoders
 import demo
-from dataset import load_features
+from features import load_features
 from make_golden import GOLDEN, features_of
 from metrics import measure
 from model import decision, load_model, probability

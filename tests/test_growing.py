@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import join_columns, load_features
+from dataset import join_columns
+from features import load_features
 from extracting import BLOWS, digest, encoded, extract, few, names, own, rows, settings, strike  # noqa: F401
 from growing import digests_of, whats_new, words
 from made_up import make_columns, with_views

@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 from classifiers import balanced_weights, fit, svc
 from common import ModelError, UsageError
 from conftest import ROOT
-from dataset import load_features
+from features import load_features
 from made_up import BASELINE, Planted, build, make_columns
 from model import CLASSIFIERS, DERIVED, FIELDS, decision, load_model, probability, save_model, verdict
 

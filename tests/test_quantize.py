@@ -17,7 +17,7 @@ import quantize  # noqa: E402
 import small_clip  # noqa: E402
 from common import EncoderError, UsageError  # noqa: E402
 from conftest import assert_one_line_error  # noqa: E402
-from dataset import load_features  # noqa: E402
+from features import load_features  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import encoders
 import prepare_clip
-from dataset import load_features
+from features import load_features
 from extracting import (BLOWS, FEW, SETTINGS, another_encoder, command, digest, encoded, extract, few, finish,  # noqa: F401
                         names, own, rows, settings, strike)
 

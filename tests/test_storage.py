@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 import storage
-import train_model
+import training_rows
 from common import UsageError
 from conftest import assert_one_line_error
-from dataset import COLUMNS, join_columns, load_features
+from dataset import COLUMNS, join_columns
+from features import load_features, load_rows
 from made_up import ENCODER, make_columns, with_views, write_features
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install -r requirements-ray.txt")
@@ -66,8 +67,9 @@ def test_parts_that_meta_does_not_name_are_not_there(tmp_path):
 def test_npz_and_parquet_are_trained_on_together_and_the_audit_reads_parquet_too(script, tmp_path):
     one, other = make_columns(), make_columns(seed=1)
     files = [write_features(tmp_path / "f.npz", one), write_dataset(tmp_path / "f.parquet", other)]
-    columns, encoder = train_model.load_columns(files)
-    assert encoder == ENCODER and np.array_equal(columns["features"], join_columns([one, other])["features"])
+    opened, encoder = training_rows.open_files(files)
+    columns, rows = load_rows(opened, 1000)
+    assert encoder == ENCODER and rows is None and np.array_equal(columns["features"], join_columns([one, other])["features"])
     assert script("audit.py", "--features_file", files[1]).returncode == 0
 
 

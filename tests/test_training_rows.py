@@ -2,13 +2,13 @@
 import numpy as np
 import pytest
 
-import train_model
+import training_rows
 from classifiers import fold_rows
 from common import UsageError
 from facts import make_groups
 from made_up import make_columns, training_arguments, with_views
-from train_model import choose_rows
 from trained import train  # noqa: F401
+from training_rows import choose_rows
 
 
 def chosen(columns, **changes):
@@ -173,7 +173,7 @@ def test_the_copies_of_an_image_are_of_its_group_and_on_its_side(flags):
 
 @pytest.mark.parametrize("flags", [{}, {"resplit": True}], ids=["the folders' split", "our own"])
 def test_copies_neither_count_as_images_nor_as_one_picture_repeated(train, flags):
-    fewest = train_model.MIN_IMAGES - 1
+    fewest = training_rows.MIN_IMAGES - 1
     with pytest.raises(UsageError, match=f"{fewest} real images to train on"):
         chosen(with_views(make_columns(real=fewest, fake=60, splits=False), 3), **flags)
     columns = with_views(make_columns(real=30, fake=30), 60)
@@ -192,7 +192,7 @@ def test_one_picture_above_5_percent_of_the_data_and_50_images_stops_everything(
     columns = make_columns(real=copies + others - 40, fake=40)
     columns["thumb"][:copies] = columns["thumb"][0]
     if not stops:
-        assert np.bincount(train_model.group_rows(columns)[0]).max() == copies
+        assert np.bincount(training_rows.group_rows(columns)[0]).max() == copies
         return
     with pytest.raises(UsageError, match=f"^{copies} of {copies + others} images look like one .*remove the copies"):
-        train_model.group_rows(columns)
+        training_rows.group_rows(columns)

@@ -1,0 +1,110 @@
+"""Features files: an .npz of extract_features.py, or the Parquet data set that it writes with --ray.
+
+    columns = load_features("features.npz")          # dict of arrays (dataset.COLUMNS), and "meta" as a dict
+    columns, rows = load_rows(files, 100_000)        # of several FeaturesFiles, and no more rows than that
+"""
+import json
+import os
+import zipfile
+import zlib
+
+import numpy as np
+
+import storage
+from common import UsageError, is_remote, need_features
+from dataset import COLUMNS, FACTS, draw_evenly, join_columns
+
+LIGHT = ("labels", "splits", "sources", "view")  # what a sample is drawn by
+
+
+class FeaturesFile:
+    """A features file of either kind: its `meta`, how many `rows` it has, and its columns, part by part. Raises UsageError."""
+
+    def __init__(self, path):
+        need_features(path)
+        self.path, self.whole = path, None
+        if is_remote(path) or os.path.isdir(path):
+            self.meta = storage.read_meta(path)
+            self.rows = storage.count_rows(path, self.meta["parts"])
+        else:
+            self.whole = check_columns(path, load_npz(path))
+            self.meta, self.rows = self.whole["meta"], len(self.whole["labels"])
+
+    def parts(self, wanted=COLUMNS):
+        """Some columns of a part after the other; an .npz is one."""
+        if self.whole:
+            yield {name: self.whole[name] for name in wanted}
+            return
+        for part in storage.iterate_parts(self.path, self.meta["parts"], wanted):
+            yield check_columns(self.path, part) if "features" in wanted else part
+
+
+def load_features(path):
+    """Features file -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed. Raises UsageError."""
+    file = FeaturesFile(path)
+    return join_columns(list(file.parts())) | {"meta": file.meta}
+
+
+def load_npz(path):
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            columns = {name: file[name] for name in (*COLUMNS, "meta")}
+        return columns | {"meta": json.loads(str(columns["meta"]))}
+    except KeyError as error:
+        raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file
+        raise UsageError(f"--features_file {path} is not a features file ({error}); extract again") from None
+
+
+def check_columns(path, columns):
+    """The columns, where they are what the code that reads them takes for granted. Raises UsageError."""
+    lengths = {len(columns[name]) for name in COLUMNS}
+    if len(lengths) != 1 or columns["features"].ndim != 2:
+        raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")
+    bad = ~np.isfinite(columns["features"]).all(axis=1)
+    if bad.any():
+        raise UsageError(f"--features_file {path}: {bad.sum()} rows hold NaN or infinite features (first: "
+                         f"{columns['paths'][bad][0]}); extract again")
+    if not np.isin(columns["labels"], (-1, 0, 1)).all():
+        raise UsageError(f"--features_file {path}: labels other than -1, 0 and 1; extract again")
+    if columns["facts"].dtype != FACTS:
+        raise UsageError(f"--features_file {path}: its facts are not those that this code reads; extract again")
+    return columns
+
+
+# ---- more rows than memory holds ----
+
+def load_rows(files, most, seed=0):
+    """FeaturesFiles -> (their columns; numbers of the rows that these are, or None where they are all).
+
+    Where the files have more than `most` rows, a sample of the labelled ones (see `sample_rows`).
+    """
+    if sum(file.rows for file in files) <= most:
+        return join_columns([part for file in files for part in file.parts()]), None
+    light = [part for file in files for part in file.parts(LIGHT)]
+    rows = sample_rows(*(np.concatenate([part[name] for part in light]) for name in LIGHT), most, seed)
+    kept, start = [], 0
+    for part in (part for file in files for part in file.parts()):
+        end = start + len(part["labels"])
+        mine = rows[np.searchsorted(rows, start):np.searchsorted(rows, end)] - start
+        kept.append({name: part[name][mine] for name in COLUMNS})
+        start = end
+    return join_columns(kept), rows
+
+
+def sample_rows(labels, splits, sources, view, most, seed):
+    """Numbers of at most `most` labelled rows, sorted; an image comes with its copies, which follow it.
+
+    Each split keeps its share of the images; within one, classes and sources are as even as their numbers allow.
+    """
+    first = np.flatnonzero(view == 0)
+    length = np.diff([*first, len(view)])
+    images = np.flatnonzero(labels[first] >= 0)
+    share = most / max(1, length[images].sum())
+    drawn = []
+    for split in np.unique(splits[first[images]]):
+        own = images[splits[first[images]] == split]
+        cells = list(zip(labels[first[own]].tolist(), sources[first[own]].tolist()))
+        drawn.append(own[draw_evenly(cells, int(share * len(own)), seed)])
+    drawn = np.sort(np.concatenate(drawn))
+    return np.concatenate([np.arange(start, start + n) for start, n in zip(first[drawn], length[drawn])])

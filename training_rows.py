@@ -1,0 +1,87 @@
+"""Which rows of the features files train a classifier, which test it, and which of them belong together.
+
+    files, encoder = open_files(["features.npz", "more.parquet"])
+    train, test, groups, twins, words = choose_rows(columns, args, seed)
+"""
+import numpy as np
+
+from classifiers import fold_rows, row_weights
+from common import CLASSES, UsageError
+from dataset import COLUMNS
+from features import FeaturesFile
+from probes import MIN_IMAGES
+
+MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
+                         # data are copies of a few pictures, or something chains them, and groups mean nothing
+POOL = ("train", "val", "test", "")  # what --resplit divides anew; external, extra and seen images stay out of it
+
+
+def open_files(paths):
+    """Features files, opened, and the entry of their encoder. Raises UsageError on mixed encoders."""
+    files = [FeaturesFile(path) for path in paths]
+    for path, file in zip(paths, files):
+        if "encoder" not in file.meta:
+            raise UsageError(f"{path} does not say which encoder made it: extract again")
+    encoders = [file.meta["encoder"] for file in files]
+    for path, encoder in zip(paths, encoders):
+        if encoder["identity"] != encoders[0]["identity"]:
+            raise UsageError(f"{paths[0]} was made by '{encoders[0]['name']}' ({encoders[0]['identity'][:12]}), {path} by "
+                             f"'{encoder['name']}' ({encoder['identity'][:12]}): extract both with one encoder")
+    return files, encoders[0]
+
+
+def group_rows(columns):
+    """`facts.make_groups`; UsageError where one picture is more than MAX_CLUSTER of the data. -> (groups, twins, words)"""
+    from facts import make_groups, twin_clusters
+    cluster = twin_clusters(columns["thumb"], columns["sha256"])
+    whole = columns["view"] == 0
+    largest = int(np.bincount(cluster[whole]).argmax())
+    n = int((cluster[whole] == largest).sum())
+    if n > max(50, MAX_CLUSTER * whole.sum()):
+        raise UsageError(f"{n} of {whole.sum()} images look like one and the same picture "
+                         f"({', '.join(columns['paths'][whole & (cluster == largest)][:3])}, ...): remove the copies, then extract again")
+    groups, kind = make_groups(columns, cluster)
+    return groups, cluster, kind
+
+
+def choose_rows(columns, args, seed):
+    """-> (train row numbers, test row numbers, groups and twins of all rows, words on how they were chosen)."""
+    labelled = columns["labels"] >= 0
+    splits, wanted = columns["splits"], args.train_splits.split(",")
+    missing = sorted(set(wanted) - set(splits[labelled]))
+    if missing and args.train_splits != "train":  # without a split called so the default means our own
+        raise UsageError(f"--train_splits {args.train_splits}: no labelled images in '{missing[0]}' "
+                         f"(splits there: {', '.join(filter(None, sorted(set(splits[labelled])))) or 'none'})")
+    in_train = labelled & np.isin(splits, wanted)
+    in_test = labelled & (splits == "test")
+    own = args.resplit or not in_train.any() or not in_test.any() or "test" in wanted
+    pool = labelled & (np.isin(splits, (*POOL, *wanted)) if args.resplit or not in_train.any() else in_train)
+    check_classes(columns, pool if own else in_train, "to train on")
+    used = np.flatnonzero(pool if own else in_train | in_test)  # others' sources must not count
+    groups, twins = np.full((2, len(labelled)), -1)
+    groups[used], twins[used], kind = group_rows({name: columns[name][used] for name in COLUMNS})
+    if not own:
+        return np.flatnonzero(in_train), np.flatnonzero(in_test), groups, twins, f"the folders' split; folds by {kind}"
+    rows = np.flatnonzero(pool)
+    train, test = fold_rows(columns["labels"][rows], groups[rows], seed)[0]
+    return rows[train], rows[test], groups, twins, f"our own split by {kind}, a fifth for testing; folds the same way"
+
+
+def check_classes(columns, rows, what):
+    for label, name in enumerate(CLASSES):
+        n = int((columns["labels"][rows & (columns["view"] == 0)] == label).sum())
+        if n < MIN_IMAGES:
+            raise UsageError(f"{n} {name} images {what}; at least {MIN_IMAGES} are needed: add some, or name other splits with "
+                             f"--train_splits (there: {', '.join(filter(None, sorted(set(columns['splits'])))) or 'none'})")
+
+
+class Rows:
+    """The training rows as the fitting takes them: features, labels, weight, group, twins and image of each."""
+
+    def __init__(self, columns, train, groups, twins):
+        self.columns = {name: columns[name][train] for name in COLUMNS}
+        self.features, self.labels = self.columns["features"], self.columns["labels"].astype(int)
+        self.whole = self.columns["view"] == 0
+        self.groups, self.twins = groups[train], twins[train]
+        self.images = np.unique(self.columns["sha256"], return_inverse=True)[1]
+        self.weight = row_weights(self.labels, self.columns["sources"])
