@@ -46,7 +46,7 @@ endif
 test: $(VENV)/.ready .venv-mlflow/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder
 
-test-long: $(VENV)/.ready tools
+test-long: $(VENV)/.ready .venv-mlflow/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m long -n 2 --dist loadfile --no-loadscope-reorder
 
 tools:

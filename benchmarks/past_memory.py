@@ -24,7 +24,7 @@ import storage  # noqa: E402
 from dataset import FACTS  # noqa: E402
 from features import FeaturesFile, load_rows  # noqa: E402
 
-PART = 16_384
+PART = 4096  # as parts are that a GPU made
 DIM = 768
 SOURCES = 60
 ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": DIM}

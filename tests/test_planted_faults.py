@@ -13,6 +13,8 @@ from classify import SHIPPED_MODEL, Detector  # noqa: E402
 
 COUNTS = {f"{split}/{label}/source{k}": 10 for split in ("train", "test") for label in ("real", "fake") for k in range(10)}
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def control(make_folder, tmp_path_factory):

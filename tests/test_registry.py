@@ -280,6 +280,7 @@ def test_a_server_that_does_not_answer_is_told_in_one_line(script, tmp_path):
     assert_one_line_error(done, "http://127.0.0.1", "is MLFLOW_TRACKING_URI right?")
 
 
+@pytest.mark.long
 def test_without_a_server_the_registry_is_a_file_in_this_folder(script, place, tmp_path):
     environment = {"MLFLOW_TRACKING_URI": ""}
     done = script("registry.py", "register", "detector", place / "good.joblib", **environment)
