@@ -9,9 +9,9 @@ import numpy as np
 import common
 import encoders
 import train_model
-import training_rows
 from dataset import COLUMNS, FACTS
 from model import load_model, save_model
+from training_rows import Rows
 
 ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": 6}
 BASELINE = common.HERE / "models" / "baseline.joblib"
@@ -63,7 +63,7 @@ def with_views(columns, views, noise=0.1, seed=0):
 def training_rows(columns):
     """All rows to train on, each image (with its copies) a group of its own."""
     groups = np.unique(columns["sha256"], return_inverse=True)[1]
-    return training_rows.Rows(columns, np.arange(len(columns["labels"])), groups, groups)
+    return Rows(columns, np.arange(len(columns["labels"])), groups, groups)
 
 
 def build(columns, kind="svm", seed=0, **changes):
