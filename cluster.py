@@ -24,9 +24,9 @@ import encoders
 import growing
 import storage
 from common import DetectorError, UsageError, say
-from dataset import COLUMNS, SEEN, Entry, count_cells
+from dataset import COLUMNS, SEEN, Entry, count_cells, join_columns
 from extract_features import (check_skipped, encode_ahead, find_entries, join_parts, key_of, labels_of, meta_of, part_name,
-                              reader_pool, summary)
+                              reader_pool, summary, tell_skipped)
 
 PART_BATCHES = 16        # batches in a part: what is lost where a worker is killed, a few minutes at most
 CPUS_OF_A_WORKER = 8     # on larger nodes there are several: an encoder takes half as long on twice the processors, up to there
@@ -45,7 +45,6 @@ def connected(address):
         import ray.data
     except ImportError:
         raise UsageError("--ray needs Ray, which is not installed: pip install -r requirements-ray.txt") from None
-    storage.need_pyarrow("--ray")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if re.fullmatch(r"[^/]+:\d+", address):  # Ray itself would ask there for minutes
@@ -130,10 +129,12 @@ def describe(columns, stamps):
             "cells": count_cells(columns)}
 
 
-def pack(ray, folder):
+def pack(ray, folder, address):
     """A prepared encoder in Ray's memory, for the nodes that do not have it: (its manifest, [reference to {name: bytes}])."""
-    elsewhere = len(ray.nodes()) > 1
-    return encoders.read_manifest(folder), [ray.put({file.name: file.read_bytes() for file in Path(folder).iterdir()})] * elsewhere
+    manifest = encoders.read_manifest(folder)
+    if address == "local":
+        return manifest, []
+    return manifest, [ray.put({file.name: file.read_bytes() for file in Path(folder).iterdir()})]
 
 
 def unpack(encoder):
@@ -170,29 +171,23 @@ def number_of(name):
     return int(re.fullmatch(r"part-(\d+)-\w+\.parquet", name)[1])
 
 
-def tell_skipped(about):
-    from tqdm import tqdm
-    for path, why, _ in about["bad"]:
-        tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
-
-
-def encode_missing(ray, parts, args, folder):
-    """Have every part made that is not stored yet; -> {name: `about_part`} of all of them."""
+def encode_missing(ray, parts, args, folder, workers):
+    """Have every part made that is not stored yet, by `plan`'s workers; -> {name: `about_part`} of all of them."""
     from tqdm import tqdm
     files = storage.list_stamps(args.output_file)
     abouts = storage.about_parts(args.output_file, [name for name in parts if name in files])
     missing = [{"name": name, "images": json.dumps(parts[name])} for name in parts if name not in abouts]
     for about in abouts.values():
-        tell_skipped(about)
+        tell_skipped(about["bad"])
     if abouts:
         say(f"going on: {len(abouts)} of {len(parts)} parts are stored already")
     if not missing:
         return abouts
-    device, cpus, gpus, room = plan(ray.nodes(), args.device, folder)
+    device, cpus, gpus, room = workers
     say(f"{len(missing)} parts of {len(parts[missing[0]['name']])} images; room for {room} workers of {cpus} processors{' and a GPU' * gpus}")
     pool = ray.data.ActorPoolStrategy(min_size=max(1, min(room, len(missing))), max_size=len(missing))
     made = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
-        Worker, batch_size=1, compute=pool, num_cpus=cpus, num_gpus=gpus, fn_constructor_args=(pack(ray, folder), args, device, cpus))
+        Worker, batch_size=1, compute=pool, num_cpus=cpus, num_gpus=gpus, fn_constructor_args=(pack(ray, folder, args.ray), args, device, cpus))
     with tqdm(total=sum(map(len, parts.values())), unit="image") as progress:
         progress.update(sum(len(parts[name]) for name in abouts))
         progress.initial = progress.n
@@ -200,7 +195,7 @@ def encode_missing(ray, parts, args, folder):
             abouts[row["name"]] = about = json.loads(row["about"])
             if "error" in about:
                 raise UsageError(about["error"])
-            tell_skipped(about)
+            tell_skipped(about["bad"])
             progress.update(len(parts[row["name"]]))
     return abouts
 
@@ -250,6 +245,7 @@ def rewrite(args, abouts, drop, gone, new):
     -> {name: `about_part`}, in order; parts that lose nothing as they are.
     """
     moved = {digest for name in new if gone for digest in storage.read_part(args.output_file, name, ["sha256"])["sha256"]}
+    gone = gone if moved else set()
     kept = {}
     for name, about in abouts.items():
         paths = {path for path, _ in about["stamps"]}
@@ -282,7 +278,6 @@ def add_up(abouts):
 
 def images_of(output, names):
     """All columns but the features, of a data set's parts."""
-    from dataset import join_columns
     wanted = [name for name in COLUMNS if name != "features"]
     return join_columns([{**part, "features": np.empty((len(part["paths"]), 0))} for part in storage.iterate_parts(output, names, wanted)])
 
@@ -317,13 +312,14 @@ def extract(args):
     if encoder.get("notice"):
         say(f"note: {encoder['notice']}")
     with connected(args.ray) as ray:
-        args.batch_size = args.batch_size or (256 if plan(ray.nodes(), args.device, folder)[0] == "cuda" else 16)
+        workers = plan(ray.nodes(), args.device, folder)
+        args.batch_size = args.batch_size or (256 if workers[0] == "cuda" else 16)
         key = key_of(args, encoder, args.precision)
         before = open_output(args.output_file, key)
         stay, drop, gone = changes(before, stamps, args.prune)
         todo = [e for e in entries if e.path not in stay]
         parts = deal(todo, stamps, PART_BATCHES * args.batch_size, max(map(number_of, before), default=-1) + 1)
-        made = encode_missing(ray, parts, args, folder)
+        made = encode_missing(ray, parts, args, folder, workers)
     skipped = [is_image for about in made.values() for _, _, is_image in about["bad"]]
     check_skipped(skipped, len(entries), args)
     new = {name: made[name] for name in parts if made[name]["rows"]}

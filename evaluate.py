@@ -11,7 +11,6 @@ evaluation of a features file, and named.
 """
 import argparse
 import json
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,10 +73,11 @@ PICTURES = ("robustness under re-saving, shrinking, blur, noise and crops", "fil
 def encode_folder(detector, data_dir):
     """Folder -> (columns as in a features file, number of files that cannot be read; each of those is told)."""
     from tqdm import tqdm
-    entries = list_images(data_dir)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        batches = encode_ahead(data_dir, entries, detector.encoder, BATCH, pool, common.MAX_PIXELS)
-        parts = list(tqdm(batches, total=math.ceil(len(entries) / BATCH), desc="encoding", unit="batch"))
+    entries, parts = list_images(data_dir), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(entries), desc="encoding", unit="image") as progress:
+        for part in encode_ahead(data_dir, entries, detector.encoder, BATCH, pool, common.MAX_PIXELS):
+            parts.append(part)
+            progress.update(min(BATCH, len(entries) - progress.n))
     columns, bad = join_parts(parts)
     for path, why, _ in bad:
         say(f"left out {path}: {why}")

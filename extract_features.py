@@ -108,8 +108,8 @@ def check_writable(output, parts):
 # ---- encoding ----
 
 def read_row(data_dir, entry, resolution, max_pixels, views=0):
-    """One image of a folder, here or in an object store -> (entry, crops uint8 [1 + views, r, r, 3], its stored columns), or (entry, None, [why not, is it an
-    image]). The first is the image as it is, the others are degraded copies, drawn from the hash of its bytes."""
+    """One image of a folder, here or in an object store -> (entry, crops uint8 [1 + views, r, r, 3], its stored columns), or
+    (entry, None, [why not, is it an image]). The first is the image as it is, the others are degraded copies, drawn from the hash of its bytes."""
     from distort import degrade, manageable, view_rng
     from facts import describe_image
     try:
@@ -126,8 +126,8 @@ def read_rows(data_dir, entries, *how):
 
 
 def reader_pool(device, count):
-    """What decodes on `count` processors: threads beside an encoder on the processors; beside a GPU a process for each of them, since Pillow and
-    numpy hold the interpreter's lock for a third of the work, and three images at a time would be all."""
+    """What decodes on `count` processors: threads where these encode, too; beside a GPU processes, since Pillow and numpy hold
+    the interpreter's lock for a third of the work, and three images at a time would be all."""
     if device == "cpu":
         return ThreadPoolExecutor(count)
     return ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
@@ -165,10 +165,10 @@ def part_name(number, stamps):
     return f"{number:06d}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]}"
 
 
-def tell_skipped(part):
-    """One line for each image of a part that could not be read."""
+def tell_skipped(bad):
+    """One line for each file without a row: [path, reason, is it an image]."""
     from tqdm import tqdm
-    for path, why, _ in json.loads(str(part["bad"])):
+    for path, why, _ in bad:
         tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
 
 
@@ -187,12 +187,13 @@ def encode_missing(batches, parts, args, encoder):
     moment the second ends: joining arrays and writing parts cost the encoder nothing.
     """
     from tqdm import tqdm
-    paths = [parts / (part_name(i, [(e.path, storage.stamp(args.data_dir, e.path)) for e in batch]) + ".npz") for i, batch in enumerate(batches)]
+    stamps = [[(e.path, storage.stamp(args.data_dir, e.path)) for e in batch] for batch in batches]
+    paths = [parts / f"{part_name(i, stamp)}.npz" for i, stamp in enumerate(stamps)]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     if len(missing) < len(paths):
         for i in sorted(set(range(len(paths))) - set(missing)):
             with np.load(paths[i], allow_pickle=False) as part:
-                tell_skipped(part)
+                tell_skipped(json.loads(str(part["bad"])))
         say(f"going on: {len(paths) - len(missing)} of {len(paths)} batches are stored already")
     readers, encoding, waiting = reader_pool(encoder.device, encoders.processors()), ThreadPoolExecutor(2), deque()
     how = encoder.resolution, args.max_pixels, args.views
@@ -201,7 +202,7 @@ def encode_missing(batches, parts, args, encoder):
         progress.initial = progress.n
 
         def finish(i, stored):
-            tell_skipped(stored.result())
+            tell_skipped(json.loads(str(stored.result()["bad"])))
             progress.update(len(batches[i]))
         try:
             for i in missing:

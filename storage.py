@@ -2,7 +2,7 @@
 
     files = list_stamps("s3://bucket/images")            # {path: (bytes, when changed)}
     data = read_bytes("s3://bucket/images", "train/real/1.jpg")
-    columns = read_dataset("features.parquet")           # the columns of a features file (dataset.COLUMNS)
+    for columns in iterate_parts("features.parquet", read_meta("features.parquet")["parts"]):    # dataset.COLUMNS, some rows
 
 A data set is a folder: parts, each written at once, and _meta.json, which names those that count. Whatever reads Parquet
 reads the folder; what the parts are made of is told by `about_part`.
@@ -117,10 +117,9 @@ def write_part(folder, name, columns, about):
     """Columns -> one Parquet file of the data set, and in its footer `about`, a dict."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    n, dim = columns["features"].shape
-    arrays = {"features": pa.FixedSizeListArray.from_arrays(pa.array(columns["features"].reshape(-1)), dim)}
-    arrays |= {name: pa.array(columns[name].tolist() if columns[name].dtype.kind == "U" else columns[name])
-               for name in ("labels", "paths", "splits", "sources", "sha256", "view")}
+    arrays = {"features": pa.FixedSizeListArray.from_arrays(pa.array(columns["features"].reshape(-1)), columns["features"].shape[1])}
+    arrays |= {column: pa.array(columns[column].tolist() if columns[column].dtype.kind == "U" else columns[column])
+               for column in ("labels", "paths", "splits", "sources", "sha256", "view")}
     arrays["facts"] = pa.StructArray.from_arrays([pa.array(columns["facts"][field].tolist(), pa.string()) if kind.kind == "U" else
                                                   pa.array(columns["facts"][field]) for field, (kind, *_) in FACTS.fields.items()],
                                                  names=list(FACTS.names))
@@ -185,7 +184,8 @@ def read_meta(folder):
     need_pyarrow(f"--features_file {folder}")
     try:
         meta = json.loads(read_bytes(folder, "_meta.json"))
-        return meta if "parts" in meta else {}["parts"]
+        meta["parts"]
+        return meta
     except OSError:
         raise UsageError(f"--features_file {folder} is not a features file, nor a finished data set (a folder with _meta.json); what "
                          "extract_features.py --ray has not finished the same command goes on with") from None

@@ -24,7 +24,7 @@ STEP = 0.1       # of the descent, over the number of features (rows have about 
                  # 0.001 and 0.1: AUC 0.9329 and 0.9328 after three passes, LinearSVC's 0.9330 and 0.9327; with 0.3: 0.9328, 0.9321
 PIECE = 16_384   # rows in memory at a time, and of at least MIXED parts, drawn from everywhere: a part is of one class and source,
 MIXED = 8        # and a descent that sees one after the other ends worse (AUC 0.986 where mixed rows give 0.989)
-LIGHT = ("labels", "splits", "sources", "view", "sha256", "thumb")
+SURVEYED = ("features", "labels", "splits", "sources", "view", "sha256", "thumb")
 ALL, OUT = 127, -1  # roles beside the fold numbers: every classifier is trained on the row, none is
 
 
@@ -81,7 +81,7 @@ def survey(files, sample):
     from tqdm import tqdm
     scaler, found, places, start, alike, codes = StandardScaler(), [], [], 0, 0, {"": 0}
     parts = [(file.path, name) for file in files for name in file.meta["parts"]]
-    for (path, name), part in tqdm(zip(parts, storage.read_ahead(lambda place: storage.read_part(*place, (*LIGHT, "features")), parts)),
+    for (path, name), part in tqdm(zip(parts, storage.read_ahead(lambda place: storage.read_part(*place, SURVEYED), parts)),
                                    total=len(parts), desc="looking at all rows", unit="part"):
         role, twins = sample.roles(part, start)
         if (role != OUT).any():
@@ -148,7 +148,7 @@ def build(files, numbers, columns, own, train, test, groups, seed):
 
 
 def training_data(rows, views):
-    """As train_model.describe_training has it; the hash is of the images' first 64 bits and labels, in order."""
+    """As train_model.training_data has it; the hash is of the images' first 64 bits and labels, in order."""
     trains = rows["role"] != OUT
     whole = trains & rows["whole"]
     order = np.lexsort((rows["labels"][whole], rows["digest"][whole]))

@@ -24,6 +24,7 @@ from common import UsageError
 from conftest import ROOT, assert_one_line_error
 from dataset import COLUMNS, Entry
 from features import load_features
+from extract_features import read_row
 from extracting import FEW, SETTINGS, extract, few, own, settings  # noqa: F401
 from live import free_port
 from made_up import make_columns, other_encoder
@@ -326,10 +327,22 @@ def test_from_an_object_store_into_one_and_a_training_on_it(many, plain, store, 
 
 
 @long
-def test_an_object_store_that_does_not_answer_counts_no_picture_as_broken(few, script, tmp_path):
+def test_an_object_store_that_does_not_answer_is_told_and_counts_no_picture_as_broken(script, tmp_path, monkeypatch):
     there = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
              "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
     assert_one_line_error(run("s3://pictures/data", tmp_path / "f.parquet", "local", code=2, **there), "s3://pictures/data", "cannot be listed")
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="s3://silent/data/a.jpg: cannot be read"):
+        read_row("s3://silent/data", Entry("a.jpg", 0, "", ""), 160, 10_000)
+
+
+@long
+def test_a_picture_that_is_not_in_the_store_is_a_picture_that_cannot_be_read(store, monkeypatch):
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    _, crops, why = read_row("s3://pictures/nowhere", Entry("a.jpg", 0, "", ""), 160, 10_000)
+    assert crops is None and "pictures/nowhere/a.jpg" in why[0]
 
 
 # ---- a folder that grows ----

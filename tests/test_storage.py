@@ -57,6 +57,14 @@ def test_a_part_without_rows_and_what_it_was_told_are_kept(tmp_path):
     assert storage.read_part(tmp_path, "part-000000-00.parquet")["features"].shape == (0, 6)
 
 
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
+    columns = make_columns(real=3, fake=3)
+    monkeypatch.chdir(tmp_path)
+    for name in ("f", "with space", "100%25 ?#", "图"):
+        write_dataset(name, columns, parts=1)
+        assert load_features(name)["paths"].tolist() == columns["paths"].tolist()
+
+
 def test_parts_that_meta_does_not_name_are_not_there(tmp_path):
     columns = make_columns()
     folder = write_dataset(tmp_path / "f", columns)
