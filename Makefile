@@ -43,7 +43,7 @@ demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python demo.py
 endif
 
-test: $(VENV)/.ready .venv-mlflow/.ready tools
+test: $(VENV)/.ready tools
 	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.ready .venv-mlflow/.ready tools

@@ -126,6 +126,7 @@ def test_a_folder_of_other_things_is_left_alone(script, few, tmp_path):
 
 # ---- Ray started here ----
 
+@long
 def test_ray_here_gives_the_rows_of_the_plain_command_and_once_more_does_nothing(many, plain, tmp_path):
     broken = shutil.copytree(many, tmp_path / "data") / "train/real/camera/zz.jpg"
     broken.write_bytes((many / "train/real/camera/000.jpg").read_bytes()[:900])
@@ -142,10 +143,12 @@ def test_ray_here_gives_the_rows_of_the_plain_command_and_once_more_does_nothing
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "f.parquet").glob("part-*")}
 
 
+@long
 def test_no_cluster_at_an_address_is_one_line(few, tmp_path):
     assert_one_line_error(run(few, tmp_path / "f.parquet", f"127.0.0.1:{free_port()}", code=2), "--ray 127.0.0.1:", "local")
 
 
+@long
 def test_what_a_worker_cannot_do_is_told_in_one_line_as_it_would_be_here(few, tmp_path):
     folder = other_encoder(source="ViT-B/32")
     (folder / "encoder.bin").write_bytes((folder / "encoder.bin").read_bytes()[:1000])

@@ -46,6 +46,7 @@ def test_clip_load_reads_the_checkpoint_and_the_prepared_folder_gives_its_featur
     assert cosine.min() > 0.9999
 
 
+@pytest.mark.long
 def test_an_interrupted_training_goes_on_to_the_same_weights(folder, trained, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

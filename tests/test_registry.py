@@ -23,6 +23,7 @@ from model import load_model, save_model
 from signing import signature_path
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install -r requirements-mlflow.txt")
+pytestmark = pytest.mark.long  # MLflow takes its time to start
 MLFLOW = ROOT / ".venv-mlflow" / "bin" / "mlflow"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 GOLDEN = {"seed": 9, "splits": False, "real": 80, "fake": 80}
@@ -280,7 +281,6 @@ def test_a_server_that_does_not_answer_is_told_in_one_line(script, tmp_path):
     assert_one_line_error(done, "http://127.0.0.1", "is MLFLOW_TRACKING_URI right?")
 
 
-@pytest.mark.long
 def test_without_a_server_the_registry_is_a_file_in_this_folder(script, place, tmp_path):
     environment = {"MLFLOW_TRACKING_URI": ""}
     done = script("registry.py", "register", "detector", place / "good.joblib", **environment)

@@ -190,6 +190,7 @@ def test_a_wait_has_an_end(serve, large):
     assert metric(server, 'detector_rejections_total{reason="queue_timeout"}') == sum(a.status_code == 503 for a in answers)
 
 
+@pytest.mark.long
 def test_more_connections_than_there_may_be_open_files_end_no_worker(tmp_path, photo, monkeypatch):
     plain = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: plain(

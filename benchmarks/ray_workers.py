@@ -1,7 +1,7 @@
 """extract_features.py on Ray against itself without: what starting costs, and rows per second once it runs.
 
-    python benchmarks/cluster.py --clip_model tiny --images 2000          # five minutes
-    python benchmarks/cluster.py --clip_model vit-l-14.pt --images 64     # see benchmarks/random_clip.py; 20 minutes
+    python benchmarks/ray_workers.py --clip_model tiny --images 2000          # five minutes
+    python benchmarks/ray_workers.py --clip_model vit-l-14.pt --images 64     # see benchmarks/random_clip.py; 20 minutes
 
 The images are crops of one photograph (--image), each saved apart. One machine plays the cluster: nodes of one processor are
 processes on it (ray.cluster_utils.Cluster), so two workers of one processor stand against one of two and against the plain
