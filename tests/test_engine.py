@@ -225,11 +225,12 @@ def test_no_more_images_are_decoded_at_a_time_than_there_are_processors(monkeypa
 
 def test_waiting_for_others_is_told_as_waiting_and_not_as_work(monkeypatch):
     monkeypatch.setattr("encoders.processors", lambda: 1)
-    engine, encode, found = engine_on(SLOTS=4), Encoder.encode, []
-    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: time.sleep(1) or encode(self, pixels))
+    engine, encode, found, begun = engine_on(SLOTS=4), Encoder.encode, [], threading.Event()
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: begun.set() or time.sleep(1) or encode(self, pixels))
     with contextlib.ExitStack() as stack:
         for seed in range(3):
             stack.enter_context(meanwhile(lambda seed=seed: found.append(engine.judge(engine.detector, [picture(seed)]))))
+            assert begun.wait(10)  # the first is encoded when the others come
     waited, encoded = sorted(waited for waited, _ in found), [facts["encode_s"] for _, (facts,) in found]
     assert waited[0] < 0.8 <= waited[1], "two came while the first was encoded"
     assert 1 <= min(encoded) and max(encoded) < 1.8

@@ -66,7 +66,7 @@ def test_a_killed_worker_comes_back_unready_but_alive_where_the_file_is_broken_m
     server = serve()
     (tmp_path / "model.joblib").write_bytes(b"broken")
     os.kill(worker_of(server), signal.SIGKILL)
-    wait_for(lambda: server.status() == 503)
+    wait_for(lambda: server.status() == 503 and events(server, "load_failed"))  # 503 while it loads, too
     assert_error(server.session.get(f"{server.url}/readyz", timeout=10), 503, "cannot be loaded")
     assert "not a model file" in events(server, "load_failed")[-1]["message"]
     assert server.session.get(f"{server.url}/healthz", timeout=10).status_code == 200
