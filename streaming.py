@@ -20,10 +20,9 @@ from model import decision
 
 KIND = "linear-svm"
 PASSES = 3       # over all rows; the weights' mean over the second and third is the result
-STEP = 0.1       # of the descent, over the number of features (rows have about that squared length). On 40,000 rows, C of
-                 # 0.001 and 0.1: AUC 0.9329 and 0.9328 after three passes, LinearSVC's 0.9330 and 0.9327; with 0.3: 0.9328, 0.9321
-PIECE = 16_384   # rows in memory at a time, and of at least MIXED parts, drawn from everywhere: a part is of one class and source,
-MIXED = 8        # and a descent that sees one after the other ends worse (AUC 0.986 where mixed rows give 0.989)
+STEP = 0.03      # of the descent, over the number of features (rows have about that squared length); benchmarks/cluster.md
+POOL = 131_072   # rows that wait to be drawn: a part is of one class and source, and the descent follows what it saw last
+PIECE = 16_384   # rows of a step
 SURVEYED = ("features", "labels", "splits", "sources", "view", "sha256", "thumb")
 ALL, OUT = 127, -1  # roles beside the fold numbers: every classifier is trained on the row, none is
 
@@ -97,17 +96,21 @@ def survey(files, sample):
 
 
 def pieces(places, rng):
-    """Pieces of all rows in a drawn order: (their features, their numbers); parts come from everywhere, rows are mixed."""
+    """Pieces of all rows in a drawn order: (their features, their numbers). Parts in a drawn order fill a pool, of whose rows half
+    are drawn when it is full."""
     order = [places[i] for i in rng.permutation(len(places))]
     waiting, count = [], 0
     for (_, _, start), part in zip(order, storage.read_ahead(lambda place: storage.read_part(*place[:2], ["features"]), order)):
         waiting.append((part["features"], np.arange(start, start + len(part["features"]))))
         count += len(part["features"])
-        if count >= PIECE and len(waiting) >= MIXED or start == order[-1][2]:
+        last = start == order[-1][2]
+        if count >= POOL or last:
             features, numbers = (np.concatenate(several) for several in zip(*waiting))
             mixed = rng.permutation(count)
-            yield features[mixed], numbers[mixed]
-            waiting, count = [], 0
+            drawn, rest = np.split(mixed, [count if last else count // 2])
+            waiting, count = [(features[rest], numbers[rest])], len(rest)
+            for piece in np.split(drawn, range(PIECE, len(drawn), PIECE)):
+                yield features[piece], numbers[piece]
 
 
 def descend(places, rows, scaler, C, seed):

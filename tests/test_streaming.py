@@ -144,13 +144,14 @@ def test_classifiers_never_see_the_rows_that_they_are_to_judge(tmp_path):
 
 
 def test_a_piece_is_of_many_parts_and_all_rows_come_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "PIECE", 20)
+    monkeypatch.setattr(streaming, "POOL", 80)
+    monkeypatch.setattr(streaming, "PIECE", 30)
     folder = write_dataset(tmp_path / "f", make_columns(real=120, fake=120), parts=24)
     places = [(folder, name, 10 * i) for i, name in enumerate(FeaturesFile(folder).meta["parts"])]
     numbers = [numbers for _, numbers in streaming.pieces(places, np.random.default_rng(0))]
-    assert [len(np.unique(piece // 10)) for piece in numbers] == [8, 8, 8]
+    assert max(map(len, numbers)) == 30 and min(len(np.unique(piece // 10)) for piece in numbers[::2]) >= 7
     assert sorted(np.concatenate(numbers)) == list(range(240))
-    assert all((np.diff(piece) != 1).sum() > 60 for piece in numbers)  # mixed, not part after part
+    assert all((np.diff(piece) == 1).mean() < 0.2 for piece in numbers)  # mixed, not part after part
 
 
 # ---- the command ----
