@@ -27,7 +27,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
 WORKDIR /app
 COPY requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements-serve.txt
-COPY app.py classify.py common.py dataset.py encoders.py engine.py golden.py gunicorn.conf.py imaging.py metrics.py model.py \
+COPY app.py classify.py common.py dataset.py encoders.py engine.py golden.py gunicorn.conf.py imaging.py layers.py metrics.py model.py \
     prepare_clip.py quantize.py settings.py signing.py telemetry.py together.py ./
 COPY static static
 COPY templates templates
@@ -47,7 +47,7 @@ ENV CLIP_CACHE=/cache
 WORKDIR /app
 COPY requirements.txt requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements.txt
-COPY common.py dataset.py encoders.py imaging.py prepare_clip.py quantize.py ./
+COPY common.py dataset.py encoders.py imaging.py layers.py prepare_clip.py quantize.py ./
 ARG CLIP_MODEL
 # vision.safetensors is CUDA's form of the same weights
 RUN python prepare_clip.py --clip_model "${CLIP_MODEL}" && rm /cache/encoders/*/vision.safetensors

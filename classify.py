@@ -68,13 +68,15 @@ class Detector:
 def encoder_folder(encoder, model_path, prepare=True):
     """The prepared folder that a model's encoder entry names; one of OpenAI's is prepared where it is missing, unless a
     service asks: torch's gigabytes would stay in its process. Raises EncoderError."""
-    folder = encoders.find_encoder(identity=encoder["identity"])
-    if folder is None and prepare and encoder["name"] in encoders.OPENAI_NAMES:
+    folder, clip_model = encoders.find_encoder(identity=encoder["identity"]), encoders.clip_model_of(encoder)
+    if folder is None and prepare and clip_model in encoders.OPENAI_NAMES:
         from prepare_clip import ensure_encoder
-        ensure_encoder(encoder["name"])
+        ensure_encoder(clip_model, layers=encoder["layers"])
         folder = encoders.find_encoder(identity=encoder["identity"])
     if folder is None:
-        checkpoint = encoder["name"] if encoder["name"] in encoders.OPENAI_NAMES else "with its checkpoint"
+        checkpoint = clip_model if clip_model in encoders.OPENAI_NAMES else "with its checkpoint"
+        if encoder["layers"] != "final":
+            checkpoint += f" --layers {encoder['layers']}"
         raise EncoderError(f"{model_path} was trained on encoder '{encoder['name']}' ({encoder['identity'][:12]}), which is "
                            f"not in {encoders.cache_dir()}: run python prepare_clip.py --clip_model {checkpoint}")
     return folder

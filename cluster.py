@@ -307,7 +307,7 @@ def extract(args):
     check_output(args.output_file)
     stamps = storage.list_stamps(args.data_dir)
     entries = [e for e in find_entries(args, list(stamps)) if can_be_stored(e.path)]
-    folder = ensure_encoder(args.clip_model, args.precision)
+    folder = ensure_encoder(args.clip_model, args.precision, args.layers)
     encoder = encoders.read_manifest(folder)
     if encoder.get("notice"):
         say(f"note: {encoder['notice']}")

@@ -39,16 +39,25 @@ def read_manifest(folder):
         raise EncoderError(f"{path} is damaged: remove that folder and prepare the encoder again") from None
 
 
-def find_encoder(**wanted):
-    """Folder of the prepared encoder whose manifest has these values (identity=..., source=...), or None.
+def prepared(**wanted):
+    """Folders of the prepared encoders whose manifest has these values (identity=..., source=...).
 
-    The shipped one is looked at first, then the cache; those made for other preprocessing are passed over.
+    The shipped one comes first, then the cache; those made for other preprocessing are passed over.
     """
     wanted["preprocessing"] = PREPROCESSING
     for folder in (SHIPPED, *sorted((cache_dir() / "encoders").glob("*"))):
         if wanted.items() <= {k: v for k, v in read_manifest(folder).items() if k in wanted}.items():
-            return folder
-    return None
+            yield folder
+
+
+def find_encoder(**wanted):
+    """The first of them, or None."""
+    return next(prepared(**wanted), None)
+
+
+def clip_model_of(encoder):
+    """What --clip_model was for the `encoder` entry of features or a model: its name says the layers, too."""
+    return encoder["name"].removesuffix(f" {encoder['layers']}")
 
 
 def processors(cgroup="/sys/fs/cgroup"):
@@ -179,6 +188,7 @@ def torch_forward(weights, manifest, device, precision, compile=False):
     """
     import torch
     from clip.model import convert_weights
+    from layers import with_layers
     from safetensors.torch import load_file
     if precision == "bfloat16":
         raise EncoderError("--precision bfloat16 is for processors; on CUDA use auto (float16) or float32")
@@ -191,6 +201,7 @@ def torch_forward(weights, manifest, device, precision, compile=False):
     if compile:
         for part in tower.transformer.resblocks if hasattr(tower, "transformer") else [tower]:
             part.compile()
+    module = with_layers(tower, manifest["layers"])
     largest, free = 0, queue.SimpleQueue()
     for _ in range(2):
         free.put(torch.cuda.Stream() if device == "cuda" else None)
@@ -206,7 +217,7 @@ def torch_forward(weights, manifest, device, precision, compile=False):
             with torch.cuda.stream(stream):  # of None: does nothing
                 if device == "cuda":
                     batch = batch.pin_memory().to(device, non_blocking=True)
-                return tower(batch.contiguous(memory_format=torch.channels_last))[:n].float().cpu().numpy()
+                return module(batch.contiguous(memory_format=torch.channels_last))[:n].float().cpu().numpy()
         finally:
             free.put(stream)
     return forward, str(dtype).removeprefix("torch.")

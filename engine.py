@@ -230,8 +230,9 @@ def check(settings):
     read_keys(settings["API_KEYS_FILE"])
     model = read_model(settings)
     wanted = model["encoder"]
-    if wanted["name"] in encoders.OPENAI_NAMES and encoders.find_encoder(identity=wanted["identity"]) is None:
-        prepared = subprocess.run([sys.executable, common.HERE / "prepare_clip.py", "--clip_model", wanted["name"]], stdout=sys.stderr)
+    if (clip_model := encoders.clip_model_of(wanted)) in encoders.OPENAI_NAMES and encoders.find_encoder(identity=wanted["identity"]) is None:
+        prepared = subprocess.run([sys.executable, common.HERE / "prepare_clip.py", "--clip_model", clip_model,
+                                   "--layers", wanted["layers"]], stdout=sys.stderr)
         if prepared.returncode:
             sys.exit(prepared.returncode)  # it has said why
     check_encoder(settings, model)

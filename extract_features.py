@@ -24,6 +24,7 @@ from pathlib import Path
 
 import common
 from common import CLASSES, MAX_VIEWS, SPLITS, ImageError, UnsupportedImage, UsageError, say
+from layers import layers_flag
 
 
 def parse_args(argv):
@@ -33,9 +34,10 @@ def parse_args(argv):
     parser.add_argument("--output_file", metavar="FILE", help="features to write (default: features.npz; --ray: features.parquet)")
     parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
                         help="OpenAI's name, a checkpoint, or tiny; CLIP_MODEL sets the default")
-    parser.add_argument("--limit", type=int, metavar="N", help="a seeded draw of N images, balanced over class and split")
-    parser.add_argument("--views", type=int, default=0, metavar="N",
-                        help="degraded copies of each image beside it, for a training that survives re-saving")
+    parser.add_argument("--layers", type=layers_flag, default="final", metavar="L",
+                        help="final, penultimate, multi, or blocks (8,14,20) whose outputs are joined")
+    parser.add_argument("--limit", type=int, metavar="N", help="a draw of N images, even over class and split")
+    parser.add_argument("--views", type=int, default=0, metavar="N", help="degraded copies of each image beside it")
     parser.add_argument("--prune", action="store_true", help="drop the rows of files that are gone")
     parser.add_argument("--unlabelled", action="store_true", help="take any folder; all labels are -1")
     parser.add_argument("--split_names", default=",".join(SPLITS), metavar="A,B", help="folder names that are splits")
@@ -306,7 +308,8 @@ def main(argv=None):
     check_writable(output, parts)
 
     from prepare_clip import ensure_encoder
-    encoder = encoders.Encoder(ensure_encoder(args.clip_model, args.precision), args.device, args.precision, compile=len(entries) >= COMPILE_FROM)
+    folder = ensure_encoder(args.clip_model, args.precision, args.layers)
+    encoder = encoders.Encoder(folder, args.device, args.precision, compile=len(entries) >= COMPILE_FROM)
     args.batch_size = args.batch_size or (256 if encoder.device == "cuda" else 16)
     if encoder.notice:
         say(f"note: {encoder.notice}")

@@ -4,6 +4,7 @@
     python prepare_clip.py --clip_model ViT-B/16
     python prepare_clip.py --clip_model finetuned.pt    # a checkpoint of one's own
     python prepare_clip.py --precision int8 --data_dir data     # faster on processors; calibrated and proved on your images
+    python prepare_clip.py --layers penultimate         # another layer than CLIP's embedding
 
 The folder (in CLIP_CACHE or ~/.cache/clip, below encoders/) holds encoder.xml and encoder.bin for OpenVINO,
 vision.safetensors for CUDA and encoder.json, which says what it is.
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import common
 from common import EncoderError, UsageError, need_folder, say
-from encoders import OPENAI_NAMES, PREPROCESSING, SHIPPED, cache_dir, find_encoder, golden_image, read_manifest
+from encoders import OPENAI_NAMES, PREPROCESSING, SHIPPED, cache_dir, find_encoder, golden_image, prepared, read_manifest
+from layers import canonical, layers_flag, with_layers
 
 LEAST_IMAGES = 40  # that int8 is calibrated and proved on
 
@@ -32,6 +34,8 @@ def parse_args(argv):
                              "(default: CLIP_MODEL, else ViT-L/14)")
     parser.add_argument("--precision", choices=["float16", "int8"], default="float16",
                         help="of the stored weights; int8 is another encoder: extract and train again with it (default: %(default)s)")
+    parser.add_argument("--layers", type=layers_flag, default="final", metavar="L",
+                        help="final, penultimate, multi or blocks, as for extract_features.py (default: %(default)s)")
     parser.add_argument("--data_dir", metavar="DIR", help="labelled images to calibrate int8 on and to prove it with")
     parser.add_argument("--limit", type=int, default=400, metavar="N", help="how many of them, half for each (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -44,18 +48,22 @@ def parse_args(argv):
     return args
 
 
-def ensure_encoder(clip_model, precision="float16"):
+def ensure_encoder(clip_model, precision="float16", layers="final"):
     """Name or checkpoint -> folder of the prepared encoder; prepares it where it is missing, but for int8, which takes images.
 
     Raises EncoderError."""
     source = read_manifest(SHIPPED)["source"] if clip_model == "tiny" else source_of(clip_model)
     if precision == "int8":
-        folder = find_encoder(source=f"{source} int8")
+        folder = find_layers(f"{source} int8", layers)
         if folder is None:
+            flags = f"--clip_model {clip_model}" + (f" --layers {layers}" if layers != "final" else "")
             raise EncoderError(f"--precision int8: '{clip_model}' has no int8 form in {cache_dir()} yet: run python prepare_clip.py "
-                               f"--clip_model {clip_model} --precision int8 --data_dir DIR")
+                               f"{flags} --precision int8 --data_dir DIR")
         return folder
-    folder = SHIPPED if clip_model == "tiny" else find_encoder(source=source)
+    folder = find_layers(source, layers)
+    if folder is None and clip_model == "tiny":
+        raise EncoderError(f"--layers {layers}: 'tiny' is shipped with its final layer alone; train its checkpoint with make tiny, "
+                           "or name another encoder with --clip_model")
     if folder is None:
         require_torch(f"preparing '{clip_model}'",
                       f", or copy a prepared folder into {cache_dir() / 'encoders'}, or set CLIP_MODEL=tiny (a demonstration)")
@@ -66,8 +74,17 @@ def ensure_encoder(clip_model, precision="float16"):
         except OSError as error:
             raise EncoderError(f"cannot write {cache_dir()}: {error.strerror}; set CLIP_CACHE to another place") from None
         with lock:
-            folder = find_encoder(source=source) or prepare(clip_model, source)
+            folder = find_layers(source, layers) or prepare(clip_model, source, layers)
     return folder
+
+
+def find_layers(source, layers):
+    """Folder of the prepared encoder from this source that gives these layers, or None. Raises EncoderError."""
+    for folder in prepared(source=source):
+        manifest = read_manifest(folder)
+        if manifest["layers"] == canonical(layers, manifest["arch"]):
+            return folder
+    return None
 
 
 def source_of(clip_model):
@@ -91,7 +108,7 @@ def require_torch(what, else_do=""):
         raise EncoderError(f"{what} needs torch and clip ({error}): pip install -r requirements.txt{else_do}") from None
 
 
-def prepare(clip_model, source):
+def prepare(clip_model, source, layers):
     """Load, convert and store: -> the new folder. Written beside its place and renamed, so never half there."""
     from tqdm import tqdm
     with tqdm(total=3, desc=f"preparing {clip_model}", unit="step") as progress:
@@ -100,15 +117,16 @@ def prepare(clip_model, source):
         name = clip_model if source == clip_model else Path(clip_model).stem
         if source != clip_model and name in OPENAI_NAMES:
             name += " (a file)"  # a model that names it must not send anyone to OpenAI's
-        manifest = read_card(clip_model)
-        manifest |= {"name": name, "source": source, "identity": identity_of(visual), "layers": "final",
-                     "preprocessing": PREPROCESSING, "resolution": visual.input_resolution,
-                     "dim": visual.output_dim, "arch": architecture(visual), "golden": golden_features(visual)}
+        manifest, arch = read_card(clip_model), architecture(visual)
+        layers = canonical(layers, arch)
+        name += f" {layers}" if layers != "final" else ""
+        manifest |= {"name": name, "source": source, "identity": identity_of(visual, layers), "layers": layers,
+                     "preprocessing": PREPROCESSING, "resolution": visual.input_resolution, "arch": arch}
         for left in cache_dir().glob(".preparing-*"):  # by a process that was killed: we hold the lock
             shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
         try:
-            write_folder(visual, manifest, scratch, progress)
+            write_folder(visual, layers, manifest, scratch, progress)
             return keep(scratch, name, manifest["identity"])
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -165,18 +183,18 @@ def architecture(visual):
                 input_resolution=visual.input_resolution, width=2 * visual.conv1.out_channels)
 
 
-def golden_features(visual):
-    """The golden picture's features in torch, float32: what every other way of running this tower is compared with."""
+def golden_features(module, resolution):
+    """The golden picture's features in torch, float32: what every other way of running this encoder is compared with."""
     import torch
     from imaging import decode_image, preprocess
-    pixels = preprocess(decode_image(golden_image()), visual.input_resolution)
+    pixels = preprocess(decode_image(golden_image()), resolution)
     with torch.inference_mode():
-        return [float(f"{value:.6g}") for value in visual(torch.from_numpy(pixels[None]))[0]]
+        return [float(f"{value:.6g}") for value in module(torch.from_numpy(pixels[None]))[0]]
 
 
-def identity_of(visual):
+def identity_of(visual, layers="final"):
     """SHA-256 over the tower's fp16 tensors in name order, layers and preprocessing: the same for every file form."""
-    digest = hashlib.sha256(f"layers=final preprocessing={PREPROCESSING} {sorted(architecture(visual).items())}".encode())
+    digest = hashlib.sha256(f"layers={layers} preprocessing={PREPROCESSING} {sorted(architecture(visual).items())}".encode())
     for name, tensor in sorted(visual.state_dict().items()):
         if tensor.is_floating_point():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -184,8 +202,8 @@ def identity_of(visual):
     return digest.hexdigest()
 
 
-def write_folder(visual, manifest, folder, progress):
-    """Vision tower -> encoder.xml, encoder.bin, vision.safetensors and encoder.json in `folder`.
+def write_folder(visual, layers, manifest, folder, progress):
+    """Vision tower -> vision.safetensors, encoder.xml, encoder.bin and encoder.json in `folder`.
 
     fp16 weights: OpenAI ships fp16, so nothing is lost. That is why the frontend is called rather than
     `ov.convert_model`, which multiplies a ResNet's batch norms into its convolutions first, and the products are no
@@ -196,24 +214,25 @@ def write_folder(visual, manifest, folder, progress):
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     from safetensors.torch import save_file
-    side = visual.input_resolution
+    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in visual.state_dict().items()},
+              folder / "vision.safetensors")
+    side, module = visual.input_resolution, with_layers(visual, layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's tracer doubts the asserts in multi-head attention
         frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchScriptPythonDecoder(visual, example_input=torch.zeros(2, 3, side, side))
+        decoder = TorchScriptPythonDecoder(module, example_input=torch.zeros(2, 3, side, side))
         model = frontend.convert(frontend.load(decoder))  # which must not outlive the decoder
         model.reshape([-1, 3, side, side])
     progress.update()
     ov.save_model(model, folder / "encoder.xml", compress_to_fp16=True)
-    state = {k: v.half() if v.is_floating_point() else v for k, v in visual.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "vision.safetensors")
-    (folder / "encoder.json").write_text(json.dumps(manifest, indent=1))
+    golden = golden_features(module, side)
+    (folder / "encoder.json").write_text(json.dumps({**manifest, "dim": len(golden), "golden": golden}, indent=1))
     progress.update()
 
 
 def main(argv=None):
     args = parse_args(argv)
-    folder = ensure_encoder(args.clip_model)
+    folder = ensure_encoder(args.clip_model, layers=args.layers)
     if args.precision == "int8":
         folder = ensure_int8(folder, args)
     print(folder)
@@ -222,7 +241,7 @@ def main(argv=None):
 def ensure_int8(folder, args):
     """The int8 form of a prepared encoder -> its folder; made where it is missing. Raises EncoderError, UsageError."""
     manifest = read_manifest(folder)
-    found = find_encoder(source=f"{manifest['source']} int8")
+    found = find_encoder(source=f"{manifest['source']} int8", layers=manifest["layers"])
     if found is None:
         import quantize
         quantize.require_nncf()
