@@ -285,7 +285,7 @@ def test_two_processes_at_once_prepare_it_once(archive):
     assert_whole(prepared_folders()[0])
 
 
-KILLED = {"before the weights are stored": "import safetensors.torch as place; name = 'save_file'",
+KILLED = {"before the converted form is stored": "import openvino as place; name = 'save_model'",
           "when only the last step is missing": "import os as place; name = 'replace'"}
 
 
@@ -298,7 +298,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_prepared(archive, moment
     process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL
     left = list(encoders.cache_dir().glob(".preparing-*"))
-    assert len(left) == 1 and (left[0] / "encoder.xml").is_file()  # it was killed in the midst of it
+    assert len(left) == 1 and (left[0] / "vision.safetensors").is_file()  # it was killed in the midst of it
     assert prepared_folders() == [] and list((encoders.cache_dir() / "encoders").iterdir()) == []
     assert_whole(prepare_clip.ensure_encoder(str(archive["archive"])))  # the lock is free, a later attempt works
     assert list(encoders.cache_dir().glob(".preparing-*")) == []          # and sweeps up
