@@ -293,7 +293,7 @@ KILLED = {"before the converted form is stored": "import openvino as place; name
 @pytest.mark.parametrize("moment", KILLED)
 def test_a_killed_preparation_leaves_nothing_that_looks_prepared(archive, moment):
     process = start("-c", f"import os, sys, signal, prepare_clip; {KILLED[moment]}\n"
-                          "setattr(place, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"
+                          "setattr(place, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))\n"
                           "prepare_clip.main(sys.argv[1:])", "--clip_model", archive["archive"])
     process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL
