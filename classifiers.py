@@ -13,7 +13,7 @@ import numpy as np
 import probes
 from common import CLASSES, UsageError
 from dataset import draw_evenly
-from model import decision, standardise
+from model import decision, standardise, whole_of
 from probes import FOLDS
 
 SEARCH_ROWS = 3000  # hyperparameters are searched on at most so many rows; the cost of an SVM grows with their square
@@ -116,9 +116,13 @@ def svc():
 
 
 def fit(kind, features, labels, weight, seed, **point):
-    """-> the fitted classifier as the plain arrays that model.decision scores with, and its kind."""
+    """-> the fitted classifier as the plain arrays that model.decision scores with, and its kind. Of images in pieces, float32
+    [n, pieces, d], each piece is a row of its own with its share of the weight."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.preprocessing import StandardScaler
+    if features.ndim == 3:
+        number = features.shape[1]
+        features, labels, weight = features.reshape(-1, features.shape[2]), labels.repeat(number), weight.repeat(number) / number
     scaler = StandardScaler().fit(features)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of rounds is part of the recipe
@@ -157,8 +161,9 @@ def search(kind, features, labels, weight, groups, images, seed):
     from scipy.stats import rankdata
     from tqdm import tqdm
     points = GRIDS[kind]
-    for halving in range(HALVINGS if len(np.unique(images)) >= SEARCH_ROWS else 0, -1, -1):
-        rows = search_rows(labels, groups, images, seed, SEARCH_ROWS >> halving)
+    most = SEARCH_ROWS // (features.shape[1] if features.ndim == 3 else 1)
+    for halving in range(HALVINGS if len(np.unique(images)) >= most else 0, -1, -1):
+        rows = search_rows(labels, groups, images, seed, most >> halving)
         x, y, w = features[rows], labels[rows], weight[rows]
         folds = fold_rows(y, groups[rows], seed + 1)  # not the folds that calibrate: there the chosen point looks too good
 
@@ -190,7 +195,7 @@ def fit_sigmoid(scores, labels):
 def calibrated(fitted, point, scores, rows):
     """A fitted classifier -> its part of the model: with the sigmoid on its out-of-fold scores, these, and what the service's drift
     is measured from, each class's mean of the standardised untouched images. `rows`: training_rows.Rows."""
-    x = standardise(fitted, rows.features)
+    x = standardise(fitted, whole_of(rows.features))
     return {**fitted, "hyperparameters": point, "calibrator": fit_sigmoid(scores, rows.labels),
             "means": np.stack([x[rows.whole & (rows.labels == label)].mean(0) for label in (0, 1)]),
             "out_of_fold": {"scores": scores.astype(np.float32), "labels": rows.labels.astype(np.int8),

@@ -46,17 +46,20 @@ class Detector:
     def __init__(self, model_path, device="auto", threads=0, model=None, encoder=None):
         from model import load_model
         self.model = model or load_model(model_path)
+        self.crops = self.model.get("crops", 0)
         self.encoder = encoder or encoders.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
 
     def pixels(self, image):
-        """PIL RGB image -> float32 [3, r, r], as the encoder takes it."""
-        from imaging import preprocess
-        return preprocess(image, self.encoder.resolution)
+        """PIL RGB image -> float32 [3, r, r], as the encoder takes it; [1 + crops, 3, r, r] for a model that looks at crops."""
+        from imaging import in_pieces, normalise
+        pieces = normalise(in_pieces(image, self.encoder.resolution, self.crops))
+        return pieces if self.crops else pieces[0]
 
     def p_fake(self, pixels):
-        """float32 [n, 3, r, r] -> calibrated probability of fake, float64 [n]."""
+        """`pixels` of n images, float32 [n, ...] -> calibrated probability of fake, float64 [n]."""
         from model import decision, probability
-        return probability(self.model, decision(self.model, self.encoder.encode(pixels)))
+        features = self.encoder.encode(pixels.reshape(-1, *pixels.shape[-3:])).reshape(*pixels.shape[:-3], -1)
+        return probability(self.model, decision(self.model, features))
 
     def classify(self, data, max_pixels=common.MAX_PIXELS):
         """Image bytes -> (classification, confidence). Raises ImageError's kinds."""

@@ -114,7 +114,7 @@ class Worker:
     def make(self, name, images):
         entries = [Entry(*entry) for entry, _ in images]
         columns, bad = join_parts(list(encode_ahead(self.args.data_dir, entries, self.encoder, self.args.batch_size, self.readers,
-                                                    self.args.max_pixels, self.args.views)))
+                                                    self.args.max_pixels, self.args.views, self.args.crops)))
         columns |= labels_of(columns, entries, self.encoder)
         about = describe(columns, [(entry.path, stamp) for entry, (_, stamp) in zip(entries, images)])
         about |= {"bad": bad, "precision": self.encoder.precision}

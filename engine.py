@@ -196,16 +196,18 @@ class Engine:
 
     def _score(self, detector, chunk):
         """[(facts, the encoder's input)] of one forward pass: verdict, probability of fake and seconds into each facts."""
-        from model import decision, outside, probability, verdict
+        from model import decision, outside, probability, verdict, whole_of
         model, started = detector.model, time.perf_counter()
-        features, waited = detector.encode(np.stack([pixels for _, pixels in chunk]))
+        pixels = np.stack([pixels for _, pixels in chunk])
+        features, waited = detector.encode(pixels.reshape(-1, *pixels.shape[-3:]))  # flat: a pass is shared with other models' uploads
+        features = features.reshape(*pixels.shape[:-3], -1)
         encoded = time.perf_counter()
         scores = decision(model, features)
         p_fake = probability(model, scores)
         seconds = {"encode": encoded - started - waited, "classify": time.perf_counter() - encoded}
         for stage, taken in seconds.items():
             self.telemetry.stage.labels(stage).observe(taken)
-        for (facts, _), p, value, row in zip(chunk, p_fake, scores, features):
+        for (facts, _), p, value, row in zip(chunk, p_fake, scores, whole_of(features)):
             classification, confidence = verdict(model, p)
             facts["turn_s"] += waited / len(chunk)
             facts |= {"classification": classification, "confidence": confidence, "p_fake": float(p),
@@ -305,7 +307,7 @@ def prove(detector):
     if not recorded:
         raise EncoderError(f"the encoder '{detector.encoder.name}' has no golden features: remove its folder in "
                            f"{encoders.cache_dir() / 'encoders'} and run prepare_clip.py again")
-    pixels = detector.pixels(imaging.decode_image(encoders.golden_image()))
+    pixels = imaging.preprocess(imaging.decode_image(encoders.golden_image()), detector.encoder.resolution)
     features = np.stack([np.float32(recorded), detector.encoder.encode(pixels[None])[0]])
     cosine = float(features[0] @ features[1] / np.linalg.norm(features[0]) / np.linalg.norm(features[1]))
     expected, found = probability(detector.model, decision(detector.model, features))

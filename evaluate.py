@@ -60,6 +60,7 @@ from dataset import COLUMNS, SEEN, draw_evenly, join_columns, list_images  # noq
 from distort import ARMS, CONDITIONS, manageable  # noqa: E402
 from extract_features import encode_ahead, join_parts, labels_of  # noqa: E402
 from facts import make_groups, twin_clusters  # noqa: E402
+from features import take_crops  # noqa: E402
 from model import decision, load_model, probability, stale_threshold  # noqa: E402
 from training_rows import open_files  # noqa: E402
 
@@ -75,10 +76,11 @@ def encode_folder(detector, data_dir):
     from tqdm import tqdm
     entries, parts = list_images(data_dir), []
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(entries), desc="encoding", unit="image") as progress:
-        for part in encode_ahead(data_dir, entries, detector.encoder, BATCH, pool, common.MAX_PIXELS):
+        for part in encode_ahead(data_dir, entries, detector.encoder, BATCH, pool, common.MAX_PIXELS, crops=detector.crops):
             parts.append(part)
             progress.update(min(BATCH, len(entries) - progress.n))
     columns, bad = join_parts(parts)
+    columns["features"] = take_crops(columns["features"], detector.crops, detector.crops)
     for path, why, _ in bad:
         say(f"left out {path}: {why}")
     return columns | labels_of(columns, entries, detector.encoder), sum(is_image for _, _, is_image in bad)
@@ -86,7 +88,7 @@ def encode_folder(detector, data_dir):
 
 def stored_columns(path, model, data_dir):
     """Columns of a features file, checked to be of the model's encoder and (where a folder is named) of that folder."""
-    (file,), encoder = open_files([path])
+    (file,), encoder = open_files([path], model.get("crops", 0))
     columns = join_columns(list(file.parts()))
     if encoder["identity"] != model["encoder"]["identity"]:
         raise UsageError(f"{path} is of encoder '{encoder['name']}' ({encoder['identity'][:12]}), the model "

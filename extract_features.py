@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import common
-from common import CLASSES, MAX_VIEWS, SPLITS, ImageError, UnsupportedImage, UsageError, say
+from common import CLASSES, MAX_CROPS, MAX_VIEWS, SPLITS, ImageError, UnsupportedImage, UsageError, say
 from layers import layers_flag
 
 
@@ -38,6 +38,7 @@ def parse_args(argv):
                         help="final, penultimate, multi, or blocks (8,14,20) whose outputs are joined")
     parser.add_argument("--limit", type=int, metavar="N", help="a draw of N images, even over class and split")
     parser.add_argument("--views", type=int, default=0, metavar="N", help="degraded copies of each image beside it")
+    parser.add_argument("--crops", type=int, default=0, metavar="N", help="squares of it in full resolution, too")
     parser.add_argument("--prune", action="store_true", help="drop the rows of files that are gone")
     parser.add_argument("--unlabelled", action="store_true", help="take any folder; all labels are -1")
     parser.add_argument("--split_names", default=",".join(SPLITS), metavar="A,B", help="folder names that are splits")
@@ -51,11 +52,9 @@ def parse_args(argv):
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster, into Parquet; local starts one here; auto: the one we are on")
     args = parser.parse_args(argv)
     args.output_file = args.output_file or ("features.parquet" if args.ray else "features.npz")
-    for name, least in (("limit", 1), ("batch_size", 1), ("max_pixels", 1), ("views", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UsageError(f"--{name} {value}: must be at least {least}")
-    if args.views > MAX_VIEWS:
-        raise UsageError(f"--views {args.views}: at most {MAX_VIEWS} degraded copies of an image")
+    for name, least, most in (("limit", 1, None), ("batch_size", 1, None), ("max_pixels", 1, None), ("views", 0, MAX_VIEWS), ("crops", 0, MAX_CROPS)):
+        if (value := getattr(args, name)) is not None and not least <= value <= (most or value):
+            raise UsageError(f"--{name} {value}: must be at least {least}" + (f", at most {most}" if most else ""))
     common.need_folder(args.data_dir)
     for flag in () if args.ray else ("data_dir", "output_file"):
         if common.is_remote(value := getattr(args, flag)) or flag == "output_file" and value.endswith(".parquet"):
@@ -109,16 +108,17 @@ def check_writable(output, parts):
 
 # ---- encoding ----
 
-def read_row(data_dir, entry, resolution, max_pixels, views=0):
-    """One image of a folder, here or in an object store -> (entry, crops uint8 [1 + views, r, r, 3], its stored columns), or
-    (entry, None, [why not, is it an image]). The first is the image as it is, the others are degraded copies, drawn from the hash of its bytes."""
+def read_row(data_dir, entry, resolution, max_pixels, views=0, crops=0):
+    """One image of a folder, here or in an object store -> (entry, pieces uint8 [1 + views, 1 + crops, r, r, 3], its stored columns),
+    or (entry, None, [why not, is it an image]). The first is the image as it is, the others are degraded copies, drawn from the hash
+    of its bytes; the pieces of each are `imaging.in_pieces`."""
     from distort import degrade, manageable, view_rng
     from facts import describe_image
     try:
         rgb, row = describe_image(storage.read_bytes(data_dir, entry.path), max_pixels)
         base = manageable(rgb) if views else None
         copies = (degrade(base, view_rng(row["sha256"], number)) for number in range(1, views + 1))
-        return entry, np.stack([imaging.resize_and_crop(image, resolution) for image in (rgb, *copies)]), row
+        return entry, np.stack([imaging.in_pieces(image, resolution, crops) for image in (rgb, *copies)]), row
     except (ImageError, OSError) as error:
         return entry, None, [str(error), not isinstance(error, UnsupportedImage)]
 
@@ -135,31 +135,32 @@ def reader_pool(device, count):
     return ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
-def encode_ahead(data_dir, entries, encoder, size, readers, *how):
+def encode_ahead(data_dir, entries, encoder, size, readers, max_pixels, views=0, crops=0):
     """Columns of each batch of `size` entries (see `encode_batch`), one after the other; the next is read meanwhile."""
     def read(batch):
-        return [readers.submit(read_row, data_dir, entry, encoder.resolution, *how) for entry in batch]
+        return [readers.submit(read_row, data_dir, entry, encoder.resolution, max_pixels, views, crops) for entry in batch]
     batches = [entries[i:i + size] for i in range(0, len(entries), size)]
     ahead = read(batches[0])
     for following in [*batches[1:], []]:
         rows, ahead = ahead, read(following)
-        yield encode_batch([row.result() for row in rows], encoder, size)
+        yield encode_batch([row.result() for row in rows], encoder, size, crops)
 
 
-def encode_batch(rows, encoder, size):
+def encode_batch(rows, encoder, size, crops):
     """Rows from `read_row` -> the columns of one part, and 'bad': JSON of [path, reason, is it an image].
 
-    `size` pictures go through the encoder at a time.
+    `size` squares go through the encoder at a time; the features of an image's pieces lie one after the other in its row.
     """
-    good = [(entry, row, view) for entry, crops, row in rows if crops is not None for view in range(len(crops))]
-    crops = np.concatenate([c for _, c, _ in rows if c is not None] or [np.empty((0, 1, 1, 3), np.uint8)])
-    features = [encoder.encode(imaging.normalise(crops[i:i + size])) for i in range(0, len(crops), size)]
-    return {"features": np.concatenate([np.empty((0, encoder.dim), np.float32), *features]),
+    good = [(entry, row, view) for entry, pieces, row in rows if pieces is not None for view in range(len(pieces))]
+    pieces = [square for _, several, _ in rows if several is not None for square in several.reshape(-1, *several.shape[2:])]
+    features = [encoder.encode(imaging.normalise(np.stack(pieces[i:i + size]))) for i in range(0, len(pieces), size)]
+    joined = np.concatenate(features).reshape(len(good), -1) if good else np.empty((0, (1 + crops) * encoder.dim), np.float32)
+    return {"features": joined,
             "paths": np.array([e.path for e, _, _ in good], dtype=str), "view": np.array([v for _, _, v in good], np.int8),
             "sha256": np.array([r["sha256"] for _, r, _ in good], dtype="U64"),
             "facts": np.array([r["facts"] for _, r, _ in good], dtype=FACTS),
             "thumb": np.array([r["thumb"] for _, r, _ in good], np.uint8).reshape(-1, 64),
-            "bad": np.array(json.dumps([[e.path, *why] for e, crops, why in rows if crops is None]))}
+            "bad": np.array(json.dumps([[e.path, *why] for e, pieces, why in rows if pieces is None]))}
 
 
 def part_name(number, stamps):
@@ -174,9 +175,9 @@ def tell_skipped(bad):
         tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
 
 
-def store_batch(rows, path, encoder, size):
+def store_batch(rows, path, encoder, size, crops):
     """Futures of `read_rows` -> one part on the disk, there whole or not at all; -> its columns."""
-    part = encode_batch([row for some in rows for row in some.result()], encoder, size)
+    part = encode_batch([row for some in rows for row in some.result()], encoder, size, crops)
     with common.atomic_write(path) as file:
         np.savez(file, **part)
     return part
@@ -198,7 +199,7 @@ def encode_missing(batches, parts, args, encoder):
                 tell_skipped(json.loads(str(part["bad"])))
         say(f"going on: {len(paths) - len(missing)} of {len(paths)} batches are stored already")
     readers, encoding, waiting = reader_pool(encoder.device, encoders.processors()), ThreadPoolExecutor(2), deque()
-    how = encoder.resolution, args.max_pixels, args.views
+    how = encoder.resolution, args.max_pixels, args.views, args.crops
     with tqdm(total=sum(map(len, batches)), unit="image") as progress:
         progress.update(progress.total - sum(len(batches[i]) for i in missing))
         progress.initial = progress.n
@@ -210,7 +211,7 @@ def encode_missing(batches, parts, args, encoder):
             for i in missing:
                 share = math.ceil(len(batches[i]) / encoders.processors())
                 rows = [readers.submit(read_rows, args.data_dir, batches[i][j:j + share], *how) for j in range(0, len(batches[i]), share)]
-                waiting.append((i, encoding.submit(store_batch, rows, paths[i], encoder, args.batch_size)))
+                waiting.append((i, encoding.submit(store_batch, rows, paths[i], encoder, args.batch_size, args.crops)))
                 if len(waiting) == 3:
                     finish(*waiting.popleft())
             for i, stored in waiting:
@@ -238,7 +239,8 @@ def find_entries(args, paths=None):
 def key_of(args, encoder, precision):
     """What rows of one features file have in common."""
     return {"encoder": encoder["identity"], "precision": precision, "batch_size": args.batch_size, "limit": args.limit,
-            "unlabelled": args.unlabelled, "split_names": args.split_names, "max_pixels": args.max_pixels, "views": args.views}
+            "unlabelled": args.unlabelled, "split_names": args.split_names, "max_pixels": args.max_pixels, "views": args.views,
+            "crops": args.crops}
 
 
 def meta_of(key, encoder):

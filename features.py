@@ -18,25 +18,47 @@ LIGHT = ("labels", "splits", "sources", "view")  # what a sample is drawn by
 
 
 class FeaturesFile:
-    """A features file of either kind: its `meta`, how many `rows` it has, and its columns, part by part. Raises UsageError."""
+    """A features file of either kind: its `meta`, how many `rows` it has, and its columns, part by part. Raises UsageError.
 
-    def __init__(self, path):
+    `crops`: how many squares of each image are wanted beside the whole, see `take_crops`; None: features as they are stored.
+    """
+
+    def __init__(self, path, crops=None):
         need_features(path)
-        self.path, self.whole = path, None
+        self.path, self.crops, self.whole = path, crops, None
         if is_remote(path) or os.path.isdir(path):
             self.meta = storage.read_meta(path)
             self.rows = storage.count_rows(path, self.meta["parts"])
         else:
             self.whole = check_columns(path, load_npz(path))
             self.meta, self.rows = self.whole["meta"], len(self.whole["labels"])
+        if (crops or 0) > crops_of(self.meta):
+            raise UsageError(f"--features_file {path}: holds {crops_of(self.meta)} crops of an image, {crops} are needed: extract again "
+                             f"with --crops {crops}")
 
     def parts(self, wanted=COLUMNS):
         """Some columns of a part after the other; an .npz is one."""
         if self.whole:
-            yield {name: self.whole[name] for name in wanted}
-            return
-        for part in storage.iterate_parts(self.path, self.meta["parts"], wanted):
-            yield check_columns(self.path, part) if "features" in wanted else part
+            parts = [{name: self.whole[name] for name in wanted}]
+        else:
+            parts = storage.iterate_parts(self.path, self.meta["parts"], wanted)
+        for part in parts:
+            if "features" in wanted and not self.whole:
+                check_columns(self.path, part)
+            if "features" in wanted and self.crops is not None:
+                part["features"] = take_crops(part["features"], crops_of(self.meta), self.crops)
+            yield part
+
+
+def crops_of(meta):
+    """How many crops of an image lie beside the whole in a features file."""
+    return meta.get("key", {}).get("crops", 0)
+
+
+def take_crops(features, there, wanted):
+    """Features as stored, float32 [n, (1 + there) * d] -> [n, d], or with crops wanted [n, 1 + wanted, d]."""
+    pieces = features.reshape(len(features), 1 + there, -1)
+    return pieces[:, :1 + wanted] if wanted else pieces[:, 0]
 
 
 def load_features(path):

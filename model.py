@@ -1,7 +1,7 @@
 """The model file: one plain dict of arrays, strings and numbers. Saved, read, scored with numpy alone.
 
     model = load_model("model.joblib")
-    scores = decision(model, features)              # float32 [n, d] -> float64 [n]
+    scores = decision(model, features)              # float32 [n, d], with crops [n, 1 + crops, d] -> float64 [n]
     p_fake = probability(model, scores)             # float64 [n], calibrated at equal shares of both classes
     classification, confidence = verdict(model, p_fake[0])
 
@@ -15,7 +15,7 @@ import pickle
 
 import numpy as np
 
-from common import CLASSES, VERSION, ModelError, atomic_write, read_bytes, sha256
+from common import CLASSES, MAX_CROPS, VERSION, ModelError, atomic_write, read_bytes, sha256
 from signing import check_signature
 
 FORMAT = 3
@@ -106,6 +106,8 @@ def check(model):
         raise ModelError(f"its version {version!r} is not of up to 64 plain characters, for a header of HTTP")
     if not sizes_fit(model):
         raise ModelError("the sizes of its arrays do not fit together")
+    if type(model.get("crops", 0)) is not int or not 0 <= model.get("crops", 0) <= MAX_CROPS:
+        raise ModelError("its number of crops is not what it should be")
     if not all(isinstance(model["encoder"].get(name), str) for name in ("name", "identity")):
         raise ModelError("it does not say which encoder it was trained on")
 
@@ -133,7 +135,10 @@ def standardise(model, features):
 
 
 def decision(model, features):
-    """Decision values, float32 [n, d] -> float64 [n]; above 0 leans to fake."""
+    """Decision values -> float64 [n]; above 0 leans to fake. Of features float32 [n, d], or of the pieces of images, [n, pieces, d]:
+    the mean over the pieces."""
+    if features.ndim == 3:
+        return decision(model, features.reshape(-1, features.shape[2])).reshape(features.shape[:2]).mean(1)
     rows = standardise(model, features)
     if model["classifier"] == "svm":
         return rbf(model, rows) + model["intercept"]
@@ -142,6 +147,11 @@ def decision(model, features):
         hidden = np.maximum(rows @ model["hidden_weights"] + model["hidden_bias"], 0)
         return hidden @ model["output_weights"] + model["intercept"]
     return rows @ model["coef"] + model["intercept"]
+
+
+def whole_of(features):
+    """Features of images, or of their pieces -> float32 [n, d] of the images as a whole."""
+    return features if features.ndim == 2 else features[:, 0]
 
 
 def rbf(model, rows):

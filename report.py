@@ -28,7 +28,7 @@ def about(model):
     """What every report says of the model first."""
     return {"encoder": model["encoder"]["name"], "notice": model["encoder"].get("notice"),
             "model_version": model["versions"]["model"], "code": model["versions"]["code"], "classifier": model["classifier"],
-            "hyperparameters": model["hyperparameters"],
+            "hyperparameters": model["hyperparameters"], "crops": model.get("crops", 0),
             "training_data": {k: v for k, v in model["training_data"].items() if k != "images"},
             "threshold": model["threshold"], "threshold_rule": model["threshold_rule"], "band": model["band"].tolist()}
 

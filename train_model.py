@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import common
-from common import CLASSES, VERSION, UsageError, say
+from common import CLASSES, MAX_CROPS, VERSION, UsageError, say
 
 
 def parse_args(argv):
@@ -22,6 +22,8 @@ def parse_args(argv):
     parser.add_argument("--model_output_path", default="model.joblib", metavar="FILE", help="model to write")
     parser.add_argument("--classifier", choices=["svm", "linear-svm", "logistic", "mlp", "all"], default="svm",
                         help="kind; all: compare, train the best")
+    parser.add_argument("--crops", type=int, default=0, metavar="N",
+                        help="squares in full resolution scored beside the whole; extract with --crops, too")
     parser.add_argument("--max_fpr", type=float, metavar="X",
                         help="threshold at which at most this share of real images is called fake (default: 0.5 on the "
                              "calibrated probability)")
@@ -37,6 +39,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.max_rows < 1:
         raise UsageError(f"--max_rows {args.max_rows}: must be at least 1")
+    if not 0 <= args.crops <= MAX_CROPS:
+        raise UsageError(f"--crops {args.crops}: must be at least 0, at most {MAX_CROPS}")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must be at least 0")
     if not VERSION.fullmatch(args.model_version):
@@ -61,7 +65,7 @@ import signing  # noqa: E402
 import streaming  # noqa: E402
 from classifiers import GRIDS, calibrated, fit, fold_rows, out_of_fold, row_weights, search, svc  # noqa: E402
 from dataset import COLUMNS  # noqa: E402
-from features import load_rows  # noqa: E402
+from features import crops_of, load_rows  # noqa: E402
 from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model  # noqa: E402
 from training_rows import Rows, choose_rows, open_files  # noqa: E402
 
@@ -109,7 +113,7 @@ def describe_training(data, encoder, args):
         "format": FORMAT, "encoder": dict(encoder),
         "versions": {"model": args.model_version, "code": common.code_commit(), "numpy": np.__version__,
                      "scikit-learn": sklearn.__version__, "svm": svc().__module__.split(".")[0]},
-        "training_data": data}
+        "training_data": data, "crops": args.crops}
 
 
 def false_alarms(model, rows):
@@ -134,7 +138,8 @@ def leave_one_source_out(model, rows, seed):
     order, found = np.random.default_rng(seed).permutation(len(labels)), []
     for source in tqdm(names, desc="leaving one source out"):
         own = np.flatnonzero(rows.whole & (sources == source))
-        others = order[~np.isin(rows.groups[order], rows.groups[own]) & (sources[order] != source)][:HELD_OUT_ROWS]
+        others = order[~np.isin(rows.groups[order], rows.groups[own]) & (sources[order] != source)]
+        others = others[:HELD_OUT_ROWS // (1 + model["crops"])]
         if len(np.unique(labels[others])) < 2:
             continue
         weight = row_weights(labels[others], sources[others])  # anew: a class that lost a source would count for less
@@ -230,10 +235,13 @@ def main(argv=None):
         export.need_skops(args.export_sklearn)
         check_output(Path(args.export_sklearn), "--export_sklearn")
     key = signing.read_key(args.sign, "--sign", "private") if args.sign else None
-    files, encoder = open_files(args.features_file)
+    files, encoder = open_files(args.features_file, args.crops)
     columns, numbers = load_rows(files, args.max_rows, args.seed)
     train, test, groups, twins, how = choose_rows(columns, args, args.seed)
     streams = numbers is not None and args.classifier == streaming.KIND and all(file.whole is None for file in files)
+    if streams and any(crops_of(file.meta) for file in files):
+        raise UsageError("--classifier linear-svm takes all rows of a large data set only without crops: extract without --crops, or "
+                         "raise --max_rows")
     if numbers is not None:
         how += (f"; {len(numbers)} of {sum(file.rows for file in files)} rows, a draw even over class and source"
                 + (", and the others train as well" if streams else ""))
@@ -242,6 +250,8 @@ def main(argv=None):
     say(f"{whole[train].sum()} images to train{copies}, {whole[test].sum()} to test ({how})")
     if rest := left_out(columns, np.concatenate([train, test])):
         say(f"left out: {rest}")
+    if args.crops:
+        say(f"each verdict will take {1 + args.crops} forward passes: the whole image and {args.crops} crops of it")
     warn_of_few_reals(args.max_fpr, rows)
     found = audit_training(columns, train, test, twins)
     said = say_findings(found)

@@ -1,6 +1,6 @@
 """Which rows of the features files train a classifier, which test it, and which of them belong together.
 
-    files, encoder = open_files(["features.npz", "more.parquet"])
+    files, encoder = open_files(["features.npz", "more.parquet"], crops=0)
     train, test, groups, twins, words = choose_rows(columns, args, seed)
 """
 import numpy as np
@@ -16,9 +16,9 @@ MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 5
 POOL = ("train", "val", "test", "")  # what --resplit divides anew; external, extra and seen images stay out of it
 
 
-def open_files(paths):
-    """Features files, opened, and the entry of their encoder. Raises UsageError on mixed encoders."""
-    files = [FeaturesFile(path) for path in paths]
+def open_files(paths, crops):
+    """Features files, opened for so many crops of each image, and the entry of their encoder. Raises UsageError on mixed encoders."""
+    files = [FeaturesFile(path, crops) for path in paths]
     for path, file in zip(paths, files):
         if "encoder" not in file.meta:
             raise UsageError(f"{path} does not say which encoder made it: extract again")
