@@ -20,6 +20,7 @@ from PIL import IptcImagePlugin
 MADE, PARTLY, TAKEN, SAVED = "made by a generator", "made in part by a generator", "taken by a camera", "saved by software"
 LONGEST = 200              # characters of a text that is reported
 MARK_CHARACTERS = 100_000  # of a text that are looked through: prompts and node graphs are shorter, crafted ones are not
+EXIF_BYTES = 1_000_000     # beyond which EXIF is not read: nine megabytes of numbers would take a second
 XMP_BYTES = 500_000        # of XMP that are parsed: a tenth of a second where it is nothing but tags
 MAX_BOXES = 2000           # JUMBF boxes in a C2PA store, some eight a manifest: 200 manifests take a third of a second
 MAX_SEGMENTS = 1000        # of a JPEG, 64 kB each, that a store is cut into
@@ -51,7 +52,7 @@ JUMBF_TYPE = bytes.fromhex("00110010800000aa00389b71")  # how the type of every 
 
 
 def read_provenance(image, data):
-    """An image from `imaging.open_image`, decoded or not, and its bytes -> {'c2pa': ..., 'metadata': [...]}.
+    """A decoded image from `imaging.open_image` and its bytes -> {'c2pa': ..., 'metadata': [...]}.
 
     `c2pa`: `state` alone ('none'; 'elsewhere': named by an address, which is not asked; 'unreadable'; 'not looked for': c2pa-python
     is not installed, or not of this format), or with it what a manifest says; see `manifest_says`. `metadata`: a dict of where,
@@ -116,6 +117,8 @@ def png_claims(image):
 
 
 def exif_claims(image):
+    if len(image.info.get("exif", b"")) > EXIF_BYTES:
+        return
     exif = image.getexif()
     yield software("EXIF Software", exif.get(0x0131))
     make, model = clean(exif.get(0x010F)), clean(exif.get(0x0110))
@@ -219,10 +222,12 @@ def too_costly(kind, data):
     may unpack to many megabytes."""
     stored = data
     if kind in ("JPEG", "MPO"):  # cut into segments with heads of 20 bytes, which may hide what is looked for
-        starts = [found.start() for found in islice(re.finditer(rb"\xff\xeb(?=..JP)", data, re.DOTALL), MAX_SEGMENTS + 1)]
-        if len(starts) > MAX_SEGMENTS:
+        most = MAX_SEGMENTS + len(data) // 20_000  # in pixels, or a film behind them, their marker comes by chance
+        starts = [found.start() for found in islice(re.finditer(rb"\xff\xeb", data), most + 1)]
+        spans = [(at + 20, at + 2 + int.from_bytes(data[at + 2:at + 4])) for at in starts]
+        if len(spans) > most or sum(end - start for start, end in spans) > 2 * len(data):
             return True
-        stored = b"".join(data[at + 20:at + 2 + int.from_bytes(data[at + 2:at + 4])] for at in starts)
+        stored = b"".join(data[start:end] for start, end in spans)
     boxes = stored.count(JUMBF_TYPE)
     return boxes > MAX_BOXES or boxes > 0 and b"brob" in stored
 

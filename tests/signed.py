@@ -18,15 +18,16 @@ QUIET = {"verify": {"verify_after_sign": False}, "builder": {"thumbnail": {"enab
 
 # ---- signing ----
 
-def certificate(name, key, issuer, issuer_key, authority, days):
+def certificate(name, key, issuer, issuer_key, authority, seconds):
     """An x509 certificate as C2PA wants it: of a signer, for the use `emailProtection`, or of an authority."""
-    start = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=30)
+    now = datetime.datetime.now(datetime.timezone.utc)
     use = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"), False)
-    names = [x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, n), x509.NameAttribute(NameOID.COMMON_NAME, n)]) for n in (name, issuer)]
-    builder = (x509.CertificateBuilder().subject_name(names[0]).issuer_name(names[1]).public_key(key.public_key())
-               .serial_number(x509.random_serial_number()).not_valid_before(start).not_valid_after(start + datetime.timedelta(days=days))
-               .add_extension(x509.BasicConstraints(authority, None), critical=True)
-               .add_extension(x509.KeyUsage(digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, **use), critical=True)
+    use |= {"digital_signature": not authority, "key_cert_sign": authority, "crl_sign": authority}
+    subject, by = (x509.Name([x509.NameAttribute(kind, n) for kind in (NameOID.ORGANIZATION_NAME, NameOID.COMMON_NAME)]) for n in (name, issuer))
+    builder = (x509.CertificateBuilder().subject_name(subject).issuer_name(by).public_key(key.public_key())
+               .serial_number(x509.random_serial_number())
+               .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(seconds=seconds))
+               .add_extension(x509.BasicConstraints(authority, None), critical=True).add_extension(x509.KeyUsage(**use), critical=True)
                .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
                .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False))
     if not authority:
@@ -35,19 +36,20 @@ def certificate(name, key, issuer, issuer_key, authority, days):
 
 
 @functools.cache
-def chain(name, days):
+def chain(name, seconds):
     """-> (PEM of a signer's certificate and its authority's, PEM of the signer's key)."""
     authority, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    pair = (certificate(name, key, "Test Authority", authority, False, days),
-            certificate("Test Authority", authority, "Test Authority", authority, True, 365))
+    pair = (certificate(name, key, "Test Authority", authority, False, seconds),
+            certificate("Test Authority", authority, "Test Authority", authority, True, 86400))
     pem = b"".join(one.public_bytes(serialization.Encoding.PEM) for one in pair)
     return pem, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
-def sign(data, kind, term="trainedAlgorithmicMedia", actions=None, assertions=(), parent=None, others=(), remote=None, name="Test Studio", days=365):
+def sign(data, kind, term="trainedAlgorithmicMedia", actions=None, assertions=(), parent=None, others=(), remote=None,
+         name="Test Studio", seconds=86400):
     """Bytes of an image of this format, signed: made by what `term` says, or an edit of `parent`, with `others` in it; `remote`: the
     manifest is left out, and this address of it written instead."""
-    pem, key = chain(name, days)
+    pem, key = chain(name, seconds)
     created = [{"action": "c2pa.created", "digitalSourceType": TERMS + term}]
     manifest = {"claim_generator_info": [{"name": "Test Generator", "version": "2.0"}], "assertions": [
         *([] if parent else [{"label": "c2pa.actions", "data": {"actions": actions or created}}]), *assertions]}

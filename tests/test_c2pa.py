@@ -29,11 +29,16 @@ UNTRUSTED = ["signingCredential.untrusted"]
 SAID = {"state": "valid", "failures": UNTRUSTED, "says": MADE, "signer": "Test Studio", "claim_generator": "Test Generator 2.0"}
 
 
-def credentials(data):
-    """Bytes -> what is told of their C2PA manifest, read as on the way to a verdict."""
+def decoded(data):
+    """As it is on the way to a verdict, when its provenance is read."""
     image = imaging.open_image(data)
     imaging.load_rgb(image)
-    return read_provenance(image, data)["c2pa"]
+    return image
+
+
+def credentials(data):
+    """Bytes -> what is told of their C2PA manifest."""
+    return read_provenance(decoded(data), data)["c2pa"]
 
 
 def plain(kind="PNG", **options):
@@ -75,7 +80,7 @@ def test_an_edited_picture_is_told_by_the_file_that_it_was_made_from():
 def test_a_trust_list_would_tell_a_trusted_signer(monkeypatch):
     """Ours has none; that c2pa-python tells the two apart is what `untrusted` rests on."""
     from signed import chain
-    trusting = provenance.C2PA_SETTINGS | {"trust": {"user_anchors": chain("Test Studio", 365)[0].decode()}}
+    trusting = provenance.C2PA_SETTINGS | {"trust": {"user_anchors": chain("Test Studio", 86400)[0].decode()}}
     monkeypatch.setattr(provenance, "C2PA_SETTINGS", trusting)
     assert credentials(sign(plain(), "PNG")) == {**SAID, "state": "trusted", "failures": []}
 
@@ -103,14 +108,17 @@ def test_a_manifest_moved_to_another_picture_is_invalid(kind):
     assert found["state"] == "invalid" and "assertion.dataHash.mismatch" in found["failures"] and found["says"] == MADE
 
 
+@pytest.mark.slow
 def test_an_expired_certificate_is_invalid_and_not_just_untrusted():
-    found = credentials(sign(plain(), "PNG", name="Expired", days=10))
+    data = sign(plain(), "PNG", name="Expired", seconds=3)  # c2pa-python signs with none that has expired
+    time.sleep(5)
+    found = credentials(data)
     assert found["state"] == "invalid" and "signingCredential.expired" in found["failures"] and found["signer"] == "Expired"
 
 
 def test_a_string_behind_a_signed_jpeg_is_no_metadata_of_a_generator_and_makes_it_invalid():
     data = sign(plain("JPEG"), "JPEG", "digitalCapture") + b"parameters\0Steps: 20, Sampler: Euler a"
-    found = read_provenance(imaging.open_image(data), data)
+    found = read_provenance(decoded(data), data)
     assert found["metadata"] == [] and (found["c2pa"]["state"], found["c2pa"]["says"]) == ("invalid", TAKEN)
 
 
@@ -208,7 +216,7 @@ STORES = {
 @pytest.mark.parametrize("what", STORES)
 def test_a_crafted_store_is_unreadable_and_costs_no_second(what):
     data = with_store(plain(), STORES[what]())
-    image = imaging.open_image(data)
+    image = decoded(data)
     started = time.process_time()
     assert read_provenance(image, data)["c2pa"] == {"state": "unreadable"}
     assert time.process_time() - started < 1
@@ -217,8 +225,8 @@ def test_a_crafted_store_is_unreadable_and_costs_no_second(what):
 FILES = {
     "a store in a thousand segments": (lambda: in_pieces(store_of(sign(plain(), "PNG")), 3), "unreadable"),
     "many manifests cut where they would be seen": (lambda: in_pieces(store(*map(full, range(600))), 300), "unreadable"),
-    "a million marks of segments": (lambda: plain("JPEG") + b"\xff\xeb\xff\xffJP" * 1_600_000, "unreadable"),
-    "a million empty chunks behind the pixels": (lambda: plain()[:-12] + chunk(b"tEXt", b"a\0") * 600_000 + plain()[-12:], "unreadable"),
+    "a million marks of segments": (lambda: plain("JPEG") + b"\xff\xeb\xff\xff" * 2_400_000, "unreadable"),
+    "many empty chunks behind the pixels": (lambda: plain()[:-12] + chunk(b"tEXt", b"a\0") * 150_000 + plain()[-12:], "unreadable"),
     "segments of another kind": (lambda: segments(0xEB, b"JP" + bytes(60_000)), "none"),
     "a film behind a JPEG": (lambda: plain("JPEG") + np.random.default_rng(0).bytes(9_000_000), "none"),
     "XMP whose entities grow": (lambda: plain("JPEG", xmp=b'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">' + b"".join(
@@ -230,13 +238,27 @@ FILES = {
 def test_a_crafted_file_costs_no_second(what):
     make, state = FILES[what]
     data = make()
-    image = imaging.open_image(data)
+    image = decoded(data)
     started = time.process_time()
     assert read_provenance(image, data)["c2pa"]["state"] == state
     assert time.process_time() - started < 1
 
 
-def test_a_store_of_two_hundred_manifests_that_are_in_order_is_read():
+@pytest.mark.parametrize("kind, make", [
+    ("PNG", lambda: store(*map(full, range(500)))), ("JPEG", lambda: in_pieces(store(*map(full, range(500))), 180)), ("PNG", packed),
+    ("JPEG", lambda: in_pieces(packed(), 40)), ("JPEG", lambda: in_pieces(bytes(50_000), 40))],
+    ids=["boxes", "boxes cut apart", "packed", "packed and cut apart", "many pieces"])
+def test_a_store_that_would_cost_seconds_does_not_reach_the_library(kind, make, monkeypatch):
+    data = make() if kind == "JPEG" else with_store(plain(), make())
+    monkeypatch.setattr(c2pa, "Reader", None)
+    assert provenance.too_costly(kind, data) and credentials(data) == {"state": "unreadable"}
+
+
+def test_an_ordinary_store_does():
+    assert not any(provenance.too_costly(kind, sign(plain(kind), kind)) for kind in SIGNED)
+
+
+def test_a_store_of_thirty_manifests_that_are_in_order_is_read():
     data = sign(plain(), "PNG", others=[sign(plain(), "PNG")] * 2)
     for _ in range(30):
         data = sign(plain(), "PNG", parent=data)
@@ -257,13 +279,15 @@ def test_a_report_of_any_shape_is_unreadable(monkeypatch):
         assert credentials(data) == {"state": "unreadable"}
 
 
-def test_changed_bytes_of_a_store_never_raise_and_are_never_valid():
+def test_changed_bytes_of_a_store_never_raise_and_are_never_valid_with_another_content():
+    """What pads a signature is not signed: there a byte may change."""
     rng, whole = np.random.default_rng(0), store_of(sign(plain(), "PNG"))
-    for _ in range(300):
+    for _ in range(100):
         changed = bytearray(whole)
         for at in rng.integers(len(whole), size=rng.integers(1, 4)):
             changed[at] ^= rng.integers(1, 256)
-        assert credentials(with_store(plain(), bytes(changed)))["state"] in ("invalid", "unreadable", "none")
+        found = credentials(with_store(plain(), bytes(changed)))
+        assert found["state"] in ("invalid", "unreadable", "none") or found == SAID
 
 
 # ---- beside a verdict, never in it ----
@@ -296,6 +320,7 @@ def test_many_at_a_time_each_get_their_own():
     assert found == [SAID, {**SAID, "says": TAKEN}, {"state": "none"}] * 40
 
 
+@pytest.mark.slow
 def test_the_live_service_survives_all_of_it(tmp_path):
     live = Live(tmp_path)
     try:

@@ -1,6 +1,7 @@
 """What a file's metadata says of its making: every field that is looked at, what is not told, what crafted ones cost."""
 import io
 import json
+import re
 import struct
 import time
 
@@ -10,10 +11,12 @@ from PIL import Image, PngImagePlugin
 
 import imaging
 from classify import Detector
+from conftest import ROOT
 from crafted import LONG, png, segments, tiff
 from engines import client_on, compiled_once, lines, upload  # noqa: F401
 from made_up import BASELINE
-from provenance import LONGEST, MADE, PARTLY, SAVED, TAKEN, clean, in_words, read_metadata, read_provenance
+from openapi_document import DOCUMENT, faults
+from provenance import LONGEST, MADE, MARKS, PARTLY, SAVED, SOURCE_TYPES, TAKEN, clean, in_words, read_metadata, read_provenance
 from test_decoding import as_users_have_it, chunk, picture, saved  # noqa: F401
 
 WEBUI = "a secret garden\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Version: v1.10.1"
@@ -305,3 +308,18 @@ def test_where_c2pa_python_is_not_installed_that_is_said_and_all_else_works(monk
     data = texts(Software="Midjourney")
     assert read_provenance(imaging.open_image(data), data) == {
         "c2pa": {"state": "not looked for"}, "metadata": [{"where": "PNG text 'Software'", "says": MADE, "name": "Midjourney"}]}
+
+
+def test_readme_and_the_openapi_document_name_every_state_and_every_claim():
+    readme = (ROOT / "README.md").read_text().split("### Provenance, beside pixels")[1].split("\n### ")[0]
+    schemas = DOCUMENT["components"]["schemas"]
+    assert schemas["Claim"]["properties"]["says"]["enum"] == [MADE, PARTLY, TAKEN, SAVED]
+    assert schemas["Manifest"]["properties"]["says"]["enum"] == [MADE, PARTLY, TAKEN, None] and set(SOURCE_TYPES.values()) == {MADE, PARTLY, TAKEN}
+    for state in schemas["Manifest"]["properties"]["state"]["enum"]:
+        assert f"`{state}`" in readme
+    for name in MARKS:
+        assert name in readme
+    example, = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
+    assert faults(schemas["Provenance"], json.loads(example)) == []
+    for found in ({"c2pa": {"state": "none"}}, {"c2pa": {"state": "fine"}, "metadata": []}, {"c2pa": {}, "metadata": []}):
+        assert faults(schemas["Provenance"], found)
