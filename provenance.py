@@ -31,7 +31,8 @@ MAX_READ_S = 0.5           # processor time in which a C2PA reader may still rea
 SOURCE_TYPES = {"trainedAlgorithmicMedia": MADE, "compositeWithTrainedAlgorithmicMedia": PARTLY, "compositeSynthetic": PARTLY,
                 "digitalCapture": TAKEN, "computationalCapture": TAKEN}
 # what generators write beside a prompt; each pattern is of the first program that wrote so, and others write the same
-MARKS = {"Stable Diffusion web UI": r"\bSteps: \d+, ", "ComfyUI": r'"class_type"\s*:|"last_node_id"\s*:',
+MARKS = {"Stable Diffusion web UI": r"\bSteps: \d+, ",
+         "ComfyUI": r'\A(prompt|workflow):\s*\{|"class_type"\s*:|"last_node_id"\s*:',
          "NovelAI": r'"NovelAI|\bNovelAI Diffusion\b|"uc"\s*:', "Midjourney": r"\bJob ID: [0-9a-f]{8}-"}
 PNG_TEXTS = ("parameters", "prompt", "workflow", "Comment", "Description", "Source")
 INVOKEAI = ("invokeai_metadata", "invokeai_graph", "invokeai_workflow", "sd-metadata", "Dream")  # that they are there is enough

@@ -8,7 +8,7 @@ import c2pa
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 
 from test_decoding import chunk
 
@@ -18,7 +18,7 @@ QUIET = {"verify": {"verify_after_sign": False}, "builder": {"thumbnail": {"enab
 
 # ---- signing ----
 
-def certificate(name, key, issuer, issuer_key, authority, seconds):
+def certificate(name, key, issuer, issuer_key, authority, seconds, ocsp=None):
     """An x509 certificate as C2PA wants it: of a signer, for the use `emailProtection`, or of an authority."""
     now = datetime.datetime.now(datetime.timezone.utc)
     use = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"), False)
@@ -32,24 +32,27 @@ def certificate(name, key, issuer, issuer_key, authority, seconds):
                .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False))
     if not authority:
         builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False)
+    if ocsp:
+        place = x509.AccessDescription(AuthorityInformationAccessOID.OCSP, x509.UniformResourceIdentifier(ocsp))
+        builder = builder.add_extension(x509.AuthorityInformationAccess([place]), critical=False)
     return builder.sign(issuer_key, hashes.SHA256())
 
 
 @functools.cache
-def chain(name, seconds):
+def chain(name, seconds, ocsp=None):
     """-> (PEM of a signer's certificate and its authority's, PEM of the signer's key)."""
     authority, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    pair = (certificate(name, key, "Test Authority", authority, False, seconds),
+    pair = (certificate(name, key, "Test Authority", authority, False, seconds, ocsp),
             certificate("Test Authority", authority, "Test Authority", authority, True, 86400))
     pem = b"".join(one.public_bytes(serialization.Encoding.PEM) for one in pair)
     return pem, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 def sign(data, kind, term="trainedAlgorithmicMedia", actions=None, assertions=(), parent=None, others=(), remote=None,
-         name="Test Studio", seconds=86400):
+         name="Test Studio", seconds=86400, ocsp=None):
     """Bytes of an image of this format, signed: made by what `term` says, or an edit of `parent`, with `others` in it; `remote`: the
-    manifest is left out, and this address of it written instead."""
-    pem, key = chain(name, seconds)
+    manifest is left out, and this address of it written instead; `ocsp`: where to ask whether the certificate is still good."""
+    pem, key = chain(name, seconds, ocsp)
     created = [{"action": "c2pa.created", "digitalSourceType": TERMS + term}]
     manifest = {"claim_generator_info": [{"name": "Test Generator", "version": "2.0"}], "assertions": [
         *([] if parent else [{"label": "c2pa.actions", "data": {"actions": actions or created}}]), *assertions]}

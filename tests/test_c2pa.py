@@ -53,8 +53,9 @@ def test_a_signed_file_is_valid_and_its_signer_is_one_that_nobody_vouches_for(ki
     assert credentials(plain(kind)) == {"state": "none"}
 
 
-@pytest.mark.parametrize("term, says", [("trainedAlgorithmicMedia", MADE), ("compositeWithTrainedAlgorithmicMedia", PARTLY), ("digitalCapture", TAKEN),
-                                        ("computationalCapture", TAKEN), ("compositeSynthetic", PARTLY), ("digitalCreation", None)])
+@pytest.mark.parametrize("term, says", [("trainedAlgorithmicMedia", MADE), ("compositeWithTrainedAlgorithmicMedia", PARTLY),
+                                        ("compositeSynthetic", PARTLY), ("digitalCapture", TAKEN), ("computationalCapture", TAKEN),
+                                        ("digitalCreation", None)])
 def test_the_source_type_of_its_actions_is_told_in_words(term, says):
     assert credentials(sign(plain(), "PNG", term)) == {**SAID, "says": says}
 
@@ -80,7 +81,7 @@ def test_an_edited_picture_is_told_by_the_file_that_it_was_made_from():
 def test_a_trust_list_would_tell_a_trusted_signer(monkeypatch):
     """Ours has none; that c2pa-python tells the two apart is what `untrusted` rests on."""
     from signed import chain
-    trusting = provenance.C2PA_SETTINGS | {"trust": {"user_anchors": chain("Test Studio", 86400)[0].decode()}}
+    trusting = provenance.C2PA_SETTINGS | {"trust": {"user_anchors": chain("Test Studio", 86400, None)[0].decode()}}
     monkeypatch.setattr(provenance, "C2PA_SETTINGS", trusting)
     assert credentials(sign(plain(), "PNG")) == {**SAID, "state": "trusted", "failures": []}
 
@@ -165,6 +166,14 @@ def test_a_manifest_that_lies_elsewhere_is_said_to_and_not_asked_for(kind, elsew
     assert asked == ["/m.c2pa"]
 
 
+def test_nobody_is_asked_whether_a_certificate_is_still_good(elsewhere):
+    address, asked = elsewhere
+    data = sign(plain(), "PNG", ocsp=address)
+    assert credentials(data) == SAID and asked == []
+    with c2pa.Context.from_dict({"verify": {"ocsp_fetch": True}}) as context, c2pa.Reader("image/png", io.BytesIO(data), context=context):
+        assert len(asked) > 0  # the library would, if it were told to
+
+
 # ---- crafted ----
 
 def sparse(size=4_000_000):
@@ -230,7 +239,8 @@ FILES = {
     "segments of another kind": (lambda: segments(0xEB, b"JP" + bytes(60_000)), "none"),
     "a film behind a JPEG": (lambda: plain("JPEG") + np.random.default_rng(0).bytes(9_000_000), "none"),
     "XMP whose entities grow": (lambda: plain("JPEG", xmp=b'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">' + b"".join(
-        b'<!ENTITY %c "%s">' % (b + 1, b"&%c;" % b * 10) for b in range(97, 106)) + b']><x xmlns:d="http://purl.org/dc/terms/" d:provenance="&j;"/>'), "none"),
+        b'<!ENTITY %c "%s">' % (b + 1, b"&%c;" % b * 10) for b in range(97, 106))
+        + b']><x xmlns:d="http://purl.org/dc/terms/" d:provenance="&j;"/>'), "none"),
 }
 
 

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 import imaging
 from classify import Detector
 from conftest import ROOT
-from crafted import LONG, png, segments, tiff
+from crafted import LONG, grid, png, segments, tiff
 from engines import client_on, compiled_once, lines, upload  # noqa: F401
 from made_up import BASELINE
 from openapi_document import DOCUMENT, faults
@@ -60,6 +60,11 @@ def packet(inside="", **attributes):
             f'<?xpacket end="w"?>').encode()
 
 
+def typed(declared, entity="a"):
+    """XMP with a document type that declares these entities, and one of them as the creator tool."""
+    return b"<!DOCTYPE x [" + declared + b"]>" + packet(f"<xmp:CreatorTool>&{entity};</xmp:CreatorTool>").partition(b"?>")[2]
+
+
 def with_xmp(xmp, kind="JPEG"):
     if kind == "PNG":
         return png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
@@ -98,6 +103,7 @@ FIELDS = {
     "a model alone": (lambda: exif("PNG", t272="X-T5"), "EXIF Make and Model", TAKEN, "X-T5"),
     "a generator as maker": (lambda: exif(t271="Black Forest Labs", t272="flux-dev"), "EXIF Make and Model", MADE, "Black Forest Labs flux-dev"),
     "ComfyUI's workflow as maker": (lambda: exif("WEBP", t271="workflow:" + WORKFLOW), "EXIF Make and Model", MADE, "ComfyUI"),
+    "ComfyUI's workflow, whatever it holds": (lambda: exif("WEBP", t271='workflow: {"a": "a secret garden"}'), "EXIF Make and Model", MADE, "ComfyUI"),
     "ComfyUI's prompt as model": (lambda: exif("WEBP", t272="prompt:" + PROMPT), "EXIF Make and Model", MADE, "ComfyUI"),
     "webui's comment": (lambda: exif(comment=b"UNICODE\0" + WEBUI.encode("utf-16-be")), "EXIF UserComment", MADE, "Stable Diffusion web UI"),
     "a comment of the other byte order": (lambda: exif("WEBP", b"UNICODE\0" + WEBUI.encode("utf-16-le")), "EXIF UserComment", MADE,
@@ -139,10 +145,11 @@ def test_several_are_told_in_a_fixed_order():
 
 ORDINARY = {
     "nothing": lambda: saved(picture(), "PNG"),
-    "texts of other programs": lambda: texts(parameters="lr=0.1", prompt="type your name", workflow="scan, crop", Comment="for Anna", Source="a scanner",
-                                             Description="our garden in Steps: of stone"),
+    "texts of other programs": lambda: texts(parameters="lr=0.1", prompt="type your name", workflow="scan, crop", Comment="for Anna",
+                                             Source="a scanner", Description="our garden in Steps: of stone"),
     "EXIF of a photograph": lambda: exif(t270="our garden", t315="A. Person", comment=b"ASCII\0\0\0five steps: 20 metres"),
     "people who are credited": lambda: with_xmp(packet(photoshop__Credit="A. Dalle / Agency", photoshop__City="Paris")),
+    "XMP with a document type": lambda: with_xmp(typed(b'<!ENTITY a "Midjourney">')),
     "another source type": lambda: with_xmp(packet(Iptc4xmpExt__DigitalSourceType=TERMS + "negativeFilm")),
     "properties of the same name elsewhere": lambda: with_xmp(packet('<a:Credit xmlns:a="urn:a">Made with Google AI</a:Credit>')),
     "an IPTC credit": lambda: iptc(r110=b"A. Person", r80=b"A. Person"),
@@ -193,7 +200,7 @@ def entities():
     """A billion laughs."""
     names = "abcdefghij"
     steps = "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip(names, names[1:]))
-    return f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "ha">{steps}]>'.encode() + packet("<xmp:CreatorTool>&j;</xmp:CreatorTool>")[54:]
+    return typed(f'<!ENTITY a "ha">{steps}'.encode(), "j")
 
 
 def directory(count, entry):
@@ -203,10 +210,11 @@ def directory(count, entry):
 
 HOSTILE = {
     "entities that grow": lambda: with_xmp(entities()),
-    "an entity from elsewhere": lambda: with_xmp(b'<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]>' + packet("<xmp:CreatorTool>&a;</xmp:CreatorTool>")),
+    "an entity from elsewhere": lambda: with_xmp(typed(b'<!ENTITY a SYSTEM "file:///etc/passwd">')),
     "ten megabytes of text": lambda: png(chunk(b"tEXt", b"parameters\0" + b"Steps: 2" * 1_200_000)),
     "ten megabytes of a prompt": lambda: png(chunk(b"iTXt", b"prompt\0\0\0\0\0" + b'"class_type"  ' * 700_000)),
-    "text that unpacks to a megabyte, fifty times": lambda: texts(True, **{f"k{i}": " " * 1_000_000 for i in range(50)}, parameters="Steps: " * 140_000),
+    "text that unpacks to a megabyte, fifty times": lambda: texts(True, **{f"k{i}": " " * 1_000_000 for i in range(50)},
+                                                                  parameters="Steps: " * 140_000),
     "ten megabytes of software": lambda: png(chunk(b"tEXt", b"Software\0" + b"dall-" * 1_900_000)),
     "ten megabytes of XMP": lambda: with_xmp(packet("<a/>" * 2_400_000), "PNG"),
     "XMP nested a million deep": lambda: with_xmp(packet("<a>" * 1_000_000), "PNG"),
@@ -215,16 +223,16 @@ HOSTILE = {
     "XMP that is none": lambda: with_xmp(bytes(range(256)) * 200, "PNG"),
     "XMP of another encoding": lambda: with_xmp(packet(xmp__CreatorTool="x").decode().encode("utf-16"), "PNG"),
     "EXIF whose parts point at each other": lambda: png(chunk(b"eXIf", directory(2, lambda i: struct.pack("<HHII", 0x8769 + i, LONG, 1, 8)))),
-    "EXIF whose next one is itself": lambda: png(chunk(b"eXIf", directory(1, lambda i: struct.pack("<HHII", 0x8769, LONG, 1, 8))[:-4] + b"\x08\0\0\0")),
-    "EXIF of sixty thousand entries": lambda: png(chunk(b"eXIf", directory(60_000, lambda i: struct.pack("<HHII", 1 + i if i != 34664 else 34665, 7, 4, 8)))),
+    "EXIF whose next one is itself": lambda: png(chunk(b"eXIf", directory(
+        1, lambda i: struct.pack("<HHII", 0x8769, LONG, 1, 8))[:-4] + b"\x08\0\0\0")),
+    "EXIF of sixty thousand entries": lambda: png(chunk(b"eXIf", directory(60_000, lambda i: struct.pack("<HHII", 1 + i, 7, 4, 8)))),
     "EXIF that points at its end, again and again": lambda: png(chunk(b"eXIf", directory(
-        60_000, lambda i: struct.pack("<HHII", 0x8769 if i == 0 else 36864 + i % 20_000, 7 if i else LONG, 500_000 if i else 1, 8)) + bytes(500_000))),
+        20_000, lambda i: struct.pack("<HHII", *((36864 + i, 7, 500_000, 8) if i else (0x8769, LONG, 1, 8)))) + bytes(500_000))),
     "EXIF of millions of numbers": lambda: png(chunk(b"eXIf", directory(2, lambda i: struct.pack(
         "<HHII", *((0x8769, LONG, 1, 8) if i else (0x0110, 3, 4_500_000, 38)))) + bytes(9_000_000))),
     "a comment that is a number": lambda: png(chunk(b"eXIf", directory(2, lambda i: struct.pack("<HHII", (0x8769, 0x9286)[i], LONG, 1, 8)))),
     "ten megabytes of IPTC": lambda: segments(0xED, b"Photoshop 3.0\x008BIM\x04\x04\0\0" + struct.pack(">I", 65_000) + b"\x1c\2A\0\0" * 13_000),
-    "IPTC in a TIFF": lambda: tiff({256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 2000, 277: 1, 278: 8, 279: 64, 33723: (7, 64, b"\x1c\2A\0\0" * 12 + b"\x1c\2A\0")},
-                                   bytes(64)),
+    "IPTC in a TIFF": lambda: tiff(grid(8, 8, 1, t273=2000, t278=8, t279=64, t33723=(7, 65, b"\x1c\2A\0\0" * 13)), bytes(64)),
 }
 
 
@@ -234,7 +242,7 @@ def test_crafted_metadata_costs_no_second_and_breaks_nothing(what, as_users_have
     imaging.load_rgb(image)
     started = time.process_time()
     found = read_metadata(image)
-    assert time.process_time() - started < 1.5 and len(found) <= 20
+    assert time.process_time() - started < 0.6 and len(found) <= 20
     assert all(len(claim["name"]) <= LONGEST for claim in found)
     assert "haha" not in str(found) and "root:" not in str(found)
 
@@ -314,7 +322,8 @@ def test_readme_and_the_openapi_document_name_every_state_and_every_claim():
     readme = (ROOT / "README.md").read_text().split("### Provenance, beside pixels")[1].split("\n### ")[0]
     schemas = DOCUMENT["components"]["schemas"]
     assert schemas["Claim"]["properties"]["says"]["enum"] == [MADE, PARTLY, TAKEN, SAVED]
-    assert schemas["Manifest"]["properties"]["says"]["enum"] == [MADE, PARTLY, TAKEN, None] and set(SOURCE_TYPES.values()) == {MADE, PARTLY, TAKEN}
+    assert schemas["Manifest"]["properties"]["says"]["enum"] == [MADE, PARTLY, TAKEN, None]
+    assert set(SOURCE_TYPES.values()) == {MADE, PARTLY, TAKEN}
     for state in schemas["Manifest"]["properties"]["state"]["enum"]:
         assert f"`{state}`" in readme
     for name in MARKS:
