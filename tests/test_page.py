@@ -77,8 +77,8 @@ def test_a_picked_photo_gets_the_verdict_of_classify_py_with_its_numbers_in_the_
     assert name in page.get_by_role("log").inner_text()  # told to those who do not see the card
     assert found.locator("img").evaluate("image => image.naturalWidth") > 0
     found.get_by_text("Details").click()
-    assert_says(found, str(known["p_fake"]), str(known["threshold"]), known["model_version"], "The file says", f"C2PA {known['provenance']['c2pa']['state']}", "decode",
-                response.value.headers["x-request-id"])
+    assert_says(found, str(known["p_fake"]), str(known["threshold"]), known["model_version"], "decode", "The file says",
+                f"C2PA {known['provenance']['c2pa']['state']}", response.value.headers["x-request-id"])
 
 
 @pytest.mark.parametrize("given, words", [
