@@ -28,7 +28,7 @@ WORKDIR /app
 COPY requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements-serve.txt
 COPY app.py classify.py common.py dataset.py encoders.py engine.py golden.py gunicorn.conf.py imaging.py layers.py metrics.py model.py \
-    prepare_clip.py quantize.py settings.py signing.py telemetry.py together.py ./
+    prepare_clip.py provenance.py quantize.py settings.py signing.py telemetry.py together.py ./
 COPY static static
 COPY templates templates
 ARG CODE_COMMIT=unknown

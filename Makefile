@@ -13,7 +13,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo -n)
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
-$(VENV)/.ready: requirements.txt requirements-serve.txt requirements-demo.txt requirements-dev.txt requirements-mlflow.txt requirements-ray.txt
+$(VENV)/.ready: requirements.txt requirements-serve.txt requirements-demo.txt requirements-dev.txt requirements-c2pa.txt requirements-mlflow.txt requirements-ray.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
 	touch $@

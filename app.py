@@ -228,16 +228,21 @@ def note(detector, facts, waited, request_id):
     if "error" in facts:
         telemetry().image_errors.labels(facts["status"]).inc()
         return say_event("image_error", request_id=request_id, key=g.key, **facts)
+    facts = {name: value for name, value in facts.items() if name != "provenance"}  # its sender's business
     numbers = {name: round(value, 4) for name, value in facts.items() if isinstance(value, float)}
     say_event("verdict", request_id=request_id, key=g.key, **{**facts, **numbers}, wait_s=round(waited, 4),
               model_version=detector.model["versions"]["model"], model_sha256=detector.model["sha256"])
+
+
+def detailed():
+    return request.args.get("details") == "1"
 
 
 def body_of(detector, facts):
     """What is answered for one image: the documented keys, and with ?details=1 what stands behind them."""
     if "error" in facts:
         return {"error": facts["error"]}
-    more = details(detector.model, facts["p_fake"]) if request.args.get("details") == "1" else {}
+    more = details(detector.model, facts["p_fake"], facts["provenance"]) if detailed() else {}
     return {**answer(facts["classification"], facts["confidence"]), **more}
 
 
@@ -258,12 +263,12 @@ def classify():
     detector, images = read_images()
     if len(images) != 1:
         return error(400, f"expected one file in the multipart field 'image', got {len(images)}: curl -F image=@FILE")
-    waited, (facts,) = engine().judge(detector, images)
+    waited, (facts,) = engine().judge(detector, images, detailed())
     note(detector, facts, waited, g.request_id)
     if "error" in facts:
         return error(facts["status"], facts["error"])
     body = body_of(detector, facts)
-    if request.args.get("details") == "1":
+    if detailed():
         stages = {"wait_s": waited, "read_s": g.read_s, **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")}}
         body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
     return with_model(detector, body)
@@ -276,7 +281,7 @@ def classify_batch():
     limit = engine().settings["BATCH_LIMIT"]
     if not 1 <= len(images) <= limit:
         return error(413 if images else 400, f"expected 1 to {limit} files in multipart fields 'image', got {len(images)}")
-    waited, found = engine().judge(detector, images)
+    waited, found = engine().judge(detector, images, detailed())
     for number, facts in enumerate(found):
         note(detector, facts, waited, f"{g.request_id}.{number}")
     return with_model(detector, {"results": [body_of(detector, facts) for facts in found]})

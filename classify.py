@@ -25,7 +25,8 @@ def parse_args(argv):
                         help="from train_model.py (default: model.joblib where there is one, else the shipped baseline)")
     parser.add_argument("--json", action="store_true", help="print JSON; of several images one object a line, with the path")
     parser.add_argument("--details", action="store_true",
-                        help="also the probability of fake, the threshold, whether it is uncertain, and which model said so")
+                        help="also the probability of fake, the threshold, whether it is uncertain, which model said so, "
+                             "and what the file says of its own making")
     parser.add_argument("--max_pixels", type=int, default=common.MAX_PIXELS, metavar="N",
                         help="largest image taken (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
@@ -112,31 +113,37 @@ def list_paths(given):
     return paths
 
 
-def load(detector, path, max_pixels):
-    """One file -> the encoder's input, or the error that says why not."""
-    from imaging import decode_image
+def load(detector, path, max_pixels, details=False):
+    """One file -> (the encoder's input, with `details` what the file says of its making), or the error that says why not."""
+    from imaging import load_rgb, open_image
     try:
         data = sys.stdin.buffer.read() if path == "-" else common.read_bytes(path)
-        return detector.pixels(decode_image(data, max_pixels))
+        image = open_image(data, max_pixels)
+        pixels = detector.pixels(load_rgb(image))
+        if not details:
+            return pixels, None
+        from provenance import read_provenance
+        return pixels, read_provenance(image, data)
     except (ImageError, UsageError) as error:
         return error
 
 
-def classify_all(detector, paths, max_pixels, batch=8):
-    """Yield (path, probability of fake or the error), in order; the next batch is decoded while one is encoded."""
+def classify_all(detector, paths, max_pixels, batch=8, details=False):
+    """Yield (path, (probability of fake, with `details` what the file says of its making) or the error), in order; the next
+    batch is decoded while one is encoded."""
     import numpy as np
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         chunks = [paths[i:i + batch] for i in range(0, len(paths), batch)]
         ahead = None
         for chunk, following in zip(chunks, [*chunks[1:], []]):
-            waiting = ahead or [pool.submit(load, detector, path, max_pixels) for path in chunk]
+            waiting = ahead or [pool.submit(load, detector, path, max_pixels, details) for path in chunk]
             loaded = [future.result() for future in waiting]
-            ahead = [pool.submit(load, detector, path, max_pixels) for path in following]
-            good = [pixels for pixels in loaded if not isinstance(pixels, Exception)]
+            ahead = [pool.submit(load, detector, path, max_pixels, details) for path in following]
+            good = [found[0] for found in loaded if not isinstance(found, Exception)]
             answers = iter(detector.p_fake(np.stack(good)) if good else ())
-            for path, pixels in zip(chunk, loaded):
-                yield path, pixels if isinstance(pixels, Exception) else next(answers)
+            for path, found in zip(chunk, loaded):
+                yield path, found if isinstance(found, Exception) else (next(answers), found[1])
 
 
 def answer(classification, confidence):
@@ -144,23 +151,28 @@ def answer(classification, confidence):
     return {"classification": classification, "confidence": confidence}
 
 
-def details(model, p_fake):
-    """What stands behind a verdict: never part of the documented JSON unless it is asked for."""
+def details(model, p_fake, provenance):
+    """What stands behind a verdict, and beside it what the file says of its making, which plays no part in it. Never part of
+    the documented JSON unless it is asked for."""
     from model import outside
     uncertain, (low, high) = not bool(outside(p_fake, model["band"])), model["band"]
     reason = f"the probability of fake lies between {low:.2f} and {high:.2f}, where too many training images are on either side"
     found = {"p_fake": round(float(p_fake), 4), "threshold": round(model["threshold"], 4), "uncertain": uncertain,
              "reason": reason if uncertain else None, "model_version": model["versions"]["model"]}
-    return found | ({"notice": model["encoder"]["notice"]} if model["encoder"].get("notice") else {})
+    notice = {"notice": model["encoder"]["notice"]} if model["encoder"].get("notice") else {}
+    return {**found, **notice, "provenance": provenance}
 
 
-def line(model, p_fake, args, path=None):
+def line(model, p_fake, provenance, args, path=None):
     """One verdict as it is printed: text, or JSON with --json; `path` where several images are asked about."""
     from model import verdict
     classification, confidence = verdict(model, p_fake)
-    more = details(model, p_fake) if args.details else {}
+    more = details(model, p_fake, provenance) if args.details else {}
     if args.json:
         return json.dumps({**({} if path is None else {"path": path}), **answer(classification, confidence), **more})
+    if more:
+        from provenance import in_words
+        more["provenance"] = in_words(provenance)
     text = f"{classification} (confidence {confidence:.2f})" + "".join(f"; {k} {v}" for k, v in more.items() if v is not None)
     return text if path is None else f"{path}: {text}"
 
@@ -173,22 +185,24 @@ def main(argv=None):
     if detector.encoder.notice:
         say(f"note: {detector.encoder.notice}")
     if single:
-        pixels = load(detector, paths[0], args.max_pixels)
-        if isinstance(pixels, Exception):
-            raise UsageError(f"{paths[0]}: {pixels}")
-        print(line(detector.model, detector.p_fake(pixels[None])[0], args))
+        found = load(detector, paths[0], args.max_pixels, args.details)
+        if isinstance(found, Exception):
+            raise UsageError(f"{paths[0]}: {found}")
+        pixels, provenance = found
+        print(line(detector.model, detector.p_fake(pixels[None])[0], provenance, args))
         return 0
 
     from tqdm import tqdm
     bad = 0
-    for path, result in tqdm(classify_all(detector, paths, args.max_pixels), total=len(paths), unit="image", disable=None):
+    answers = classify_all(detector, paths, args.max_pixels, details=args.details)
+    for path, result in tqdm(answers, total=len(paths), unit="image", disable=None):
         if isinstance(result, Exception):
             bad += 1
             tqdm.write(f"{path}: error: {result}", file=sys.stderr)
             if args.json:
                 tqdm.write(json.dumps({"path": path, "error": str(result)}))
         else:
-            tqdm.write(line(detector.model, result, args, path))
+            tqdm.write(line(detector.model, *result, args, path))
     if bad:
         say(f"{bad} of {len(paths)} images could not be read")
     return 1 if bad else 0

@@ -18,6 +18,7 @@ import numpy as np
 import common
 import encoders
 import imaging
+import provenance
 from common import DetectorError, EncoderError, ImageError, ModelError, UsageError
 from settings import read_file, read_keys
 from telemetry import say_event
@@ -163,12 +164,13 @@ class Engine:
 
     # ---- verdicts ----
 
-    def judge(self, detector, images):
+    def judge(self, detector, images, details=False):
         """Bytes of images -> (seconds waited in all, one dict of facts an image, in order; `error` and `status` where there
-        is no verdict). Several images take up to half of the slots: beside a batch there is room for single ones. Raises Busy."""
+        is no verdict; `provenance` with `details`). Several images take up to half of the slots: beside a batch there is room for
+        single ones. Raises Busy."""
         with self.slots.take(min(len(images), max(1, self.slots.count // 2))) as waited:
             end = time.perf_counter() + DECODE_S
-            found = [self._decode(detector, data, end) for data in images]
+            found = [self._decode(detector, data, end, details) for data in images]
             good = [(facts, pixels) for facts, pixels in found if pixels is not None]
             for start in range(0, len(good), TOGETHER):
                 self._score(detector, good[start:start + TOGETHER])
@@ -176,7 +178,7 @@ class Engine:
         self.telemetry.stage.labels("turn").observe(turns)
         return waited + turns, [facts for facts, _ in found]
 
-    def _decode(self, detector, data, end):
+    def _decode(self, detector, data, end, details):
         """Bytes of an image -> (its facts, the encoder's input or None, also where it is past this `end`)."""
         started, facts = time.perf_counter(), {"sha256": common.sha256(data), "bytes": len(data), "turn_s": 0.0}
         if started > end:
@@ -188,6 +190,8 @@ class Engine:
             with self.large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext(), self.decoding:
                 facts["turn_s"] = time.perf_counter() - opened
                 pixels = detector.pixels(imaging.load_rgb(image))
+                if details:
+                    facts["provenance"] = provenance.read_provenance(image, data)
         except ImageError as error:
             return {**facts, "status": error.status, "error": str(error)}, None
         facts["decode_s"] = time.perf_counter() - started - facts["turn_s"]

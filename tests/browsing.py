@@ -22,7 +22,7 @@ COUNT = """() => {
 # what the page asks, and an answer of the documented shape
 CLASSIFY = "**/classify?details=1"
 VERDICT = {"classification": "real", "confidence": 0.9, "p_fake": 0.1, "threshold": 0.5, "uncertain": False, "reason": None,
-           "model_version": "v9", "timings": {"encode_s": 0.07}}
+           "model_version": "v9", "provenance": {"c2pa": {"state": "none"}, "metadata": []}, "timings": {"encode_s": 0.07}}
 
 
 def pick(page, *files):

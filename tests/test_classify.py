@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import encoders
+import provenance
 from classify import answer
 from conftest import ROOT, assert_one_line_error
 from made_up import BASELINE, baseline_for, other_encoder
@@ -125,7 +126,7 @@ def test_help_fits_one_screen(script):
 
 # ---- details ----
 
-DETAILS = ["p_fake", "threshold", "uncertain", "reason", "model_version", "notice"]
+DETAILS = ["p_fake", "threshold", "uncertain", "reason", "model_version", "notice", "provenance"]
 
 
 @pytest.fixture
@@ -155,8 +156,9 @@ def test_the_line_with_details_says_the_same_as_the_json(classify, photos, moved
     found = json.loads(assert_done(classify(photo, model=model, flags=["--json", "--details"])))
     line = assert_done(classify(photo, model=model)).rstrip("\n")
     assert re.fullmatch(LINE, line)
+    told = {**found, "notice": None, "provenance": provenance.in_words(found["provenance"])}  # no notice here
     assert assert_done(classify(photo, model=model, flags=["--details"])) == line + "".join(
-        f"; {name} {found[name]}" for name in DETAILS[:-1] if found[name] is not None) + "\n"  # no notice here
+        f"; {name} {told[name]}" for name in DETAILS if told[name] is not None) + "\n"
     assert "notice" not in found and found["model_version"] == "v7.0.0"
 
 

@@ -40,7 +40,7 @@ def test_tiny_runs_in_float32_everywhere_because_bfloat16_turns_some_of_its_verd
 def test_an_image_alone_is_answered_as_among_others(crops):
     # equal to the last bit but for the order of sums; 0.0001 is one step of the printed confidence
     detector, some = Detector(BASELINE), crops[::20]
-    for path, p_fake in classify_all(detector, some, common.MAX_PIXELS):
+    for path, (p_fake, _) in classify_all(detector, some, common.MAX_PIXELS):
         classification, confidence = verdict(detector.model, p_fake)
         alone = detector.classify(common.read_bytes(path))
         assert alone[1] == pytest.approx(confidence, abs=1.01e-4)
@@ -54,6 +54,7 @@ def test_a_bad_image_does_not_shift_the_answers_of_the_others(crops, tmp_path, b
     paths = [bad, *crops[:4], bad, *crops[4:7], bad]
     found = dict(classify_all(detector, paths, common.MAX_PIXELS, batch))
     assert isinstance(found.pop(bad), common.UnsupportedImage)
-    alone = dict(classify_all(detector, crops[:7], common.MAX_PIXELS, 1))
+    found = {path: p_fake for path, (p_fake, _) in found.items()}
+    alone = {path: p_fake for path, (p_fake, _) in classify_all(detector, crops[:7], common.MAX_PIXELS, 1)}
     assert list(found) == list(alone) and list(found.values()) == pytest.approx(list(alone.values()), abs=1e-6)  # the order of sums
     assert np.diff(sorted(alone.values())).min() > 1e-4  # so an answer at another's place would show

@@ -77,8 +77,8 @@ def test_a_picked_photo_gets_the_verdict_of_classify_py_with_its_numbers_in_the_
     assert name in page.get_by_role("log").inner_text()  # told to those who do not see the card
     assert found.locator("img").evaluate("image => image.naturalWidth") > 0
     found.get_by_text("Details").click()
-    assert_says(found, str(known["p_fake"]), str(known["threshold"]), known["model_version"], "decode",
-                response.value.headers["x-request-id"])
+    assert_says(found, str(known["p_fake"]), str(known["threshold"]), known["model_version"], "decode", "The file says",
+                f"C2PA {known['provenance']['c2pa']['state']}", response.value.headers["x-request-id"])
 
 
 @pytest.mark.parametrize("given, words", [
@@ -91,6 +91,17 @@ def test_each_kind_of_verdict_in_words(visit, photos, given, words):
     page.route(CLASSIFY, answer(**given))
     pick(page, photos["china.jpg"])
     assert_says(card(page, "china.jpg"), *words)
+
+
+def test_what_the_file_says_of_its_making_stands_in_one_line_of_the_details(visit, photos):
+    page = visit()
+    page.route(CLASSIFY, answer(provenance={
+        "c2pa": {"state": "valid", "failures": [], "says": "made by a generator", "signer": "<b>Studio</b>", "claim_generator": None},
+        "metadata": [{"where": "EXIF Software", "says": "saved by software", "name": "GIMP 3.0"}]}))
+    pick(page, photos["china.jpg"])
+    found = card(page, "china.jpg")
+    found.get_by_text("Details").click()
+    assert_says(found, "90% confidence", "C2PA valid, made by a generator, signed by <b>Studio</b>; EXIF Software: saved by software (GIMP 3.0)")
 
 
 def test_several_images_are_checked_two_at_a_time_and_each_gets_its_own_verdict(visit, live, photos):

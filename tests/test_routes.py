@@ -17,7 +17,8 @@ from made_up import BASELINE, baseline_for, other_encoder
 from model import load_model
 
 VERDICT, BATCH = "/classify", "/classify/batch"
-DETAILS = {"p_fake": float, "threshold": float, "uncertain": bool, "reason": (str, type(None)), "model_version": str, "notice": str}
+DETAILS = {"p_fake": float, "threshold": float, "uncertain": bool, "reason": (str, type(None)), "model_version": str, "notice": str,
+           "provenance": dict}
 TIMINGS = ["wait_s", "read_s", "decode_s", "encode_s", "classify_s"]
 
 

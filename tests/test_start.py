@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SLOW = {"numpy", "PIL", "torch", "clip", "sklearn", "scipy", "matplotlib", "openvino", "flask", "mlflow", "cryptography"}
+SLOW = {"numpy", "PIL", "torch", "clip", "sklearn", "scipy", "matplotlib", "openvino", "flask", "mlflow", "cryptography", "c2pa"}
 SCRIPTS = ["app.py", "audit.py", "classify.py", "demo.py", "evaluate.py", "extract_features.py", "finetune_clip.py", "golden.py",
            "prepare_clip.py", "registry.py", "study.py", "train_model.py"]
 WRONG = {"audit.py": ["--data_dir", "nowhere"], "classify.py": ["--image_path", "nowhere.jpg"],
