@@ -55,10 +55,11 @@ tools:
 	  || echo "not installed: $(TOOLS) (Debian's names); the tests that need them will say so" >&2
 
 # make study DATA=DIR: audit, training without and with degraded copies, every classifier, full evaluation, on one page
+# make study DATA=DIR LEVERS=1: and beside it other layers of the encoder, and crops
 LIMIT ?= 400
 VIEWS ?= 1
 study: $(VENV)/.ready
-	$(VENV)/bin/python study.py --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS)
+	$(VENV)/bin/python study.py --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS) $(if $(LEVERS),--levers)
 
 # make tiny IMAGES=DIR: train the shipped encoder again; make ship IMAGES=DIR: features, baseline model and cards of it
 tiny: $(VENV)/.ready

@@ -2,6 +2,7 @@
 
     python study.py --data_dir data                      # 400 images, about 20 minutes on two cores with ViT-L/14
     python study.py --data_dir data --limit 4000 --views 3 --robustness_images 200
+    python study.py --data_dir data --levers --checkpoints finetuned.pt     # other layers, crops, an encoder of your own beside it
 
 `make study DATA=data` sets up the environment first. The page is study/index.html; runs that were interrupted go on.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 import common
 from common import MAX_VIEWS, UsageError, say
 
+CROPS = 4  # squares in full resolution that --levers tries
+
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
@@ -24,6 +27,8 @@ def parse_args(argv):
     parser.add_argument("--limit", type=int, default=400, metavar="N", help="a seeded draw of N images")
     parser.add_argument("--views", type=int, default=1, metavar="N", help="degraded copies of each image")
     parser.add_argument("--robustness_images", type=int, default=40, metavar="N", help="images that go through the distortions")
+    parser.add_argument("--levers", action="store_true", help=f"compare with other layers and with {CROPS} crops: seven extractions' time")
+    parser.add_argument("--checkpoints", nargs="+", default=[], metavar="FILE", help="and with these encoders, as of finetune_clip.py")
     parser.add_argument("--max_fpr", type=float, metavar="X", help="threshold at which at most this share of real images is called fake")
     args = parser.parse_args(argv)
     for name, most in (("limit", math.inf), ("views", MAX_VIEWS), ("robustness_images", math.inf)):
@@ -71,6 +76,35 @@ def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+def levers(args):
+    """What is compared with the encoder's embedding -> (words, flags for extraction, flags for training)."""
+    if args.levers:
+        yield "layer before the projection", ["--layers", "penultimate"], []
+        yield "middle blocks and embedding", ["--layers", "multi"], []
+        yield f"embedding, and of {CROPS} crops", ["--crops", CROPS], ["--crops", CROPS]
+    for checkpoint in args.checkpoints:
+        yield checkpoint, ["--clip_model", checkpoint], []
+
+
+def compare_levers(args, times, out, rate):
+    """-> rows {words, seconds of extraction, evaluation, left_out}, the embedding first, each trained and judged with the copies."""
+    rows = [("embedding", times[1]["seconds"], "with")]
+    for number, (words, extraction, training) in enumerate(levers(args), 1):
+        name = f"lever{number}"
+        features, model = out / f"{name}.npz", out / f"{name}.joblib"
+        run(times, "extract_features.py", "--data_dir", args.data_dir, "--output_file", features, "--limit", args.limit, "--views", args.views,
+            *extraction)
+        seconds = times[-1]["seconds"]
+        run(times, "train_model.py", "--features_file", features, "--model_output_path", model, *training, *rate)
+        run(times, "evaluate.py", "--model_path", model, "--features_file", features, "--report_dir", out / name)
+        rows.append((words, seconds, name))
+    found = []
+    for words, seconds, name in rows:
+        left_out = [row["value"] for row in metrics_of(out / f"{name}_report")["leave_one_source_out"]]
+        found.append({"words": words, "seconds": seconds, **metrics_of(out / name), "left_out": sum(left_out) / len(left_out) if left_out else None})
+    return found
+
+
 def main(argv=None):
     args = parse_args(argv)
     list_images(args.data_dir)  # told before anything is started
@@ -90,9 +124,10 @@ def main(argv=None):
             "--report_dir", out / name)
     run(times, "evaluate.py", "--model_path", out / "model.joblib", "--features_file", out / "features.npz", "--data_dir", args.data_dir,
         "--report_dir", out / "evaluation", "--robustness_images", args.robustness_images)
+    compared = compare_levers(args, times, out, rate) if args.levers or args.checkpoints else []
     found = metrics_of(out / "evaluation")
     training = metrics_of(out / "model_report")
-    page = {**found, "folder": audit, "times": times, "arguments": vars(args), "classifiers": training["classifiers"],
+    page = {**found, "folder": audit, "levers": compared, "times": times, "arguments": vars(args), "classifiers": training["classifiers"],
             "leave_one_source_out": training["leave_one_source_out"], "false_alarms": training["false_alarms"],
             "models": {name: metrics_of(out / name) for name in ("without", "with")}}
     pictures = {path.stem: path.read_bytes() for path in (out / "evaluation").glob("*.png")}

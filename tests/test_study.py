@@ -24,6 +24,27 @@ def test_one_command_makes_one_page_of_everything(script, make_folder, tmp_path)
     assert "balanced accuracy" in result.stdout
 
 
+@pytest.mark.long
+def test_levers_are_compared_on_the_same_images(script, make_folder, photos, tmp_path, monkeypatch):
+    small_clip = pytest.importorskip("small_clip", reason="torch and clip are not installed")
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
+    for name, seed in (("one", 0), ("two", 1)):
+        small_clip.save_state_dict(small_clip.small_vit(small_clip.crops(photos), seed), tmp_path / f"{name}.pt")
+    folder = make_folder(tmp_path / "data", COUNTS)
+    result = script("study.py", "--data_dir", folder, "--limit", 64, "--robustness_images", 4, "--levers", "--checkpoints", "two.pt",
+                    CLIP_MODEL="one.pt", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "study" / "index.html").read_text()
+    table = page[page.index("What of the encoder is looked at"):page.index("Real images called fake")]
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", table)
+    assert [words for words, _ in rows] == ["embedding", "layer before the projection", "middle blocks and embedding",
+                                            "embedding, and of 4 crops", "two.pt"]
+    models = [json.loads((tmp_path / "study" / name / "metrics.json").read_text()) for name in ("with", "lever1", "lever2", "lever3", "lever4")]
+    assert [m["encoder"] for m in models] == ["one", "one penultimate", "one 1,2,final", "one", "two"]
+    assert [m["crops"] for m in models] == [0, 0, 0, 4, 0]
+    assert len({str(m["data"]) for m in models}) == 1 and len({m["overall"]["auc"]["value"] for m in models}) > 2
+
+
 def test_a_folder_that_is_not_there_is_told_before_anything_starts(script, tmp_path):
     assert_one_line_error(script("study.py", "--data_dir", "nowhere"), "nowhere")
     assert not (tmp_path / "study").exists()
