@@ -65,10 +65,10 @@ def make_folder(photos):
 @pytest.fixture
 def script(tmp_path):
     """Function: script('classify.py', '--json', ..., CLIP_MODEL='tiny') -> CompletedProcess, run in an empty folder."""
-    def run(name, *args, cwd=tmp_path, stdin=None, **env):
+    def run(name, *args, cwd=tmp_path, stdin=None, timeout=300, **env):
         return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd,
                               env={**os.environ, **env}, input=stdin, capture_output=True, text=not isinstance(stdin, bytes),
-                              timeout=300)
+                              timeout=timeout)
     return run
 
 

@@ -11,7 +11,7 @@ COUNTS = {f"{split}/{label}/{source}": n for split, n in (("train", 12), ("test"
 @pytest.mark.long
 def test_one_command_makes_one_page_of_everything(script, make_folder, tmp_path):
     folder = make_folder(tmp_path / "data", COUNTS)
-    result = script("study.py", "--data_dir", folder, "--limit", 64, "--robustness_images", 4, CLIP_MODEL="tiny", OMP_NUM_THREADS="1")
+    result = script("study.py", "--data_dir", folder, "--limit", 64, "--robustness_images", 4, timeout=900, CLIP_MODEL="tiny", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "study" / "index.html").read_text()
     for part in ("Training without and with degraded copies", "Classifiers on the same folds", "Robustness", "Files made alike",
@@ -32,7 +32,7 @@ def test_levers_are_compared_on_the_same_images(script, make_folder, photos, tmp
         small_clip.save_state_dict(small_clip.small_vit(small_clip.crops(photos), seed), tmp_path / f"{name}.pt")
     folder = make_folder(tmp_path / "data", COUNTS)
     result = script("study.py", "--data_dir", folder, "--limit", 64, "--robustness_images", 4, "--levers", "--checkpoints", "two.pt",
-                    CLIP_MODEL="one.pt", OMP_NUM_THREADS="1")
+                    timeout=1200, CLIP_MODEL="one.pt", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "study" / "index.html").read_text()
     table = page[page.index("What of the encoder is looked at"):page.index("Real images called fake")]
