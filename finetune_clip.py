@@ -81,7 +81,7 @@ def settle(args):
         defaults = {**TUNED, "lr": TUNED_LR[args.train.split(":")[0]]}
     else:
         for name in (*(TUNED.keys() - FROM_SCRATCH), "checkpointing", "dry_run"):
-            if getattr(args, name) not in (None, False):
+            if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 was given
                 raise UsageError(f"--{name} goes with --clip_model: name a CLIP to start from")
         defaults = FROM_SCRATCH
     for name, value in defaults.items():

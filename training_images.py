@@ -125,5 +125,6 @@ class Views:
 
 def load(rows, batches, resolution, workers):
     """Rows and batches of keys -> (uint8 [n, r, r, 3], int64 labels [n]) in that order, made by `workers` processes beside."""
-    from torch.utils.data import DataLoader
-    return DataLoader(Views(rows, resolution), batch_sampler=batches, num_workers=workers)
+    import torch
+    own = torch.Generator()  # a loader draws a number; from the common generator the checkpoint would depend on how many there were
+    return torch.utils.data.DataLoader(Views(rows, resolution), batch_sampler=batches, num_workers=workers, generator=own)
