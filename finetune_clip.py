@@ -201,8 +201,8 @@ def main(argv=None):
     try:
         written = train(args)
     except torch.OutOfMemoryError:
-        raise UsageError(f"--batch_size {args.batch_size}: the GPU's memory does not suffice; give a smaller one and a larger --accumulate, "
-                         "or --checkpointing") from None
+        raise UsageError(f"--batch_size {args.batch_size}: the GPU's memory does not suffice; give a smaller one and a larger "
+                         "--accumulate, or --checkpointing") from None
     if written:
         common.say(f"wrote {args.output}; next: python prepare_clip.py --clip_model {args.output}")
 

@@ -71,8 +71,9 @@ def list_rows(args):
     rows["seen"] = [row for row in rows["seen"] if row[3] not in of_held]
     for part in ("seen", "held") if held else ("seen",):
         if len({row[1] for row in rows[part]}) < 2:
-            raise UsageError(f"--data_dir {args.data_dir}: no images of both classes {'held out' if part == 'held' else 'to learn from'} in the "
-                             f"splits {args.train_splits}; more images, a smaller --keep or another --holdout")
+            purpose = {"seen": "to learn from", "held": "held out"}[part]
+            raise UsageError(f"--data_dir {args.data_dir}: no images of both classes {purpose} in the splits {args.train_splits}; "
+                             "add some, or give a smaller --keep or another --holdout")
     return rows["seen"], rows["kept"], rows["held"]
 
 

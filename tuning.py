@@ -45,7 +45,8 @@ def held_auc(model, rows, resolution, batch_size, autocast, device, workers):
     with torch.inference_mode(), autocast:
         for crops, labels in load(rows, [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)], resolution, workers):
             scores.append(model(to_pixels(crops, labels, device)[0])[:, 0].float().cpu())
-    return float(roc_auc_score([row[1] for row in rows], np.nan_to_num(torch.cat(scores).numpy())))
+    scores = np.nan_to_num(torch.cat(scores).numpy())  # after a step too far: the next one's loss will say so
+    return float(roc_auc_score([row[1] for row in rows], scores))
 
 
 def peak_gb(device):
@@ -116,8 +117,13 @@ def fine_tune(args):
                 say(f" step {step + 1}: AUC {auc:.3f} on {len(test)} images of held-out sources, "
                     f"best {best.found['auc']:.3f} at step {best.found['step']}")
             store(args, of, parts, step + 1)
-    if args.dry_run:
-        return False
+    if not args.dry_run:
+        finish(args, tower, best, seen, held)
+    return not args.dry_run
+
+
+def finish(args, tower, best, seen, held):
+    """The best weights, adapters merged into them, as a checkpoint with its card."""
     best.restore()
     adapters.merge(tower.cpu())
     before = read_card(args.clip_model)
@@ -126,4 +132,3 @@ def fine_tune(args):
         card |= {"auc": best.found["auc"], "step": best.found["step"],
                  "held_out": sorted({f"{CLASSES[row[1]]}/{row[2]}" for row in held})}
     save(args, tower, seen, card, before.get("seen", ()))
-    return True

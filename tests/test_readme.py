@@ -32,7 +32,7 @@ ELSEWHERE = {
     "python evaluate.py --feedback": "needs the log of a service that was used: test_feedback.py",
     "kubectl ": "no cluster at hand: test_manifests.py holds the manifests against Kubernetes' schemas",
 }
-SHORTER = {"finetune_clip.py": " --steps 2 --batch_size 8"}  # the same command, not the half hour
+SHORTER = {"finetune_clip.py": " --steps 2 --batch_size 8 --keep 0.75"}  # the same command, not the half hour, and enough left to train on
 IN_ITS_PLACE = {"--clip_model ViT-L/14": "--clip_model start.pt"}  # a small checkpoint with random weights
 
 

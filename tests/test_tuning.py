@@ -48,6 +48,7 @@ def hashes(folder, pattern):
     return {sha256(path.read_bytes())[:16] for path in folder.glob(pattern)}
 
 
+@pytest.mark.slow
 def test_a_tuned_checkpoint_goes_through_the_other_commands_and_the_images_it_has_seen_are_marked(folder, tune, script, tmp_path):
     tuned = tune("--train", "lora:4")
     model, _ = clip.load(str(tuned), device="cpu")
@@ -182,6 +183,7 @@ def test_what_cannot_be_done_is_one_line_that_names_the_value(flags, words, star
     assert {p.name for p in tmp_path.iterdir()} == {"data", "home"}
 
 
+@pytest.mark.slow
 def test_such_a_line_ends_the_command_with_exit_code_2(start, folder, script):
     flags = ["--data_dir", folder, "--clip_model", start, "--train", "blocks:3"]
     assert_one_line_error(script("finetune_clip.py", *flags), "--train blocks:3", "2 blocks")
