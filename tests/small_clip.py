@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     import torch
 
 import imaging
-from finetune_clip import clip_state_dict
+from descent import clip_state_dict
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -66,3 +66,19 @@ def test_its_features_are_those_of_clip_load(checkpoint, cache, photos, monkeypa
     assert np.median(pairwise_cosines(theirs)) < 0.5, "the images must differ for the comparison to mean something"
     assert centred_cosines(exact, theirs).min() >= 0.99999
     assert centred_cosines(fast, theirs).min() >= 0.9995
+
+
+@pytest.mark.parametrize("train, parts", [("blocks:1", r"transformer\.resblocks\.23\.|ln_post\.|proj$"), ("norms", r".*ln_"),
+                                          ("lora:4", r".*(in_proj_weight|out_proj.weight|c_fc.weight|c_proj.weight)$")])
+def test_two_steps_of_fine_tuning_change_what_is_named_of_a_full_size_vit_l_14(train, parts, checkpoint, make_folder, tmp_path, capsys):
+    import finetune_clip
+    folder = make_folder(tmp_path / "images", {f"train/{label}/{source}": 1 for label in ("real", "fake") for source in "ab"})
+    finetune_clip.main(["--clip_model", str(checkpoint), "--train", train, "--data_dir", str(folder), "--steps", "2", "--batch_size", "1",
+                        "--lr", "0.05", "--keep", "0", "--checkpointing", "--output", str(tmp_path / "tuned.pt")])
+    cost = re.search("--train .* GB", capsys.readouterr().err)[0]
+    with capsys.disabled():
+        print(cost)
+    before, after = torch.load(checkpoint), torch.load(tmp_path / "tuned.pt")
+    changed = {name.removeprefix("visual.") for name in before if name.startswith("visual.") and not torch.equal(before[name], after[name])}
+    named = {name for name in (k.removeprefix("visual.") for k in before if k.startswith("visual.")) if re.match(parts, name)}
+    assert changed <= named and len(changed) > 0.9 * len(named)
