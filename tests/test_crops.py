@@ -118,7 +118,7 @@ def test_script_detector_and_features_file_agree(script, trained, detector):
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluating_the_folder_and_its_features_file_agree(script, trained):
     figures = []
     for given in (["--data_dir", trained / "data"], ["--features_file", trained / "features.npz"]):
@@ -129,7 +129,7 @@ def test_evaluating_the_folder_and_its_features_file_agree(script, trained):
     assert figures[0] == pytest.approx(figures[1], abs=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_live_service_looks_at_crops_too_and_takes_over_from_a_model_without(script, serve, trained, tmp_path):  # noqa: F811
     """Both models share the encoder and its passes, though their images are of other numbers of pieces."""
     plain = trained / "plain.joblib"

@@ -48,7 +48,7 @@ def hashes(folder, pattern):
     return {sha256(path.read_bytes())[:16] for path in folder.glob(pattern)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tuned_checkpoint_goes_through_the_other_commands_and_the_images_it_has_seen_are_marked(folder, tune, script, tmp_path):
     tuned = tune("--train", "lora:4")
     model, _ = clip.load(str(tuned), device="cpu")
