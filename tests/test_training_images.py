@@ -1,5 +1,8 @@
 """Images that an encoder is tuned on: whole sources held out, draws that follow from the seed, files read when their batch is due."""
+import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -9,6 +12,7 @@ pytest.importorskip("torch", reason="torch is not installed: training an encoder
 import imaging  # noqa: E402
 import training_images  # noqa: E402
 from common import UsageError  # noqa: E402
+from conftest import ROOT  # noqa: E402
 from dataset import Entry  # noqa: E402
 
 
@@ -93,3 +97,21 @@ def test_an_evaluation_is_even_over_class_and_source():
     rows = [("", label, source, str(i)) for label, source, n in ((0, "big", 90), (0, "small", 3), (1, "only", 30)) for i in range(n)]
     found = [row[1:3] for row in training_images.evenly(rows, 12)]
     assert found.count((0, "small")) == 3 and sorted(found.count((label, name)) for label, name in ((0, "big"), (1, "only"))) == [4, 5]
+
+
+SAME = """
+import sys
+from training_images import load
+rows = [(path, 0, "s", "") for path in sys.argv[1:]]
+keys = [[(i, 7, i) for i in range(k, k + 4)] for k in (0, 4, 8)]
+alone, beside = ([images.numpy().tobytes() for images, _ in load(rows, keys, 32, workers)] for workers in (0, 2))
+assert alone == beside and len(set(alone)) == 3
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_read_beside_the_training_give_the_same_views_in_the_same_order(folder):
+    """In a process of its own: the readers are forked from it, as beside a GPU."""
+    paths = sorted(map(str, folder.glob("train/*/*/*")))[:12]
+    done = subprocess.run([sys.executable, "-c", SAME, *paths], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

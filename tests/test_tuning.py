@@ -203,5 +203,5 @@ def test_the_scores_of_an_evaluation_do_not_depend_on_its_batches(folder, start)
     tower = tuning.load_visual(str(start))
     model = torch.nn.Sequential(tower, torch.nn.Linear(tower.output_dim, 1)).eval()
     rows = [(str(path), int("fake" in str(path)), "s", "") for path in sorted(folder.glob("train/*/s0/*"))]
-    found = [tuning.held_auc(model, rows, 32, size, torch.autocast("cpu", enabled=False), "cpu", workers) for size, workers in ((5, 0), (12, 1))]
+    found = [tuning.held_auc(model, rows, 32, size, torch.autocast("cpu", enabled=False), "cpu", 0) for size in (5, 12)]
     assert found[0] == pytest.approx(found[1]) and 0 < found[0] < 1 and not np.isnan(found[0])
