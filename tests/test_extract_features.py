@@ -68,7 +68,8 @@ def test_meta_says_how_the_features_came_about_and_nothing_of_when_and_where(few
                     "encoder": {"name": "tiny", "identity": manifest["identity"], "layers": "final", "dim": 128,
                                 "notice": manifest["notice"]},
                     "key": {"encoder": manifest["identity"], "precision": "float32", "batch_size": 16, "limit": None,
-                            "unlabelled": False, "split_names": "train,val,test,external,extra", "max_pixels": 200_000_000, "views": 0}}
+                            "unlabelled": False, "split_names": "train,val,test,external,extra", "max_pixels": 200_000_000, "views": 0,
+                            "crops": 0}}
     with zipfile.ZipFile(tmp_path / "f.npz") as archive:
         assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
@@ -244,7 +245,7 @@ def whole(tmp_path, few):
     (whole, ["--limit", "-5"], ["--limit -5", "at least 1"]),
     (whole, ["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
     (whole, ["--views", "-1"], ["--views -1", "at least 0"]),
-    (whole, ["--views", "21"], ["--views 21", "at most 20 degraded copies"]),
+    (whole, ["--views", "21"], ["--views 21", "at most 20"]),
     (whole, ["--clip_model", "ViT-L-14"], ["'ViT-L-14' is neither a file nor one of RN50,", "ViT-L/14", "--clip_model"]),
 ], ids=["no labels", "one class", "both labels", "empty", "missing", "output below a file", "output is a folder",
         "limit 0", "limit -5", "batch size 0", "views -1", "views 21", "unknown encoder"])
