@@ -229,7 +229,7 @@ def wants(path, name="ViT-B/32"):
 def test_an_encoder_of_openais_that_is_missing_is_prepared_by_a_process_of_its_own(prepared, tmp_path):
     check(wants(tmp_path))
     ((command, options),) = prepared.calls
-    assert list(map(str, command)) == [sys.executable, str(common.HERE / "prepare_clip.py"), "--clip_model", "ViT-B/32"]
+    assert list(map(str, command)) == [sys.executable, str(common.HERE / "prepare_clip.py"), "--clip_model", "ViT-B/32", "--layers", "final"]
     assert options["stdout"] is sys.stderr  # results on stdout are not this command's
     check(wants(tmp_path))
     assert len(prepared.calls) == 1  # it is there now
