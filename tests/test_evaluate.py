@@ -159,6 +159,7 @@ def test_a_threshold_that_does_not_follow_from_the_stored_scores_is_said(made, r
     assert "threshold is 0.4, its own scores and rule give 0.5" in out and len(report["warnings"]) == 1
 
 
+@pytest.mark.long
 def test_a_model_with_doubled_logits_is_said_to_be_too_sure(run, tmp_path):
     train, test = (make_columns(real=300, fake=300, gap=1.5, seed=seed, splits=False) for seed in (1, 2))
     model = build(train)

@@ -156,6 +156,7 @@ def test_a_piece_is_of_many_parts_and_all_rows_come_once(tmp_path, monkeypatch):
 
 # ---- the command ----
 
+@pytest.mark.long
 def test_the_command_trains_on_all_rows_says_so_and_the_model_knows_its_images(script, tmp_path):
     columns = many(gap=1.5)
     write_dataset(tmp_path / "f.parquet", columns, parts=5)

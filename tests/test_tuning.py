@@ -183,7 +183,7 @@ def test_what_cannot_be_done_is_one_line_that_names_the_value(flags, words, star
     assert {p.name for p in tmp_path.iterdir()} == {"data", "home"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_such_a_line_ends_the_command_with_exit_code_2(start, folder, script):
     flags = ["--data_dir", folder, "--clip_model", start, "--train", "blocks:3"]
     assert_one_line_error(script("finetune_clip.py", *flags), "--train blocks:3", "2 blocks")
