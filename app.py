@@ -216,7 +216,7 @@ def unexpected(exception):
 
 def read_images():
     """-> (the detector that this request keeps, bytes of each file named `image`). Raises Busy, and HTTPException's kinds."""
-    started, detector = time.perf_counter(), engine().ready()
+    started, detector, g.details = time.perf_counter(), engine().ready(), request.args.get("details") == "1"
     images = [file.stream.getvalue() for file in request.files.getlist("image")]
     g.read_s = round(time.perf_counter() - started, 4)
     telemetry().stage.labels("read").observe(g.read_s)
@@ -234,15 +234,11 @@ def note(detector, facts, waited, request_id):
               model_version=detector.model["versions"]["model"], model_sha256=detector.model["sha256"])
 
 
-def detailed():
-    return request.args.get("details") == "1"
-
-
 def body_of(detector, facts):
     """What is answered for one image: the documented keys, and with ?details=1 what stands behind them."""
     if "error" in facts:
         return {"error": facts["error"]}
-    more = details(detector.model, facts["p_fake"], facts["provenance"]) if detailed() else {}
+    more = details(detector.model, facts["p_fake"], facts["provenance"]) if g.details else {}
     return {**answer(facts["classification"], facts["confidence"]), **more}
 
 
@@ -263,12 +259,12 @@ def classify():
     detector, images = read_images()
     if len(images) != 1:
         return error(400, f"expected one file in the multipart field 'image', got {len(images)}: curl -F image=@FILE")
-    waited, (facts,) = engine().judge(detector, images, detailed())
+    waited, (facts,) = engine().judge(detector, images, g.details)
     note(detector, facts, waited, g.request_id)
     if "error" in facts:
         return error(facts["status"], facts["error"])
     body = body_of(detector, facts)
-    if detailed():
+    if g.details:
         stages = {"wait_s": waited, "read_s": g.read_s, **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")}}
         body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
     return with_model(detector, body)
@@ -281,7 +277,7 @@ def classify_batch():
     limit = engine().settings["BATCH_LIMIT"]
     if not 1 <= len(images) <= limit:
         return error(413 if images else 400, f"expected 1 to {limit} files in multipart fields 'image', got {len(images)}")
-    waited, found = engine().judge(detector, images, detailed())
+    waited, found = engine().judge(detector, images, g.details)
     for number, facts in enumerate(found):
         note(detector, facts, waited, f"{g.request_id}.{number}")
     return with_model(detector, {"results": [body_of(detector, facts) for facts in found]})

@@ -52,7 +52,8 @@ def parse_args(argv):
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster, into Parquet; local starts one here; auto: the one we are on")
     args = parser.parse_args(argv)
     args.output_file = args.output_file or ("features.parquet" if args.ray else "features.npz")
-    for name, least, most in (("limit", 1, None), ("batch_size", 1, None), ("max_pixels", 1, None), ("views", 0, MAX_VIEWS), ("crops", 0, MAX_CROPS)):
+    for name, least, most in (("limit", 1, None), ("batch_size", 1, None), ("max_pixels", 1, None), ("views", 0, MAX_VIEWS),
+                              ("crops", 0, MAX_CROPS)):
         if (value := getattr(args, name)) is not None and not least <= value <= (most or value):
             raise UsageError(f"--{name} {value}: must be at least {least}" + (f", at most {most}" if most else ""))
     common.need_folder(args.data_dir)
@@ -154,8 +155,8 @@ def encode_batch(rows, encoder, size, crops):
     good = [(entry, row, view) for entry, pieces, row in rows if pieces is not None for view in range(len(pieces))]
     pieces = [square for _, several, _ in rows if several is not None for square in several.reshape(-1, *several.shape[2:])]
     features = [encoder.encode(imaging.normalise(np.stack(pieces[i:i + size]))) for i in range(0, len(pieces), size)]
-    joined = np.concatenate(features).reshape(len(good), -1) if good else np.empty((0, (1 + crops) * encoder.dim), np.float32)
-    return {"features": joined,
+    features = np.concatenate([np.empty((0, encoder.dim), np.float32), *features])
+    return {"features": features.reshape(len(good), (1 + crops) * encoder.dim),
             "paths": np.array([e.path for e, _, _ in good], dtype=str), "view": np.array([v for _, _, v in good], np.int8),
             "sha256": np.array([r["sha256"] for _, r, _ in good], dtype="U64"),
             "facts": np.array([r["facts"] for _, r, _ in good], dtype=FACTS),

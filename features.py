@@ -57,7 +57,7 @@ def crops_of(meta):
 
 def take_crops(features, there, wanted):
     """Features as stored, float32 [n, (1 + there) * d] -> [n, d], or with crops wanted [n, 1 + wanted, d]."""
-    pieces = features.reshape(len(features), 1 + there, -1)
+    pieces = features.reshape(len(features), 1 + there, features.shape[1] // (1 + there))  # of no rows -1 could be anything
     return pieces[:, :1 + wanted] if wanted else pieces[:, 0]
 
 

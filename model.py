@@ -108,7 +108,7 @@ def check(model):
         raise ModelError("the sizes of its arrays do not fit together")
     if type(model.get("crops", 0)) is not int or not 0 <= model.get("crops", 0) <= MAX_CROPS:
         raise ModelError("its number of crops is not what it should be")
-    if not all(isinstance(model["encoder"].get(name), str) for name in ("name", "identity")):
+    if not all(isinstance(model["encoder"].get(name), str) for name in ("name", "identity", "layers")):
         raise ModelError("it does not say which encoder it was trained on")
 
 

@@ -60,7 +60,7 @@ def ensure_encoder(clip_model, precision="float16", layers="final"):
             raise EncoderError(f"--precision int8: '{clip_model}' has no int8 form in {cache_dir()} yet: run python prepare_clip.py "
                                f"{flags} --precision int8 --data_dir DIR")
         return folder
-    folder = SHIPPED if clip_model == "tiny" and layers == "final" else find_layers(source, layers)
+    folder = find_layers(source, layers)
     if folder is None and clip_model == "tiny":
         raise EncoderError(f"--layers {layers}: 'tiny' is shipped with its final layer alone; train its checkpoint with make tiny, "
                            "or name another encoder with --clip_model")

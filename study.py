@@ -88,7 +88,7 @@ def levers(args):
 
 def compare_levers(args, times, out, rate):
     """-> rows {words, seconds of extraction, evaluation, left_out}, the embedding first, each trained and judged with the copies."""
-    rows = [("embedding", times[1]["seconds"], "with")]
+    rows = [("embedding", sum(t["seconds"] for t in times if "extract_features.py" in t["command"]), "with")]
     for number, (words, extraction, training) in enumerate(levers(args), 1):
         name = f"lever{number}"
         features, model = out / f"{name}.npz", out / f"{name}.joblib"

@@ -10,7 +10,7 @@ import imaging
 import model as models
 from classify import Detector
 from conftest import assert_one_line_error
-from features import FeaturesFile, load_features
+from features import FeaturesFile, load_features, take_crops
 from live import metric, serve, wait_for  # noqa: F401
 
 CROPS = 3
@@ -97,6 +97,12 @@ def test_fewer_crops_of_a_file_are_the_first_and_none_is_the_whole(trained):
     for crops, expected in ((0, stored[:, 0]), (1, stored[:, :2]), (CROPS, stored)):
         part, = FeaturesFile(trained / "features.npz", crops).parts()
         assert (part["features"] == expected).all() and part["features"].shape == expected.shape
+
+
+@pytest.mark.parametrize("there, wanted, shape", [(0, 0, (0, 8)), (3, 0, (0, 8)), (3, 2, (0, 3, 8))])
+def test_a_part_without_rows_has_the_shape_of_the_others(there, wanted, shape):
+    """All its images were broken."""
+    assert take_crops(np.empty((0, (1 + there) * 8), np.float32), there, wanted).shape == shape
 
 
 def test_a_score_is_the_mean_over_the_pieces(detector, trained):

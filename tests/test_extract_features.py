@@ -85,7 +85,7 @@ def test_the_same_command_in_another_folder_writes_the_same_bytes(few, script, t
 
 def test_an_image_that_the_encoder_was_trained_on_is_put_into_a_split_of_its_own(few, tmp_path, monkeypatch, capsys):
     known = digest(few / "train/fake/gan/000.jpg")
-    monkeypatch.setattr(prepare_clip, "SHIPPED", another_encoder(tmp_path / "encoder", seen=[known[:16]]))
+    monkeypatch.setattr(encoders, "SHIPPED", another_encoder(tmp_path / "encoder", seen=[known[:16]]))
     columns = extract(few, tmp_path / "f.npz")
     assert list(columns["splits"][columns["sha256"] == known]) == ["seen"]
     assert (columns["splits"] == "seen").sum() == 1

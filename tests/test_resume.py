@@ -168,7 +168,7 @@ def other_precision(tmp_path, monkeypatch):
 
 
 def other_encoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_clip, "SHIPPED", another_encoder(tmp_path / "encoder"))
+    monkeypatch.setattr(encoders, "SHIPPED", another_encoder(tmp_path / "encoder"))
     return []
 
 
