@@ -8,6 +8,7 @@ from PIL import Image
 
 import imaging
 import model as models
+from classifiers import fit
 from classify import Detector
 from conftest import assert_one_line_error
 from features import FeaturesFile, load_features, take_crops
@@ -149,6 +150,15 @@ def test_the_live_service_looks_at_crops_too_and_takes_over_from_a_model_without
         classification, confidence = Detector(model).classify(picture.read_bytes())
         found = server.post(picture.read_bytes()).json()
         assert found["classification"] == classification and found["confidence"] == pytest.approx(confidence, abs=2e-3)
+
+
+def test_an_image_weighs_as_much_in_pieces_as_whole():
+    """Alike pieces change nothing: C means the same with crops."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 40)
+    features = (rng.normal(size=(80, 6)) + labels[:, None]).astype(np.float32)
+    whole, pieces = (fit("logistic", x, labels, np.ones(80), 0, C=0.01) for x in (features, features[:, None].repeat(4, 1)))
+    np.testing.assert_allclose(pieces["coef"], whole["coef"], rtol=1e-3)
 
 
 # ---- what is refused ----

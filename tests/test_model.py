@@ -294,7 +294,8 @@ def test_a_version_that_fits_into_no_header_is_refused(saved, version):
     assert "its version" in refusal(saved(versions={"model": version}))
 
 
-@pytest.mark.parametrize("encoder", [{}, {"name": "tiny"}, {"identity": "ab"}, {"name": "tiny", "identity": 5}], ids=str)
+@pytest.mark.parametrize("encoder", [{}, {"name": "tiny"}, {"identity": "ab"}, {"name": "tiny", "identity": 5},
+                                     {"name": "tiny", "identity": "ab"}], ids=str)
 def test_a_model_must_say_which_encoder_it_was_trained_on(saved, encoder):
     assert "which encoder" in refusal(saved(encoder=encoder))
 

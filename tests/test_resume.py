@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 import encoders
-import prepare_clip
 from features import load_features
 from extracting import (BLOWS, FEW, SETTINGS, another_encoder, command, digest, encoded, extract, few, finish,  # noqa: F401
                         names, own, rows, settings, strike)
