@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from common import HERE, EncoderError
@@ -138,16 +139,24 @@ class Encoder:
         return self._forward(pixels)
 
 
+@cache
+def openvino_core():
+    """OpenVINO's entry, one for as long as the process lives.
+
+    Its CPU plugin gives the thread that makes it a stack for signals and takes it away when the last encoder of that plugin goes.
+    With two plugins and the wrong order a signal, a child's end even, was then handled on memory that others use.
+    """
+    import openvino as ov
+    return ov.Core()
+
+
 def has_bfloat16():
     """Does this processor compute in bfloat16, by OpenVINO's account?"""
-    import openvino as ov
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def openvino_forward(folder, precision, threads):
     """Prepared folder -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) on the CPU."""
-    import openvino as ov
-    core = ov.Core()
     config = {"PERFORMANCE_HINT": "LATENCY"}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
@@ -160,7 +169,7 @@ def openvino_forward(folder, precision, threads):
         (cache_dir() / "compiled").mkdir(parents=True, exist_ok=True)
         config |= {"CACHE_DIR": str(cache_dir() / "compiled"), "CACHE_MODE": "OPTIMIZE_SIZE"}  # weights stay in encoder.bin
     try:
-        compiled = core.compile_model(Path(folder) / "encoder.xml", "CPU", config)
+        compiled = openvino_core().compile_model(Path(folder) / "encoder.xml", "CPU", config)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise EncoderError(f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it again") from None

@@ -21,7 +21,7 @@ import common
 import imaging
 from common import EncoderError, ImageError, UsageError
 from dataset import draw_evenly, list_images
-from encoders import Encoder, cache_dir, golden_image, read_manifest
+from encoders import Encoder, cache_dir, golden_image, openvino_core, read_manifest
 from prepare_clip import LEAST_IMAGES, keep
 
 LEAST_COSINE, LEAST_AGREEMENT = 0.99, 0.99  # to float32 features, on average; share of verdicts that stay
@@ -108,10 +108,9 @@ def accuracy_controlled(folder, scratch, pixels, reference):
 
 def prepared_model(folder):
     """-> (nncf, the encoder as an openvino model, how NNCF is to take it)."""
-    import openvino as ov
     nncf = require_nncf()
     transformer = read_manifest(folder)["arch"]["kind"] == "VisionTransformer"
-    return nncf, ov.Core().read_model(Path(folder) / "encoder.xml"), {
+    return nncf, openvino_core().read_model(Path(folder) / "encoder.xml"), {
         "preset": nncf.QuantizationPreset.MIXED, "model_type": nncf.ModelType.TRANSFORMER if transformer else None}
 
 

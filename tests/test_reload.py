@@ -1,5 +1,6 @@
 """SIGHUP: a good new model replaces the old one without losing a request, any other leaves it serving and says so."""
 import copy
+import subprocess
 import sys
 import threading
 import time
@@ -272,3 +273,20 @@ def test_keys_that_cannot_be_read_leave_the_old_ones_and_the_model_is_read_all_t
     assert engine.keys == old and version(engine.detector) == "v2"
     (line,) = lines(caplog, "load_failed")
     assert "the old keys stay" in line["message"] and "keys" in line["message"] and line["level"] == "error"
+
+
+TWO_ENCODERS = """
+import os, signal
+from encoders import SHIPPED, Encoder
+signal.signal(signal.SIGUSR1, lambda *_: print("heard", flush=True))
+first, second = Encoder(SHIPPED), Encoder(SHIPPED)
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_heard_after_encoders_have_come_and_gone():
+    """OpenVINO gives a thread a stack for signals, and two of its plugins took it away twice: the process died of the next signal."""
+    done = subprocess.run([sys.executable, "-c", TWO_ENCODERS], cwd=common.HERE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
