@@ -44,10 +44,10 @@ demo: $(DEMO_VENV)/.ready
 endif
 
 test: $(VENV)/.ready tools
-	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-long: $(VENV)/.ready .venv-mlflow/.ready tools
-	$(VENV)/bin/python -m pytest --fail-on-skip -m long -n 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --fail-on-skip -m long -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 tools:
 	@( for tool in chromium promtool prometheus-pushgateway; do command -v $$tool || exit 1; done ) >/dev/null \
