@@ -31,14 +31,17 @@ def take(slots, told, work=lambda: None):
 
 
 def test_many_threads_never_work_on_more_than_there_are_slots_and_each_gets_its_turn():
-    slots, most, told = Slots(3, limit=40, timeout=20), [], []
+    slots, most, told, all_there = Slots(3, limit=40, timeout=20), [], [], threading.Event()
 
     def work():
+        all_there.wait(20)
         most.append(slots.busy)
         time.sleep(0.002)
     with contextlib.ExitStack() as stack:
         for _ in range(40):
             stack.enter_context(meanwhile(take, slots, told, work))
+        until(lambda: slots.waiting == 37)
+        all_there.set()
     assert len(told) == 40 and all(isinstance(waited, float) for waited in told)
     assert max(most) == 3 and (slots.busy, slots.waiting) == (0, 0)
 
