@@ -124,7 +124,8 @@ def test_a_run_that_was_stopped_goes_on_with_all_copies(few, tmp_path, monkeypat
             extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
     assert set(stored) == {12} and len(stored) in (4, 5) and json.loads((tmp_path / "f.npz.parts/key.json").read_text())["views"] == 2
     extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
-    assert re.search("going on: [23] of 6 batches are stored already", capsys.readouterr().err)  # the third may be on its way
+    said = capsys.readouterr().err  # the third may be on its way when the fourth fails, the next two may end after it
+    assert re.search("going on: [2-5] of 6 batches are stored already", said)
     assert digest(tmp_path / "f.npz") == digest(tmp_path / "fresh.npz") and names(tmp_path) == ["f.npz", "fresh.npz", "home"]
 
 
