@@ -287,6 +287,6 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_signals_are_heard_after_encoders_have_come_and_gone():
-    """OpenVINO gives a thread a stack for signals, and two of its plugins took it away twice: the process died of the next signal."""
+    """OpenVINO gives a thread a stack for signals, and of two plugins one left the other's, which was gone: the next signal ended the process."""
     done = subprocess.run([sys.executable, "-c", TWO_ENCODERS], cwd=common.HERE, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

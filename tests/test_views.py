@@ -2,8 +2,8 @@
 import itertools
 import json
 import os
-import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -120,12 +120,14 @@ def test_a_run_that_was_stopped_goes_on_with_all_copies(few, tmp_path, monkeypat
         return savez(file, **columns) if next(number) < 4 else 1 / 0
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", stop_at_the_fourth)
+        before = set(threading.enumerate())
         with pytest.raises(ZeroDivisionError):
             extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
-    assert set(stored) == {12} and len(stored) in (4, 5) and json.loads((tmp_path / "f.npz.parts/key.json").read_text())["views"] == 2
+        for thread in set(threading.enumerate()) - before:  # a run that fails ends with what is being encoded
+            thread.join(20)
+    assert set(stored) == {12} and len(stored) >= 4 and json.loads((tmp_path / "f.npz.parts/key.json").read_text())["views"] == 2
     extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
-    said = capsys.readouterr().err  # the third may be on its way when the fourth fails, the next two may end after it
-    assert re.search("going on: [2-5] of 6 batches are stored already", said)
+    assert "going on: 3 of 6 batches are stored already" in capsys.readouterr().err
     assert digest(tmp_path / "f.npz") == digest(tmp_path / "fresh.npz") and names(tmp_path) == ["f.npz", "fresh.npz", "home"]
 
 
