@@ -4,6 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+PYTEST = $(VENV)/bin/python -m pytest --fail-on-skip -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0  # a process that dies ends the run
 
 # Debian's packages that tests start as real parts: a browser, Prometheus and its push gateway
 TOOLS = chromium prometheus prometheus-pushgateway
@@ -44,10 +45,10 @@ demo: $(DEMO_VENV)/.ready
 endif
 
 test: $(VENV)/.ready tools
-	$(VENV)/bin/python -m pytest --fail-on-skip -m 'not long' -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(PYTEST) -m 'not long'
 
 test-long: $(VENV)/.ready .venv-mlflow/.ready tools
-	$(VENV)/bin/python -m pytest --fail-on-skip -m long -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(PYTEST) -m long
 
 tools:
 	@( for tool in chromium promtool prometheus-pushgateway; do command -v $$tool || exit 1; done ) >/dev/null \
