@@ -62,17 +62,15 @@ VIEWS ?= 1
 study: $(VENV)/.ready
 	$(VENV)/bin/python study.py --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS) $(if $(LEVERS),--levers)
 
-# make tiny IMAGES=DIR: train the shipped encoder again; make ship IMAGES=DIR: features, baseline model and cards of it
+# make tiny IMAGES=DIR: write the shipped encoder again; make ship IMAGES=DIR: features, baseline model and cards of it
 tiny: $(VENV)/.ready
-	$(VENV)/bin/python finetune_clip.py --arch tiny-resnet --data_dir "$(IMAGES)" --output runs/tiny.pt
-	rm -rf models/tiny runs/cache
-	CLIP_CACHE=runs/cache $(VENV)/bin/python prepare_clip.py --clip_model runs/tiny.pt
-	cp -r runs/cache/encoders/tiny-* models/tiny && rm models/tiny/vision.safetensors && rm -r runs/cache
+	$(VENV)/bin/python textures.py --output_dir runs/tiny
+	rm -rf models/tiny && mv runs/tiny models/tiny
 	$(MAKE) ship
 ship: $(VENV)/.ready
 	rm -rf runs/ship && mkdir -p runs/ship  # all made before anything in models/ changes: the model names a clean commit
 	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/features.npz
-	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz --model_output_path runs/ship/baseline.joblib
+	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz --model_output_path runs/ship/baseline.joblib --train_splits train,extra
 	$(VENV)/bin/python evaluate.py --model_path runs/ship/baseline.joblib --features_file runs/ship/features.npz --data_dir "$(IMAGES)" --report_dir runs/ship/evaluation
 	cp runs/ship/evaluation/robustness.png docs/ && rm runs/ship/*/*.png runs/ship/*/report.html  # these hold pictures
 	rm -rf models/baseline_report models/evaluation && mv runs/ship/* models/ && rmdir runs/ship

@@ -85,6 +85,12 @@ def golden_image():
     return buffer.getvalue()
 
 
+def check_precision(manifest, precision):
+    """Raises EncoderError where an encoder is known to compute something else in this precision."""
+    if manifest.get("precision") == "float32" and precision not in ("auto", "float32"):
+        raise EncoderError(f"--precision {precision}: '{manifest['name']}' computes in float32 alone; leave --precision away")
+
+
 def cuda_visible():
     """Is there a CUDA device? Asked of the driver, because importing torch to ask takes over a second."""
     try:
@@ -118,6 +124,7 @@ class Encoder:
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
         self.notice = self.manifest.get("notice")
+        check_precision(self.manifest, precision)
         if precision == "auto":
             precision = self.manifest.get("precision", "auto")
         weights = Path(folder) / "vision.safetensors"
@@ -157,6 +164,7 @@ def has_bfloat16():
 
 def openvino_forward(folder, precision, threads):
     """Prepared folder -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) on the CPU."""
+    import numpy as np
     config = {"PERFORMANCE_HINT": "LATENCY"}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
@@ -167,17 +175,20 @@ def openvino_forward(folder, precision, threads):
     config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[fastest if precision == "int8" else precision]
     with suppress(OSError):  # where nothing can be written OpenVINO compiles each time, which takes a second for a ViT-L/14
         (cache_dir() / "compiled").mkdir(parents=True, exist_ok=True)
-        config |= {"CACHE_DIR": str(cache_dir() / "compiled"), "CACHE_MODE": "OPTIMIZE_SIZE"}  # weights stay in encoder.bin
+        small = (Path(folder) / "encoder.bin").stat().st_size < 1e6  # else weights stay in encoder.bin and are arranged at each start
+        config |= {"CACHE_DIR": str(cache_dir() / "compiled"), "CACHE_MODE": "OPTIMIZE_SPEED" if small else "OPTIMIZE_SIZE"}
     try:
         compiled = openvino_core().compile_model(Path(folder) / "encoder.xml", "CPU", config)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise EncoderError(f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it again") from None
     request, one_at_a_time = compiled.create_infer_request(), threading.Lock()
+    batch = compiled.input(0).partial_shape[0]
 
     def forward(pixels):
+        parts = [pixels] if batch.is_dynamic else np.split(pixels, range(batch.get_length(), len(pixels), batch.get_length()))
         with one_at_a_time:
-            return request.infer([pixels])[0].copy()
+            return np.concatenate([request.infer([part])[0] for part in parts])
     return forward, precision
 
 

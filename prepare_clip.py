@@ -21,7 +21,8 @@ from pathlib import Path
 
 import common
 from common import EncoderError, UsageError, need_folder, say
-from encoders import OPENAI_NAMES, PREPROCESSING, SHIPPED, cache_dir, find_encoder, golden_image, prepared, read_manifest
+from encoders import (OPENAI_NAMES, PREPROCESSING, SHIPPED, cache_dir, check_precision, find_encoder, golden_image, prepared,
+                      read_manifest)
 from layers import canonical, layers_flag, with_layers
 
 LEAST_IMAGES = 40  # that int8 is calibrated and proved on
@@ -54,6 +55,8 @@ def ensure_encoder(clip_model, precision="float16", layers="final"):
     Raises EncoderError."""
     source = read_manifest(SHIPPED)["source"] if clip_model == "tiny" else source_of(clip_model)
     if precision == "int8":
+        if clip_model == "tiny":
+            check_precision(read_manifest(SHIPPED), precision)
         folder = find_layers(f"{source} int8", layers)
         if folder is None:
             flags = f"--clip_model {clip_model}" + (f" --layers {layers}" if layers != "final" else "")
@@ -62,8 +65,8 @@ def ensure_encoder(clip_model, precision="float16", layers="final"):
         return folder
     folder = find_layers(source, layers)
     if folder is None and clip_model == "tiny":
-        raise EncoderError(f"--layers {layers}: 'tiny' is shipped with its final layer alone; train its checkpoint with make tiny, "
-                           "or name another encoder with --clip_model")
+        raise EncoderError(f"--layers {layers}: 'tiny' is shipped with its final layer alone; "
+                           "name another encoder with --clip_model")
     if folder is None:
         require_torch(f"preparing '{clip_model}'",
                       f", or copy a prepared folder into {cache_dir() / 'encoders'}, or set CLIP_MODEL=tiny (a demonstration)")
@@ -241,6 +244,7 @@ def main(argv=None):
 def ensure_int8(folder, args):
     """The int8 form of a prepared encoder -> its folder; made where it is missing. Raises EncoderError, UsageError."""
     manifest = read_manifest(folder)
+    check_precision(manifest, "int8")
     found = find_encoder(source=f"{manifest['source']} int8", layers=manifest["layers"])
     if found is None:
         import quantize

@@ -19,6 +19,7 @@ from model import decision, probability
 # What a training alone or an evaluation alone has; a template finds None for the others.
 OPTIONAL = ("robustness", "arms", "not_measured", "hardest", "warnings", "leak", "leave_one_source_out",
             "classifiers", "split", "data")
+LEAST_IMAGES = 10  # of a source whose share is worth telling
 NAMES = {name: text for name, (text, _) in METRICS.items()}
 
 
@@ -101,6 +102,23 @@ def held_out(rows):
     """Leave-one-source-out rows as a table, worst first."""
     lines = [f"{'source held out':44}{'label':7}{'n':>5}  share right"]
     return "\n".join([*lines, *(f"{r['source'][:43]:44}{r['label']:7}{r['n']:5}  {words(r)}" for r in rows)])
+
+
+def elsewhere(found):
+    """What a card says first of a report: how the model does on sources that it has not seen, and where it fails. '' where no such
+    source is named; sources with fewer than LEAST_IMAGES are not spoken of one by one."""
+    if found["unseen"]:
+        rows = [{**r, "value": r["own"]["value"]} for r in found["by_source"] if not r["known"]]
+        head = (f"AUC {words(found['unseen']['auc'])}, balanced accuracy {words(found['unseen']['balanced_accuracy'])} on "
+                f"{found['unseen']['n']} images of {len(rows)} sources")
+    elif rows := found.get("leave_one_source_out"):
+        share = sum(r["value"] for r in rows) / len(rows)
+        head = f"each of {len(rows)} sources left out of the training in turn, {share:.0%} of its images are answered right on average"
+    else:
+        return ""
+    worst = sorted((r for r in rows if r["n"] >= LEAST_IMAGES), key=lambda r: r["value"])[:4]
+    named = ", ".join(f"{r['source']} ({r['label']}, {r['value']:.0%} of {r['n']})" for r in worst)
+    return head + (f"; the fewest right of {named}" if named else "")
 
 
 def training(found):
@@ -222,7 +240,7 @@ def render(template, report, pictures=()):
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     from audit import TELLING_AUC, leak_sentence, sentences
     environment.globals |= {"words": words, "METRICS": NAMES, "CLASSES": CLASSES, "sentences": sentences,
-                            "leak_sentence": leak_sentence, "TELLING_AUC": TELLING_AUC}
+                            "leak_sentence": leak_sentence, "TELLING_AUC": TELLING_AUC, "elsewhere": elsewhere}
     environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
     embedded = {name: base64.b64encode(data).decode() for name, data in dict(pictures).items()}
     return environment.get_template(template).render(r=dict.fromkeys(OPTIONAL) | report, pictures=embedded)

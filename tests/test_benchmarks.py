@@ -75,3 +75,47 @@ def test_ours_learns_what_scikit_learn_learns_and_no_plane_separates_the_classes
     differ = (scores["ours"] > 0) != (scores["stock"] > 0)  # both solvers stop at a tolerance
     assert np.abs(scores["stock"][differ]).max(initial=0) < 0.02 and np.corrcoef(scores["ours"], scores["stock"])[0, 1] > 0.9999
     assert found["ours"][1] == pytest.approx(found["stock"][1], rel=0.01)
+
+
+def of_repositories(rng, repositories, images, dim=40):
+    """Columns as held_out.prepared_columns gives them: what tells the label is another direction in each repository."""
+    repository = np.repeat(np.arange(repositories), images)
+    labels = np.tile([0, 1], repositories * images // 2)
+    own = rng.normal(size=(repositories, dim))
+    centre = rng.normal(size=(repositories, dim))
+    features = centre[repository] + (2 * labels - 1)[:, None] * own[repository] + rng.normal(0, 0.3, (len(labels), dim))
+    return {"features": features.astype(np.float32)[:, None], "labels": labels, "view": np.zeros(len(labels), np.int8),
+            "sources": np.char.add("s", (repository * 2 + labels).astype(str)), "scored": np.arange(len(labels))}, repository
+
+
+def test_nothing_of_a_held_out_repository_is_learnt():
+    import held_out
+    columns, repository = of_repositories(np.random.default_rng(0), 24, 20)
+    by = {"repositories": repository, "images": np.arange(len(repository))}  # the second is what the script must not do
+    found = {}
+    for name, groups in by.items():
+        fold = held_out.folds_of(groups, columns["labels"])
+        columns["fold"] = np.array([fold[group] for group in groups])
+        scores = held_out.held_scores(columns, {"untouched": columns["features"]}, {"C": 1, "gamma": 0.3}, 0, 0, np.mean)["untouched"]
+        found[name] = np.mean(held_out.mean_auc(columns["labels"], scores, columns["fold"], columns["sources"])[0])
+    assert abs(found["repositories"] - 0.5) < 0.15 and found["images"] > 0.95
+
+
+def test_folds_keep_repositories_whole_and_classes_about_even():
+    import held_out
+    rng = np.random.default_rng(0)
+    repository = rng.choice(30, 900, p=rng.dirichlet(np.ones(30)))
+    labels = (rng.random(900) < 0.5).astype(int)
+    fold = held_out.folds_of(repository, labels)
+    assert set(fold) == set(repository)
+    of_image = np.array([fold[r] for r in repository])
+    for label in (0, 1):
+        assert np.ptp(np.bincount(of_image[labels == label], minlength=3)) < 0.2 * (labels == label).sum()
+
+
+def test_the_command_of_the_held_out_table_is_taken(tmp_path):
+    import held_out
+    own = [flags for script, flags in commands(held_out.__doc__) if script == "held_out"]
+    assert len(own) == 2
+    for flags in own:
+        assert held_out.parse_args(shlex.split(flags)).sources_file == "SOURCES.csv"

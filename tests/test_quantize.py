@@ -85,11 +85,17 @@ def test_features_name_the_int8_encoder_and_come_close(made, script, tmp_path):
 
 
 def test_without_an_int8_form_one_line_says_how_to_make_it(script, tmp_path):
-    (tmp_path / "data").mkdir()
-    result = script("extract_features.py", "--data_dir", "data", "--precision", "int8", CLIP_MODEL="tiny")
-    assert result.returncode == 2
-    with pytest.raises(EncoderError, match="run python prepare_clip.py --clip_model tiny --precision int8 --data_dir DIR"):
-        prepare_clip.ensure_encoder("tiny", "int8")
+    checkpoint = tmp_path / "mine.pt"
+    checkpoint.write_bytes(b"weights")
+    with pytest.raises(EncoderError, match=f"run python prepare_clip.py --clip_model {checkpoint} --precision int8 --data_dir DIR"):
+        prepare_clip.ensure_encoder(str(checkpoint), "int8")
+
+
+def test_an_encoder_of_exact_residuals_is_refused_in_int8(script, make_folder, tmp_path):
+    make_folder(tmp_path / "data", {"real": 2, "fake": 2})
+    for name in ("extract_features.py", "prepare_clip.py"):
+        result = script(name, "--data_dir", "data", "--precision", "int8", CLIP_MODEL="tiny")
+        assert_one_line_error(result, "--precision int8: 'tiny' computes in float32 alone")
 
 
 @pytest.mark.parametrize("change, said", [({"cosine": 0.98}, "cosine to float32 0.9800"), ({"agreement": 0.985}, "98.5% of the verdicts")])

@@ -12,7 +12,7 @@ import report
 from conftest import ROOT
 from evaluate import condition
 from metrics import METRICS, measure, share
-from report import assess, calibration_warning, table, words, write_report
+from report import LEAST_IMAGES, assess, calibration_warning, elsewhere, table, words, write_report
 from test_audit import NOTHING
 from test_metrics import scored
 
@@ -290,6 +290,25 @@ def test_the_tables_of_the_model_card_are_tables(written):
     for block in blocks:
         rows = block.splitlines()
         assert re.fullmatch(r"\|(-+\|)+", rows[1]) and len(rows) >= 3 and len({row.count("|") for row in rows}) == 1, block
+
+
+def test_the_model_card_says_first_how_it_does_on_sources_never_seen_and_where_it_fails(written):
+    folder, found = written
+    text, unseen = card(folder), [row for row in found["by_source"] if not row["known"]]
+    worst = min((row for row in unseen if row["n"] >= LEAST_IMAGES), key=lambda row: row["own"]["value"])
+    assert text.index("On sources never seen") < text.index("## Model")
+    name = worst["source"].replace("<", "&lt;")
+    assert (f"On sources never seen : AUC {words(found['unseen']['auc'])}, balanced accuracy {words(found['unseen']['balanced_accuracy'])} on "
+            f"{found['unseen']['n']} images of {len(unseen)} sources; the fewest right of {name} ({worst['label']}, ") in text
+
+
+def test_where_nothing_else_was_measured_the_card_tells_of_the_sources_left_out():
+    rows = [{"source": "few", "label": "fake", "n": 3, "value": 0.0}, {"source": "b", "label": "fake", "n": 40, "value": 0.5},
+            {"source": "a", "label": "real", "n": 20, "value": 1.0}]
+    said = elsewhere({"unseen": None, "leave_one_source_out": rows})
+    assert said == ("each of 3 sources left out of the training in turn, 50% of its images are answered right on average; "
+                    "the fewest right of b (fake, 50% of 40), a (real, 100% of 20)")
+    assert elsewhere({"unseen": None, "leave_one_source_out": []}) == elsewhere({"unseen": None}) == ""
 
 
 def test_a_demonstration_is_called_one_everywhere(tmp_path):

@@ -8,12 +8,12 @@ from conftest import ROOT
 
 SLOW = {"numpy", "PIL", "torch", "clip", "sklearn", "scipy", "matplotlib", "openvino", "flask", "mlflow", "cryptography", "c2pa"}
 SCRIPTS = ["app.py", "audit.py", "classify.py", "demo.py", "evaluate.py", "extract_features.py", "finetune_clip.py", "golden.py",
-           "prepare_clip.py", "registry.py", "study.py", "train_model.py"]
+           "prepare_clip.py", "registry.py", "study.py", "textures.py", "train_model.py"]
 WRONG = {"audit.py": ["--data_dir", "nowhere"], "classify.py": ["--image_path", "nowhere.jpg"],
          "evaluate.py": ["--features_file", "nowhere.npz"], "extract_features.py": ["--data_dir", ".", "--limit", "0"],
          "golden.py": ["--url", "http://127.0.0.1:1", "--data_dir", "nowhere"], "prepare_clip.py": ["--clip_model", "nowhere.pt"],
          "registry.py": ["list", "a/b"], "study.py": ["--data_dir", ".", "--views", "99"], "train_model.py": ["--max_fpr", "7"],
-         "finetune_clip.py": ["--data_dir", "nowhere"]}
+         "finetune_clip.py": ["--data_dir", "nowhere"], "textures.py": ["--output_dir", "/proc/none/tiny"]}
 
 
 def imported(*command, cwd):

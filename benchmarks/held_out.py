@@ -1,0 +1,138 @@
+"""Whole repositories of images as if never seen: by this a recipe is chosen before `test` and `external` are looked at.
+
+    CLIP_MODEL=tiny python extract_features.py --data_dir data --output_file held.npz --views 1 --crops 4
+    python benchmarks/held_out.py --features_file held.npz --data_dir data --sources_file SOURCES.csv
+    python benchmarks/held_out.py --features_file held.npz --data_dir data --sources_file SOURCES.csv --C 1 3 10 --gamma 0.1 0.3 1
+
+Three folds of whole repositories, drawn once, about even in the images of each class. An SVM is fitted on `train` and `extra`
+without a fold's repositories and scored on that fold's images of `train`. Prints Markdown.
+"""
+import argparse
+import csv
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+import encoders  # noqa: E402
+import imaging  # noqa: E402
+import metrics  # noqa: E402
+from classifiers import fit, row_weights  # noqa: E402
+from common import UsageError  # noqa: E402
+from distort import social  # noqa: E402
+from features import FeaturesFile, crops_of  # noqa: E402
+from model import decision  # noqa: E402
+
+FOLDS = 3
+TIER = 512, 40  # long side and JPEG quality of the lowest tier of social media in distort.py
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
+    parser.add_argument("--features_file", required=True, metavar="FILE", help="of --data_dir, with degraded copies and crops")
+    parser.add_argument("--data_dir", required=True, metavar="DIR", help="the images, to save them as a site would")
+    parser.add_argument("--sources_file", required=True, metavar="FILE", help="CSV with the columns source and repository")
+    parser.add_argument("--C", type=float, nargs="+", default=[10.0], metavar="X", help="of the SVM (default: 10)")
+    parser.add_argument("--gamma", type=float, nargs="+", default=[0.3], metavar="X", help="by the number of features (default: 0.3)")
+    return parser.parse_args(argv)
+
+
+def read_repositories(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["source"]: row["repository"] for row in csv.DictReader(file)}
+
+
+def folds_of(repositories, labels):
+    """Repository and label of each image to score -> {repository: fold}: the largest first, each to where it evens the classes most."""
+    names, number = np.unique(repositories, return_inverse=True)
+    size = np.stack([np.bincount(number[labels == label], minlength=len(names)) for label in (0, 1)], 1)
+    load, fold = np.zeros((FOLDS, 2)), {}
+    for i in np.argsort(-size.sum(1), kind="stable"):
+        after = [((load + np.eye(FOLDS)[:, [k]] * size[i]) ** 2).sum() for k in range(FOLDS)]
+        fold[names[i]] = int(np.argmin(after))
+        load[fold[names[i]]] += size[i]
+    return fold
+
+
+def encode_resaved(encoder, data_dir, paths, crops):
+    """Features of the images as a site hands them out, float32 [n, 1 + crops, d]."""
+    def pieces(path):
+        image = social(imaging.decode_image(common.read_bytes(Path(data_dir, path))), TIER)
+        return encoder.encode(imaging.normalise(np.stack(imaging.in_pieces(image, encoder.resolution, crops))))
+    return np.stack([pieces(path) for path in paths])
+
+
+def mean_auc(labels, scores, fold, sources):
+    """AUCs of the folds and 'mean [interval]': sources are drawn anew within each fold."""
+    found = [metrics.drawn_auc(labels[fold == k], scores[fold == k], sources[fold == k]) for k in range(FOLDS)]
+    values, drawn, numbers = zip(*found)
+    drawn = np.mean([d[:min(map(len, drawn))] for d in drawn], axis=0)
+    value = float(np.mean(values))
+    return values, metrics.words({"value": value, "interval": metrics.interval(value, drawn, sum(numbers))}, 3)
+
+
+def held_scores(columns, seen, point, copies, crops, combine):
+    """Scores of the images under each condition (`seen`: {name: features [n, pieces, d]}) by the SVM that was fitted without their
+    repositories; `copies`: are degraded copies trained on, too. -> {name: float64 [n]}"""
+    scored, found = columns["scored"], {name: np.empty(len(features)) for name, features in seen.items()}
+    for k in range(FOLDS):
+        train = np.flatnonzero((columns["fold"] != k) & (columns["view"] <= copies))
+        weight = row_weights(columns["labels"][train], columns["sources"][train])
+        features = columns["features"][train, :1 + crops] if crops else columns["features"][train, 0]
+        classifier = fit("svm", features, columns["labels"][train], weight, 0, **point)
+        own = columns["fold"][scored] == k
+        for name, features in seen.items():
+            pieces = features[own, :1 + crops]
+            values = decision(classifier, pieces.reshape(-1, pieces.shape[2])).reshape(pieces.shape[:2])
+            found[name][own] = combine(values, axis=1)
+    return found
+
+
+def prepared_columns(file, repository_of):
+    """Columns of `train` and `extra` with each row's fold (one that has no image of `train`: none), and `scored`: the untouched rows
+    of `train`. Raises UsageError."""
+    columns = next(file.parts())
+    wanted = np.isin(columns["splits"], ["train", "extra"])
+    columns = {name: values[wanted] for name, values in columns.items()}
+    columns["labels"] = columns["labels"].astype(int)
+    columns["features"] = columns["features"].reshape(len(columns["labels"]), 1 + crops_of(file.meta), -1)
+    repositories = np.array([repository_of.get(source, source) for source in columns["sources"]])
+    columns["scored"] = scored = np.flatnonzero((columns["view"] == 0) & (columns["splits"] == "train"))
+    fold = folds_of(repositories[scored], columns["labels"][scored])
+    columns["fold"] = np.array([fold.get(repository, -1) for repository in repositories])
+    return columns
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    file = FeaturesFile(args.features_file)
+    crops = crops_of(file.meta)
+    encoder = encoders.Encoder(encoders.find_encoder(identity=file.meta["encoder"]["identity"]), "cpu")
+    if encoder.manifest.get("seen"):
+        raise UsageError(f"--features_file {args.features_file}: '{encoder.name}' has seen images itself; they would not be held out")
+    columns = prepared_columns(file, read_repositories(args.sources_file))
+    scored = columns["scored"]
+    labels, sources, fold = (columns[name][scored] for name in ("labels", "sources", "fold"))
+    degraded = {path: row for row, path in enumerate(columns["paths"]) if columns["view"][row] == 1}
+    seen = {"untouched": columns["features"][scored],
+            f"{TIER[0]} px q{TIER[1]}": encode_resaved(encoder, args.data_dir, columns["paths"][scored], crops),
+            "degraded": columns["features"][[degraded[path] for path in columns["paths"][scored]]]}
+
+    print(f"Encoder `{encoder.name}`, {len(scored)} images of {len(set(zip(labels, sources)))} sources in {FOLDS} folds "
+          f"({', '.join(f'{(fold == k).sum()}' for k in range(FOLDS))}). 95% intervals over sources.\n")
+    print("| trained on, scored | C, gamma | folds | " + " | ".join(seen) + " |\n|" + "---|" * (3 + len(seen)), flush=True)
+    ways = [("whole images", 0, 0, np.mean), ("the same and a degraded copy of each", 1, 0, np.mean)]
+    ways += [(f"whole images and {crops} crops, {words}", 0, crops, combine) for words, combine in (("mean", np.mean), ("highest", np.max))
+             if crops]
+    for (words, *how), C, gamma in itertools.product(ways, args.C, args.gamma):
+        scores = held_scores(columns, seen, {"C": C, "gamma": gamma}, *how)
+        cells = {name: mean_auc(labels, values, fold, sources) for name, values in scores.items()}
+        folds = ", ".join(f"{auc:.3f}" for auc in cells["untouched"][0])
+        print(f"| {words} | {C:g}, {gamma:g} | {folds} | " + " | ".join(text for _, text in cells.values()) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    common.run(main)
