@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-TOGETHER = 4  # images in a shared pass: 8 gain 4% over 4 (`tiny`, benchmarks/speed.md) and hold up the first of them
+TOGETHER = 4  # images in a shared pass: 8 gain 4% over 4 (a small network) and hold up the first of them
 
 
 class Together:

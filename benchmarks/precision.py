@@ -1,6 +1,6 @@
 """What reduced precision costs and gives: float32, bfloat16, int8 weights only, int8, on one encoder and this machine.
 
-    python benchmarks/precision.py --clip_model tiny --data_dir data
+    python benchmarks/precision.py --clip_model small.pt --data_dir data
     python benchmarks/random_clip.py --output vit-l-14.pt
     python benchmarks/precision.py --clip_model vit-l-14.pt --data_dir data --limit 40    # speed only: its weights are random
 
@@ -25,7 +25,7 @@ from prepare_clip import ensure_encoder  # noqa: E402
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--clip_model", required=True, metavar="FILE", help="checkpoint, or tiny")
+    parser.add_argument("--clip_model", required=True, metavar="FILE", help="checkpoint")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="labelled pictures")
     parser.add_argument("--limit", type=int, default=400, help="pictures")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="to measure")
