@@ -69,7 +69,7 @@ tiny: $(VENV)/.ready
 	$(MAKE) ship
 ship: $(VENV)/.ready
 	rm -rf runs/ship && mkdir -p runs/ship  # all made before anything in models/ changes: the model names a clean commit
-	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/features.npz
+	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/features.npz --views 1
 	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz --model_output_path runs/ship/baseline.joblib --train_splits train,extra
 	$(VENV)/bin/python evaluate.py --model_path runs/ship/baseline.joblib --features_file runs/ship/features.npz --data_dir "$(IMAGES)" --report_dir runs/ship/evaluation
 	cp runs/ship/evaluation/robustness.png docs/ && rm runs/ship/*/*.png runs/ship/*/report.html  # these hold pictures

@@ -49,15 +49,16 @@ def main(argv=None):
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(argv)
     columns, model = load_features(MODELS / "features.npz"), load_model(MODELS / "baseline.joblib")
     scores, rng = decision(model, columns["features"]), np.random.default_rng(0)
-    known = np.flatnonzero(columns["splits"] == "test")
-    external = columns["splits"] == "external"
+    whole = columns["view"] == 0
+    known = np.flatnonzero(whole & (columns["splits"] == "test"))
+    external = whole & (columns["splits"] == "external")
     print(f"{KNOWN} uploads like `test` ({len(known)} images), then {STREAM} of one source of `external`; medians of {DRAWS} draws, "
           f"encoder `tiny` (a demonstration). Bars: PSI {PSI_BAR} over the last {LEAST} verdicts, distance {DISTANCE_BAR}.\n")
     quiet = np.concatenate([stream(model, scores, columns["features"], rng.choice(known, KNOWN), rng)[20:] for _ in range(DRAWS)])
     print(f"Known sources alone: PSI {np.median(quiet[:, 0]):.2f} (99% below {np.quantile(quiet[:, 0], .99):.2f}), "
           f"distance {np.median(quiet[:, 1]):.2f} (99% below {np.quantile(quiet[:, 1], .99):.2f}).\n")
     print("| then only | images | PSI at the end | shown after | distance at the end | shown after |\n|---|---|---|---|---|---|")
-    sources, labels, test = columns["sources"], columns["labels"], columns["splits"] == "test"
+    sources, labels, test = columns["sources"], columns["labels"], whole & (columns["splits"] == "test")
     largest = max(np.unique(sources[test]), key=lambda source: (test & (sources == source)).sum())
     streams = {"known: the reals of `test`": test & (labels == 0), "known: the fakes of `test`": test & (labels == 1),
                f"known: {largest}": test & (sources == largest),

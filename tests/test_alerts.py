@@ -257,7 +257,7 @@ def streams():
     rng = np.random.default_rng(0)
 
     def run(chosen, n=400):
-        drift, rows = Drift(model), columns["features"][rng.choice(np.flatnonzero(chosen), n)]
+        drift, rows = Drift(model), columns["features"][rng.choice(np.flatnonzero(chosen & (columns["view"] == 0)), n)]
         for row in rows:
             drift.add(row)
         bins = [drift.bin(score) for score in decision(model, rows)]
