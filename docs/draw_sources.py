@@ -24,7 +24,7 @@ def rows_of(columns, p_fake, split):
     """[(source, label, probabilities)] of one split, each class by its median, so that mistakes stand out."""
     found = []
     for label in (1, 0):
-        mask = (columns["splits"] == split) & (columns["labels"] == label)
+        mask = (columns["splits"] == split) & (columns["labels"] == label) & (columns["view"] == 0)
         of_class = [(s, label, p_fake[mask & (columns["sources"] == s)]) for s in np.unique(columns["sources"][mask])]
         found += sorted(of_class, key=lambda row: np.median(row[2]))
     return found
