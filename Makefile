@@ -62,11 +62,10 @@ VIEWS ?= 1
 study: $(VENV)/.ready
 	$(VENV)/bin/python study.py --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS) $(if $(LEVERS),--levers)
 
-# make tiny IMAGES=DIR: write the shipped encoder again; make ship IMAGES=DIR: features, baseline model and cards of it
+# make tiny: write the shipped encoder again; commit it, then make ship IMAGES=DIR: features, baseline model and cards of it
 tiny: $(VENV)/.ready
 	$(VENV)/bin/python textures.py --output_dir runs/tiny
 	rm -rf models/tiny && mv runs/tiny models/tiny
-	$(MAKE) ship
 ship: $(VENV)/.ready
 	rm -rf runs/ship && mkdir -p runs/ship  # all made before anything in models/ changes: the model names a clean commit
 	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/features.npz --views 1

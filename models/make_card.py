@@ -32,7 +32,7 @@ mostly the JPEG that they show. The threshold is {threshold:.2f} throughout, the
 - **What it is**: fixed statistics of a picture's colours and residuals, {dim} of them ([textures.py](../textures.py)), run by OpenVINO
   in float32; nothing in it is learnt. The baseline is `train_model.py`'s RBF SVM on them. How it was chosen, and what else was tried:
   [benchmarks/DETECTION.md](../benchmarks/DETECTION.md).
-- **How it was made**: `make tiny IMAGES=DIR`, the encoder at commit `{commit}`; beside each training image a degraded copy (`--views 1`).
+- **How it was made**: `make tiny` and `make ship IMAGES=DIR`, the encoder at commit `{commit}`; beside each training image a degraded copy (`--views 1`).
 - **Data**: photographs and generated images from public repositories, all shrunk to a short side of 320 pixels at most
   and saved as JPEG 90 in the same way. Most of these repositories state no licence for pictures, and some show people;
   none of the pictures is part of this project. A few percent of the labels may be wrong.

@@ -15,6 +15,7 @@ from training_rows import Rows
 
 ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": 6}
 BASELINE = common.HERE / "models" / "baseline.joblib"
+DIM = encoders.read_manifest(encoders.SHIPPED)["dim"]
 
 
 def make_columns(real=60, fake=60, gap=3.0, dim=6, seed=0, splits=True):

@@ -27,7 +27,7 @@ from features import load_features
 from extract_features import read_row
 from extracting import FEW, SETTINGS, extract, few, own, settings  # noqa: F401
 from live import free_port
-from made_up import make_columns, other_encoder
+from made_up import DIM, make_columns, other_encoder
 
 pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements-ray.txt")
 long = pytest.mark.long
@@ -133,7 +133,7 @@ def test_ray_here_gives_the_rows_of_the_plain_command_and_once_more_does_nothing
     done = run(tmp_path / "data", tmp_path / "f.parquet", "local", "--views", "2")
     assert_same_rows(load_features(tmp_path / "f.parquet"), plain)
     assert "skipped train/real/camera/zz.jpg: " in done.stderr
-    assert done.stdout.endswith("160 images and 320 degraded copies, 128-d features (test/real 20, test/fake 20, train/real 60, train/fake 60); "
+    assert done.stdout.endswith(f"160 images and 320 degraded copies, {DIM}-d features (test/real 20, test/fake 20, train/real 60, train/fake 60); "
                                 "1 of 161 skipped\n")
     meta = load_features(tmp_path / "f.parquet")["meta"]
     assert meta["counts"] == {"images": 160, "bad": 1, "real": 80, "fake": 80} and len(meta["parts"]) == PARTS

@@ -3,19 +3,20 @@ import numpy as np
 import pytest
 
 from engines import counted, detector_of, give, serve
-from made_up import BASELINE
+from made_up import BASELINE, DIM
 from model import decision, load_model
 from telemetry import BINS, WINDOW, Drift, Telemetry
 
 MODEL = load_model(BASELINE)
-SCORES = MODEL["out_of_fold"]["scores"].astype(float)
+WHOLE = MODEL["out_of_fold"]["view"] == 0
+SCORES = MODEL["out_of_fold"]["scores"][WHOLE].astype(float)
 
 
 @pytest.fixture(scope="module")
 def rows():
     """Features of the shipped model's training images, {label: float32 [n, d]}."""
     stored = np.load(BASELINE.parent / "features.npz")
-    mask = stored["splits"] == "train"
+    mask = np.isin(stored["splits"], ["train", "extra"]) & (stored["view"] == 0)
     return {label: stored["features"][mask & (stored["labels"] == label)] for label in (0, 1)}
 
 
@@ -83,7 +84,7 @@ def test_the_stability_index_from_the_metrics_alone_is_small_until_scores_shift(
 def test_real_images_that_the_model_has_not_seen_keep_the_index_small():
     stored, telemetry = np.load(BASELINE.parent / "features.npz"), Telemetry()
     detector = serve(telemetry, detector_of("v1"))
-    test = stored["features"][stored["splits"] == "test"]
+    test = stored["features"][(stored["splits"] == "test") & (stored["view"] == 0)]
     for score, row in zip(decision(MODEL, test), test):
         give(telemetry, detector, score, row=row)
     assert psi(telemetry) < 0.15 and counted(telemetry, "feature_distance", model_version="v1") < 0.15
@@ -99,7 +100,7 @@ def test_rows_like_the_training_classes_are_no_distance_away_in_any_mix(rows, sh
 @pytest.mark.parametrize("share_fake", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("signs", ["all up", "some up, some down"])
 def test_rows_a_deviation_away_are_about_1_away(rows, share_fake, signs):
-    sign = np.ones(128) if signs == "all up" else np.random.default_rng(1).choice([-1, 1], 128)
+    sign = np.ones(DIM) if signs == "all up" else np.random.default_rng(1).choice([-1, 1], DIM)
     moved = drawn(rows, share_fake, 2 * WINDOW, 0) + (sign * MODEL["scale"]).astype("f4")
     assert distance(moved) == pytest.approx(1, abs=0.15)
 
@@ -108,7 +109,7 @@ def test_beyond_the_mean_of_a_class_more_of_the_same_is_a_distance_too(rows):
     between = MODEL["means"][1] - MODEL["means"][0]  # in training deviations
     size = float(np.sqrt((between ** 2).mean()))
     for label, side in ((0, -1), (1, 1)):
-        moved = rows[label] + (side * 2 * between * MODEL["scale"]).astype("f4")
+        moved = drawn(rows, label, 2 * WINDOW, 0) + (side * 2 * between * MODEL["scale"]).astype("f4")
         assert distance(moved) == pytest.approx(2 * size, rel=0.1)
 
 

@@ -21,6 +21,7 @@ from conftest import ROOT, assert_one_line_error
 from dataset import FACTS, Entry
 from extract_features import draw
 from extracting import another_encoder, digest, encoded, extract, few, names, own, settings  # noqa: F401
+from made_up import DIM
 
 
 # ---- the file ----
@@ -28,7 +29,7 @@ from extracting import another_encoder, digest, encoded, extract, few, names, ow
 def test_the_documented_command_writes_the_documented_columns(few, script, tmp_path):
     done = script("extract_features.py", "--data_dir", few, "--output_file", "features.npz")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["features.npz: 24 images, 128-d features (test/real 4, test/fake 4, train/real 8, "
+    assert done.stdout.splitlines() == [f"features.npz: 24 images, {DIM}-d features (test/real 4, test/fake 4, train/real 8, "
                                         "train/fake 8); 0 of 24 skipped"]
     assert "note: this encoder is a demonstration" in done.stderr
     assert names(tmp_path) == ["features.npz", "home"]
@@ -36,7 +37,7 @@ def test_the_documented_command_writes_the_documented_columns(few, script, tmp_p
         columns = {name: file[name] for name in file.files}
     assert {name: (column.dtype.kind if column.dtype.kind in "UV" else str(column.dtype), column.shape)
             for name, column in columns.items()} == {
-        "features": ("float32", (24, 128)), "labels": ("int8", (24,)), "paths": ("U", (24,)), "splits": ("U", (24,)),
+        "features": ("float32", (24, DIM)), "labels": ("int8", (24,)), "paths": ("U", (24,)), "splits": ("U", (24,)),
         "sources": ("U", (24,)), "sha256": ("U", (24,)), "view": ("int8", (24,)), "facts": ("V", (24,)),
         "thumb": ("uint8", (24, 64)), "meta": ("U", ())}
     assert columns["facts"].dtype == FACTS
@@ -65,7 +66,7 @@ def test_meta_says_how_the_features_came_about_and_nothing_of_when_and_where(few
     manifest = json.loads((ROOT / "models/tiny/encoder.json").read_text())
     # All of it: a clock, a host or a folder has no place to hide.
     assert meta == {"format": 1, "commit": "c0de", "counts": {"images": 24, "bad": 0, "real": 12, "fake": 12},
-                    "encoder": {"name": "tiny", "identity": manifest["identity"], "layers": "final", "dim": 128,
+                    "encoder": {"name": "tiny", "identity": manifest["identity"], "layers": "final", "dim": DIM,
                                 "notice": manifest["notice"]},
                     "key": {"encoder": manifest["identity"], "precision": "float32", "batch_size": 16, "limit": None,
                             "unlabelled": False, "split_names": "train,val,test,external,extra", "max_pixels": 200_000_000, "views": 0,

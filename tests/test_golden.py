@@ -20,7 +20,7 @@ pytestmark = pytest.mark.golden
 # AUC and the lower end of its interval below which nothing ships; the network from scratch that was `tiny` before had 0.82 and 0.70.
 # The intervals here are over images, as the floor was set; the card's are over sources, which are wider.
 RECORDED = ROOT / "models" / "evaluation" / "metrics.json"
-FLOOR = {"test": (0.78, 0.70), "external": (0.70, 0.64)}
+FLOOR = {"test": (0.86, 0.82), "external": (0.74, 0.70)}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from classify import Detector
 from encoders import Encoder
 from engine import Busy
 from engines import compiled_once, contrary, counted, engine_on, keys_file, lines, meanwhile, model_file, picture, reload, until, versions  # noqa: F401
-from made_up import BASELINE, Planted, baseline_for, other_encoder
+from made_up import BASELINE, DIM, Planted, baseline_for, other_encoder
 from model import load_model
 
 
@@ -170,7 +170,7 @@ BROKEN = {"text": (lambda path, _: path.write_text("hello"), "is not a model fil
           "empty": (lambda path, _: path.write_bytes(b""), "is not a model file"), "missing": (lambda path, _: path.unlink(), "no such file"),
           "planted": (planted, "may be planted"), "old": (lambda path, _: model_file_of_format_1(path), "its format is 1"),
           "of another encoder": (lambda path, _: baseline_for(path, name="mine"), "prepare_clip.py"),
-          "of a damaged encoder": (lambda path, _: other_encoder(golden=[0.5] * 128) and baseline_for(path), "cannot be trusted"),
+          "of a damaged encoder": (lambda path, _: other_encoder(golden=[0.5] * DIM) and baseline_for(path), "cannot be trusted"),
           "of an encoder with a short record": (lambda path, _: other_encoder(golden=[1.0]) and baseline_for(path), ""),
           "without scores": (without_scores, "")}
 
