@@ -19,6 +19,7 @@ from pathlib import Path
 from common import HERE, EncoderError
 
 SHIPPED = HERE / "models" / "tiny"  # the encoder that comes with the project
+SMALL = 1e6  # bytes of weights, so few that they are kept with what OpenVINO compiled of them: the start is then most of the work
 PREPROCESSING = "clip-1"  # changes whenever the same bytes would become other pixels; part of an encoder's identity
 OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
@@ -175,11 +176,14 @@ def openvino_forward(folder, precision, threads):
     config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[fastest if precision == "int8" else precision]
     with suppress(OSError):  # where nothing can be written OpenVINO compiles each time, which takes a second for a ViT-L/14
         (cache_dir() / "compiled").mkdir(parents=True, exist_ok=True)
-        small = (Path(folder) / "encoder.bin").stat().st_size < 1e6  # else weights stay in encoder.bin and are arranged at each start
-        config |= {"CACHE_DIR": str(cache_dir() / "compiled"), "CACHE_MODE": "OPTIMIZE_SPEED" if small else "OPTIMIZE_SIZE"}
+        config |= {"CACHE_DIR": str(cache_dir() / "compiled"), "CACHE_MODE": "OPTIMIZE_SIZE"}  # weights stay in encoder.bin
     try:
-        compiled = openvino_core().compile_model(Path(folder) / "encoder.xml", "CPU", config)
-    except RuntimeError as error:
+        model = Path(folder) / "encoder.xml"
+        if model.with_suffix(".bin").stat().st_size < SMALL:
+            config["CACHE_MODE"] = "OPTIMIZE_SPEED"
+            model = openvino_core().read_model(model)  # so that what is kept is found by the weights, not by the file's name
+        compiled = openvino_core().compile_model(model, "CPU", config)
+    except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise EncoderError(f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it again") from None
     request, one_at_a_time = compiled.create_infer_request(), threading.Lock()

@@ -19,9 +19,9 @@ NOISE = 1e-3                   # variance that is added to all: a flat picture i
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
-    parser.add_argument("--output_dir", default="runs/tiny", metavar="DIR", help="folder to write; one that is there is replaced")
+    parser.add_argument("--output_dir", default="runs/tiny", metavar="DIR", help="folder to write")
     args = parser.parse_args(argv)
-    common.check_folder(Path(args.output_dir).parent, f"--output_dir {args.output_dir}")
+    common.check_folder(args.output_dir, f"--output_dir {args.output_dir}")
     return args
 
 
@@ -84,7 +84,7 @@ def turned(x):
 
 
 class Textures(torch.nn.Module):
-    """float32 [n, 3, 160, 160] (from imaging.preprocess) -> float32 [n, d]
+    """float32 [n, 3, 160, 160] (from imaging.preprocess) -> float32 [n, 445]
 
     A residual is what is left of a value when its neighbours are taken away: a first or second difference, or a second difference of
     second differences across (Ker and Boehme's kernel). How three in a row go together, counted over the picture, is how steganalysis
@@ -142,8 +142,8 @@ class Textures(torch.nn.Module):
 
 
 def main(argv=None):
-    import openvino as ov  # after encoders.py, which keeps it from phoning home
     args = parse_args(argv)
+    import openvino as ov  # after encoders.py, which keeps it from phoning home
     folder, tower = Path(args.output_dir), Textures().eval()
     identity = common.sha256(f"{tower.arch} preprocessing={PREPROCESSING}".encode())
     manifest = {"name": "tiny", "notice": NOTICE, "precision": "float32", "commit": common.code_commit(), "source": f"textures:{identity}",
@@ -153,7 +153,6 @@ def main(argv=None):
         # one picture at a time: OpenVINO runs many small operations four times as fast when it knows all sizes
         model = ov.convert_model(tower, example_input=torch.zeros(1, 3, SIDE, SIDE), input=[1, 3, SIDE, SIDE])
     golden = golden_features(tower, SIDE)
-    folder.mkdir(exist_ok=True)
     ov.save_model(model, folder / "encoder.xml", compress_to_fp16=False)
     (folder / "encoder.json").write_text(json.dumps({**manifest, "dim": len(golden), "golden": golden}, indent=1))
     print(folder)

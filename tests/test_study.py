@@ -45,6 +45,12 @@ def test_levers_are_compared_on_the_same_images(script, make_folder, photos, tmp
     assert len({str(m["data"]) for m in models}) == 1 and len({m["overall"]["auc"]["value"] for m in models}) > 2
 
 
+def test_other_layers_of_an_encoder_that_has_none_are_refused_before_anything_starts(script, make_folder, tmp_path):
+    folder = make_folder(tmp_path / "data", {"real": 1, "fake": 1})
+    assert_one_line_error(script("study.py", "--data_dir", folder, "--levers", CLIP_MODEL="tiny"), "--levers", "'tiny'", "CLIP_MODEL")
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_folder_that_is_not_there_is_told_before_anything_starts(script, tmp_path):
     assert_one_line_error(script("study.py", "--data_dir", "nowhere"), "nowhere")
     assert not (tmp_path / "study").exists()

@@ -14,6 +14,7 @@ import prepare_clip
 from dataset import COLUMNS
 from distort import degrade, view_rng
 from extracting import digest, encoded, extract, few, names, own, settings  # noqa: F401
+from made_up import DIM
 
 ABOUT_THE_FILE = [name for name in COLUMNS if name not in ("features", "view")]
 
@@ -81,7 +82,7 @@ def test_images_and_copies_are_counted_apart(few, own, tmp_path, capsys):
     (own / "train/real/camera/spoilt.jpg").write_bytes(b"\xff\xd8\xff cut")
     columns = extract(own, tmp_path / "f.npz", "--views", 2)
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}/f.npz: 24 images and 48 degraded copies, 128-d features (test/real 4, test/fake 4, train/real 8, "
+        f"{tmp_path}/f.npz: 24 images and 48 degraded copies, {DIM}-d features (test/real 4, test/fake 4, train/real 8, "
         "train/fake 8); 1 of 25 skipped"]
     assert columns["meta"]["counts"] == {"images": 24, "bad": 1, "real": 12, "fake": 12} and columns["meta"]["key"]["views"] == 2
 
