@@ -88,7 +88,7 @@ def golden_image():
 
 def check_precision(manifest, precision):
     """Raises EncoderError where an encoder is known to compute something else in this precision."""
-    if manifest.get("precision") == "float32" and precision not in ("auto", "float32"):
+    if manifest.get("float32_alone") and precision not in ("auto", "float32"):
         raise EncoderError(f"--precision {precision}: '{manifest['name']}' computes in float32 alone; leave --precision away")
 
 

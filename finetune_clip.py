@@ -25,7 +25,7 @@ ARCHITECTURES = {  # arguments of clip.model.ModifiedResNet; heads follow from t
 }
 AVERAGE = 0.998          # weights averaged by this factor a step: worth about 3 points of AUC
 NOTICE = "this encoder was trained from scratch on {} images: not a detector to rely on"
-PRECISION = "float32"    # in which it runs: bfloat16 saves 0.7 ms an image here and turns 4 of 1,425 verdicts
+PRECISION = "float32"    # how `auto` runs it: bfloat16 saves 0.7 ms an image here and turns 4 of 1,425 verdicts
 SAVE_EVERY = 200         # steps between stored states
 SIDE = 768               # all images are held in memory, shrunk to this long side: for thousands, not for millions
 FROM_SCRATCH = dict(steps=4000, batch_size=48, lr=1e-3)

@@ -108,17 +108,18 @@ def elsewhere(found):
     """What a card says first of a report: how the model does on sources that it has not seen, and where it fails. '' where no such
     source is named; sources with fewer than LEAST_IMAGES are not spoken of one by one."""
     if found["unseen"]:
-        rows = [{**r, "value": r["own"]["value"]} for r in found["by_source"] if not r["known"]]
+        rows = [{**r, "value": r["own"]["value"]} for r in found["by_source"] if not r["known"]]  # of 'both': balanced
         head = (f"AUC {words(found['unseen']['auc'])}, balanced accuracy {words(found['unseen']['balanced_accuracy'])} on "
                 f"{found['unseen']['n']} images of {len(rows)} sources")
     elif rows := found.get("leave_one_source_out"):
         share = sum(r["value"] for r in rows) / len(rows)
-        head = f"each of {len(rows)} sources left out of the training in turn, {share:.0%} of its images are answered right on average"
+        number = len({r["source"] for r in rows})
+        head = f"with each of {number} sources left out of the training in turn, {share:.0%} of its images of a class are answered right on average"
     else:
         return ""
     worst = sorted((r for r in rows if r["n"] >= LEAST_IMAGES), key=lambda r: r["value"])[:4]
-    named = ", ".join(f"{r['source']} ({r['label']}, {r['value']:.0%} of {r['n']})" for r in worst)
-    return head + (f"; the fewest right of {named}" if named else "")
+    named = ", ".join(f"{r['source']} ({r['label']}, {r['n']} images: {r['value']:.0%} right)" for r in worst)
+    return head + (f"; worst on {named}" if named else "")
 
 
 def training(found):

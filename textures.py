@@ -37,7 +37,7 @@ from prepare_clip import golden_features  # noqa: E402
 
 
 def root(shares):
-    """Square roots, as histograms are best compared (Hellinger); a little is added, so that an empty cell has a slope."""
+    """Square roots, as histograms are best compared (Hellinger); a little is added, since at 0 a rounding would become large."""
     return (shares + 1e-5).sqrt()
 
 
@@ -87,8 +87,8 @@ class Textures(torch.nn.Module):
     """float32 [n, 3, 160, 160] (from imaging.preprocess) -> float32 [n, 445]
 
     A residual is what is left of a value when its neighbours are taken away: a first or second difference, or a second difference of
-    second differences across (Ker and Boehme's kernel). How three in a row go together, counted over the picture, is how steganalysis
-    tells a touched picture from an untouched one (Pevny, Bas, Fridrich: Steganalysis by subtractive pixel adjacency matrix, 2010;
+    second differences across (Ker and Boehme's kernel). How often which three stand in a row is what steganalysis tells a touched picture
+    from an untouched one by (Pevny, Bas, Fridrich: Steganalysis by subtractive pixel adjacency matrix, 2010;
     Fridrich, Kodovsky: Rich models for steganalysis, 2012).
     """
 
@@ -108,12 +108,13 @@ class Textures(torch.nn.Module):
         r, g, b = rgb.split(1, 1)
         planes = torch.cat([(rgb * self.luma).sum(1, keepdim=True), r - g, (r + g) / 2 - b, rgb], 1)
         found = self.colours(planes[:, :3], rgb)
-        for planes in planes, avg_pool2d(planes, 2):  # at 80 and 40 pixels
-            found += [self.contrast(planes[:, 0]), *self.residuals(planes / self.steps)]
+        for scaled in planes, avg_pool2d(planes, 2):  # at 80 and 40 pixels
+            found += [self.contrast(scaled[:, 0]), *self.residuals(scaled / self.steps)]
         return torch.cat(found, 1)
 
     def colours(self, planes, rgb):
-        """Histograms of luma and saturation, the joint one of both differences, mean and variance in 4 x 4 cells."""
+        """Two [n, 3, 80, 80] -> list of [n, k], 173 in all: histograms of luma and saturation, the joint one of both differences, mean and
+        variance in 4 x 4 cells."""
         y, rg, yb = planes.flatten(2).unbind(1)
         high = rgb.amax(1).flatten(1)
         saturation = (high - rgb.amin(1).flatten(1)) / (high + 8)
@@ -124,11 +125,12 @@ class Textures(torch.nn.Module):
                 (spread + 1).log().flatten(1)]
 
     def contrast(self, y):
-        """Variance in windows of 5 x 5, how its logarithm is spread."""
+        """[n, h, w] -> [n, 4]: how the logarithm of the variance in windows of 5 x 5 is spread."""
         return moments(torch.log1p(relu(avg_pool2d(y * y, 5, 1) - avg_pool2d(y, 5, 1) ** 2)))
 
     def residuals(self, planes):
-        """Three in a row of luma and the differences, rows and columns alike; and of red, green and blue at one place."""
+        """[n, 6, h, h] -> [n, 90] and [n, 42]: three in a row of luma and the differences, rows and columns alike; red, green and blue at one
+        place."""
         x = torch.cat([planes[:, :3], turned(planes[:, :3]), planes[:, 3:], turned(planes[:, 3:])], 1)
         first = along(x)
         second = along(first)
@@ -145,8 +147,8 @@ def main(argv=None):
     args = parse_args(argv)
     import openvino as ov  # after encoders.py, which keeps it from phoning home
     folder, tower = Path(args.output_dir), Textures().eval()
-    identity = common.sha256(f"{tower.arch} preprocessing={PREPROCESSING}".encode())
-    manifest = {"name": "tiny", "notice": NOTICE, "precision": "float32", "commit": common.code_commit(), "source": f"textures:{identity}",
+    identity = common.sha256(f"{tower.arch} {SIDE} {LUMA} {STEPS} {NOISE} preprocessing={PREPROCESSING}".encode())
+    manifest = {"name": "tiny", "notice": NOTICE, "precision": "float32", "float32_alone": True, "commit": common.code_commit(), "source": f"textures:{identity}",
                 "identity": identity, "layers": "final", "preprocessing": PREPROCESSING, "resolution": SIDE, "arch": tower.arch}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's tracer is deprecated; it is what OpenVINO takes

@@ -195,7 +195,7 @@ def check_output(path, flag="--model_output_path"):
 
 
 def left_out(columns, used):
-    """Splits that neither trained nor tested, with their numbers: '415 external, 634 seen' or ''."""
+    """Splits that neither trained nor tested, with their numbers: '830 external' or ''."""
     splits, n = np.unique(np.delete(columns["splits"], used), return_counts=True)
     return ", ".join(f"{k} {s or 'without split'}" for s, k in zip(splits, n))
 

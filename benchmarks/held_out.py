@@ -4,7 +4,7 @@
     python benchmarks/held_out.py --features_file held.npz --data_dir data --sources_file SOURCES.csv
     python benchmarks/held_out.py --features_file held.npz --data_dir data --sources_file SOURCES.csv --C 1 3 10 --gamma 0.1 0.3 1
 
-Three folds of whole repositories, drawn once, about even in the images of each class. An SVM is fitted on `train` and `extra`
+Three folds of whole repositories, laid out without chance, about even in the images of each class. An SVM is fitted on `train` and `extra`
 without a fold's repositories and scored on that fold's images of `train`. Prints Markdown.
 """
 import argparse
@@ -22,8 +22,9 @@ import imaging  # noqa: E402
 import metrics  # noqa: E402
 from classifiers import fit, row_weights  # noqa: E402
 from common import UsageError  # noqa: E402
+from dataset import COLUMNS  # noqa: E402
 from distort import social  # noqa: E402
-from features import FeaturesFile, crops_of  # noqa: E402
+from features import crops_of, load_features, take_crops  # noqa: E402
 from model import decision  # noqa: E402
 
 FOLDS = 3
@@ -37,12 +38,22 @@ def parse_args(argv):
     parser.add_argument("--sources_file", required=True, metavar="FILE", help="CSV with the columns source and repository")
     parser.add_argument("--C", type=float, nargs="+", default=[10.0], metavar="X", help="of the SVM (default: 10)")
     parser.add_argument("--gamma", type=float, nargs="+", default=[0.3], metavar="X", help="by the number of features (default: 0.3)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    common.need_folder(args.data_dir)
+    common.need_features(args.features_file)
+    return args
 
 
-def read_repositories(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["source"]: row["repository"] for row in csv.DictReader(file)}
+def read_repositories(path, sources):
+    """CSV file -> {source: repository}. Raises UsageError unless it names that of each of the sources."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            found = {row["source"]: row["repository"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError):
+        raise UsageError(f"--sources_file {path}: name a CSV file with the columns source and repository") from None
+    if missing := sorted(set(sources) - set(found)):
+        raise UsageError(f"--sources_file {path}: names no repository of '{missing[0]}' ({len(missing)} sources in all): add a line for each")
+    return found
 
 
 def folds_of(repositories, labels):
@@ -91,29 +102,37 @@ def held_scores(columns, seen, point, copies, crops, combine):
     return found
 
 
-def prepared_columns(file, repository_of):
+def prepared_columns(columns, crops, sources_file):
     """Columns of `train` and `extra` with each row's fold (one that has no image of `train`: none), and `scored`: the untouched rows
     of `train`. Raises UsageError."""
-    columns = next(file.parts())
-    wanted = np.isin(columns["splits"], ["train", "extra"])
-    columns = {name: values[wanted] for name, values in columns.items()}
+    wanted = np.isin(columns["splits"], ["train", "extra"]) & (columns["labels"] >= 0)
+    columns = {name: columns[name][wanted] for name in COLUMNS}
     columns["labels"] = columns["labels"].astype(int)
-    columns["features"] = columns["features"].reshape(len(columns["labels"]), 1 + crops_of(file.meta), -1)
-    repositories = np.array([repository_of.get(source, source) for source in columns["sources"]])
+    columns["features"] = take_crops(columns["features"], crops, crops).reshape(len(columns["labels"]), 1 + crops, -1)
+    repository_of = read_repositories(sources_file, columns["sources"])
+    repositories = np.array([repository_of[source] for source in columns["sources"]])
     columns["scored"] = scored = np.flatnonzero((columns["view"] == 0) & (columns["splits"] == "train"))
     fold = folds_of(repositories[scored], columns["labels"][scored])
     columns["fold"] = np.array([fold.get(repository, -1) for repository in repositories])
+    for k in range(FOLDS):
+        if len(set(columns["labels"][scored][columns["fold"][scored] == k])) < 2:
+            raise UsageError(f"--features_file: the {len(fold)} repositories of 'train' make no {FOLDS} folds with both classes: add sources")
     return columns
 
 
 def main(argv=None):
     args = parse_args(argv)
-    file = FeaturesFile(args.features_file)
-    crops = crops_of(file.meta)
-    encoder = encoders.Encoder(encoders.find_encoder(identity=file.meta["encoder"]["identity"]), "cpu")
+    stored = load_features(args.features_file)
+    crops, entry = crops_of(stored["meta"]), stored["meta"]["encoder"]
+    if stored["view"].max() < 1:
+        raise UsageError(f"--features_file {args.features_file}: holds no degraded copies; extract again with --views 1")
+    folder = encoders.find_encoder(identity=entry["identity"])
+    if folder is None:
+        raise UsageError(f"--features_file {args.features_file}: '{entry['name']}' is not prepared here; run prepare_clip.py")
+    encoder = encoders.Encoder(folder, "cpu")
     if encoder.manifest.get("seen"):
         raise UsageError(f"--features_file {args.features_file}: '{encoder.name}' has seen images itself; they would not be held out")
-    columns = prepared_columns(file, read_repositories(args.sources_file))
+    columns = prepared_columns(stored, crops, args.sources_file)
     scored = columns["scored"]
     labels, sources, fold = (columns[name][scored] for name in ("labels", "sources", "fold"))
     degraded = {path: row for row, path in enumerate(columns["paths"]) if columns["view"][row] == 1}
@@ -121,7 +140,7 @@ def main(argv=None):
             f"{TIER[0]} px q{TIER[1]}": encode_resaved(encoder, args.data_dir, columns["paths"][scored], crops),
             "degraded": columns["features"][[degraded[path] for path in columns["paths"][scored]]]}
 
-    print(f"Encoder `{encoder.name}`, {len(scored)} images of {len(set(zip(labels, sources)))} sources in {FOLDS} folds "
+    print(f"Encoder `{encoder.name}`, {len(scored)} images of {len(set(sources))} sources in {FOLDS} folds "
           f"({', '.join(f'{(fold == k).sum()}' for k in range(FOLDS))}). 95% intervals over sources.\n")
     print("| trained on, scored | C, gamma | folds | " + " | ".join(seen) + " |\n|" + "---|" * (3 + len(seen)), flush=True)
     ways = [("whole images", 0, 0, np.mean), ("the same and a degraded copy of each", 1, 0, np.mean)]

@@ -3,13 +3,17 @@
 What they measure is told in benchmarks/speed.md; nothing here looks at a clock.
 """
 import importlib
+import os
 import re
 import shlex
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
+
+import common
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 NAMES = ["clients", "decoding", "encoding", "precision", "service", "starting", "training"]
@@ -113,9 +117,35 @@ def test_folds_keep_repositories_whole_and_classes_about_even():
         assert np.ptp(np.bincount(of_image[labels == label], minlength=3)) < 0.2 * (labels == label).sum()
 
 
-def test_the_command_of_the_held_out_table_is_taken(tmp_path):
+@pytest.fixture(scope="module")
+def in_repositories(make_folder, tmp_path_factory):
+    """A folder with data/, three repositories of two sources each, and held.npz and SOURCES.csv of it."""
+    place = tmp_path_factory.mktemp("repositories")
+    make_folder(place / "data", {f"train/{label}/{label}{i}": 12 for label in ("real", "fake") for i in range(3)})
+    (place / "SOURCES.csv").write_text("source,repository\n" + "".join(f"{label}{i},r{i}\n" for label in ("real", "fake") for i in range(3)))
+    subprocess.run([sys.executable, ROOT / "extract_features.py", "--data_dir", "data", "--output_file", "held.npz", "--views", "1", "--crops",
+                    "4"], cwd=place, env={**os.environ, "CLIP_MODEL": "tiny"}, check=True, capture_output=True)
+    return place
+
+
+def test_the_held_out_table_has_a_row_for_each_recipe_and_point(in_repositories, monkeypatch, capsys):
     import held_out
-    own = [flags for script, flags in commands(held_out.__doc__) if script == "held_out"]
-    assert len(own) == 2
-    for flags in own:
-        assert held_out.parse_args(shlex.split(flags)).sources_file == "SOURCES.csv"
+    monkeypatch.chdir(in_repositories)
+    for flags in (flags for script, flags in commands(held_out.__doc__) if script == "held_out"):
+        held_out.main(shlex.split(flags))
+    first, *rows = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith(("|---", "| trained"))]
+    assert first == "Encoder `tiny`, 72 images of 6 sources in 3 folds (24, 24, 24). 95% intervals over sources."
+    assert len([row for row in rows if row.startswith("| ")]) == 4 + 4 * 9
+    assert all(re.fullmatch(r"\|.*\|.*\|( 0\.\d{3}[,\d. ]*| 1\.000[,\d. ]*)\|( [01]\.\d{3} \[.*\] \|){3}", row) for row in rows if row[0] == "|"), rows
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda text: text.replace("fake2,r2\n", ""), "names no repository of 'fake2' (1 sources in all): add a line for each"),
+    (lambda text: text.replace("repository", "owner"), "name a CSV file with the columns source and repository"),
+    (lambda text: text.replace("r2", "r1"), "the 2 repositories of 'train' make no 3 folds with both classes: add sources")])
+def test_a_table_of_sources_that_cannot_hold_anything_out_is_one_line(in_repositories, monkeypatch, tmp_path, change, words):
+    import held_out
+    (tmp_path / "S.csv").write_text(change((in_repositories / "SOURCES.csv").read_text()))
+    monkeypatch.chdir(in_repositories)
+    with pytest.raises(common.UsageError, match=re.escape(words)):
+        held_out.main(["--features_file", "held.npz", "--data_dir", "data", "--sources_file", str(tmp_path / "S.csv")])

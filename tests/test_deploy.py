@@ -109,7 +109,7 @@ def test_what_is_copied_exists_and_is_not_left_out_of_git_or_of_the_build(source
 
 @pytest.mark.parametrize("path", [".git/HEAD", ".venv/bin/python", ".venv-demo/bin/python", "demo/features.npz",
                                   "tests/conftest.py", "model.joblib", "features.npz", "data/train/real/1.jpg",
-                                  "runs/tiny.pt", "models/features.npz", "models/baseline_report/roc.png", ".env"])
+                                  "runs/small.pt", "models/features.npz", "models/baseline_report/roc.png", ".env"])
 def test_what_the_image_does_not_need_stays_out_of_the_build(path, dockerignore):
     assert ignored(path, dockerignore)
 

@@ -16,7 +16,7 @@ def crops(make_folder, tmp_path_factory):
     return sorted(map(str, folder.rglob("*.jpg")))
 
 
-def test_tiny_runs_in_float32_everywhere_because_a_rounded_picture_has_other_residuals():
+def test_tiny_is_refused_in_any_precision_but_float32():
     assert encoders.Encoder(encoders.SHIPPED).precision == "float32"
     with pytest.raises(common.EncoderError, match="--precision bfloat16: 'tiny' computes in float32 alone; leave --precision away"):
         encoders.Encoder(encoders.SHIPPED, precision="bfloat16")

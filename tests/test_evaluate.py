@@ -74,7 +74,15 @@ def test_a_renamed_training_image_is_still_left_out(evaluated, folder, run, tmp_
     assert report["overall"]["n"] == 30 and "left out: 1 images that trained the model" in err
 
 
-def test_images_that_the_encoder_has_seen_are_left_out(run):
+def test_images_that_the_encoder_has_seen_are_left_out(capsys):
+    columns = make_columns(real=10, fake=10)
+    columns["splits"][:3] = "seen"
+    model = {"training_data": {"images": np.array([], np.int64)}}
+    kept, left = evaluate.split_rows(columns, model, [columns["sha256"][5][:16]])
+    assert left.tolist() == [0, 1, 2, 5] and len(kept) == 16 and "4 images that trained its encoder" in capsys.readouterr().err
+
+
+def test_images_that_trained_the_model_are_left_out_of_a_features_file_and_copies_count_apart(run):
     _, report, _, err = run("--features_file", FEATURES)
     columns = load_features(FEATURES)
     whole, held = columns["view"] == 0, np.isin(columns["splits"], ["test", "external"])

@@ -299,15 +299,15 @@ def test_the_model_card_says_first_how_it_does_on_sources_never_seen_and_where_i
     assert text.index("On sources never seen") < text.index("## Model")
     name = worst["source"].replace("<", "&lt;")
     assert (f"On sources never seen : AUC {words(found['unseen']['auc'])}, balanced accuracy {words(found['unseen']['balanced_accuracy'])} on "
-            f"{found['unseen']['n']} images of {len(unseen)} sources; the fewest right of {name} ({worst['label']}, ") in text
+            f"{found['unseen']['n']} images of {len(unseen)} sources; worst on {name} ({worst['label']}, {worst['n']} images: ") in text
 
 
 def test_where_nothing_else_was_measured_the_card_tells_of_the_sources_left_out():
     rows = [{"source": "few", "label": "fake", "n": 3, "value": 0.0}, {"source": "b", "label": "fake", "n": 40, "value": 0.5},
-            {"source": "a", "label": "real", "n": 20, "value": 1.0}]
+            {"source": "a", "label": "real", "n": 20, "value": 1.0}, {"source": "b", "label": "real", "n": 2, "value": 0.5}]
     said = elsewhere({"unseen": None, "leave_one_source_out": rows})
-    assert said == ("each of 3 sources left out of the training in turn, 50% of its images are answered right on average; "
-                    "the fewest right of b (fake, 50% of 40), a (real, 100% of 20)")
+    assert said == ("with each of 3 sources left out of the training in turn, 50% of its images of a class are answered right on average; "
+                    "worst on b (fake, 40 images: 50% right), a (real, 20 images: 100% right)")
     assert elsewhere({"unseen": None, "leave_one_source_out": []}) == elsewhere({"unseen": None}) == ""
 
 
