@@ -93,7 +93,7 @@ def stay_put(detector, photos):
 
 def never_seen():
     """Act 2: train on the shipped features, then accuracy by source, known and unseen apart, as evaluate.py has it."""
-    title("2. Sources never seen: trained live on the shipped features (numbers; no picture ships)")
+    title("2. Sources never seen: trained live on `train` of the shipped features (numbers; no picture ships)")
     features = FEATURES.relative_to(common.HERE)
     command("train_model.py", "--features_file", features, "--model_output_path", "demo/model.joblib", quiet=True)
     command("evaluate.py", "--model_path", "demo/model.joblib", "--features_file", features, "--report_dir", "demo/evaluation", quiet=True)
