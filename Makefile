@@ -1,4 +1,4 @@
-# make demo        see what it does, in three minutes, without torch
+# make demo        see what it does, in four minutes, without torch
 # make test        set up the full environment and run the tests (15 minutes at most)
 # make test-long   what takes longer: the demo, the README's commands, full-size checkpoints, fuzzing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -1,4 +1,4 @@
-"""What this project does, in three acts and three minutes, offline and without torch: `make demo`.
+"""What this project does, in three acts and four minutes, offline and without torch: `make demo`.
 
     python demo.py
 

@@ -180,9 +180,9 @@ cluster.shutdown()
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory):
     """A cluster of a node with one processor and another that has an encoder cache of its own; `order` changes it."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache, head = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("head")  # the head's: what is in no one's home
     process = subprocess.Popen([sys.executable, "-c", TWO_NODES, str(cache)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+                               stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env={**os.environ, "CLIP_CACHE": str(head)})
 
     def line():
         while not (text := process.stdout.readline()).startswith(("done", "127.", "1")) and text:
