@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 
 import common
+from encoders import PREPROCESSING
+from prepare_clip import golden_features, require_torch
 
 NOTICE = "this encoder is a demonstration, statistics of colours and textures in the place of CLIP: not a detector to rely on"
 SIDE = 160
@@ -27,13 +29,12 @@ def parse_args(argv):
 
 if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
     common.answered(parse_args)
+    common.answered(lambda _: require_torch("writing the encoder"))
 
 import torch  # noqa: E402
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, relu  # noqa: E402
 
 import imaging  # noqa: E402
-from encoders import PREPROCESSING  # noqa: E402
-from prepare_clip import golden_features  # noqa: E402
 
 
 def root(shares):

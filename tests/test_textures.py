@@ -104,6 +104,11 @@ def test_no_other_picture_of_a_batch_changes_what_one_gives(pixels):
     assert np.array_equal(encoder.encode(pixels[::-1])[::-1], together)
 
 
+def test_without_torch_one_line_says_what_to_install(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    assert_one_line_error(script("textures.py", PYTHONPATH=str(tmp_path)), "needs torch", "pip install -r requirements.txt")
+
+
 def test_a_place_that_cannot_be_written_is_one_line(script, tmp_path):
     (tmp_path / "file").touch()
     assert_one_line_error(script("textures.py", "--output_dir", "file/tiny"), "--output_dir file/tiny", "cannot be written")
