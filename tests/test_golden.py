@@ -56,6 +56,7 @@ def recipe(script, tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_the_shipped_recipe_leaves_no_recorded_interval(recipe, baseline, columns, tmp_path):
     """Train on the shipped features, evaluate: a metric that left its interval fails this, with the table in the message."""
     result = recipe(ROOT / "models" / "features.npz")
