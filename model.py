@@ -157,8 +157,8 @@ def whole_of(features):
 def rbf(model, rows):
     """sum_i alpha_i exp(-gamma |x - v_i|^2) of standardised rows, float32 [n, d] -> float64 [n], as libsvm has it.
 
-    |x - v|^2 is expanded, so one matrix product does it, in float32: what it loses is below 1e-5 of a score, and a verdict
-    costs a quarter of the time.
+    |x - v|^2 is expanded, so one matrix product does it, in float32: a verdict costs a quarter of the time. What it loses grows with the
+    support vectors: 0.0004 of a score at most with the 3,069 of the shipped model, 0.0001 of a probability (4,494 images).
     """
     vectors, scores = model["support_vectors"], np.empty(len(rows))
     squares = squares_of(model) if "squares" not in model else model["squares"]

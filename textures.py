@@ -130,8 +130,8 @@ class Textures(torch.nn.Module):
         return moments(torch.log1p(relu(avg_pool2d(y * y, 5, 1) - avg_pool2d(y, 5, 1) ** 2)))
 
     def residuals(self, planes):
-        """[n, 6, h, h] -> [n, 90] and [n, 42]: three in a row of luma and the differences, rows and columns alike; red, green and blue at one
-        place."""
+        """[n, 6, h, h] -> [n, 90] and [n, 42]: three in a row of luma and the differences, rows and columns alike; red, green and blue
+        at one place."""
         x = torch.cat([planes[:, :3], turned(planes[:, :3]), planes[:, 3:], turned(planes[:, 3:])], 1)
         first = along(x)
         second = along(first)
@@ -149,8 +149,9 @@ def main(argv=None):
     import openvino as ov  # after encoders.py, which keeps it from phoning home
     folder, tower = Path(args.output_dir), Textures().eval()
     identity = common.sha256(f"{tower.arch} {SIDE} {LUMA} {STEPS} {NOISE} preprocessing={PREPROCESSING}".encode())
-    manifest = {"name": "tiny", "notice": NOTICE, "precision": "float32", "float32_alone": True, "commit": common.code_commit(), "source": f"textures:{identity}",
-                "identity": identity, "layers": "final", "preprocessing": PREPROCESSING, "resolution": SIDE, "arch": tower.arch}
+    manifest = {"name": "tiny", "notice": NOTICE, "precision": "float32", "float32_alone": True, "commit": common.code_commit(),
+                "source": f"textures:{identity}", "identity": identity, "layers": "final", "preprocessing": PREPROCESSING,
+                "resolution": SIDE, "arch": tower.arch}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's tracer is deprecated; it is what OpenVINO takes
         # one picture at a time: OpenVINO runs many small operations four times as fast when it knows all sizes
