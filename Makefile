@@ -1,4 +1,4 @@
-# make demo        see what it does, in four minutes, without torch
+# make demo        see what it does, in four minutes, without torch (fetches 78 MB of CLIP first)
 # make test        set up the full environment and run the tests (15 minutes at most)
 # make test-long   what takes longer: the demo, the README's commands, full-size checkpoints, fuzzing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +10,7 @@ PYTEST = $(VENV)/bin/python -m pytest --fail-on-skip -n 2 --dist loadfile --no-l
 TOOLS = chromium prometheus prometheus-pushgateway
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo -n)
 
-.PHONY: help demo test test-long tools study tiny ship
+.PHONY: help demo test test-long tools study ship
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
@@ -30,11 +30,16 @@ $(DEMO_VENV)/.ready: requirements-serve.txt requirements-demo.txt
 	$(DEMO_VENV)/bin/python -m pip install -q -r requirements-demo.txt
 	touch $@
 
+# OpenAI's weights, for the tests that need them: with them here no test needs the network
+.clip/.ready: $(VENV)/.ready requirements-encoder.txt models/baseline.joblib
+	mkdir -p .clip
+	for layers in final $(LAYERS); do CLIP_CACHE=.clip $(VENV)/bin/python prepare_clip.py --clip_model $(ENCODER) --layers $$layers; done
+	touch $@
+
 # make demo DATA=DIR CLIP_MODEL=ViT-L/14: the three commands on your own labelled folder
 ifdef DATA
 CLIP_MODEL ?= ViT-L/14
 demo: $(DEMO_VENV)/.ready
-	@if [ "$(CLIP_MODEL)" != tiny ]; then $(MAKE) $(VENV)/.ready && $(VENV)/bin/python prepare_clip.py --clip_model "$(CLIP_MODEL)"; fi
 	CLIP_MODEL="$(CLIP_MODEL)" $(DEMO_VENV)/bin/python extract_features.py --data_dir "$(DATA)" --output_file demo/features.npz
 	$(DEMO_VENV)/bin/python train_model.py --features_file demo/features.npz --model_output_path demo/model.joblib
 	@echo "Twenty verdicts, mostly on images that the model was trained on: its test figures are those above."
@@ -44,10 +49,10 @@ demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python demo.py
 endif
 
-test: $(VENV)/.ready tools
+test: $(VENV)/.ready .clip/.ready tools
 	$(PYTEST) -m 'not long'
 
-test-long: $(VENV)/.ready .venv-mlflow/.ready tools
+test-long: $(VENV)/.ready .clip/.ready .venv-mlflow/.ready tools
 	$(PYTEST) -m long
 
 tools:
@@ -62,10 +67,7 @@ VIEWS ?= 1
 study: $(VENV)/.ready
 	$(VENV)/bin/python study.py --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS) $(if $(LEVERS),--levers)
 
-# make tiny: write the shipped encoder again; commit it, then make ship IMAGES=DIR: features, baseline model and cards of it
-tiny: $(VENV)/.ready
-	$(VENV)/bin/python textures.py --output_dir runs/tiny
-	rm -rf models/tiny && mv runs/tiny models/tiny
+# make ship IMAGES=DIR: features, baseline model and cards again, from labelled images
 ship: $(VENV)/.ready
 	rm -rf runs/ship && mkdir -p runs/ship  # all made before anything in models/ changes: the model names a clean commit
 	CLIP_MODEL=tiny $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/features.npz --views 1

@@ -246,8 +246,8 @@ def with_model(detector, body):
     """JSON answer, with the model that gave it in the headers."""
     response = jsonify(body)
     response.headers["X-Model-Version"] = detector.model["versions"]["model"]
-    if detector.encoder.notice:
-        response.headers["X-Model-Notice"] = detector.encoder.notice
+    if "notice" in detector.model:
+        response.headers["X-Model-Notice"] = detector.model["notice"]
     return response
 
 
@@ -325,7 +325,7 @@ def model():
             "training_data": {**{name: data[name] for name in ("sha256", "real", "fake")}, "sources": len(data["sources"])},
             "threshold": found["threshold"], "threshold_rule": found["threshold_rule"], "band": found["band"].tolist(),
             "metrics": found["metrics"], "golden_floor": (whole.get("balanced_accuracy", {}).get("interval") or [None])[0]}
-    return body | ({"notice": detector.encoder.notice} if detector.encoder.notice else {})
+    return body | ({"notice": found["notice"]} if "notice" in found else {})
 
 
 @routes.get("/metrics")
@@ -345,7 +345,7 @@ def page():
     detector, nonce = engine().detector, secrets.token_urlsafe(16)
     response = Response(render_template(
         "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=", ".join(imaging.FORMATS),
-        notice=detector and detector.encoder.notice, model_version=detector and detector.model["versions"]["model"]))
+        notice=detector and detector.model.get("notice"), model_version=detector and detector.model["versions"]["model"]))
     response.headers.update({"Content-Security-Policy": PAGE_POLICY.format(nonce), "Referrer-Policy": "no-referrer",
                              "Cache-Control": "no-store"})  # the model that it names may change
     return response

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import catalogue
 import common
 import encoders
 from common import EncoderError, ImageError, UsageError, say
@@ -70,15 +71,15 @@ class Detector:
 
 
 def encoder_folder(encoder, model_path, prepare=True):
-    """The prepared folder that a model's encoder entry names; one of OpenAI's is prepared where it is missing, unless a
-    service asks: torch's gigabytes would stay in its process. Raises EncoderError."""
+    """The prepared folder that a model's encoder entry names; one that has a name of its own is prepared where it is missing,
+    unless a service asks: the memory that takes would stay in its process. Raises EncoderError."""
     folder, clip_model = encoders.find_encoder(identity=encoder["identity"]), encoders.clip_model_of(encoder)
-    if folder is None and prepare and clip_model in encoders.OPENAI_NAMES:
+    if folder is None and prepare and clip_model in catalogue.NAMES:
         from prepare_clip import ensure_encoder
         ensure_encoder(clip_model, layers=encoder["layers"])
         folder = encoders.find_encoder(identity=encoder["identity"])
     if folder is None:
-        checkpoint = clip_model if clip_model in encoders.OPENAI_NAMES else "with its checkpoint"
+        checkpoint = clip_model if clip_model in catalogue.NAMES else "with its checkpoint"
         if encoder["layers"] != "final":
             checkpoint += f" --layers {encoder['layers']}"
         raise EncoderError(f"{model_path} was trained on encoder '{encoder['name']}' ({encoder['identity'][:12]}), which is "
@@ -159,7 +160,7 @@ def details(model, p_fake, provenance):
     reason = f"the probability of fake lies between {low:.2f} and {high:.2f}, where too many training images are on either side"
     found = {"p_fake": round(float(p_fake), 4), "threshold": round(model["threshold"], 4), "uncertain": uncertain,
              "reason": reason if uncertain else None, "model_version": model["versions"]["model"]}
-    notice = {"notice": model["encoder"]["notice"]} if model["encoder"].get("notice") else {}
+    notice = {"notice": model["notice"]} if "notice" in model else {}
     return {**found, **notice, "provenance": provenance}
 
 
@@ -182,8 +183,8 @@ def main(argv=None):
     single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
     paths = list_paths(args.image_path)
     detector = Detector(choose_model(args.model_path), args.device)
-    if detector.encoder.notice:
-        say(f"note: {detector.encoder.notice}")
+    if "notice" in detector.model:
+        say(f"note: {detector.model['notice']}")
     if single:
         found = load(detector, paths[0], args.max_pixels, args.details)
         if isinstance(found, Exception):

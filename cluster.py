@@ -309,8 +309,6 @@ def extract(args):
     entries = [e for e in find_entries(args, list(stamps)) if can_be_stored(e.path)]
     folder = ensure_encoder(args.clip_model, args.precision, args.layers)
     encoder = encoders.read_manifest(folder)
-    if encoder.get("notice"):
-        say(f"note: {encoder['notice']}")
     with connected(args.ray) as ray:
         workers = plan(ray.nodes(), args.device, folder)
         args.batch_size = args.batch_size or (256 if workers[0] == "cuda" else 16)

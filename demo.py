@@ -1,4 +1,4 @@
-"""What this project does, in three acts and four minutes, offline and without torch: `make demo`.
+"""What this project does, in three acts and four minutes, without torch: `make demo`.
 
     python demo.py
 
@@ -6,7 +6,6 @@ Act 1: do verdicts stay put when a photograph is re-saved? Act 2: how good are t
 data set with nothing in it yields a fine test accuracy, and who notices. Then one image through a live service.
 """
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -31,24 +30,16 @@ import numpy as np  # noqa: E402
 
 import distort  # noqa: E402
 import imaging  # noqa: E402
+from catalogue import EIGHT_BIT  # noqa: E402
 from report import words  # noqa: E402
+from samples import installed_photos  # noqa: E402
 
 OUT = common.HERE / "demo"
 BASELINE = common.HERE / "models" / "baseline.joblib"
 FEATURES = common.HERE / "models" / "features.npz"
-PHOTOS = {"skimage": ("data", "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
-                              "moon.png motorcycle_left.png rocket.jpg"),
-          "sklearn": ("datasets/images", "china.jpg flower.jpg"),
-          "matplotlib": ("mpl-data/sample_data", "grace_hopper.jpg")}
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands before this machine
-COPIES = 24
+COPIES = 10
 DRAWS = 8
-
-
-def installed_photos():
-    """Photographs that scikit-image, scikit-learn and matplotlib install: list of paths."""
-    return [Path(importlib.util.find_spec(package).origin).parent / folder / name
-            for package, (folder, names) in PHOTOS.items() for name in names.split()]
 
 
 def title(text):
@@ -58,7 +49,7 @@ def title(text):
 def run(*words):
     """Run one of the project's commands; -> its stdout. What went wrong ends the demo."""
     result = subprocess.run([sys.executable, *map(str, words)], cwd=common.HERE, text=True, capture_output=True,
-                            env={**os.environ, "CLIP_MODEL": "tiny"})
+                            env={**os.environ, "CLIP_MODEL": EIGHT_BIT})
     if result.returncode not in ((0, 1) if words[0] == "audit.py" else (0,)):
         sys.exit(result.stderr)
     return result.stdout
@@ -74,7 +65,7 @@ def command(*words, quiet=False):
 
 def stay_put(detector, photos):
     """Act 1: verdict on each photograph, and on what a site would hand out of it."""
-    title(f"1. Verdicts that stay put, or not: {len(photos)} photographs, all real, by the shipped '{detector.encoder.name}'")
+    title(f"1. Verdicts that stay put, or not: {len(photos)} photographs, all real, by the shipped model on {detector.encoder.name}")
     tiers = {"768 px q60": (768, 60), "512 px q40": (512, 40)}
     print(f"{'':22}{'as it is':>12}" + "".join(f"{name:>14}" for name in tiers))
     wrong, flips = np.zeros(3, int), dict.fromkeys(tiers, 0)
@@ -130,8 +121,9 @@ def build_trap(photos, folder):
 
 def trap(photos):
     """Act 3: the user's three commands on that folder, the audit, and the same again with an honest split."""
-    title("3. The trap: the same photographs, all real; half of them called fake, each re-saved "
-          f"{COPIES} times, copies in train and test")
+    title("3. The trap. There is nothing to find: chance is 0.5")
+    print(f"The same photographs, all real. Half of them are called fake. Each is re-saved {COPIES} times, "
+          "and its copies lie in train and in test.")
     build_trap(photos, OUT / "trap")
     (OUT / "trap.npz").unlink(missing_ok=True)
     command("extract_features.py", "--data_dir", "demo/trap", "--output_file", "demo/trap.npz")
@@ -152,7 +144,7 @@ def trap(photos):
     print(f"--resplit, no picture on both sides:   balanced accuracy {resplit['value']:.2f} on {resplit['n']} copies of three pictures")
     print(f"the same, {DRAWS} other halves called fake:  balanced accuracy {np.mean(honest):.2f} on average "
           f"({', '.join(f'{h:.2f}' for h in honest)})")
-    print("There was nothing to find: without the audit the first figure would have been believed.")
+    print("Without the audit, the first figure would have been believed.")
 
 
 def relabel(photos, fake):
@@ -211,7 +203,7 @@ def main(argv=None):
     from classify import Detector
     OUT.mkdir(exist_ok=True)
     photos, detector = installed_photos(), Detector(BASELINE)
-    print(f"note: {detector.encoder.notice}")
+    print(f"note: {detector.model['notice']}")
     stay_put(detector, photos)
     never_seen()
     trap(photos)

@@ -3,7 +3,7 @@
     first = resume(args, of, parts)                                             # parts: what has state_dict and load_state_dict
     loss = descend(model, batches, optimizer, schedule, scaler, autocast)       # for each step
     store(args, of, parts, step)
-    save(args, tower, rows, {"notice": "..."})
+    save(args, tower, rows, {"auc": 0.9})
 """
 import json
 from pathlib import Path

@@ -18,10 +18,7 @@ from pathlib import Path
 
 from common import HERE, EncoderError
 
-SHIPPED = HERE / "models" / "tiny"  # the encoder that comes with the project
-SMALL = 1e6  # bytes of weights, so few that they are kept with what OpenVINO compiled of them: the start is then most of the work
 PREPROCESSING = "clip-1"  # changes whenever the same bytes would become other pixels; part of an encoder's identity
-OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 
 # Intel's usage statistics: with this entry OpenVINO takes its silent stand-in. A detector phones nobody.
 sys.modules.setdefault("openvino_telemetry", None)
@@ -44,10 +41,10 @@ def read_manifest(folder):
 def prepared(**wanted):
     """Folders of the prepared encoders whose manifest has these values (identity=..., source=...).
 
-    The shipped one comes first, then the cache; those made for other preprocessing are passed over.
+    Those made for other preprocessing are passed over.
     """
     wanted["preprocessing"] = PREPROCESSING
-    for folder in (SHIPPED, *sorted((cache_dir() / "encoders").glob("*"))):
+    for folder in sorted((cache_dir() / "encoders").glob("*")):
         if wanted.items() <= {k: v for k, v in read_manifest(folder).items() if k in wanted}.items():
             yield folder
 
@@ -86,12 +83,6 @@ def golden_image():
     return buffer.getvalue()
 
 
-def check_precision(manifest, precision):
-    """Raises EncoderError where an encoder is known to compute something else in this precision."""
-    if manifest.get("float32_alone") and precision not in ("auto", "float32"):
-        raise EncoderError(f"--precision {precision}: '{manifest['name']}' computes in float32 alone; leave --precision away")
-
-
 def cuda_visible():
     """Is there a CUDA device? Asked of the driver, because importing torch to ask takes over a second."""
     try:
@@ -124,15 +115,13 @@ class Encoder:
             raise EncoderError(f"{folder} holds no prepared encoder: prepare one with prepare_clip.py")
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
-        self.notice = self.manifest.get("notice")
-        check_precision(self.manifest, precision)
         if precision == "auto":
             precision = self.manifest.get("precision", "auto")
         weights = Path(folder) / "vision.safetensors"
         if device == "cuda" and not cuda_visible():
             raise EncoderError("--device cuda: no CUDA device is visible here; use --device cpu")
         if device == "cuda" and not weights.is_file():
-            raise EncoderError(f"--device cuda: '{self.name}' is shipped for CPU only; use --device cpu")
+            raise EncoderError(f"--device cuda: '{self.name}' has no weights for CUDA here, vision.safetensors; use --device cpu")
         if device == "cuda" and not has_torch():
             raise EncoderError("--device cuda: torch and clip are not installed: pip install -r requirements.txt")
         if device == "cuda" or device == "auto" and weights.is_file() and has_torch() and cuda_visible():
@@ -165,7 +154,6 @@ def has_bfloat16():
 
 def openvino_forward(folder, precision, threads):
     """Prepared folder -> (function float32 [n, 3, r, r] -> float32 [n, d], precision as run) on the CPU."""
-    import numpy as np
     config = {"PERFORMANCE_HINT": "LATENCY"}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
@@ -178,29 +166,25 @@ def openvino_forward(folder, precision, threads):
         (cache_dir() / "compiled").mkdir(parents=True, exist_ok=True)
         config |= {"CACHE_DIR": str(cache_dir() / "compiled"), "CACHE_MODE": "OPTIMIZE_SIZE"}  # weights stay in encoder.bin
     try:
-        model = Path(folder) / "encoder.xml"
-        if model.with_suffix(".bin").stat().st_size < SMALL:
-            config["CACHE_MODE"] = "OPTIMIZE_SPEED"
-            model = openvino_core().read_model(model)  # so that what is kept is found by the weights, not by the file's name
-        compiled = openvino_core().compile_model(model, "CPU", config)
-    except (RuntimeError, OSError) as error:
+        compiled = openvino_core().compile_model(Path(folder) / "encoder.xml", "CPU", config)
+    except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise EncoderError(f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it again") from None
     request, one_at_a_time = compiled.create_infer_request(), threading.Lock()
-    batch = compiled.input(0).partial_shape[0]
 
     def forward(pixels):
-        parts = [pixels] if batch.is_dynamic else np.split(pixels, range(batch.get_length(), len(pixels), batch.get_length()))
         with one_at_a_time:
-            return np.concatenate([request.infer([part])[0] for part in parts])
+            return request.infer([pixels])[0].copy()
     return forward, precision
 
 
-def vision_tower(arch):
-    """`architecture`'s answer -> the torch module, weights to be loaded."""
+def vision_tower(arch, weights):
+    """`architecture`'s answer and {name: torch tensor} -> the torch module, float32, eval mode."""
     import clip.model
     arguments = dict(arch)
-    return getattr(clip.model, arguments.pop("kind"))(**arguments)
+    tower = getattr(clip.model, arguments.pop("kind"))(**arguments)
+    tower.load_state_dict(weights)
+    return tower.eval()
 
 
 def torch_forward(weights, manifest, device, precision, compile=False):
@@ -217,11 +201,10 @@ def torch_forward(weights, manifest, device, precision, compile=False):
     if precision == "bfloat16":
         raise EncoderError("--precision bfloat16 is for processors; on CUDA use auto (float16) or float32")
     dtype = torch.float32 if precision == "float32" else torch.float16
-    tower = vision_tower(manifest["arch"])
-    tower.load_state_dict(load_file(weights))
+    tower = vision_tower(manifest["arch"], load_file(weights))
     if dtype == torch.float16:
         convert_weights(tower)  # as clip.load on CUDA: the norms stay float32, their code wants it so
-    tower = tower.to(device, memory_format=torch.channels_last).eval()  # of the convolutions, as cuDNN wants them for float16
+    tower = tower.to(device, memory_format=torch.channels_last)  # of the convolutions, as cuDNN wants them for float16
     if compile:
         for part in tower.transformer.resblocks if hasattr(tower, "transformer") else [tower]:
             part.compile()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+import catalogue
 import common
 import encoders
 import imaging
@@ -147,8 +148,8 @@ class Engine:
             self.error = FAILED  # the rest is nobody's business: paths and hashes
             return False
         say_event("ready", seconds=round(time.monotonic() - started, 3), **named(detector))
-        if detector.encoder.notice:
-            say_event("demonstration", level="warning", message=detector.encoder.notice)
+        if "notice" in detector.model:
+            say_event("demonstration", level="warning", message=detector.model["notice"])
         self.detector, self.error = detector, None
         return True
 
@@ -225,18 +226,18 @@ def named(detector):
     model, encoder = detector.model, detector.encoder
     return {"version": model["versions"]["model"], "commit": model["versions"]["code"], "sha256": model["sha256"],
             "encoder": encoder.name, "identity": encoder.identity, "precision": encoder.precision,
-            "demonstration": str(bool(encoder.notice)).lower()}
+            "demonstration": str("notice" in model).lower()}
 
 
 def check(settings):
     """Everything that can be known before serving, in one line: raises DetectorError. Without OpenVINO.
 
-    One of OpenAI's encoders that is missing is prepared by a process of its own: torch's gigabytes end with it.
+    A named encoder that is missing is prepared by a process of its own: the memory that takes ends with it.
     """
     read_keys(settings["API_KEYS_FILE"])
     model = read_model(settings)
     wanted = model["encoder"]
-    if (clip_model := encoders.clip_model_of(wanted)) in encoders.OPENAI_NAMES and encoders.find_encoder(identity=wanted["identity"]) is None:
+    if (clip_model := encoders.clip_model_of(wanted)) in catalogue.NAMES and encoders.find_encoder(identity=wanted["identity"]) is None:
         prepared = subprocess.run([sys.executable, common.HERE / "prepare_clip.py", "--clip_model", clip_model,
                                    "--layers", wanted["layers"]], stdout=sys.stderr)
         if prepared.returncode:
@@ -254,18 +255,17 @@ def read_model(settings):
         raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py, or see a demonstration: "
                          "MODEL_PATH=models/baseline.joblib ALLOW_DEMO_MODEL=1")
     model = load_model(path, settings["MODEL_PUBLIC_KEY"])
+    if "notice" in model and not settings["ALLOW_DEMO_MODEL"]:
+        raise UsageError(f"MODEL_PATH={path}: {model['notice']}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
     if settings["MODEL_SHA256_FILE"]:
         check_pin(settings["MODEL_SHA256_FILE"], model["sha256"], path)
     return model
 
 
 def check_encoder(settings, model):
-    """Raises DetectorError unless the model's encoder is prepared, and allowed where it is a demonstration."""
+    """Raises EncoderError unless the model's encoder is prepared."""
     from classify import encoder_folder
-    path = settings["MODEL_PATH"]
-    notice = encoders.read_manifest(encoder_folder(model["encoder"], path, prepare=False)).get("notice")
-    if notice and not settings["ALLOW_DEMO_MODEL"]:
-        raise UsageError(f"MODEL_PATH={path}: {notice}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
+    encoder_folder(model["encoder"], settings["MODEL_PATH"], prepare=False)
 
 
 def check_pin(pin_path, found, model_path):

@@ -1,7 +1,7 @@
 """Folder of images -> features.npz: CLIP features of each, with labels, splits and sources from the folder names.
 
     python extract_features.py --data_dir DIR --output_file features.npz
-    CLIP_MODEL=tiny python extract_features.py --data_dir DIR
+    CLIP_MODEL=ViT-B/16-8bit python extract_features.py --data_dir DIR
     python extract_features.py --data_dir DIR --limit 4000 --views 3
     python extract_features.py --data_dir s3://bucket/images --output_file s3://bucket/features.parquet --ray auto
 
@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
+import catalogue
 import common
 from common import CLASSES, MAX_CROPS, MAX_VIEWS, SPLITS, ImageError, UnsupportedImage, UsageError, say
 from layers import layers_flag
@@ -33,7 +34,7 @@ def parse_args(argv):
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
     parser.add_argument("--output_file", metavar="FILE", help="features to write (default: features.npz; --ray: features.parquet)")
     parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
-                        help="OpenAI's name, a checkpoint, or tiny; CLIP_MODEL sets the default")
+                        help=f"{', '.join(catalogue.NAMES)}, or a checkpoint; CLIP_MODEL sets the default")
     parser.add_argument("--layers", type=layers_flag, default="final", metavar="L",
                         help="final, penultimate, multi, or blocks (8,14,20) whose outputs are joined")
     parser.add_argument("--limit", type=int, metavar="N", help="a draw of N images, even over class and split")
@@ -245,7 +246,7 @@ def key_of(args, encoder, precision):
 
 
 def meta_of(key, encoder):
-    named = {k: v for k, v in encoder.items() if k in ("name", "identity", "layers", "dim", "notice")}
+    named = {k: v for k, v in encoder.items() if k in ("name", "identity", "layers", "dim")}
     return {"format": 1, "key": key, "commit": common.code_commit(), "encoder": named}
 
 
@@ -314,8 +315,6 @@ def main(argv=None):
     folder = ensure_encoder(args.clip_model, args.precision, args.layers)
     encoder = encoders.Encoder(folder, args.device, args.precision, compile=len(entries) >= COMPILE_FROM)
     args.batch_size = args.batch_size or (256 if encoder.device == "cuda" else 16)
-    if encoder.notice:
-        say(f"note: {encoder.notice}")
     key = key_of(args, encoder.manifest, encoder.precision)
     state = parts / "key.json"
     left_by = json.loads(state.read_text()) if state.is_file() else None

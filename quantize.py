@@ -20,6 +20,7 @@ import numpy as np
 import common
 import imaging
 from common import EncoderError, ImageError, UsageError
+from closeness import cosines
 from dataset import draw_evenly, list_images
 from encoders import Encoder, cache_dir, golden_image, openvino_core, read_manifest
 from prepare_clip import LEAST_IMAGES, keep
@@ -120,10 +121,6 @@ def dataset(nncf, pixels):
 
 def encode(encoder, pixels):
     return np.concatenate([encoder.encode(pixels[i:i + BATCH]) for i in range(0, len(pixels), BATCH)])
-
-
-def cosines(a, b):
-    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
 def closeness(reference, found, labels):

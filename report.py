@@ -27,7 +27,7 @@ NAMES = {name: text for name, (text, _) in METRICS.items()}
 
 def about(model):
     """What every report says of the model first."""
-    return {"encoder": model["encoder"]["name"], "notice": model["encoder"].get("notice"),
+    return {"encoder": model["encoder"]["name"], "notice": model.get("notice"),
             "model_version": model["versions"]["model"], "code": model["versions"]["code"], "classifier": model["classifier"],
             "hyperparameters": model["hyperparameters"], "crops": model.get("crops", 0),
             "training_data": {k: v for k, v in model["training_data"].items() if k != "images"},

@@ -15,7 +15,7 @@ SETTINGS = {
     "MODEL_SHA256_FILE": ("", "file with the model's SHA-256, as sha256sum writes it; another model is refused"),
     "MODEL_PUBLIC_KEY": ("", "PEM file of an Ed25519 key; a model without its signature beside it is refused"),
     "API_KEYS_FILE": ("", "file of 'name sha256-of-token' lines; requests then need 'Authorization: Bearer TOKEN'"),
-    "ALLOW_DEMO_MODEL": ("0", "1 serves a model on the demonstration encoder `tiny`"),
+    "ALLOW_DEMO_MODEL": ("0", "1 serves a model with a notice, as the shipped baseline has"),
     "MAX_UPLOAD_BYTES": ("10485760", "largest request body; beyond it 413"),
     "MAX_PIXELS": ("50000000", "largest image, counted from its header before decoding; beyond it 413"),
     "BATCH_LIMIT": ("16", "most images in one POST /classify/batch; beyond it 413"),

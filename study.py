@@ -9,7 +9,6 @@
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -37,8 +36,6 @@ def parse_args(argv):
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1" + (f", at most {most}" if most < math.inf else ""))
     if args.max_fpr is not None and not 0 < args.max_fpr < 1:
         raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
-    if args.levers and os.environ.get("CLIP_MODEL") == "tiny":
-        raise UsageError("--levers: 'tiny' has no other layers; set CLIP_MODEL to another encoder")
     common.need_folder(args.data_dir)
     return args
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import common
-from common import CLASSES, MAX_CROPS, VERSION, UsageError, say
+from common import CLASSES, MAX_CROPS, NOTICE, VERSION, UsageError, say
 
 
 def parse_args(argv):
@@ -30,6 +30,8 @@ def parse_args(argv):
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
     parser.add_argument("--resplit", action="store_true", help="split by group here, whatever the folders say")
     parser.add_argument("--model_version", default="v0.0.0-dev", metavar="V", help="version stored in the model")
+    parser.add_argument("--notice", metavar="TEXT", help="what the model is not fit for: told beside every verdict; the service "
+                                                         "then takes it with ALLOW_DEMO_MODEL=1 alone")
     parser.add_argument("--sign", metavar="KEY", help="private Ed25519 key in PEM: signs the model, for MODEL_PUBLIC_KEY")
     parser.add_argument("--export_sklearn", metavar="FILE",
                         help="also a scikit-learn Pipeline, for skops.io.load; calibrator and threshold are in the model alone")
@@ -45,6 +47,8 @@ def parse_args(argv):
         raise UsageError(f"--seed {args.seed}: must be at least 0")
     if not VERSION.fullmatch(args.model_version):
         raise UsageError(f"--model_version {args.model_version!r}: must be of 1 to 64 plain characters without spaces")
+    if args.notice is not None and not NOTICE.fullmatch(args.notice):
+        raise UsageError(f"--notice {args.notice!r}: must be of 1 to 200 plain characters in one line")
     if args.max_fpr is not None and not 0 < args.max_fpr < 1:
         raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
     if args.export_sklearn and Path(args.export_sklearn).resolve() == Path(args.model_output_path).resolve():
@@ -113,7 +117,7 @@ def describe_training(data, encoder, args):
         "format": FORMAT, "encoder": dict(encoder),
         "versions": {"model": args.model_version, "code": common.code_commit(), "numpy": np.__version__,
                      "scikit-learn": sklearn.__version__, "svm": svc().__module__.split(".")[0]},
-        "training_data": data, "crops": args.crops}
+        "training_data": data, "crops": args.crops, **({"notice": args.notice} if args.notice else {})}
 
 
 def false_alarms(model, rows):
@@ -266,8 +270,6 @@ def main(argv=None):
     kinds = compare(models, rows, columns, test, groups)
     model = models[max(kinds, key=lambda row: row["out_of_fold"]["value"])["classifier"]]  # never by the test images
     model |= describe_training(data, encoder, args)
-    if notice := encoder.get("notice"):
-        say(f"note: {notice}")
 
     import report
     found["labels"] = audit_labels_of(model, rows)

@@ -127,8 +127,8 @@ def finish(args, tower, best, seen, held):
     best.restore()
     adapters.merge(tower.cpu())
     before = read_card(args.clip_model)
-    card = {k: v for k, v in before.items() if k in ("notice", "precision")}  # a tuned demonstration is one still
+    card = {}
     if held:
-        card |= {"auc": best.found["auc"], "step": best.found["step"],
+        card = {"auc": best.found["auc"], "step": best.found["step"],
                  "held_out": sorted({f"{CLASSES[row[1]]}/{row[2]}" for row in held})}
     save(args, tower, seen, card, before.get("seen", ()))

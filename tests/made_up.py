@@ -5,17 +5,24 @@ import shutil
 from argparse import Namespace
 
 import numpy as np
+from PIL import Image
 
 import common
 import encoders
+import imaging
+import metrics
+import samples
+import small
 import train_model
+from classifiers import calibrated, fit, fold_rows, out_of_fold
 from dataset import COLUMNS, FACTS
-from model import load_model, save_model
+from model import decision, load_model, probability, save_model
 from training_rows import Rows
 
 ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": 6}
-BASELINE = common.HERE / "models" / "baseline.joblib"
-DIM = encoders.read_manifest(encoders.SHIPPED)["dim"]
+BASELINE = small.FOLDER / "small.joblib"  # a model of photographs and the same with red and blue exchanged
+NOTICE = "this model is a demonstration on random weights: not a detector to rely on"
+DIM = small.ARCH["output_dim"]
 
 
 def make_columns(real=60, fake=60, gap=3.0, dim=6, seed=0, splits=True):
@@ -75,21 +82,50 @@ def build(columns, kind="svm", seed=0, **changes):
 
 
 def other_encoder(name="other", identity="cd" * 32, **changes):
-    """The shipped encoder under another name and identity in the cache, without its notice. -> its folder"""
+    """The small encoder under another name and identity in the cache. -> its folder"""
     folder = encoders.cache_dir() / "encoders" / name
-    shutil.copytree(encoders.SHIPPED, folder)
+    shutil.copytree(small.ENCODER, folder)
     manifest = {**encoders.read_manifest(folder), "name": name, "identity": identity, **changes}
-    manifest.pop("notice", None)
     (folder / "encoder.json").write_text(json.dumps(manifest))
     return folder
 
 
 def baseline_for(path, name="other", identity="cd" * 32):
-    """The shipped model, said to be trained on another encoder -> its path."""
+    """The small model, said to be trained on another encoder, without its notice -> its path."""
     model = load_model(BASELINE)
-    del model["sha256"]
+    del model["sha256"], model["notice"]
     save_model(path, {**model, "encoder": {**model["encoder"], "name": name, "identity": identity}})
     return path
+
+
+def crop_features(number):
+    """Features float32 [2 n, DIM] of crops of the installed photographs, then of the same with red and blue exchanged."""
+    rng, crops = np.random.default_rng(0), []
+    photos = [Image.open(path).convert("RGB") for path in samples.installed_photos()]
+    for i in range(number):
+        photo, side = photos[i % len(photos)], int(rng.integers(80, 200))
+        left, top = rng.integers(photo.width - side), rng.integers(photo.height - side)
+        crops.append(photo.crop((left, top, left + side, top + side)))
+    crops += [Image.merge("RGB", crop.split()[::-1]) for crop in crops]
+    side = small.ARCH["input_resolution"]
+    return encoders.Encoder(small.ENCODER, "cpu").encode(np.stack([imaging.preprocess(crop, side) for crop in crops]))
+
+
+def write_baseline(number=60):
+    """The model BASELINE, measured on the images that trained it: no figure of it means anything."""
+    columns = make_columns(number, number, dim=DIM, splits=False)
+    columns["features"] = crop_features(number)
+    columns["sources"][:] = np.where(columns["labels"] == 1, "swapped", "photographs")
+    args, rows = training_arguments(), training_rows(columns)
+    point = {"C": 10.0, "gamma": 0.3}
+    scores = out_of_fold("svm", rows.features, rows.labels, rows.weight, fold_rows(rows.labels, rows.groups, 0), 0, **point)
+    model = calibrated(fit("svm", rows.features, rows.labels, rows.weight, 0, **point), point, scores, rows)
+    model = train_model.set_threshold(model, None)
+    encoder = {name: encoders.read_manifest(small.ENCODER)[name] for name in ("name", "identity", "layers", "dim")}
+    model |= {**train_model.describe_training(train_model.training_data(rows), encoder, args), "notice": NOTICE}
+    p_fake = probability(model, decision(model, columns["features"]))
+    model["metrics"] = {"overall": metrics.measure(rows.labels, p_fake, model["threshold"], columns["sha256"])}
+    save_model(BASELINE, model)
 
 
 class Planted:
@@ -100,3 +136,6 @@ class Planted:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
+
+
+write_baseline()

@@ -101,6 +101,12 @@ def save_archive(tower, path):
     return path
 
 
+def arrays_of(tower):
+    """A tower -> {name: array}, as weights.read_checkpoint reads its checkpoint."""
+    state = tower.state_dict().items()
+    return {name: (value.half() if value.is_floating_point() else value).numpy() for name, value in state}
+
+
 FORMS = {"state dict": save_state_dict, "archive": save_archive}
 
 

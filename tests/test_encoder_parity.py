@@ -14,6 +14,7 @@ import pytest
 import common
 import encoders
 import imaging
+import weights
 
 torch = pytest.importorskip("torch", reason="the reference is CLIP in torch: pip install -r requirements.txt")
 clip = pytest.importorskip("clip", reason="the reference is CLIP in torch: pip install -r requirements.txt")
@@ -132,11 +133,10 @@ def test_a_compiled_tower_sees_batches_of_one_size_and_gives_the_same(case, devi
 
 def with_heads(case, factor):
     """Features of the same weights in a tower that has another number of heads."""
-    arch = prepare_clip.architecture(case.tower)
-    tower = encoders.vision_tower(arch | {"heads": int(arch["heads"] * factor)})
-    tower.load_state_dict(case.tower.state_dict())
+    arch = weights.architecture(small_clip.arrays_of(case.tower))
+    tower = encoders.vision_tower(arch | {"heads": int(arch["heads"] * factor)}, case.tower.state_dict())
     with torch.inference_mode():
-        return tower.eval()(torch.from_numpy(case.pixels)).numpy()
+        return tower(torch.from_numpy(case.pixels)).numpy()
 
 
 def prepared(case, pixels):
@@ -219,6 +219,11 @@ def test_threads_that_share_an_encoder_get_their_own_features(case, path):
 
 # ---- identity ----
 
+def identity_of(tower, **changes):
+    arrays = small_clip.arrays_of(tower)
+    return weights.identity_of(arrays, {**weights.architecture(arrays), **changes})
+
+
 def identity(path):
     return encoders.read_manifest(prepare_clip.ensure_encoder(str(path)))["identity"]
 
@@ -233,20 +238,18 @@ def test_both_file_forms_of_the_same_weights_are_the_same_encoder(kind, images, 
 @pytest.mark.parametrize("kind", small_clip.SMALL)
 def test_other_weights_are_another_encoder(kind, images, tmp_path):
     tower = small_clip.SMALL[kind](images)
-    before = prepare_clip.identity_of(tower)
+    before = identity_of(tower)
     with torch.no_grad():
         weight = next(tower.parameters())
         weight.view(-1)[0] += 0.5  # one number of all
-    assert prepare_clip.identity_of(tower) != before
-    assert prepare_clip.identity_of(small_clip.SMALL[kind](images, seed=1)) != before
-    assert prepare_clip.identity_of(small_clip.SMALL[kind](images)) == before
+    assert identity_of(tower) != before
+    assert identity_of(small_clip.SMALL[kind](images, seed=1)) != before
+    assert identity_of(small_clip.SMALL[kind](images)) == before
 
 
 def test_other_heads_or_statistics_are_another_encoder(images):
     tower = small_clip.small_resnet(images)
-    before = prepare_clip.identity_of(tower)
-    tower.attnpool.num_heads = 8
-    assert prepare_clip.identity_of(tower) != before
-    tower.attnpool.num_heads = 16
+    before = identity_of(tower)
+    assert identity_of(tower, heads=8) != before
     tower.bn1.running_mean[0] += 1
-    assert prepare_clip.identity_of(tower) != before
+    assert identity_of(tower) != before

@@ -1,7 +1,7 @@
 """CLIP weights -> a prepared encoder in the cache, once, whole or not at all; every failure is one line with a way out.
 
-OpenAI's server is played by one on 127.0.0.1 that serves a small archive under its own SHA-256, so the download code
-that runs is the one of the `clip` package. That the features are right is in test_encoder_parity.py.
+OpenAI's server is played by one on 127.0.0.1 that serves a small archive under its own SHA-256. That the features are right
+is in test_encoder_parity.py.
 """
 import hashlib
 import http.server
@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error
 
+import catalogue
 import encoders
+import small
 from common import EncoderError
 
 torch = pytest.importorskip("torch", reason="preparing an encoder needs torch: pip install -r requirements.txt")
@@ -28,6 +30,11 @@ import small_clip  # noqa: E402
 from small_clip import one_thread  # noqa: E402, F401
 
 NAME, FILE = "ViT-L/14", "ViT-L-14.pt"
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(clean_environment, monkeypatch, tmp_path):
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +52,10 @@ def prepared_folders():
     return sorted(p.parent for p in encoders.cache_dir().rglob("encoder.json") if p.parent.parent.name == "encoders")
 
 
-def assert_whole(folder):
+def assert_whole(folder, dim=32):
     assert {p.name for p in folder.iterdir()} == {"encoder.xml", "encoder.bin", "encoder.json", "vision.safetensors"}
     encoder = encoders.Encoder(folder, "cpu", "float32")
-    assert encoder.encode(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, encoder.dim) == (1, 32)
+    assert encoder.encode(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, encoder.dim) == (1, dim)
 
 
 def files_in_cache():
@@ -74,6 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests += 1
         mode, body = self.server.mode, self.server.body
+        if mode == "good at the second time":
+            mode = "good" if self.server.requests > 1 else "not found"
         if mode == "not found":
             return self.send_error(404)
         self.send_response(200)
@@ -100,8 +109,9 @@ def server(archive, monkeypatch):
     server = Server(body)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    monkeypatch.setitem(clip.clip._MODELS, NAME,
-                        f"http://127.0.0.1:{server.server_port}/{hashlib.sha256(body).hexdigest()}/{FILE}")
+    monkeypatch.setitem(catalogue.OPENAI, NAME, (FILE, hashlib.sha256(body).hexdigest()))
+    monkeypatch.setattr(catalogue, "ADDRESS", f"http://127.0.0.1:{server.server_port}/{{sha256}}/{{file}}")
+    monkeypatch.setattr(catalogue, "RETRIES", 0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield server
     server.shutdown()
@@ -139,8 +149,41 @@ def test_a_wrong_file_of_the_right_name_is_fetched_again(server):
     assert server.requests == 1
 
 
+def test_a_download_that_fails_once_is_tried_again(server, monkeypatch):
+    monkeypatch.setattr(catalogue, "RETRIES", 1)
+    server.mode = "good at the second time"
+    assert_whole(prepare_clip.ensure_encoder(NAME))
+    assert server.requests == 2
+
+
+def test_the_weights_may_come_from_a_mirror_or_a_file(server, archive):
+    mirror, server.mode = f"http://127.0.0.1:{server.server_port}/mirror.pt", "good"
+    catalogue.ADDRESS = "http://127.0.0.1:1/{sha256}/{file}"  # where nobody listens; the fixture puts it back
+    folder = prepare_clip.ensure_encoder(NAME, weights=mirror)
+    assert_whole(folder)
+    assert server.requests == 1
+    (encoders.cache_dir() / FILE).unlink()
+    assert_whole(prepare_clip.ensure_encoder(NAME, layers="penultimate", weights=str(archive["archive"])), 128)
+    assert files_in_cache() & {FILE} == set() and server.requests == 1
+
+
+@pytest.mark.parametrize("weights, words", [
+    ("other", ["its SHA-256 is", "name another file"]), ("nowhere.pt", ["cannot read nowhere.pt"]),
+    ("ftp2://x/y", ["cannot download ViT-L/14 from ftp2://x/y"])])
+def test_weights_that_are_not_those_of_the_name_are_refused(archive, weights, words):
+    with pytest.raises(EncoderError) as error:
+        prepare_clip.ensure_encoder(NAME, weights=str(archive.get(weights, weights)))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert files_in_cache() == set()
+
+
+def test_weights_for_a_file_of_ones_own_are_refused(script):
+    result = script("prepare_clip.py", "--clip_model", "mine.pt", "--weights", "a.pt")
+    assert_one_line_error(result, "--weights a.pt", "--clip_model is mine.pt")
+
+
 @pytest.mark.parametrize("mode, reason", [
-    ("wrong file", "SHA-256"), ("cut short", "SHA-256"), ("reset", "SHA-256"), ("not found", "404"),
+    ("wrong file", "SHA-256"), ("cut short", "IncompleteRead"), ("reset", "reset"), ("not found", "404"),
     ("refused", "refused")])
 def test_a_failed_download_is_told_with_both_ways_out_and_leaves_nothing(server, mode, reason, monkeypatch):
     server.mode = mode
@@ -148,29 +191,22 @@ def test_a_failed_download_is_told_with_both_ways_out_and_leaves_nothing(server,
         if mode == "refused":
             with socket.socket() as nobody:
                 nobody.bind(("127.0.0.1", 0))  # a port where nobody listens
-                dead = clip.clip._MODELS[NAME].replace(str(server.server_port), str(nobody.getsockname()[1]))
-            patch.setitem(clip.clip._MODELS, NAME, dead)
+                dead = catalogue.ADDRESS.replace(str(server.server_port), str(nobody.getsockname()[1]))
+            patch.setattr(catalogue, "ADDRESS", dead)
         with pytest.raises(EncoderError) as error:
             prepare_clip.ensure_encoder(NAME)
     message = str(error.value)
     assert "\n" not in message and NAME in message and reason in message
-    assert f"copy {FILE} to {encoders.cache_dir()}" in message and "CLIP_MODEL=tiny" in message
+    assert f"put {FILE} (SHA-256 " in message and f"into {encoders.cache_dir()}, or run" in message
+    assert f"prepare_clip.py --clip_model {NAME} --weights FILE_OR_URL" in message and len(message) < 900
     assert files_in_cache() == set()
     server.mode = "good"
     assert_whole(prepare_clip.ensure_encoder(NAME))
 
 
-def test_a_wrong_copy_is_named_when_the_server_is_away_too(server):
-    encoders.cache_dir().mkdir(parents=True)
-    (encoders.cache_dir() / FILE).write_bytes(b"half of it")
-    server.mode = "not found"
-    with pytest.raises(EncoderError, match="SHA-256.*404"):
-        prepare_clip.ensure_encoder(NAME)
-
-
 def test_a_good_download_is_kept_when_what_comes_after_it_fails(server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(clip.clip, "build_model", lambda *_: (_ for _ in ()).throw(MemoryError("no memory left")))
+        patch.setattr("vit.openvino_model", lambda *_: (_ for _ in ()).throw(EncoderError("no memory left")))
         with pytest.raises(EncoderError, match="no memory left"):
             prepare_clip.ensure_encoder(NAME)
     assert files_in_cache() == {FILE}
@@ -205,9 +241,9 @@ def test_a_file_that_changed_under_its_name_is_prepared_again(archive, tmp_path)
 
 def test_what_is_known_of_a_checkpoint_goes_into_its_encoder(archive, tmp_path):
     (tmp_path / "mine.pt").write_bytes(archive["state dict"].read_bytes())
-    (tmp_path / "mine.json").write_text('{"notice": "a demonstration", "seen": ["0123456789abcdef"], "name": "no"}')
+    (tmp_path / "mine.json").write_text('{"seen": ["0123456789abcdef"], "name": "no"}')
     encoder = encoders.Encoder(prepare_clip.ensure_encoder(str(tmp_path / "mine.pt")), "cpu")
-    assert encoder.notice == "a demonstration" and encoder.manifest["seen"] == ["0123456789abcdef"]
+    assert encoder.manifest["seen"] == ["0123456789abcdef"]
     assert encoder.name == "mine"
 
 
@@ -240,14 +276,15 @@ def test_a_file_that_is_no_checkpoint_is_told_in_one_line(content, tmp_path):
 
 # ---- names and errors, as a user meets them ----
 
-def test_openais_names_are_those_of_the_clip_package():
-    assert list(encoders.OPENAI_NAMES) == clip.available_models()
+def test_openais_names_addresses_and_hashes_are_those_of_the_clip_package():
+    known = {name: catalogue.ADDRESS.format(sha256=sha256, file=file) for name, (file, sha256) in catalogue.OPENAI.items()}
+    assert known == clip.clip._MODELS
 
 
 @pytest.mark.parametrize("name", ["ViT-L/15", "no-such-file.pt", "vit-l/14", "."])
 def test_an_unknown_name_lists_the_known_ones(script, name):
     result = script("prepare_clip.py", "--clip_model", name)
-    assert_one_line_error(result, f"'{name}'", *encoders.OPENAI_NAMES, "tiny", "CLIP_MODEL")
+    assert_one_line_error(result, f"'{name}'", *catalogue.NAMES, "CLIP_MODEL")
     assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
 
 
@@ -315,23 +352,29 @@ def no_torch(tmp_path):
     return {"PYTHONPATH": str(tmp_path / "blocked")}
 
 
-def test_the_shipped_encoder_never_needs_torch(script, no_torch, make_folder, tmp_path):
+def test_a_vit_is_prepared_and_used_without_torch(script, no_torch, make_folder, tmp_path):
     make_folder(tmp_path / "data", {"train/real/a": 3, "train/fake/b": 3})
     result = script("extract_features.py", "--data_dir", "data", "--output_file", "features.npz",
-                    CLIP_MODEL="tiny", **no_torch)
+                    CLIP_MODEL=str(small.CHECKPOINT), **no_torch)
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "features.npz") as file:
         assert file["features"].shape[0] == 6 and np.isfinite(file["features"]).all()
 
 
-def test_the_shipped_encoder_is_not_prepared_but_taken_as_it_is():
-    assert prepare_clip.ensure_encoder("tiny") == encoders.SHIPPED
-    assert not encoders.cache_dir().exists()
+@pytest.mark.parametrize("clip_model", ["RN50", "a file"])
+def test_a_resnet_without_torch_says_what_to_install(clip_model, script, no_torch, photos, tmp_path):
+    if clip_model == "a file":
+        tower = small_clip.small_resnet(small_clip.crops(photos))
+        clip_model = small_clip.save_archive(tower, tmp_path / "resnet.pt")
+    result = script("prepare_clip.py", "--clip_model", clip_model, **no_torch)
+    assert_one_line_error(result, "ResNet", "needs torch", "pip install -r requirements.txt")
+    assert "fetching" not in result.stderr and files_in_cache() == set()
 
 
-def test_preparing_without_torch_says_what_to_install(script, no_torch, archive):
-    result = script("prepare_clip.py", "--clip_model", archive["archive"], **no_torch)
-    assert_one_line_error(result, "torch", "pip install -r requirements.txt", "encoders")
+def test_fine_tuning_without_torch_says_what_to_install(script, no_torch, make_folder, tmp_path):
+    make_folder(tmp_path / "data", {"train/real/a": 3, "train/fake/b": 3})
+    result = script("finetune_clip.py", "--clip_model", small.CHECKPOINT, "--data_dir", "data", **no_torch)
+    assert_one_line_error(result, "training an encoder needs torch", "pip install -r requirements.txt")
 
 
 def test_a_prepared_encoder_is_used_without_torch(script, no_torch, archive, make_folder, tmp_path):

@@ -1,0 +1,48 @@
+"""A fast encoder for the tests that need any: a small ViT with fixed random weights, prepared once a process.
+
+`CHECKPOINT` is its file, `ENCODER` its prepared folder; the cache of every test holds it. made_up.BASELINE is a model on it.
+"""
+import atexit
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import archives
+from weights import vit_shapes
+
+ARCH = dict(kind="VisionTransformer", input_resolution=64, patch_size=16, width=128, layers=2, heads=2, output_dim=32)
+FOLDER = Path(tempfile.mkdtemp(prefix="small-encoder-"))
+CHECKPOINT = FOLDER / "small.pt"
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+
+
+def random_weights(arch=ARCH, seed=0):
+    """{name: float16 array}, so large that different images get different features."""
+    rng, weights = np.random.default_rng(seed), {}
+    for name, shape in vit_shapes(arch).items():
+        scale = 2.5 * (shape[-1] if len(shape) == 2 else np.prod(shape[1:], initial=1)) ** -0.5 if len(shape) > 1 else 0.1
+        weights[name] = (rng.normal(0, scale, shape) + (".ln_" in f".{name}" and name.endswith("weight"))).astype(np.float16)
+    return weights
+
+
+def prepare(cache):
+    """The encoder as prepare_clip.py stores it -> its folder."""
+    import prepare_clip
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        patch.setenv("CLIP_CACHE", str(cache))
+        return prepare_clip.ensure_encoder(str(archives.write(CHECKPOINT, random_weights())))
+
+
+ENCODER = prepare(FOLDER)
+
+
+def link_encoder(cache):
+    """Put the encoder into another cache."""
+    (Path(cache) / "encoders").mkdir(parents=True, exist_ok=True)
+    os.symlink(ENCODER, Path(cache) / "encoders" / ENCODER.name)
