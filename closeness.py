@@ -1,4 +1,5 @@
 """How far two forms of the same encoder are apart: `prepare_clip.py --compare FILE`."""
+
 import numpy as np
 
 import imaging
@@ -16,17 +17,24 @@ def cosines(a, b):
 
 
 def compare(clip_model, checkpoint, weights=None):
-    """Print the cosine of each matrix to the checkpoint's, and of the features of the installed photographs.
+    """Print the cosine of each matrix to the checkpoint's, and of the features of the installed
+    photographs.
 
     Raises EncoderError unless both are vision transformers of one shape.
     """
-    ours, theirs = prepare_clip.read_weights(clip_model, weights), prepare_clip.read_weights(checkpoint)
+    ours, theirs = prepare_clip.read_weights(clip_model, weights), prepare_clip.read_weights(
+        checkpoint
+    )
     arch = architecture(ours)
     if architecture(theirs) != arch or arch["kind"] != "VisionTransformer":
-        raise EncoderError(f"--compare {checkpoint}: is not a vision transformer of the shape of {clip_model}")
+        raise EncoderError(
+            f"--compare {checkpoint}: is not a vision transformer of the shape of {clip_model}"
+        )
     for name in sorted(name for name, array in ours.items() if array.ndim > 1):
         print(f"{name}: {cosines(ours[name].reshape(1, -1), theirs[name].reshape(1, -1))[0]:.6f}")
     for path in samples.installed_photos():
-        pixels = imaging.preprocess(imaging.decode_image(read_bytes(path)), arch["input_resolution"])[None]
+        pixels = imaging.preprocess(
+            imaging.decode_image(read_bytes(path)), arch["input_resolution"]
+        )[None]
         both = (numpy_forward(arrays, arch, "final", pixels) for arrays in (ours, theirs))
         print(f"features of {path.name}: {cosines(*both)[0]:.6f}")

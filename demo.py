@@ -119,14 +119,14 @@ def build_trap(photos, folder):
             (place / f"{path.stem}-{k:02d}.jpg").write_bytes(data)
 
 
-def trap(photos):
+def trap(photos, layers):
     """Act 3: the user's three commands on that folder, the audit, and the same again with an honest split."""
     title("3. The trap. There is nothing to find: chance is 0.5")
     print(f"The same photographs, all real. Half of them are called fake. Each is re-saved {COPIES} times, "
           "and its copies lie in train and in test.")
     build_trap(photos, OUT / "trap")
     (OUT / "trap.npz").unlink(missing_ok=True)
-    command("extract_features.py", "--data_dir", "demo/trap", "--output_file", "demo/trap.npz")
+    command("extract_features.py", "--data_dir", "demo/trap", "--output_file", "demo/trap.npz", "--layers", layers)
     command("train_model.py", "--features_file", "demo/trap.npz", "--model_output_path", "demo/trap.joblib", quiet=True)
     believed = metrics_of("trap")
     command("classify.py", "--image_path", f"demo/trap/test/fake/{next((OUT / 'trap/test/fake').iterdir()).name}",
@@ -206,7 +206,7 @@ def main(argv=None):
     print(f"note: {detector.model['notice']}")
     stay_put(detector, photos)
     never_seen()
-    trap(photos)
+    trap(photos, detector.model["encoder"]["layers"])
     serve(next(p for p in photos if p.name == "china.jpg"))
     print("\nPlots and metrics: demo/model_report/, demo/trap_report/, demo/resplit_report/")
     print("Your own folder: make demo DATA=DIR CLIP_MODEL=ViT-L/14")

@@ -93,6 +93,12 @@ def social(image, *tiers):
     return image
 
 
+def resaved(image, share, quality):
+    """Shrunk to `share` of its sides and saved as JPEG: as a site treats a picture larger than it shows."""
+    return jpeg(resize(image, share), quality)
+
+
+RESAVED = {"75%, quality 60": (0.75, 60), "50%, quality 40": (0.5, 40)}  # of the sides, of the JPEG
 # What evaluate.py tries, as (panel, level, function).
 CONDITIONS = [
     *(("JPEG", f"quality {q}", lambda image, q=q: jpeg(image, q)) for q in (95, 80, 60, 40, 30)),
@@ -106,6 +112,7 @@ CONDITIONS = [
     ("social media", "768 px q60", lambda image: social(image, (768, 60))),
     ("social media", "512 px q40", lambda image: social(image, (512, 40))),
     ("social media", "both, one after the other", lambda image: social(image, (768, 60), (512, 40))),
+    *(("re-saved", f"at {name}", lambda image, how=how: resaved(image, *how)) for name, how in RESAVED.items()),
 ]
 # Files made alike in steps, as (name, change of reals, change of fakes): a detector that reads files shows here.
 ARMS = [

@@ -1,13 +1,16 @@
-"""Labelled images -> CLIP tuned on them, as a checkpoint that `clip.load` and prepare_clip.py accept.
+"""Labelled images -> CLIP tuned on them: a checkpoint for prepare_clip.py and `clip.load`.
 
     python finetune_clip.py --clip_model ViT-L/14 --train lora:8 --data_dir DIR --output tuned.pt
     python prepare_clip.py --clip_model tuned.pt
     CLIP_MODEL=tuned.pt python extract_features.py --data_dir DIR
 
-A classifier must be trained on images that its encoder has not seen: on seen ones the scores are far too good, and
-with them the threshold and the calibration. So `--keep` holds back a share of `train`, the seen ones are listed in
+A classifier must be trained on images that its encoder has not seen: on seen ones the scores are
+far too good, and
+with them the threshold and the calibration. So `--keep` holds back a share of `train`, the seen
+ones are listed in
 tuned.json beside the checkpoint, and extract_features.py marks their rows as split 'seen'.
 """
+
 import argparse
 import math
 import os
@@ -23,29 +26,92 @@ LEARNING_RATES = {"blocks": 2e-5, "norms": 3e-4, "lora": 2e-4}
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
-    parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
-                        help=f"CLIP to start from: {', '.join(catalogue.NAMES)}, or a checkpoint")
-    parser.add_argument("--data_dir", required=True, metavar="DIR", help="labelled images, as for extract_features.py")
-    parser.add_argument("--output", default="finetuned.pt", metavar="FILE", help="checkpoint to write")
-    parser.add_argument("--train_splits", default="train,extra", metavar="A,B", help="splits to learn from")
-    parser.add_argument("--keep", type=float, default=0.5, metavar="SHARE",
-                        help="share of 'train' that is kept from the encoder, for the classifier")
-    parser.add_argument("--train", default="lora:8", metavar="WHAT",
-                        help="blocks:K (the last K and what follows them), norms, or lora:R (adapters of rank R on all linear layers)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=common.Help
+    )
+    parser.add_argument(
+        "--clip_model",
+        default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
+        metavar="NAME|FILE",
+        help=f"CLIP to start from: {', '.join(catalogue.NAMES)}, or a checkpoint",
+    )
+    parser.add_argument(
+        "--data_dir",
+        required=True,
+        metavar="DIR",
+        help="labelled images, as for extract_features.py",
+    )
+    parser.add_argument(
+        "--output", default="finetuned.pt", metavar="FILE", help="checkpoint to write"
+    )
+    parser.add_argument(
+        "--train_splits", default="train,extra", metavar="A,B", help="splits to learn from"
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of 'train' that is kept from the encoder, for the classifier",
+    )
+    parser.add_argument(
+        "--train",
+        default="lora:8",
+        metavar="WHAT",
+        help="blocks:K (the last K and what follows them), norms, or lora:R "
+        "(adapters of rank R on all linear layers)",
+    )
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="optimiser steps")
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N",
-                        help="images a forward pass, on average half of each class")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="forward passes a step")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, about a third more time")
-    parser.add_argument("--lr", type=float, metavar="X", help="peak learning rate (AdamW, cosine; default: 2e-4 for lora, "
-                                                              "3e-4 for norms, 2e-5 for blocks)")
-    parser.add_argument("--holdout", type=float, default=0.2, metavar="SHARE",
-                        help="share of each class's sources that is never trained on and says when to stop; 0: none")
-    parser.add_argument("--every", type=int, default=100, metavar="N", help="steps between evaluations on them and stored states")
-    parser.add_argument("--patience", type=int, default=5, metavar="N", help="evaluations without gain after which it stops")
-    parser.add_argument("--dry_run", action="store_true", help="measure a few steps, print memory and time, and stop")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and of every draw")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images a forward pass, on average half of each class",
+    )
+    parser.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="forward passes a step"
+    )
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="less memory, about a third more time"
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="peak learning rate (AdamW, cosine; default: 2e-4 for lora, "
+        "3e-4 for norms, 2e-5 for blocks)",
+    )
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of each class's sources that is never trained on and says when to stop; "
+        "0: none",
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=100,
+        metavar="N",
+        help="steps between evaluations on them and stored states",
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=5,
+        metavar="N",
+        help="evaluations without gain after which it stops",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="measure a few steps, print memory and time, and stop",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of weights and of every draw"
+    )
     args = parser.parse_args(argv)
     common.need_folder(args.data_dir)
     check(args)
@@ -53,10 +119,13 @@ def parse_args(argv):
 
 
 def check(args):
-    """Refuse values that cannot be, and fill in what follows from others. Raises UsageError, EncoderError."""
+    """Refuse values that cannot be, and fill in what follows from others. Raises UsageError,
+    EncoderError."""
     args.start = source_of(args.clip_model)
     if os.path.realpath(args.output) == os.path.realpath(args.clip_model):
-        raise UsageError(f"--output {args.output}: that is the checkpoint to start from; name another file")
+        raise UsageError(
+            f"--output {args.output}: that is the checkpoint to start from; name another file"
+        )
     if not re.fullmatch(r"norms|(blocks|lora):[1-9]\d{0,3}", args.train):
         raise UsageError(f"--train {args.train}: blocks:K, norms or lora:R, with K or R from 1 on")
     if args.lr is None:
@@ -79,11 +148,14 @@ def main(argv=None):
     require_torch("training an encoder")
     import torch
     from tuning import fine_tune
+
     try:
         written = fine_tune(args)
     except torch.OutOfMemoryError:
-        raise UsageError(f"--batch_size {args.batch_size}: the GPU's memory does not suffice; give a smaller one and a larger "
-                         "--accumulate, or --checkpointing") from None
+        raise UsageError(
+            f"--batch_size {args.batch_size}: the GPU's memory does not suffice; "
+            "give a smaller one and a larger --accumulate, or --checkpointing"
+        ) from None
     if written:
         common.say(f"wrote {args.output}; next: python prepare_clip.py --clip_model {args.output}")
 

@@ -1,15 +1,18 @@
-"""CLIP weights -> one vision-only encoder folder in the cache, once. The other scripts call this when they need to.
+"""CLIP weights -> a vision-only encoder folder in the cache, once. Other scripts call this.
 
-    python prepare_clip.py                              # ViT-L/14, downloaded from OpenAI and checked
-    python prepare_clip.py --clip_model ViT-B/16-8bit   # 78 MB, from the package index
-    python prepare_clip.py --clip_model finetuned.pt    # a checkpoint of one's own
-    python prepare_clip.py --precision int8 --data_dir data     # faster on processors; calibrated and proved on your images
-    python prepare_clip.py --layers penultimate         # another layer than CLIP's embedding
-    python prepare_clip.py --clip_model ViT-B/16-8bit --compare ViT-B-16.pt     # how far the two are apart
+    python prepare_clip.py                             # ViT-L/14, from OpenAI
+    python prepare_clip.py --clip_model ViT-B/16-8bit  # 78 MB, from the package index
+    python prepare_clip.py --clip_model finetuned.pt   # a checkpoint of one's own
+    python prepare_clip.py --precision int8 --data_dir data  # faster; proved on your images
+    python prepare_clip.py --layers penultimate        # another layer than CLIP's embedding
+    python prepare_clip.py --clip_model ViT-B/16-8bit --compare ViT-B-16.pt
 
-The folder (in CLIP_CACHE or ~/.cache/clip, below encoders/) holds encoder.xml and encoder.bin for OpenVINO,
-vision.safetensors for CUDA and encoder.json, which says what it is. Only a ResNet needs torch for this.
+The folder (in CLIP_CACHE or ~/.cache/clip, below encoders/) holds encoder.xml and encoder.bin for
+OpenVINO,
+vision.safetensors for CUDA and encoder.json, which says what it is. Only a ResNet needs torch for
+this.
 """
+
 import argparse
 import json
 import os
@@ -22,7 +25,15 @@ from pathlib import Path
 import catalogue
 import common
 from common import EncoderError, UsageError, need_folder, say
-from encoders import PREPROCESSING, cache_dir, find_encoder, golden_image, prepared, read_manifest, vision_tower
+from encoders import (
+    PREPROCESSING,
+    cache_dir,
+    find_encoder,
+    golden_image,
+    prepared,
+    read_manifest,
+    vision_tower,
+)
 from layers import canonical, layers_flag, with_layers
 
 LEAST_IMAGES = 40  # that int8 is calibrated and proved on
@@ -30,59 +41,105 @@ LEAST_IMAGES = 40  # that int8 is calibrated and proved on
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
-                        help=f"{', '.join(catalogue.NAMES)}, or a checkpoint in OpenAI's format "
-                             "(default: CLIP_MODEL, else ViT-L/14)")
-    parser.add_argument("--weights", metavar="FILE|URL",
-                        help="file with the weights of a named encoder, or a mirror's address of it (default: OpenAI's "
-                             "address; of ViT-B/16-8bit the package index)")
-    parser.add_argument("--precision", choices=["float16", "int8"], default="float16",
-                        help="of the stored weights; int8 is another encoder: extract and train again with it (default: %(default)s)")
-    parser.add_argument("--layers", type=layers_flag, default="final", metavar="L",
-                        help="final, penultimate, multi or blocks, as for extract_features.py (default: %(default)s)")
-    parser.add_argument("--data_dir", metavar="DIR", help="labelled images to calibrate int8 on and to prove it with")
-    parser.add_argument("--limit", type=int, default=400, metavar="N", help="how many of them, half for each (default: %(default)s)")
-    parser.add_argument("--compare", metavar="FILE", help="print the cosine of each matrix, and of features, to those of this checkpoint")
+    parser.add_argument(
+        "--clip_model",
+        default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
+        metavar="NAME|FILE",
+        help=f"{', '.join(catalogue.NAMES)}, or a checkpoint in OpenAI's format "
+        "(default: CLIP_MODEL, else ViT-L/14)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE|URL",
+        help="file with the weights of a named encoder, or a mirror's address of it "
+        "(default: OpenAI's address; of ViT-B/16-8bit the package index)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["float16", "int8"],
+        default="float16",
+        help="of the stored weights; int8 is another encoder: extract and train again with it "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=layers_flag,
+        default="final",
+        metavar="L",
+        help="final, penultimate, multi or blocks, as for extract_features.py "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        help="labelled images to calibrate int8 on and to prove it with",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=400,
+        metavar="N",
+        help="how many of them, half for each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="FILE",
+        help="print the cosine of each matrix, and of features, to those of this checkpoint",
+    )
     args = parser.parse_args(argv)
     if args.precision == "int8" and not args.data_dir:
         raise UsageError("--precision int8: name labelled images with --data_dir")
     if args.limit < LEAST_IMAGES:
         raise UsageError(f"--limit {args.limit}: at least {LEAST_IMAGES} images")
     if args.weights and args.clip_model not in catalogue.NAMES:
-        raise UsageError(f"--weights {args.weights}: goes with a name, and --clip_model is {args.clip_model}; "
-                         "leave one of the two away")
+        raise UsageError(
+            f"--weights {args.weights}: goes with a name, and --clip_model is {args.clip_model}; "
+            "leave one of the two away"
+        )
     if args.data_dir:
         need_folder(args.data_dir)
     return args
 
 
 def ensure_encoder(clip_model, precision="float16", layers="final", weights=None):
-    """Name or checkpoint -> folder of the prepared encoder; prepares it where it is missing, but for int8, which takes images.
+    """Name or checkpoint -> folder of the prepared encoder; prepares it where it is missing, but
+    for int8, which takes images.
 
-    `weights`: see `catalogue.fetch`. Raises EncoderError."""
+    `weights`: see `catalogue.fetch`. Raises EncoderError.
+    """
     source = source_of(clip_model)
     if precision == "int8":
         folder = find_layers(f"{source} int8", layers)
         if folder is None:
-            flags = f"--clip_model {clip_model}" + (f" --layers {layers}" if layers != "final" else "")
-            raise EncoderError(f"--precision int8: '{clip_model}' has no int8 form in {cache_dir()} yet: run python prepare_clip.py "
-                               f"{flags} --precision int8 --data_dir DIR")
+            flags = f"--clip_model {clip_model}" + (
+                f" --layers {layers}" if layers != "final" else ""
+            )
+            raise EncoderError(
+                f"--precision int8: '{clip_model}' has no int8 form in {cache_dir()} yet: "
+                f"run python prepare_clip.py {flags} --precision int8 --data_dir DIR"
+            )
         return folder
     folder = find_layers(source, layers)
     if folder is None:
         from filelock import FileLock
+
         try:
             (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
-            lock = FileLock(cache_dir() / "encoders.lock").acquire()  # a second process waits here, then finds the folder
+            lock = FileLock(
+                cache_dir() / "encoders.lock"
+            ).acquire()  # a second process waits here, then finds the folder
         except OSError as error:
-            raise EncoderError(f"cannot write {cache_dir()}: {error.strerror}; set CLIP_CACHE to another place") from None
+            raise EncoderError(
+                f"cannot write {cache_dir()}: {error.strerror}; set CLIP_CACHE to another place"
+            ) from None
         with lock:
             folder = find_layers(source, layers) or prepare(clip_model, source, layers, weights)
     return folder
 
 
 def find_layers(source, layers):
-    """Folder of the prepared encoder from this source that gives these layers, or None. Raises EncoderError."""
+    """Folder of the prepared encoder from this source that gives these layers, or None. Raises
+    EncoderError."""
     for folder in prepared(source=source):
         manifest = read_manifest(folder)
         if manifest["layers"] == canonical(layers, manifest["arch"]):
@@ -91,13 +148,16 @@ def find_layers(source, layers):
 
 
 def source_of(clip_model):
-    """What an encoder is looked up by: the name itself, or for a file 'sha256:' and the hash of its bytes."""
+    """What an encoder is looked up by: the name itself, or for a file 'sha256:' and the hash of its
+    bytes."""
     if clip_model in catalogue.NAMES:
         return clip_model
     if Path(clip_model).is_file():
         return "sha256:" + catalogue.hash_of(clip_model)
-    raise EncoderError(f"'{clip_model}' is neither a file nor one of {', '.join(catalogue.NAMES)}; "
-                       "set --clip_model or CLIP_MODEL to one of these")
+    raise EncoderError(
+        f"'{clip_model}' is neither a file nor one of {', '.join(catalogue.NAMES)}; "
+        "set --clip_model or CLIP_MODEL to one of these"
+    )
 
 
 def require_torch(what):
@@ -107,25 +167,31 @@ def require_torch(what):
             warnings.simplefilter("ignore")  # clip-anytorch: pkg_resources is deprecated
             import clip, torch  # noqa: E401, F401
     except ImportError as error:
-        raise EncoderError(f"{what} needs torch and clip ({error}): pip install -r requirements.txt") from None
+        raise EncoderError(
+            f"{what} needs torch and clip ({error}): pip install -r requirements.txt"
+        ) from None
 
 
 def read_weights(clip_model, weights=None):
     """Name or checkpoint -> {name: array} of its vision tower. Raises EncoderError."""
     from weights import read_checkpoint
+
     if clip_model.startswith("RN") and clip_model in catalogue.NAMES:
         require_torch(f"preparing '{clip_model}', a ResNet,")  # said before a download
     path = catalogue.fetch(clip_model, weights) if clip_model in catalogue.NAMES else clip_model
     if clip_model == catalogue.EIGHT_BIT:
         from eight_bit import read_wheel
+
         return read_wheel(path)
     return read_checkpoint(path)
 
 
 def prepare(clip_model, source, layers, weights=None):
-    """Load, convert and store: -> the new folder. Written beside its place and renamed, so never half there."""
+    """Load, convert and store: -> the new folder. Written beside its place and renamed, so never
+    half there."""
     from tqdm import tqdm
     from weights import architecture, identity_of
+
     arrays = read_weights(clip_model, weights)
     with tqdm(total=3, desc=f"preparing {clip_model}", unit="step") as progress:
         name = clip_model if source == clip_model else Path(clip_model).stem
@@ -134,10 +200,19 @@ def prepare(clip_model, source, layers, weights=None):
         manifest, arch = read_card(clip_model), architecture(arrays)
         layers = canonical(layers, arch)
         name += f" {layers}" if layers != "final" else ""
-        manifest |= {"name": name, "source": source, "identity": identity_of(arrays, arch, layers), "layers": layers,
-                     "preprocessing": PREPROCESSING, "resolution": arch["input_resolution"], "arch": arch}
+        manifest |= {
+            "name": name,
+            "source": source,
+            "identity": identity_of(arrays, arch, layers),
+            "layers": layers,
+            "preprocessing": PREPROCESSING,
+            "resolution": arch["input_resolution"],
+            "arch": arch,
+        }
         progress.update()
-        for left in cache_dir().glob(".preparing-*"):  # by a process that was killed: we hold the lock
+        for left in cache_dir().glob(
+            ".preparing-*"
+        ):  # by a process that was killed: we hold the lock
             shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
         try:
@@ -159,7 +234,8 @@ def keep(scratch, name, identity):
 
 
 def read_card(clip_model):
-    """What finetune_clip.py wrote beside a checkpoint (which images it has seen), {} where there is none."""
+    """What finetune_clip.py wrote beside a checkpoint (which images it has seen), {} where there is
+    none."""
     try:
         card = json.loads(Path(clip_model).with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -170,6 +246,7 @@ def read_card(clip_model):
 def load_visual(clip_model):
     """Name or checkpoint -> its vision tower in torch, float32, eval mode. Raises EncoderError."""
     from weights import architecture
+
     arrays = read_weights(clip_model)
     return torch_tower(arrays, architecture(arrays))
 
@@ -177,44 +254,55 @@ def load_visual(clip_model):
 def torch_tower(arrays, arch):
     require_torch("a ResNet" if arch["kind"] == "ModifiedResNet" else "training an encoder")
     import torch
+
     return vision_tower(arch, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def write_folder(arrays, arch, layers, manifest, folder, progress):
-    """Vision tower -> vision.safetensors, encoder.xml, encoder.bin and encoder.json in `folder`, all of fp16 weights, as
-    OpenAI ships them.
+    """Vision tower -> vision.safetensors, encoder.xml, encoder.bin and encoder.json in `folder`,
+    all of fp16 weights, as OpenAI ships them.
 
-    The golden picture's features are computed in float32 without OpenVINO: every other way of running this encoder is
-    compared with them.
+    The golden picture's features are computed in float32 without OpenVINO: every other way of
+    running this encoder is compared with them.
     """
     import numpy as np
     import openvino as ov
     from safetensors.numpy import save_file
     from imaging import decode_image, preprocess
     from vit import numpy_forward, openvino_model
+
     pixels = preprocess(decode_image(golden_image()), arch["input_resolution"])[None]
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "vision.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+        folder / "vision.safetensors",
+    )
     if arch["kind"] == "VisionTransformer":
-        model, golden = openvino_model(arrays, arch, layers), numpy_forward(arrays, arch, layers, pixels)
+        model, golden = openvino_model(arrays, arch, layers), numpy_forward(
+            arrays, arch, layers, pixels
+        )
     else:
         model, golden = resnet_model(arrays, arch, layers, pixels)
     progress.update()
     ov.save_model(model, folder / "encoder.xml", compress_to_fp16=True)
     golden = [float(f"{value:.6g}") for value in golden[0]]
-    (folder / "encoder.json").write_text(json.dumps({**manifest, "dim": len(golden), "golden": golden}, indent=1))
+    (folder / "encoder.json").write_text(
+        json.dumps({**manifest, "dim": len(golden), "golden": golden}, indent=1)
+    )
     progress.update()
 
 
 def resnet_model(arrays, arch, layers, pixels):
     """-> (openvino.Model of a ResNet, its features of `pixels` by torch).
 
-    The frontend is called rather than `ov.convert_model`, which multiplies the batch norms into the convolutions first, and
+    The frontend is called rather than `ov.convert_model`, which multiplies the batch norms into
+    the convolutions first, and
     the products are no fp16 numbers (cosine 0.99999 to the original, instead of 1.0).
     """
     side, module = arch["input_resolution"], with_layers(torch_tower(arrays, arch), layers)
     import torch
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # torch's tracer doubts the asserts in multi-head attention
         golden = module(torch.from_numpy(pixels)).numpy()
@@ -229,6 +317,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.compare:
         from closeness import compare
+
         return compare(args.clip_model, args.compare, args.weights)
     folder = ensure_encoder(args.clip_model, layers=args.layers, weights=args.weights)
     if args.precision == "int8":
@@ -237,11 +326,13 @@ def main(argv=None):
 
 
 def ensure_int8(folder, args):
-    """The int8 form of a prepared encoder -> its folder; made where it is missing. Raises EncoderError, UsageError."""
+    """The int8 form of a prepared encoder -> its folder; made where it is missing. Raises
+    EncoderError, UsageError."""
     manifest = read_manifest(folder)
     found = find_encoder(source=f"{manifest['source']} int8", layers=manifest["layers"])
     if found is None:
         import quantize
+
         quantize.require_nncf()
         (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
         images = quantize.read_images(args.data_dir, args.limit, manifest["resolution"])

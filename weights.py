@@ -9,6 +9,7 @@ OpenAI ships it, and a saved state dict. A pickle in them names the tensors, the
 members of their own. Nothing that a file says is called, and no number is read from outside of
 its member.
 """
+
 import hashlib
 import io
 import pickle
@@ -25,19 +26,62 @@ from encoders import PREPROCESSING
 
 # A tensor as the pickle describes it: its numbers are in the member `key` below data/.
 Tensor = namedtuple("Tensor", "key dtype numel offset shape strides")
-DTYPES = {"HalfStorage": "<f2", "BFloat16Storage": "bfloat16", "FloatStorage": "<f4",
-          "DoubleStorage": "<f8", "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2",
-          "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "?"}
+DTYPES = {
+    "HalfStorage": "<f2",
+    "BFloat16Storage": "bfloat16",
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+}
 # What torch writes for containers and tensors. EXT and INST name code in other ways.
-OPCODES = {"PROTO", "FRAME", "STOP", "MARK", "GLOBAL", "STACK_GLOBAL", "BINPERSID", "REDUCE",
-           "NEWOBJ", "BUILD", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "NONE",
-           "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
-           "BINUNICODE", "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-           "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"}
+OPCODES = {
+    "PROTO",
+    "FRAME",
+    "STOP",
+    "MARK",
+    "GLOBAL",
+    "STACK_GLOBAL",
+    "BINPERSID",
+    "REDUCE",
+    "NEWOBJ",
+    "BUILD",
+    "MEMOIZE",
+    "BINPUT",
+    "LONG_BINPUT",
+    "BINGET",
+    "LONG_BINGET",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "EMPTY_TUPLE",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "EMPTY_LIST",
+    "APPEND",
+    "APPENDS",
+    "EMPTY_DICT",
+    "SETITEM",
+    "SETITEMS",
+}
 OLD_FORMAT = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number before its files were zips
 
 
 # ---- the file ----
+
 
 def read_checkpoint(path):
     """File -> {name: array} of the vision tower, names without 'visual.'; floats as float16.
@@ -55,7 +99,9 @@ def read_checkpoint(path):
         reason = why_no_zip(path)
     except Exception as error:  # a crafted pickle raises almost anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-    raise EncoderError(f"{path} is not a CLIP checkpoint that can be read: {reason[:300]}") from None
+    raise EncoderError(
+        f"{path} is not a CLIP checkpoint that can be read: {reason[:300]}"
+    ) from None
 
 
 def why_no_zip(path):
@@ -78,8 +124,11 @@ def read_archive(archive):
     if f"{folder}byteorder" in members and read_member(archive, f"{folder}byteorder") != b"little":
         raise EncoderError("its numbers are stored with the high byte first")
     tensors = named_tensors(unpickle(read_member(archive, pickles[0])))
-    visual = {name.removeprefix("visual."): tensor for name, tensor in tensors.items()
-              if name.startswith("visual.")}
+    visual = {
+        name.removeprefix("visual."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("visual.")
+    }
     check_shapes({name: tensor.shape for name, tensor in visual.items()})
     return {name: read_tensor(archive, folder, tensor) for name, tensor in visual.items()}
 
@@ -97,11 +146,12 @@ def read_member(archive, name):
 
 # ---- the pickle ----
 
+
 def unpickle(data):
     """data.pkl -> its root: nested dicts, with Tensors in them. Raises EncoderError.
 
-    The few functions a pickle may name are made anew for each file: one that changes them
-    changes nothing for the next.
+    The few functions a pickle may name are made anew for each file: one that changes them changes
+    nothing for the next.
     """
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in OPCODES or "PUT" in opcode.name and argument > len(data):
@@ -119,9 +169,12 @@ def unpickle(data):
     def first(value, *_):
         return value
 
-    known = {("collections", "OrderedDict"): Parts, ("torch._utils", "_rebuild_tensor_v2"): tensor,
-             ("torch._utils", "_rebuild_parameter"): first,
-             **{("torch", name): dtype for name, dtype in DTYPES.items()}}
+    known = {
+        ("collections", "OrderedDict"): Parts,
+        ("torch._utils", "_rebuild_tensor_v2"): tensor,
+        ("torch._utils", "_rebuild_parameter"): first,
+        **{("torch", name): dtype for name, dtype in DTYPES.items()},
+    }
 
     class Restricted(pickle.Unpickler):
         def find_class(self, module, name):
@@ -136,6 +189,7 @@ def unpickle(data):
         def persistent_load(self, storage):
             _, dtype, key, _, numel = storage
             return key, dtype, numel
+
     return Restricted(io.BytesIO(data)).load()
 
 
@@ -185,6 +239,7 @@ def read_tensor(archive, folder, tensor):
 
 # ---- what the arrays are ----
 
+
 def check_shapes(shapes):
     """Raises EncoderError unless {name: shape} is a vision tower of CLIP, and all of it."""
     if "proj" not in shapes and "attnpool.c_proj.weight" not in shapes:
@@ -194,8 +249,10 @@ def check_shapes(shapes):
     expected = vit_shapes(arch_of(shapes))
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != tuple(shapes.get(name, ())):
-            raise EncoderError(f"its tensor visual.{name} has the shape {shapes.get(name)}, where "
-                               f"the others make one expect {expected.get(name)}")
+            raise EncoderError(
+                f"its tensor visual.{name} has the shape {shapes.get(name)}, where "
+                f"the others make one expect {expected.get(name)}"
+            )
 
 
 def architecture(weights):
@@ -209,30 +266,54 @@ def arch_of(shapes):
         width, _, _, patch = shapes["conv1.weight"]
         grid = round((shapes["positional_embedding"][0] - 1) ** 0.5)
         layers = sum(name.endswith(".attn.in_proj_weight") for name in shapes)
-        return dict(kind="VisionTransformer", input_resolution=patch * grid, patch_size=patch,
-                    width=width, layers=layers, heads=width // 64, output_dim=shapes["proj"][1])
+        return dict(
+            kind="VisionTransformer",
+            input_resolution=patch * grid,
+            patch_size=patch,
+            width=width,
+            layers=layers,
+            heads=width // 64,
+            output_dim=shapes["proj"][1],
+        )
     grid = round((shapes["attnpool.positional_embedding"][0] - 1) ** 0.5)
-    layers = [len({name.split(".")[1] for name in shapes if name.startswith(f"layer{i}.")})
-              for i in (1, 2, 3, 4)]
+    layers = [
+        len({name.split(".")[1] for name in shapes if name.startswith(f"layer{i}.")})
+        for i in (1, 2, 3, 4)
+    ]
     width = shapes["layer1.0.conv1.weight"][0]
-    return dict(kind="ModifiedResNet", layers=layers, input_resolution=grid * 32, width=width,
-                output_dim=shapes["attnpool.c_proj.weight"][0], heads=width * 32 // 64)
+    return dict(
+        kind="ModifiedResNet",
+        layers=layers,
+        input_resolution=grid * 32,
+        width=width,
+        output_dim=shapes["attnpool.c_proj.weight"][0],
+        heads=width * 32 // 64,
+    )
 
 
 def vit_shapes(arch):
     """{name: shape} of every tensor of a VisionTransformer."""
     width, patch = arch["width"], arch["patch_size"]
     tokens = (arch["input_resolution"] // patch) ** 2 + 1
-    shapes = {"class_embedding": (width,), "positional_embedding": (tokens, width),
-              "conv1.weight": (width, 3, patch, patch), "proj": (width, arch["output_dim"])}
+    shapes = {
+        "class_embedding": (width,),
+        "positional_embedding": (tokens, width),
+        "conv1.weight": (width, 3, patch, patch),
+        "proj": (width, arch["output_dim"]),
+    }
     blocks = [f"transformer.resblocks.{i}" for i in range(arch["layers"])]
     for norm in ("ln_pre", "ln_post", *(f"{b}.ln_{k}" for b in blocks for k in (1, 2))):
         shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
     for block in blocks:
-        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width),
-                   f"{block}.attn.in_proj_bias": (3 * width,)}
-        for name, inner, outer in (("attn.out_proj", width, width), ("mlp.c_fc", width, 4 * width),
-                                   ("mlp.c_proj", 4 * width, width)):
+        shapes |= {
+            f"{block}.attn.in_proj_weight": (3 * width, width),
+            f"{block}.attn.in_proj_bias": (3 * width,),
+        }
+        for name, inner, outer in (
+            ("attn.out_proj", width, width),
+            ("mlp.c_fc", width, 4 * width),
+            ("mlp.c_proj", 4 * width, width),
+        ):
             shapes |= {f"{block}.{name}.weight": (outer, inner), f"{block}.{name}.bias": (outer,)}
     return shapes
 
@@ -240,8 +321,9 @@ def vit_shapes(arch):
 def identity_of(weights, arch, layers="final"):
     """SHA-256 over the tower's fp16 tensors in name order, layers and preprocessing: the same for
     every file form. `arch` is printed into it: its numbers must be plain ints."""
-    digest = hashlib.sha256(f"layers={layers} preprocessing={PREPROCESSING} "
-                            f"{sorted(arch.items())}".encode())
+    digest = hashlib.sha256(
+        f"layers={layers} preprocessing={PREPROCESSING} " f"{sorted(arch.items())}".encode()
+    )
     for name, array in sorted(weights.items()):
         if array.dtype.kind == "f":
             digest.update(f"{name} {array.shape}".encode())

@@ -5,7 +5,8 @@
 
 Large pictures are mosaics of those in the folder: detail at every scale, which a picture made larger would not have. Plain
 Pillow is what CLIP's README leads to: `Image.open`, CLIP's own transform, one at a time; and the same in threads. Draft mode
-lets libjpeg decode at 1/2, 1/4 or 1/8; how far the features move is measured with `tiny`. In turns; prints Markdown.
+lets libjpeg decode at 1/2, 1/4 or 1/8; how far the features of --clip_model
+move is measured too. In turns; prints Markdown.
 """
 import argparse
 import io
@@ -22,11 +23,13 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import encoders  # noqa: E402
+from catalogue import EIGHT_BIT  # noqa: E402
+from closeness import cosines  # noqa: E402
 from dataset import draw_evenly, list_images  # noqa: E402
 from facts import describe_image  # noqa: E402
 from imaging import decode_image, load_rgb, open_image, preprocess  # noqa: E402
 from measure import ratios, spread  # noqa: E402
-from quantize import cosines  # noqa: E402
+from prepare_clip import ensure_encoder  # noqa: E402
 
 SIDE = 224
 TILE = 240    # pixels of each picture of a mosaic
@@ -39,6 +42,8 @@ def parse_args(argv):
     parser.add_argument("--megapixels", type=float, nargs="+", default=[2, 12, 24], help="of the mosaics")
     parser.add_argument("--pictures", type=int, default=12, help="of each size")
     parser.add_argument("--runs", type=int, default=5, help="of each, in turns")
+    parser.add_argument("--clip_model", default=EIGHT_BIT, metavar="NAME|FILE",
+                        help="encoder that sees the difference of draft mode")
     return parser.parse_args(argv)
 
 
@@ -91,9 +96,8 @@ def one_by_one(function):
     return lambda files: [function(data) for data in files]
 
 
-def draft_cosines(files):
-    """Features of draft mode to those of the exact pixels, by `tiny`: float32 [n]."""
-    encoder = encoders.Encoder(encoders.SHIPPED, "cpu", "float32")
+def draft_cosines(encoder, files):
+    """Features of draft mode to those of the exact pixels: float32 [n]."""
     a, b = (encoder.encode(np.stack([way(data, encoder.resolution) for data in files])) for way in (ours, drafted))
     return cosines(a, b)
 
@@ -102,6 +106,7 @@ def main(argv=None):
     args = parse_args(argv)
     import clip
     transform = clip.clip._transform(SIDE)
+    encoder = encoders.Encoder(ensure_encoder(args.clip_model), "cpu", "float32")
     ways = {"plain Pillow, one by one": one_by_one(plain(transform)), "plain Pillow, in threads": in_threads(plain(transform)),
             "ours": in_threads(ours), "ours, with hash and facts": in_threads(ours_described), "draft mode": in_threads(drafted)}
     print(f"{os.cpu_count()} processors; images a second.\n\n| megapixels | {' | '.join(ways)} | ours to Pillow one by one, in threads "
@@ -114,7 +119,8 @@ def main(argv=None):
                 way(files)
                 if turn:
                     rates[name].append(len(files) / (time.perf_counter() - started))
-        cosine, (width, height) = draft_cosines(files), Image.open(io.BytesIO(files[0])).size
+        cosine = draft_cosines(encoder, files)
+        width, height = Image.open(io.BytesIO(files[0])).size
         print(f"| {megapixels:g} ({width} x {height}, {statistics.mean(map(len, files)) / 1e6:.1f} MB) "
               f"| {' | '.join(spread(values, 1) for values in rates.values())} | {ratios(rates['ours'], rates['plain Pillow, one by one'], 2)}, "
               f"{ratios(rates['ours'], rates['plain Pillow, in threads'], 2)} "

@@ -53,7 +53,8 @@ def main(argv=None):
     known = np.flatnonzero(whole & (columns["splits"] == "test"))
     external = whole & (columns["splits"] == "external")
     print(f"{KNOWN} uploads like `test` ({len(known)} images), then {STREAM} of one source of `external`; medians of {DRAWS} draws, "
-          f"encoder `tiny` (a demonstration). Bars: PSI {PSI_BAR} over the last {LEAST} verdicts, distance {DISTANCE_BAR}.\n")
+          f"encoder `{model['encoder']['name']}`. Thresholds: PSI {PSI_BAR} over "
+          f"the last {LEAST} verdicts, distance {DISTANCE_BAR}.\n")
     quiet = np.concatenate([stream(model, scores, columns["features"], rng.choice(known, KNOWN), rng)[20:] for _ in range(DRAWS)])
     print(f"Known sources alone: PSI {np.median(quiet[:, 0]):.2f} (99% below {np.quantile(quiet[:, 0], .99):.2f}), "
           f"distance {np.median(quiet[:, 1]):.2f} (99% below {np.quantile(quiet[:, 1], .99):.2f}).\n")

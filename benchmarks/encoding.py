@@ -2,12 +2,15 @@
 
     python benchmarks/random_clip.py --output vit-l-14.pt
     python benchmarks/encoding.py --clip_model vit-l-14.pt --image photo.jpg          # an hour where there is no bfloat16
-    python benchmarks/encoding.py --clip_model tiny --image photo.jpg
+    python benchmarks/encoding.py --image photo.jpg         # ViT-B/16-8bit
     python benchmarks/encoding.py --clip_model vit-l-14.pt --image photo.jpg --device cuda --batch_sizes 1 64 256 --megapixels 0.25 2 --images 4096 12288
 
-open_clip takes part where it is installed (pip install open_clip_torch). The limit is torch's own matrix multiplication at
-the shapes of a ViT-L/14, which takes 162 GFLOP an image. All from pixels in the machine's memory to features there; these in
-turns, extract_features.py after them; prints Markdown.
+With a checkpoint of a ViT-L/14, `clip.load` takes part, and open_clip where it is installed
+(pip install open_clip_torch). The limit is torch's own matrix multiplication at the shapes of a
+ViT-L/14, which takes 162 GFLOP an image.
+
+All from pixels in the machine's memory to features there; these in turns, extract_features.py
+after them; prints Markdown.
 """
 import argparse
 import statistics
@@ -25,6 +28,7 @@ from PIL import Image, ImageChops
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import encoders  # noqa: E402
+from catalogue import EIGHT_BIT  # noqa: E402
 from facts import describe_image  # noqa: E402
 from imaging import preprocess  # noqa: E402
 from measure import in_turns, ratios, spread  # noqa: E402
@@ -37,7 +41,8 @@ COMPILED = "ours, compiled"
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--clip_model", required=True, metavar="FILE", help="checkpoint, as random_clip.py writes one, or tiny")
+    parser.add_argument("--clip_model", default=EIGHT_BIT, metavar="NAME|FILE",
+                        help="what encodes; a file: a ViT-L/14, as random_clip.py writes it")
     parser.add_argument("--image", required=True, metavar="IMG", help="photograph that all are made of")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to encode")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8, 16], help="to try for each")
@@ -102,7 +107,7 @@ def rates(args, folder):
         loops[COMPILED] = encoders.Encoder(folder, args.device, compile=True).encode
     elif encoders.has_bfloat16():
         loops["ours, float32"] = encoders.Encoder(folder, "cpu", "float32").encode
-    if args.clip_model != "tiny":
+    if args.clip_model != EIGHT_BIT:
         loops[f"`clip.load`, torch {float_}"] = torch_loop(args.clip_model, args.device)
         if peer := open_clip_loop(args.device):
             loops[f"open_clip, torch {float_}"] = peer
@@ -122,7 +127,7 @@ def rates(args, folder):
                 rate = passes * worth_of / (time.perf_counter() - started)
                 if turn:
                     (limit if name == "limit" else found[name])[n].append(rate)
-    if args.clip_model != "tiny":
+    if args.clip_model != EIGHT_BIT:
         found[f"limit: torch's {float_} matrix product"] = limit
     return found
 

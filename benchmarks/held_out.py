@@ -1,11 +1,11 @@
 """Whole repositories of images as if never seen: by this a recipe is chosen before `test` and `external` are looked at.
 
-    CLIP_MODEL=tiny python extract_features.py --data_dir data --output_file held.npz --views 1 --crops 4
-    python benchmarks/held_out.py --features_file held.npz --data_dir data --sources_file SOURCES.csv
+    CLIP_MODEL=ViT-B/16-8bit python extract_features.py --data_dir data --output_file held.npz --views 1 --layers 10
+    python benchmarks/held_out.py --features_file held.npz --sources_file SOURCES.csv --classifier logistic --C 1e-4 1e-3
     python benchmarks/held_out.py --features_file held.npz --data_dir data --sources_file SOURCES.csv --C 1 3 10 --gamma 0.1 0.3 1
 
-Three folds of whole repositories, laid out without chance, about even in the images of each class. An SVM is fitted on `train` and `extra`
-without a fold's repositories and scored on that fold's images of `train`. Prints Markdown.
+Three folds of whole repositories, laid out without chance, about even in the images of each class. A classifier is fitted on
+`train` and `extra` without a fold's repositories and scored on that fold's images of `train`. Prints Markdown.
 """
 import argparse
 import csv
@@ -23,23 +23,24 @@ import metrics  # noqa: E402
 from classifiers import fit, row_weights  # noqa: E402
 from common import UsageError  # noqa: E402
 from dataset import COLUMNS  # noqa: E402
-from distort import social  # noqa: E402
+from distort import RESAVED, resaved  # noqa: E402
 from features import crops_of, load_features, take_crops  # noqa: E402
 from model import decision  # noqa: E402
 
 FOLDS = 3
-TIER = 512, 40  # long side and JPEG quality of the lowest tier of social media in distort.py
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
-    parser.add_argument("--features_file", required=True, metavar="FILE", help="of --data_dir, with degraded copies and crops")
-    parser.add_argument("--data_dir", required=True, metavar="DIR", help="the images, to save them as a site would")
+    parser.add_argument("--features_file", required=True, metavar="FILE", help="with degraded copies, and crops where they are to be tried")
+    parser.add_argument("--data_dir", metavar="DIR", help="the images, to measure them re-saved as well")
     parser.add_argument("--sources_file", required=True, metavar="FILE", help="CSV with the columns source and repository")
-    parser.add_argument("--C", type=float, nargs="+", default=[10.0], metavar="X", help="of the SVM (default: 10)")
-    parser.add_argument("--gamma", type=float, nargs="+", default=[0.3], metavar="X", help="by the number of features (default: 0.3)")
+    parser.add_argument("--classifier", choices=["svm", "linear-svm", "logistic"], default="svm", help="kind")
+    parser.add_argument("--C", type=float, nargs="+", default=[10.0], metavar="X", help="of the classifier")
+    parser.add_argument("--gamma", type=float, nargs="+", default=[0.3], metavar="X", help="of an svm, by the number of features")
     args = parser.parse_args(argv)
-    common.need_folder(args.data_dir)
+    if args.data_dir:
+        common.need_folder(args.data_dir)
     common.need_features(args.features_file)
     return args
 
@@ -68,10 +69,10 @@ def folds_of(repositories, labels):
     return fold
 
 
-def encode_resaved(encoder, data_dir, paths, crops):
+def encode_resaved(encoder, data_dir, paths, crops, share, quality):
     """Features of the images as a site hands them out, float32 [n, 1 + crops, d]."""
     def pieces(path):
-        image = social(imaging.decode_image(common.read_bytes(Path(data_dir, path))), TIER)
+        image = resaved(imaging.decode_image(common.read_bytes(Path(data_dir, path))), share, quality)
         return encoder.encode(imaging.normalise(np.stack(imaging.in_pieces(image, encoder.resolution, crops))))
     return np.stack([pieces(path) for path in paths])
 
@@ -85,15 +86,15 @@ def mean_auc(labels, scores, fold, sources):
     return values, metrics.words({"value": value, "interval": metrics.interval(value, drawn, sum(numbers))}, 3)
 
 
-def held_scores(columns, seen, point, copies, crops, combine):
-    """Scores of the images under each condition (`seen`: {name: features [n, pieces, d]}) by the SVM that was fitted without their
-    repositories; `copies`: are degraded copies trained on, too. -> {name: float64 [n]}"""
+def held_scores(columns, seen, kind, point, copies, crops, combine):
+    """Scores of the images under each condition (`seen`: {name: features [n, pieces, d]}) by the classifier that was fitted
+    without their repositories; `copies`: are degraded copies trained on, too. -> {name: float64 [n]}"""
     scored, found = columns["scored"], {name: np.empty(len(features)) for name, features in seen.items()}
     for k in range(FOLDS):
         train = np.flatnonzero((columns["fold"] != k) & (columns["view"] <= copies))
         weight = row_weights(columns["labels"][train], columns["sources"][train])
         features = columns["features"][train, :1 + crops] if crops else columns["features"][train, 0]
-        classifier = fit("svm", features, columns["labels"][train], weight, 0, **point)
+        classifier = fit(kind, features, columns["labels"][train], weight, 0, **point)
         own = columns["fold"][scored] == k
         for name, features in seen.items():
             pieces = features[own, :1 + crops]
@@ -137,20 +138,25 @@ def main(argv=None):
     labels, sources, fold = (columns[name][scored] for name in ("labels", "sources", "fold"))
     degraded = {path: row for row, path in enumerate(columns["paths"]) if columns["view"][row] == 1}
     seen = {"untouched": columns["features"][scored],
-            f"{TIER[0]} px q{TIER[1]}": encode_resaved(encoder, args.data_dir, columns["paths"][scored], crops),
+            **{f"re-saved at {name}": encode_resaved(encoder, args.data_dir, columns["paths"][scored], crops, *how)
+               for name, how in RESAVED.items() if args.data_dir},
             "degraded": columns["features"][[degraded[path] for path in columns["paths"][scored]]]}
 
     print(f"Encoder `{encoder.name}`, {len(scored)} images of {len(set(sources))} sources in {FOLDS} folds "
           f"({', '.join(f'{(fold == k).sum()}' for k in range(FOLDS))}). 95% intervals over sources.\n")
-    print("| trained on, scored | C, gamma | folds | " + " | ".join(seen) + " |\n|" + "---|" * (3 + len(seen)), flush=True)
+    print("| trained on, scored | of the classifier | folds | " + " | ".join(seen) + " |\n|" + "---|" * (3 + len(seen)), flush=True)
     ways = [("whole images", 0, 0, np.mean), ("the same and a degraded copy of each", 1, 0, np.mean)]
     ways += [(f"whole images and {crops} crops, {words}", 0, crops, combine) for words, combine in (("mean", np.mean), ("highest", np.max))
              if crops]
-    for (words, *how), C, gamma in itertools.product(ways, args.C, args.gamma):
-        scores = held_scores(columns, seen, {"C": C, "gamma": gamma}, *how)
+    points = [{"C": C, "gamma": gamma} for C, gamma in itertools.product(args.C, args.gamma)]
+    if args.classifier != "svm":
+        points = [{"C": C} for C in args.C]
+    for (words, *how), point in itertools.product(ways, points):
+        scores = held_scores(columns, seen, args.classifier, point, *how)
         cells = {name: mean_auc(labels, values, fold, sources) for name, values in scores.items()}
         folds = ", ".join(f"{auc:.3f}" for auc in cells["untouched"][0])
-        print(f"| {words} | {C:g}, {gamma:g} | {folds} | " + " | ".join(text for _, text in cells.values()) + " |", flush=True)
+        values = ", ".join(f"{name} {value:g}" for name, value in point.items())
+        print(f"| {words} | {args.classifier}, {values} | {folds} | " + " | ".join(text for _, text in cells.values()) + " |", flush=True)
 
 
 if __name__ == "__main__":

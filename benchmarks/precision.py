@@ -1,6 +1,6 @@
 """What reduced precision costs and gives: float32, bfloat16, int8 weights only, int8, on one encoder and this machine.
 
-    python benchmarks/precision.py --clip_model small.pt --data_dir data
+    python benchmarks/precision.py --data_dir data                               # ViT-B/16-8bit
     python benchmarks/random_clip.py --output vit-l-14.pt
     python benchmarks/precision.py --clip_model vit-l-14.pt --data_dir data --limit 40    # speed only: its weights are random
 
@@ -19,13 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import encoders  # noqa: E402
 import quantize  # noqa: E402
+from catalogue import EIGHT_BIT  # noqa: E402
 from measure import ratios, spread  # noqa: E402
 from prepare_clip import ensure_encoder  # noqa: E402
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--clip_model", required=True, metavar="FILE", help="checkpoint")
+    parser.add_argument("--clip_model", default=EIGHT_BIT, metavar="NAME|FILE", help="what encodes")
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="labelled pictures")
     parser.add_argument("--limit", type=int, default=400, help="pictures")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="to measure")
@@ -80,7 +81,8 @@ def main(argv=None):
         size = {name: Path(Path(place, name) if name.startswith("int8") else folder, "encoder.bin").stat().st_size for name in found}
         speed = {n: rates(found, pixels, n, args.runs) for n in args.batch_sizes}
         close = {name: quantize.closeness(reference, quantize.encode(encoder, pixels[half:]), labels) for name, encoder in found.items()}
-    print(f"{len(pixels) - half} pictures that calibrated nothing.\n\n| {Path(args.clip_model).stem} | "
+    name = encoders.read_manifest(folder)["name"]
+    print(f"{len(pixels) - half} pictures that calibrated nothing.\n\n| {name} | "
           + " | ".join(f"images/s at batch {n} | to float32" for n in args.batch_sizes)
           + " | MB on the disk | cosine to float32, mean and lowest | verdicts that stay |\n|---|" + "---|---|" * len(args.batch_sizes) + "---|---|---|")
     for name in found:

@@ -1,7 +1,9 @@
 """extract_features.py on Ray against itself without: what starting costs, and rows per second once it runs.
 
-    python benchmarks/ray_workers.py --clip_model tiny --images 2000          # five minutes
-    python benchmarks/ray_workers.py --clip_model vit-l-14.pt --images 64     # see benchmarks/random_clip.py; 20 minutes
+    python benchmarks/ray_workers.py --image photo.jpg --images 200     # ViT-B/16-8bit
+    python benchmarks/ray_workers.py --image photo.jpg --images 64 --clip_model vit-l-14.pt
+
+benchmarks/random_clip.py writes vit-l-14.pt.
 
 The images are crops of one photograph (--image), each saved apart. One machine plays the cluster: nodes of one processor are
 processes on it (ray.cluster_utils.Cluster), so two workers of one processor stand against one of two and against the plain
@@ -21,6 +23,10 @@ from measure import run
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from catalogue import EIGHT_BIT  # noqa: E402
+from prepare_clip import ensure_encoder  # noqa: E402
+
 NODES = """
 import sys
 from ray.cluster_utils import Cluster
@@ -37,7 +43,7 @@ cluster.shutdown()
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--clip_model", default="tiny", help="what encodes")
+    parser.add_argument("--clip_model", default=EIGHT_BIT, metavar="NAME|FILE", help="what encodes")
     parser.add_argument("--images", type=int, default=2000, help="how many")
     parser.add_argument("--image", required=True, help="a photograph to cut them from")
     parser.add_argument("--side", type=int, default=500, help="of a crop, in pixels")
@@ -67,6 +73,7 @@ def extract(folder, place, clip_model, *flags):
 
 def main():
     args, place = parse_args(None), Path(tempfile.mkdtemp())
+    ensure_encoder(args.clip_model)  # not in the first row's time
     cut(place / "few", args.image, args.images // 4, args.side)
     cut(place / "many", args.image, args.images, args.side)
     print(f"| {args.images} images, `{args.clip_model}` | seconds | of these starting | rows/s then |\n|---|---|---|---|", flush=True)

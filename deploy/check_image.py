@@ -36,7 +36,7 @@ def expand(text, values):
         name, kind, word = match.groups()
         value = values.get(name, "")
         return {":-": value or word, ":+": word if value else "", None: value}[kind]
-    return re.sub(r"\$\{(\w+)(?:(:-|:\+)(\w*))?\}", replace, text)
+    return re.sub(r"\$\{(\w+)(?:(:-|:\+)([^}]*))?\}", replace, text)
 
 
 def read_stages(instructions, **build_args):
@@ -68,13 +68,22 @@ def read_env(value):
 
 # ---- doing it ----
 
-def build(steps, venv, root, args):
-    """Carry out the steps below `root`, with `venv` for the image's Python: -> (environment, working directory)."""
+def build(stages, name, venv, root, args):
+    """Carry out a stage's steps below `root`, with `venv` for the image's Python: -> (environment, working directory).
+
+    A path that only an image has, such as /cache, is one below `root` here.
+    """
     env, workdir = {}, root
+    steps = [(keyword, value.replace("/cache", f"{root}/cache")) for keyword, value in steps_of(stages, name)]
     for keyword, value in steps:
         if keyword == "ARG":
             name, _, default = value.partition("=")
             args.setdefault(name, default)
+        elif keyword == "COPY" and value.startswith("--from="):
+            stage, folder = re.match(r"--from=(\w+) (\S+)", value).groups()
+            below = root.with_name(stage)
+            build(stages, stage, venv, below, dict(args))
+            shutil.copytree(folder.replace(str(root), str(below)), folder)
         elif keyword == "ENV":
             env |= read_env(expand(value, args))
         elif keyword == "WORKDIR":
@@ -85,7 +94,7 @@ def build(steps, venv, root, args):
         elif keyword == "RUN":  # with the caller's environment: pip's settings, proxies, certificates
             print(f"RUN {value}", flush=True)
             subprocess.run(value, shell=True, check=True, cwd=workdir, stdout=subprocess.DEVNULL,
-                           env={**os.environ, **env, "PATH": path_with(venv)})
+                           env={**os.environ, **args, **env, "PATH": path_with(venv)})
     return env, workdir
 
 
@@ -158,11 +167,11 @@ def main():
     home.mkdir()
     process = None
     try:
-        steps = steps_of(read_stages(read_dockerfile(ROOT / "Dockerfile")))
+        stages = read_stages(read_dockerfile(ROOT / "Dockerfile"))
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        env, workdir = build(steps, venv, root, {"CODE_COMMIT": "0123abc"})
+        env, workdir = build(stages, "", venv, root, {"CODE_COMMIT": "0123abc"})
         env |= {"PATH": path_with(venv), "HOME": str(home), "PORT": str(free_port())}
-        said = dict(steps)  # the last of each keyword holds, as in an image
+        said = dict(steps_of(stages))  # the last of each keyword holds, as in an image
         healthcheck = json.loads(said["HEALTHCHECK"].split("CMD", 1)[1])
 
         def python(code):

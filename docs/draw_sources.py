@@ -1,7 +1,8 @@
-"""The README's picture, from the shipped features and model: one dot an image, a row a source, score across.
+"""The README's picture: a row for each kind of source that the shipped model has never seen.
 
-    python docs/draw_sources.py        # writes docs/sources.png
+python docs/draw_sources.py        # writes docs/sources.png
 """
+
 import sys
 from pathlib import Path
 
@@ -18,37 +19,78 @@ from features import load_features  # noqa: E402
 from model import decision, load_model, probability  # noqa: E402
 
 COLOURS = ("#2c7fb8", "#e6550d")
+# What the sources of `external` show, in words that people know: every one of them.
+NAMES = {
+    ("fake", "dexer"): "generator not named",
+    ("fake", "eenx16-progan"): "ProGAN, 2018",
+    ("fake", "flux-dev--Regional-Prompting-FLUX"): "FLUX.1",
+    ("fake", "gpt-image-2--awesome-gpt-image-2"): "GPT-Image-2",
+    ("fake", "hastings-dalle3"): "DALL-E 3",
+    ("fake", "hunyuan-dit--HunyuanDiT"): "HunyuanDiT",
+    ("fake", "infinity--Infinity"): "Infinity",
+    ("fake", "kaivalya-pairs"): "generator not named",
+    ("fake", "kolors--Kolors"): "Kolors",
+    ("fake", "ml72-diffusion"): "diffusion, four generations",
+    ("fake", "ml72-gan"): "GAN, not named",
+    ("fake", "necenzurat-chatgpt"): "ChatGPT images",
+    ("fake", "necenzurat-gemini"): "Gemini images",
+    ("real", "necenzurat-gemini"): "photographs of views",
+    ("real", "based-cooking-webp"): "food blog",
+    ("real", "eenx16-progan"): "LSUN, scenes",
+    ("real", "dexer"): "stock photographs",
+    ("real", "kaivalya-pairs"): "stock photographs",
+    ("real", "ml72-diffusion"): "stock photographs",
+    ("real", "imagenet-samples"): "ImageNet",
+    ("real", "karamudie"): "photographers' blogs",
+    ("real", "larsphotos"): "photographers' blogs",
+    ("real", "sunhays80"): "landscapes and buildings",
+}
 
 
-def rows_of(columns, p_fake, split):
-    """[(source, label, probabilities)] of one split, each class by its median, so that mistakes stand out."""
-    found = []
-    for label in (1, 0):
-        mask = (columns["splits"] == split) & (columns["labels"] == label) & (columns["view"] == 0)
-        of_class = [(s, label, p_fake[mask & (columns["sources"] == s)]) for s in np.unique(columns["sources"][mask])]
-        found += sorted(of_class, key=lambda row: np.median(row[2]))
-    return found
+def rows_of(columns, p_fake):
+    """[(name, label, probabilities)], fakes above photographs, each class by its median."""
+    images = (columns["splits"] == "external") & (columns["view"] == 0)
+    found = {}
+    for i in np.flatnonzero(images):
+        label = int(columns["labels"][i])
+        name = NAMES[CLASSES[label], str(columns["sources"][i])]
+        found.setdefault((label, name), []).append(p_fake[i])
+    return sorted(
+        ((name, label, np.array(values)) for (label, name), values in found.items()),
+        key=lambda row: (-row[1], np.median(row[2])),
+    )
 
 
 def main():
-    columns, model = load_features(HERE.parent / "models" / "features.npz"), load_model(HERE.parent / "models" / "baseline.joblib")
-    p_fake = probability(model, decision(model, columns["features"]))
-    known, unseen = rows_of(columns, p_fake, "test"), rows_of(columns, p_fake, "external")
-    heights = [len(known), len(unseen)]
-    figure, panels = pyplot.subplots(2, 1, figsize=(8, 0.105 * sum(heights) + 1), height_ratios=heights, sharex=True)
-    for ax, rows, words in zip(panels, (known, unseen), ("known sources (test images)", "sources never seen (external)")):
-        for y, (source, label, values) in enumerate(rows):
-            ax.plot(values, [y] * len(values), ".", color=COLOURS[label], alpha=0.6, markersize=4)
-        ax.axvline(model["threshold"], color="black", linewidth=0.8)
-        ax.set_yticks(range(len(rows)), [f"{source[:30]}" for source, _, _ in rows], fontsize=4.5)
-        ax.set_ylim(-1, len(rows))
-        ax.set_title(f"{words}: {sum(len(v) for _, _, v in rows)} images, {len(rows)} rows", fontsize=9)
-        ax.tick_params(length=0)
-    for label in (0, 1):
-        panels[0].plot([], [], "o", color=COLOURS[label], label=f"{CLASSES[label]} image")
-    panels[0].legend(fontsize=7, loc="upper left")
-    panels[1].set_xlabel(f"calibrated probability of fake, encoder '{model['encoder']['name']}' (a demonstration); "
-                         "line: the threshold", fontsize=8)
+    models = HERE.parent / "models"
+    columns, model = load_features(models / "features.npz"), load_model(models / "baseline.joblib")
+    rows = rows_of(columns, probability(model, decision(model, columns["features"])))
+    figure, ax = pyplot.subplots(figsize=(8, 0.26 * len(rows) + 1))
+    rng = np.random.default_rng(0)
+    for y, (name, label, values) in enumerate(rows):
+        ax.plot(
+            values,
+            y + rng.uniform(-0.25, 0.25, len(values)),
+            ".",
+            color=COLOURS[label],
+            alpha=0.6,
+            markersize=6,
+        )
+    ax.axvline(model["threshold"], color="black", linewidth=0.8)
+    shares = [np.mean((values >= model["threshold"]) == label) for _, label, values in rows]
+    ax.set_yticks(
+        range(len(rows)),
+        [
+            f"{name} ({len(values)} images, {share:.0%} right)"
+            for (name, _, values), share in zip(rows, shares)
+        ],
+        fontsize=9,
+    )
+    ax.set_ylim(-1, len(rows))
+    ax.set_xlabel("calibrated probability of fake; line: the threshold", fontsize=9)
+    for label in (1, 0):
+        ax.plot([], [], "o", color=COLOURS[label], label=("photographs", "generated images")[label])
+    ax.legend(fontsize=9, loc="lower right", framealpha=1)
     figure.tight_layout()
     with atomic_write(HERE / "sources.png") as file:
         figure.savefig(file, format="png", dpi=110)

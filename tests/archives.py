@@ -1,4 +1,5 @@
-"""Checkpoints in torch's file format, written without torch: sound ones, and ones with any fault wanted."""
+"""Checkpoints in torch's file format, written without torch, with any fault wanted."""
+
 import pickle
 import zipfile
 
@@ -22,10 +23,25 @@ def tensor(key, array, offset=0, shape=None, strides=None, numel=None, storage=N
     storage = storage or named("torch", STORAGES[array.dtype.name])
     shape = array.shape if shape is None else shape
     if strides is None:
-        strides = tuple(step // array.itemsize for step in np.empty(array.shape, array.dtype).strides)
-    return (named("torch._utils", "_rebuild_tensor_v2") + b"((" + plain("storage") + storage + plain(key) + plain("cpu")
-            + plain(array.size if numel is None else numel) + b"tQ" + plain(offset) + plain(shape) + plain(strides)
-            + plain(False) + named("collections", "OrderedDict") + b")RtR")
+        strides = tuple(
+            step // array.itemsize for step in np.empty(array.shape, array.dtype).strides
+        )
+    return (
+        named("torch._utils", "_rebuild_tensor_v2")
+        + b"(("
+        + plain("storage")
+        + storage
+        + plain(key)
+        + plain("cpu")
+        + plain(array.size if numel is None else numel)
+        + b"tQ"
+        + plain(offset)
+        + plain(shape)
+        + plain(strides)
+        + plain(False)
+        + named("collections", "OrderedDict")
+        + b")RtR"
+    )
 
 
 def state_dict(tensors):
@@ -37,10 +53,14 @@ def state_dict(tensors):
 def write(path, arrays, compression=zipfile.ZIP_STORED, more=(), root=None, **faults):
     """{name: array} -> a checkpoint of a state dict, 'visual.' before every name; its path.
 
-    `faults`: {name: arguments of `tensor`}; `root`: other bytes for data.pkl; `more`: members beside.
+    `faults`: {name: arguments of `tensor`}; `root`: other bytes for data.pkl; `more`: members
+    beside.
     """
     keys = {name: str(number) for number, name in enumerate(arrays)}
-    opcodes = {f"visual.{name}": tensor(keys[name], array, **faults.get(name, {})) for name, array in arrays.items()}
+    opcodes = {
+        f"visual.{name}": tensor(keys[name], array, **faults.get(name, {}))
+        for name, array in arrays.items()
+    }
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", state_dict(opcodes) if root is None else root)
         for name, array in arrays.items():

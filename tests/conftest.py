@@ -17,15 +17,26 @@ import small  # noqa: E402
 from settings import SETTINGS  # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_wider_fixtures():
+    """What is set up once for a whole file finds the small encoder as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP_CACHE", str(small.FOLDER))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
-    """No setting of the host changes a test; each has an empty home and a cache of its own with the small encoder in it."""
+    """No setting of the host changes a test. Each has a home of its own, and in it a cache with the small encoder.
+
+    The cache is hidden: a listing of the test's folder as images leaves it out.
+    """
     for name in ("CLIP_MODEL", "CLIP_CACHE", "CODE_COMMIT", "API_KEY", *SETTINGS):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "home" / "clip"))
-    small.link_encoder(tmp_path / "home" / "clip")
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "home" / ".clip"))
+    small.link_encoder(tmp_path / "home" / ".clip")
 
 
 OPENAI_CACHE = ROOT / ".clip"  # `make test` fills it

@@ -69,7 +69,7 @@ def picture(seed=0, width=40, height=30):
 
 
 def model_file(path, **changes):
-    """The shipped model with some of its fields changed -> its path."""
+    """The small model with some of its fields changed -> its path."""
     model = load_model(BASELINE)
     del model["sha256"]
     save_model(path, {**model, **changes})
@@ -81,19 +81,19 @@ def versions(name):
 
 
 def contrary(path, name):
-    """The shipped model under another version, with every answer the other way round."""
+    """The small model under another version, with every answer the other way round."""
     return model_file(path, calibrator=-load_model(BASELINE)["calibrator"], **versions(name))
 
 
 def engine_on(**settings):
-    """An engine once its first attempt to load is over; the shipped demonstration where nothing else is said."""
+    """An engine once its first attempt to load is over; by default on the small model."""
     engine = Engine(read_settings({**DEMO, **{name: str(value) for name, value in settings.items()}}), Telemetry())
     until(lambda: engine.detector or engine.error)
     return engine
 
 
 def client_on(**settings):
-    """A test client of a service on the shipped demonstration, once its model serves."""
+    """A test client of a service on the small model, once its model serves."""
     return ready_client(**settings)
 
 
@@ -114,10 +114,11 @@ def reload(engine):
     return result
 
 
-def detector_of(name="v1", **changes):
+def detector_of(name="v1", path=BASELINE, **changes):
     """A detector as far as telemetry looks at one: no encoder behind it."""
-    return SimpleNamespace(model={**load_model(BASELINE), **versions(name), **changes},
-                           encoder=SimpleNamespace(name="tiny", identity="ab", precision="float32", notice="a demonstration"))
+    encoder = SimpleNamespace(name="small", identity="ab", precision="float32")
+    model = {**load_model(path), **versions(name), **changes}
+    return SimpleNamespace(model=model, encoder=encoder)
 
 
 def serve(telemetry, detector):

@@ -12,13 +12,14 @@ import pytest
 
 import encoders
 import extract_features
+import small
 from conftest import ROOT
 from dataset import COLUMNS
 from features import load_features
 
 FEW = {"train/real/camera": 8, "train/fake/gan": 8, "test/real/camera": 4, "test/fake/gan": 4}
 # No git repository at that place, so that meta holds CODE_COMMIT: an edit of the code during a test changes no bytes.
-SETTINGS = {"CLIP_MODEL": "tiny", "GIT_DIR": "/nowhere", "CODE_COMMIT": "c0de"}
+SETTINGS = {"CLIP_MODEL": str(small.CHECKPOINT), "GIT_DIR": "/nowhere", "CODE_COMMIT": "c0de"}
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +67,13 @@ def names(folder):
     return sorted(p.name for p in Path(folder).iterdir())
 
 
-def another_encoder(folder, **changes):
-    """The shipped encoder under another identity (or with other changes to what it says of itself)."""
-    shutil.copytree(ROOT / "models/tiny", folder)
-    manifest = json.loads((folder / "encoder.json").read_text())
+def another_encoder(**changes):
+    """The small encoder of this test's cache gets another identity, and these changes."""
+    folder = encoders.cache_dir() / "encoders" / small.ENCODER.name
+    folder.unlink()  # a link
+    shutil.copytree(small.ENCODER, folder)
+    manifest = encoders.read_manifest(folder)
     (folder / "encoder.json").write_text(json.dumps({**manifest, "identity": "f" * 64, **changes}))
-    return folder
 
 
 def rows(columns, keep=slice(None)):

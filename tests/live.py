@@ -92,7 +92,7 @@ class Live:
 
 @pytest.fixture
 def serve(tmp_path):
-    """Function: settings -> the live service, on a copy of the shipped model that a test may replace."""
+    """Function: settings -> the live service, on a copy of the small model that may be replaced."""
     started = []
 
     def start(**settings):

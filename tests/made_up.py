@@ -21,6 +21,7 @@ from training_rows import Rows
 
 ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": 6}
 BASELINE = small.FOLDER / "small.joblib"  # a model of photographs and the same with red and blue exchanged
+SHIPPED = common.HERE / "models" / "baseline.joblib"
 NOTICE = "this model is a demonstration on random weights: not a detector to rely on"
 DIM = small.ARCH["output_dim"]
 
@@ -98,10 +99,18 @@ def baseline_for(path, name="other", identity="cd" * 32):
     return path
 
 
+def colour_photos():
+    """The installed photographs in colour: in a grey photograph red and blue are the same."""
+    for path in samples.installed_photos():
+        with Image.open(path) as photo:
+            if photo.mode == "RGB":
+                yield photo.copy()
+
+
 def crop_features(number):
-    """Features float32 [2 n, DIM] of crops of the installed photographs, then of the same with red and blue exchanged."""
+    """Features float32 [2 n, DIM] of crops of photographs, then with red and blue exchanged."""
     rng, crops = np.random.default_rng(0), []
-    photos = [Image.open(path).convert("RGB") for path in samples.installed_photos()]
+    photos = list(colour_photos())
     for i in range(number):
         photo, side = photos[i % len(photos)], int(rng.integers(80, 200))
         left, top = rng.integers(photo.width - side), rng.integers(photo.height - side)
@@ -111,14 +120,16 @@ def crop_features(number):
     return encoders.Encoder(small.ENCODER, "cpu").encode(np.stack([imaging.preprocess(crop, side) for crop in crops]))
 
 
-def write_baseline(number=60):
+def write_baseline(number=100):
     """The model BASELINE, measured on the images that trained it: no figure of it means anything."""
     columns = make_columns(number, number, dim=DIM, splits=False)
     columns["features"] = crop_features(number)
     columns["sources"][:] = np.where(columns["labels"] == 1, "swapped", "photographs")
     args, rows = training_arguments(), training_rows(columns)
     point = {"C": 10.0, "gamma": 0.3}
-    scores = out_of_fold("svm", rows.features, rows.labels, rows.weight, fold_rows(rows.labels, rows.groups, 0), 0, **point)
+    pairs = np.tile(np.arange(number), 2)  # a crop and its copy stay in the same fold
+    scores = out_of_fold("svm", rows.features, rows.labels, rows.weight,
+                         fold_rows(rows.labels, pairs, 0), 0, **point)
     model = calibrated(fit("svm", rows.features, rows.labels, rows.weight, 0, **point), point, scores, rows)
     model = train_model.set_threshold(model, None)
     encoder = {name: encoders.read_manifest(small.ENCODER)[name] for name in ("name", "identity", "layers", "dim")}

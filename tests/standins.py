@@ -10,6 +10,7 @@ import time
 
 import pytest
 import requests
+import small
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,7 +27,7 @@ REAL = (200, {"X-Model-Version": "v1"}, {"classification": "real", "confidence":
 
 
 def tinted(folder):
-    """The folder, its fakes tinted: what even the demonstration's encoder sees in nine of ten."""
+    """The folder, its fakes tinted: what even the small encoder sees in nine of ten."""
     for path in folder.rglob("fake/*.jpg"):
         with Image.open(path) as image:
             Image.blend(image, Image.new("RGB", image.size, "magenta"), 0.3).save(path)
@@ -39,7 +40,7 @@ def make_models(place, make_folder):
     import extract_features
     tinted(make_folder(place / "data", {f"{split}/{label}": n for split, n in (("train", 40), ("test", 20)) for label in CLASSES}))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setenv("CLIP_MODEL", "tiny")
+        patch.setenv("CLIP_MODEL", str(small.CHECKPOINT))
         extract_features.main(["--data_dir", str(place / "data"), "--output_file", str(place / "f.npz")])
     columns = load_features(place / "f.npz")
     train, test = ({name: columns[name][columns["splits"] == split] for name in COLUMNS} for split in ("train", "test"))

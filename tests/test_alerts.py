@@ -15,7 +15,7 @@ import golden
 from conftest import ROOT
 from features import load_features
 from live import post, ready_client
-from made_up import BASELINE
+from made_up import SHIPPED
 from model import decision, load_model
 from promql import groupings, resolve, selectors
 from telemetry import BINS, Drift
@@ -253,7 +253,7 @@ def test_so_few_verdicts_do_not_alert_by_chance():
 @pytest.fixture(scope="module")
 def streams():
     """Function: (rows of the shipped features, n) -> (feature distance, PSI) after a stream of n of them."""
-    model, columns = load_model(BASELINE), load_features(ROOT / "models" / "features.npz")
+    model, columns = load_model(SHIPPED), load_features(SHIPPED.parent / "features.npz")
     rng = np.random.default_rng(0)
 
     def run(chosen, n=400):

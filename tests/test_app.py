@@ -19,11 +19,10 @@ from PIL import Image
 import app as service
 import classify
 import common
-import encoders
 import imaging
 from conftest import ROOT, assert_one_line_error
 from live import DEMO, Live, assert_error, post, ready_client, wait_until_ready
-from made_up import BASELINE, baseline_for, other_encoder
+from made_up import BASELINE, NOTICE, baseline_for, other_encoder
 
 NAMES = ("china.jpg", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
 
@@ -51,10 +50,10 @@ def test_the_verdict_is_that_of_classify_py_in_the_documented_json(client, scrip
 
 
 def test_a_demonstration_says_so_in_a_header_and_the_json_stays_as_documented(client, data):
-    assert post(client, data["china.jpg"]).headers["X-Model-Notice"] == encoders.read_manifest(encoders.SHIPPED)["notice"]
+    assert post(client, data["china.jpg"]).headers["X-Model-Notice"] == NOTICE
 
 
-def test_a_model_on_another_encoder_needs_no_permission_and_has_no_notice(data, tmp_path, client):
+def test_a_model_without_a_notice_needs_no_permission_and_shows_none(data, tmp_path, client):
     other_encoder()
     other = ready_client(MODEL_PATH=baseline_for(tmp_path / "other.joblib"), ALLOW_DEMO_MODEL="0")
     response = post(other, data["china.jpg"])

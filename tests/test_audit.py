@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import audit
+import small
 from audit import audit_labels, labels_of, leak_sentence, sentences
 from conftest import assert_one_line_error
 from facts import describe_image
@@ -219,7 +220,8 @@ def test_json_holds_the_findings_and_the_sentences(leaking, script):
 @pytest.mark.parametrize("folder", ["clean", "leaking"])
 def test_the_folder_and_its_features_file_tell_the_same(folder, request, script, tmp_path):
     data = request.getfixturevalue(folder)
-    made = script("extract_features.py", "--data_dir", data, "--output_file", "f.npz", CLIP_MODEL="tiny")
+    made = script("extract_features.py", "--data_dir", data, "--output_file", "f.npz",
+                  CLIP_MODEL=str(small.CHECKPOINT))
     assert made.returncode == 0, made.stderr
     told = [script("audit.py", *source, "--json") for source in (("--data_dir", data), ("--features_file", "f.npz"))]
     by_folder, by_file = (json.loads(done.stdout) for done in told)
@@ -228,7 +230,8 @@ def test_the_folder_and_its_features_file_tell_the_same(folder, request, script,
 
 
 def test_features_without_a_label_are_refused_in_one_line(clean, script):
-    made = script("extract_features.py", "--data_dir", clean, "--output_file", "f.npz", "--unlabelled", CLIP_MODEL="tiny")
+    made = script("extract_features.py", "--data_dir", clean, "--output_file", "f.npz",
+                  "--unlabelled", CLIP_MODEL=str(small.CHECKPOINT))
     assert made.returncode == 0, made.stderr
     assert_one_line_error(script("audit.py", "--features_file", "f.npz"), "no image has a label")
 

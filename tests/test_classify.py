@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-import encoders
 import provenance
-from classify import answer
+import small
+from classify import SHIPPED_MODEL, answer
 from conftest import ROOT, assert_one_line_error
-from made_up import BASELINE, baseline_for, other_encoder
+from made_up import BASELINE, NOTICE, baseline_for, other_encoder
 from model import load_model, save_model
 
 LINE = r"(real|fake) \(confidence [01]\.\d\d\)"
@@ -25,14 +25,15 @@ def trained(make_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     make_folder(folder / "data", {"train/real": 60, "train/fake": 60, "test/real": 30, "test/fake": 30})
     for name, *args in (("extract_features.py", "--data_dir", "data"), ("train_model.py",)):
-        subprocess.run([sys.executable, ROOT / name, *args], cwd=folder, env={**os.environ, "CLIP_MODEL": "tiny", "OMP_NUM_THREADS": "1"},
-                       check=True, capture_output=True, timeout=200)
+        env = {**os.environ, "CLIP_MODEL": str(small.CHECKPOINT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, ROOT / name, *args], cwd=folder, env=env, check=True,
+                       capture_output=True, timeout=200)
     return folder / "model.joblib"
 
 
 @pytest.fixture
 def classify(script):
-    """Function: classify.py on the given paths, with the shipped model where no other is named."""
+    """Function: classify.py on the given paths, with the small model where no other is named."""
     def run(*paths, model=BASELINE, flags=(), **options):
         given = ["--model_path", model] if model else []
         return script("classify.py", "--image_path", *paths, *given, *flags, **options)
@@ -131,10 +132,9 @@ DETAILS = ["p_fake", "threshold", "uncertain", "reason", "model_version", "notic
 
 @pytest.fixture
 def moved(tmp_path):
-    """Function: the shipped model with another threshold and band, of another name, on an encoder without a notice."""
+    """Function: the small model with another threshold, band and name, and without its notice."""
     def save(**changes):
-        model = {k: v for k, v in load_model(BASELINE).items() if k != "sha256"}
-        model["encoder"] = {k: v for k, v in model["encoder"].items() if k != "notice"}
+        model = {k: v for k, v in load_model(BASELINE).items() if k not in ("sha256", "notice")}
         save_model(tmp_path / "moved.joblib", {**model, "versions": {**model["versions"], "model": "v7.0.0"}, **changes})
         return tmp_path / "moved.joblib"
     return save
@@ -148,7 +148,7 @@ def test_details_say_what_stands_behind_the_verdict(classify, photos):
     assert found["confidence"] == pytest.approx(found["p_fake"] if found["classification"] == "fake" else 1 - found["p_fake"], abs=1e-9)
     assert found["threshold"] == round(model["threshold"], 4) and found["model_version"] == model["versions"]["model"]
     assert found["uncertain"] == bool(model["band"][0] <= found["p_fake"] <= model["band"][1])
-    assert found["notice"] == model["encoder"]["notice"]
+    assert found["notice"] == NOTICE
 
 
 def test_the_line_with_details_says_the_same_as_the_json(classify, photos, moved):
@@ -181,9 +181,10 @@ def test_uncertain_is_said_inside_the_band_and_changes_no_verdict(classify, phot
 
 # ---- which model ----
 
-def test_without_a_model_path_the_shipped_baseline_answers_and_stderr_says_so(classify, photos):
+def test_without_a_model_path_the_shipped_baseline_answers_and_stderr_says_so(
+        classify, photos, openai):
     result = classify(photos["china.jpg"], model=None)
-    assert assert_done(result) == assert_done(classify(photos["china.jpg"]))
+    assert assert_done(result) == assert_done(classify(photos["china.jpg"], model=SHIPPED_MODEL))
     assert "model: the shipped baseline" in result.stderr
 
 
@@ -199,9 +200,8 @@ def test_with_a_model_path_nothing_is_said_about_the_choice(classify, photos):
 
 
 def test_a_demonstration_is_called_one_on_stderr_only(classify, photos):
-    notice = encoders.read_manifest(encoders.SHIPPED)["notice"]
     result = classify(photos["china.jpg"])
-    assert f"note: {notice}" in result.stderr and notice not in result.stdout and "demonstration" in notice
+    assert f"note: {NOTICE}" in result.stderr and NOTICE not in result.stdout
 
 
 def test_the_test_images_are_answered_as_the_training_measured_them(classify, trained):
@@ -224,10 +224,11 @@ def test_the_encoder_is_found_in_the_cache_by_the_identity_that_the_model_names(
 
 def test_a_missing_encoder_is_one_line_that_names_the_command(classify, photos, tmp_path):
     result = classify(photos["china.jpg"], model=baseline_for(tmp_path / "other.joblib", name="mine"))
-    assert_one_line_error(result, "mine", "cdcdcdcdcdcd", tmp_path / "home" / "clip", "prepare_clip.py")
+    cache = tmp_path / "home" / ".clip"
+    assert_one_line_error(result, "mine", "cdcdcdcdcdcd", cache, "prepare_clip.py")
 
 
-@pytest.mark.parametrize("setting", ["ViT-L/14", "nonsense", "tiny", ""])
+@pytest.mark.parametrize("setting", ["ViT-L/14", "nonsense", "small", ""])
 def test_clip_model_plays_no_part(classify, photos, setting):
     assert assert_done(classify(photos["china.jpg"], CLIP_MODEL=setting)) == assert_done(classify(photos["china.jpg"]))
 
@@ -265,9 +266,19 @@ def test_the_block_above_does_block(without):
     assert result.returncode == 1 and "IMPORTED sklearn" in result.stderr
 
 
-def test_a_missing_openai_encoder_without_torch_is_one_line_that_says_what_to_install(classify, photos, tmp_path, without):
-    result = classify(photos["china.jpg"], model=baseline_for(tmp_path / "m.joblib", name="ViT-L/14"), **without("torch"), **OFFLINE)
-    assert_one_line_error(result, "ViT-L/14", "torch", "pip install -r requirements.txt")
+def test_a_missing_resnet_without_torch_is_one_line_that_says_what_to_install(
+        classify, photos, tmp_path, without):
+    model = baseline_for(tmp_path / "m.joblib", name="RN50")
+    result = classify(photos["china.jpg"], model=model, **without("torch"), **OFFLINE)
+    assert_one_line_error(result, "RN50", "torch", "pip install -r requirements.txt")
+
+
+def test_a_missing_vit_that_cannot_be_fetched_is_one_line_with_the_way_out(
+        classify, photos, tmp_path, without):
+    model = baseline_for(tmp_path / "m.joblib", name="ViT-L/14")
+    result = classify(photos["china.jpg"], model=model, **without("torch"), **OFFLINE)
+    assert_one_line_error(result, "ViT-L/14", "cannot download", "--weights")
+    assert "IMPORTED" not in result.stderr
 
 
 # ---- refusals ----

@@ -19,6 +19,7 @@ import requests
 from PIL import Image
 
 import cluster
+import small
 import storage
 from common import UsageError
 from conftest import ROOT, assert_one_line_error
@@ -119,8 +120,9 @@ def test_a_name_that_is_no_text_is_told_and_left_out(capsys):
 def test_a_folder_of_other_things_is_left_alone(script, few, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    assert_one_line_error(script("extract_features.py", "--data_dir", few, "--output_file", "mine", "--ray", "local", CLIP_MODEL="tiny"),
-                          "mine", "other things")
+    done = script("extract_features.py", "--data_dir", few, "--output_file", "mine",
+                  "--ray", "local", CLIP_MODEL=str(small.CHECKPOINT))
+    assert_one_line_error(done, "mine", "other things")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
@@ -284,7 +286,7 @@ def test_a_command_that_was_killed_goes_on_and_makes_no_part_again(many, plain, 
 
 @long
 def test_a_node_that_lacks_the_encoder_gets_it(many, plain, two_nodes, tmp_path):
-    other_encoder(source="ViT-B/32")  # with the weights of the shipped one
+    other_encoder(source="ViT-B/32")  # with the weights of the small one
     run(many, tmp_path / "f.parquet", two_nodes.address, "--views", "2", CLIP_MODEL="ViT-B/32")
     assert json.loads(next(two_nodes.cache.glob("encoders/*/encoder.json")).read_text())["identity"] == "cd" * 32
     assert_same_rows(load_features(tmp_path / "f.parquet"), plain)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import imaging
+import small
 import model as models
 from classifiers import fit
 from classify import Detector
@@ -66,7 +67,9 @@ def trained(tmp_path_factory, make_folder):
     import train_model
     place = tmp_path_factory.mktemp("crops")
     make_folder(place / "data", {f"{split}/{label}": 25 for split in ("train", "test") for label in ("real", "fake")})
-    extract_features.main(["--data_dir", str(place / "data"), "--output_file", str(place / "features.npz"), "--clip_model", "tiny",
+    extract_features.main(["--data_dir", str(place / "data"),
+                           "--output_file", str(place / "features.npz"),
+                           "--clip_model", str(small.CHECKPOINT),
                            "--crops", str(CROPS), "--views", "1"])
     train_model.main(["--features_file", str(place / "features.npz"), "--model_output_path", str(place / "model.joblib"),
                       "--crops", str(CROPS), "--classifier", "linear-svm"])

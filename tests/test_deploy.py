@@ -16,13 +16,15 @@ sys.path.insert(0, str(ROOT / "deploy"))
 from check_image import read_dockerfile, read_env, read_stages, steps_of  # noqa: E402
 
 from app import SETTINGS  # noqa: E402
+from encoders import clip_model_of  # noqa: E402
+from model import load_model  # noqa: E402
 
 INSTRUCTIONS = read_dockerfile(ROOT / "Dockerfile")
 DEMO = steps_of(read_stages(INSTRUCTIONS))
 PREPARED = steps_of(read_stages(INSTRUCTIONS, CLIP_MODEL="ViT-L/14"))
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
-# Imported inside functions, only where an encoder is prepared or run on CUDA: requirements.txt has them, the image not
-PREPARING = {"torch", "clip", "filelock", "safetensors", "nncf"}
+# Imported inside functions, only for CUDA, a ResNet or int8: requirements.txt has them, the image not
+PREPARING = {"torch", "clip", "nncf"}
 OPTIONAL = {"c2pa"}  # where it is not installed, details say so
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".heic"}
 
@@ -126,7 +128,7 @@ def test_every_module_that_the_service_imports_is_copied(steps):
 
 
 def test_every_module_that_prepares_an_encoder_is_copied():
-    _, steps = read_stages(INSTRUCTIONS, CLIP_MODEL="ViT-L/14")["encoder"]
+    steps = steps_of(read_stages(INSTRUCTIONS, CLIP_MODEL="ViT-L/14"), "encoder")
     assert {f"{name}.py" for name in closure("prepare_clip")} <= set(copied(steps))
 
 
@@ -222,6 +224,12 @@ def test_only_the_demonstration_allows_a_demo_model():
 @pytest.mark.parametrize("steps", [DEMO, PREPARED], ids=["demo", "prepared"])
 def test_the_user_is_a_number_and_not_root(steps):
     assert re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", values(steps, "USER")[-1])
+
+
+def test_the_demonstration_prepares_the_layers_that_the_shipped_model_was_trained_on():
+    encoder = load_model(ROOT / "models" / "baseline.joblib")["encoder"]
+    prepare = " ".join(values(DEMO + steps_of(read_stages(INSTRUCTIONS), "encoder"), "RUN"))
+    assert f'"${{CLIP_MODEL:-{clip_model_of(encoder)}}}" --layers "${{LAYERS:-{encoder["layers"]}}}"' in prepare
 
 
 def test_the_commit_can_be_given():

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 import common
-import encoders
 from classify import Detector, classify_all
 from made_up import BASELINE
 from model import verdict
@@ -14,12 +13,6 @@ def crops(make_folder, tmp_path_factory):
     """Paths of 1,000 crops of photographs, half of them with their channels swapped."""
     folder = make_folder(tmp_path_factory.mktemp("crops"), {"real": 500, "fake": 500}, seed=1)
     return sorted(map(str, folder.rglob("*.jpg")))
-
-
-def test_tiny_is_refused_in_any_precision_but_float32():
-    assert encoders.Encoder(encoders.SHIPPED).precision == "float32"
-    with pytest.raises(common.EncoderError, match="--precision bfloat16: 'tiny' computes in float32 alone; leave --precision away"):
-        encoders.Encoder(encoders.SHIPPED, precision="bfloat16")
 
 
 def test_an_image_alone_is_answered_as_among_others(crops):

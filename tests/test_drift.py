@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 
 from engines import counted, detector_of, give, serve
-from made_up import BASELINE, DIM
+from made_up import SHIPPED
 from model import decision, load_model
 from telemetry import BINS, WINDOW, Drift, Telemetry
 
-MODEL = load_model(BASELINE)
+MODEL = load_model(SHIPPED)
+DIM = len(MODEL["center"])
 WHOLE = MODEL["out_of_fold"]["view"] == 0
 SCORES = MODEL["out_of_fold"]["scores"][WHOLE].astype(float)
 
@@ -15,7 +16,7 @@ SCORES = MODEL["out_of_fold"]["scores"][WHOLE].astype(float)
 @pytest.fixture(scope="module")
 def rows():
     """Features of the shipped model's training images, {label: float32 [n, d]}."""
-    stored = np.load(BASELINE.parent / "features.npz")
+    stored = np.load(SHIPPED.parent / "features.npz")
     mask = np.isin(stored["splits"], ["train", "extra"]) & (stored["view"] == 0)
     return {label: stored["features"][mask & (stored["labels"] == label)] for label in (0, 1)}
 
@@ -75,15 +76,15 @@ def psi(telemetry, version="v1"):
 @pytest.mark.parametrize("shift, low, high", [(0.0, 0, 0.05), (1.0, 0.25, 99), (-1.0, 0.25, 99)], ids=["none", "to fake", "to real"])
 def test_the_stability_index_from_the_metrics_alone_is_small_until_scores_shift(shift, low, high):
     telemetry = Telemetry()
-    detector = serve(telemetry, detector_of("v1"))
+    detector = serve(telemetry, detector_of("v1", SHIPPED))
     for score in np.random.default_rng(0).choice(SCORES, 1000):
         give(telemetry, detector, score + shift * SCORES.std())
     assert low <= psi(telemetry) < high
 
 
 def test_real_images_that_the_model_has_not_seen_keep_the_index_small():
-    stored, telemetry = np.load(BASELINE.parent / "features.npz"), Telemetry()
-    detector = serve(telemetry, detector_of("v1"))
+    stored, telemetry = np.load(SHIPPED.parent / "features.npz"), Telemetry()
+    detector = serve(telemetry, detector_of("v1", SHIPPED))
     test = stored["features"][(stored["splits"] == "test") & (stored["view"] == 0)]
     for score, row in zip(decision(MODEL, test), test):
         give(telemetry, detector, score, row=row)

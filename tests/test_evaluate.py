@@ -9,13 +9,12 @@ from conftest import ROOT, assert_one_line_error
 from PIL import Image
 
 import evaluate
-from features import load_features
+import small
 from distort import ARMS, CONDITIONS
-from made_up import BASELINE, ENCODER, build, make_columns, write_features
-from model import choose_band, probability, save_model
+from made_up import BASELINE, DIM, ENCODER, build, make_columns, with_views, write_features
+from model import choose_band, load_model, probability, save_model
 from train_model import BAND_ERROR
 
-FEATURES = ROOT / "models" / "features.npz"
 COUNTS = {f"train/{label}/{source}": 12 for label in ("real", "fake") for source in ("a", "b")} | \
          {f"test/{label}/{source}": 5 for label in ("real", "fake") for source in ("a", "b", "new")}
 
@@ -34,7 +33,7 @@ def evaluated(folder, tmp_path_factory):
     import extract_features
     import train_model
     place = tmp_path_factory.mktemp("evaluated")
-    os.environ["CLIP_MODEL"] = "tiny"
+    os.environ["CLIP_MODEL"] = str(small.CHECKPOINT)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         extract_features.main(["--data_dir", str(folder), "--output_file", str(place / "f.npz")])
         train_model.main(["--features_file", str(place / "f.npz"), "--model_output_path", str(place / "m.joblib")])
@@ -82,10 +81,14 @@ def test_images_that_the_encoder_has_seen_are_left_out(capsys):
     assert left.tolist() == [0, 1, 2, 5] and len(kept) == 16 and "4 images that trained its encoder" in capsys.readouterr().err
 
 
-def test_images_that_trained_the_model_are_left_out_of_a_features_file_and_copies_count_apart(run):
-    _, report, _, err = run("--features_file", FEATURES)
-    columns = load_features(FEATURES)
-    whole, held = columns["view"] == 0, np.isin(columns["splits"], ["test", "external"])
+def test_images_that_trained_the_model_are_left_out_of_a_features_file_and_copies_count_apart(
+        tmp_path, run):
+    columns = with_views(make_columns(), 1)
+    whole, held = columns["view"] == 0, columns["splits"] == "test"
+    model = build({name: values[~held] for name, values in columns.items()})
+    save_model(tmp_path / "m.joblib", model)
+    features = write_features(tmp_path / "f.npz", columns)
+    _, report, _, err = run("--model_path", tmp_path / "m.joblib", "--features_file", features)
     assert report["overall"]["n"] == (whole & held).sum() and report["degraded"]["n"] == (~whole & held).sum()
     assert f"left out: {(whole & ~held).sum()} images that trained the model" in err
 
@@ -269,20 +272,24 @@ def test_an_unreadable_picture_is_told_and_counted_in_the_exit_code(evaluated, f
     ([], ["--data_dir", "--features_file"]),
     (["--features_file", "no.npz"], ["no.npz"]),
     (["--data_dir", "nowhere"], ["nowhere"]),
-    (["--features_file", FEATURES, "--baseline", "no.json"], ["no.json"]),
-    (["--features_file", FEATURES, "--baseline", ROOT / "README.md"], ["README.md"]),
-    (["--features_file", FEATURES, "--robustness_images", "0"], ["--robustness_images 0"]),
-    (["--features_file", FEATURES, "--data_dir", "tests"], ["is not there", "features.npz"]),
-    (["--features_file", FEATURES, "--report_dir", "README.md"], ["--report_dir README.md", "name another place"]),
-    (["--features_file", FEATURES, "--report_dir", "README.md/below"], ["README.md/below", "name another place"]),
+    (["--features_file", "FEATURES", "--baseline", "no.json"], ["no.json"]),
+    (["--features_file", "FEATURES", "--baseline", ROOT / "README.md"], ["README.md"]),
+    (["--features_file", "FEATURES", "--robustness_images", "0"], ["--robustness_images 0"]),
+    (["--features_file", "FEATURES", "--data_dir", "tests"], ["is not there", "features.npz"]),
+    (["--features_file", "FEATURES", "--report_dir", "README.md"], ["--report_dir README.md", "name another place"]),
+    (["--features_file", "FEATURES", "--report_dir", "README.md/below"], ["README.md/below", "name another place"]),
 ])
-def test_what_a_user_can_get_wrong_is_told_in_one_line(script, flags, words):
+def test_what_a_user_can_get_wrong_is_told_in_one_line(script, tmp_path, flags, words):
+    features = write_features(tmp_path / "features.npz", make_columns(dim=DIM),
+                              encoder=load_model(BASELINE)["encoder"])
+    flags = [features if flag == "FEATURES" else flag for flag in flags]
     assert_one_line_error(script("evaluate.py", "--model_path", BASELINE, *flags, cwd=ROOT), *words)
 
 
 def test_features_of_another_encoder_are_refused(script, tmp_path):
     features = write_features(tmp_path / "f.npz", make_columns())
-    assert_one_line_error(script("evaluate.py", "--model_path", BASELINE, "--features_file", features), ENCODER["name"], "tiny")
+    result = script("evaluate.py", "--model_path", BASELINE, "--features_file", features)
+    assert_one_line_error(result, ENCODER["name"], "small")
 
 
 def test_an_evaluation_on_nothing_but_training_images_is_refused(script, tmp_path):

@@ -268,7 +268,7 @@ def test_an_array_with_a_nan_is_refused_by_name(of_kind, saved, kind, field, val
 
 @pytest.mark.parametrize("changes", [{"gamma": float("nan")}, {"intercept": float("inf")}, {"threshold": "0.5"}, {"gamma": 1},
                                      {"center": [0.0] * 6}, {"dual_coef": np.zeros((3, 1))}, {"scale": np.ones(6, int)},
-                                     {"encoder": "tiny"}, {"threshold_rule": "0.5"}], ids=str)
+                                     {"encoder": "mine"}, {"threshold_rule": "0.5"}], ids=str)
 def test_a_field_of_another_kind_is_named(saved, changes):
     assert f"'{next(iter(changes))}'" in refusal(saved(**changes))
 
@@ -294,8 +294,18 @@ def test_a_version_that_fits_into_no_header_is_refused(saved, version):
     assert "its version" in refusal(saved(versions={"model": version}))
 
 
-@pytest.mark.parametrize("encoder", [{}, {"name": "tiny"}, {"identity": "ab"}, {"name": "tiny", "identity": 5},
-                                     {"name": "tiny", "identity": "ab"}], ids=str)
+@pytest.mark.parametrize("notice", ["not for use – yet", "", "two\nlines", "a" * 201, 1.5])
+def test_a_notice_that_fits_into_no_header_is_refused(saved, notice):
+    assert "its notice" in refusal(saved(notice=notice))
+
+
+def test_a_notice_is_kept_and_a_model_needs_none(saved):
+    assert load_model(saved(notice="not for use"))["notice"] == "not for use"
+    assert "notice" not in load_model(saved())
+
+
+@pytest.mark.parametrize("encoder", [{}, {"name": "mine"}, {"identity": "ab"}, {"name": "mine", "identity": 5},
+                                     {"name": "mine", "identity": "ab"}], ids=str)
 def test_a_model_must_say_which_encoder_it_was_trained_on(saved, encoder):
     assert "which encoder" in refusal(saved(encoder=encoder))
 

@@ -7,10 +7,9 @@ import shutil
 
 import pytest
 
-import encoders
 from browsing import CLASSIFY, COUNT, HAND_OVER, QUIET, answer, assert_says, assert_shows, card, fill, pick
 from live import Live
-from made_up import BASELINE
+from made_up import BASELINE, NOTICE
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +135,8 @@ def test_a_file_that_the_browser_cannot_preview_has_a_verdict_all_the_same(visit
 
 def test_it_says_what_a_verdict_is_worth_and_that_this_model_is_a_demonstration(visit):
     page = visit()
-    notice = encoders.read_manifest(encoders.SHIPPED)["notice"]
-    assert page.get_by_text(notice).bounding_box()["y"] < page.get_by_label("Choose images").bounding_box()["y"]
+    below = page.get_by_label("Choose images").bounding_box()["y"]
+    assert page.get_by_text(NOTICE).bounding_box()["y"] < below
     assert_says(page.get_by_role("region", name="What a verdict is worth"), "calibrated", "most alarms are false", "not evidence")
     assert_says(page.get_by_role("main"), "JPEG", "up to 10 MB", "not kept")
     assert page.get_by_role("contentinfo").inner_text().startswith("Model v")

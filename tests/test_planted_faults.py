@@ -9,7 +9,8 @@ from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import planted_faults  # noqa: E402
-from classify import SHIPPED_MODEL, Detector  # noqa: E402
+from classify import Detector  # noqa: E402
+from made_up import BASELINE  # noqa: E402
 
 COUNTS = {f"{split}/{label}/source{k}": 10 for split in ("train", "test") for label in ("real", "fake") for k in range(10)}
 
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def control(make_folder, tmp_path_factory):
     with threadpool_limits(1):
-        return planted_faults.control(make_folder(tmp_path_factory.mktemp("clean"), COUNTS), Detector(SHIPPED_MODEL))
+        folder = make_folder(tmp_path_factory.mktemp("clean"), COUNTS)
+        return planted_faults.control(folder, Detector(BASELINE))
 
 
 @pytest.fixture

@@ -28,20 +28,20 @@ HASH = "0123456789abcdef" * 4
 # ---- the golden picture ----
 
 @pytest.fixture(scope="module")
-def shipped():
+def loaded():
     return load_detector(read_settings(DEMO))
 
 
 @pytest.fixture
-def pair(shipped):
-    """The shipped model and encoder, with a record of their own to damage."""
-    detector = copy.copy(shipped)
-    detector.encoder = copy.copy(shipped.encoder)
-    detector.encoder.manifest = {**shipped.encoder.manifest}
+def pair(loaded):
+    """The small model and encoder, with a record of their own to damage."""
+    detector = copy.copy(loaded)
+    detector.encoder = copy.copy(loaded.encoder)
+    detector.encoder.manifest = {**loaded.encoder.manifest}
     return detector
 
 
-def test_the_shipped_pair_passes(pair):
+def test_an_undamaged_pair_passes(pair):
     prove(pair)
 
 
@@ -132,12 +132,12 @@ def test_passes_of_every_size_that_uploads_share_are_warm_before_the_first_reque
     assert set(sizes) == set(range(1, TOGETHER + 1))
 
 
-def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_then(shipped, tmp_path):
+def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_then(loaded, tmp_path):
     other_encoder()
-    same = load_detector(read_settings({**DEMO, "MODEL_PATH": str(model_file(tmp_path / "m.joblib", intercept=0.25))}), shipped)
-    assert same.encoder is shipped.encoder and same.model["intercept"] == 0.25
-    other = load_detector(read_settings({"MODEL_PATH": str(baseline_for(tmp_path / "other.joblib"))}), shipped)
-    assert other.encoder is not shipped.encoder and other.encoder.name == "other"
+    same = load_detector(read_settings({**DEMO, "MODEL_PATH": str(model_file(tmp_path / "m.joblib", intercept=0.25))}), loaded)
+    assert same.encoder is loaded.encoder and same.model["intercept"] == 0.25
+    other = load_detector(read_settings({"MODEL_PATH": str(baseline_for(tmp_path / "other.joblib"))}), loaded)
+    assert other.encoder is not loaded.encoder and other.encoder.name == "other"
 
 
 def test_the_encoder_in_memory_has_to_prove_itself_again_with_the_new_model(pair, tmp_path):
@@ -198,7 +198,7 @@ def test_the_pin_is_that_of_the_whole_model_file(tmp_path):
 @pytest.mark.parametrize("settings, words", [
     ({}, "MODEL_PATH is not set.*train_model.py"), ({"MODEL_PATH": "nowhere"}, "MODEL_PATH=nowhere: no such file"),
     ({"MODEL_PATH": str(BASELINE)}, "demonstration.*ALLOW_DEMO_MODEL=1"), ({**DEMO, "API_KEYS_FILE": "nowhere"}, "cannot read nowhere"),
-    ({**DEMO, "MODEL_SHA256_FILE": str(BASELINE.parent / "README.md")}, "has the SHA-256 [0-9a-f]{64}"),
+    ({**DEMO, "MODEL_SHA256_FILE": str(common.HERE / "LICENSE")}, "has the SHA-256 [0-9a-f]{64}"),
 ], ids=["no model", "missing", "demonstration", "keys", "another hash"])
 def test_a_setting_that_cannot_work_is_told_before_the_start(settings, words):
     with pytest.raises(common.DetectorError, match=words):

@@ -1,7 +1,8 @@
 """README.md says what is so: every command in it runs, every setting and figure in it is the code's own.
 
 The commands run in order in one folder that holds what a reader would have: data/, more/, folder/, photo.jpg, other.png.
-CLIP_MODEL=tiny stands in for OpenAI's CLIP, which is a download of 890 MB; the commands are the same.
+A small checkpoint with random weights stands in for OpenAI's CLIP, which is a download of 890 MB; the commands are the same.
+The first block, and the pages in docs/, run with the weights that `make test` fetches.
 """
 import importlib.util
 import json
@@ -16,13 +17,15 @@ import time
 import urllib.request
 
 import pytest
-from conftest import ROOT
+import small
+from conftest import OPENAI_CACHE, ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```\n(?:```\n(.*?)```)?", README, re.DOTALL)
 COMMANDS = [line.strip() for block, _ in BLOCKS for line in block.splitlines() if line.strip()]
 # Not run here, and where they are: they install, fetch or need an engine.
 ELSEWHERE = {
+    "python3 -m venv": "the tests have an environment already",
     "pip install -r": "installing is what `make test` begins with",
     "pytest": "this is pytest",
     "make ": "demo.py is run by test_demo.py; the targets are looked at below",
@@ -33,7 +36,8 @@ ELSEWHERE = {
     "kubectl ": "no cluster at hand: test_manifests.py holds the manifests against Kubernetes' schemas",
 }
 SHORTER = {"finetune_clip.py": " --steps 2 --batch_size 8 --keep 0.75"}  # the same command, not the half hour, and enough left to train on
-IN_ITS_PLACE = {"--clip_model ViT-L/14": "--clip_model start.pt"}  # a small checkpoint with random weights
+IN_ITS_PLACE = {"--clip_model ViT-L/14": "--clip_model start.pt",  # a small checkpoint with random weights
+                "CLIP_MODEL=ViT-B/16-8bit": "CLIP_MODEL=start.pt"}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def reader(tmp_path_factory, make_folder, photos):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    return place, {**os.environ, "PATH": path, "CLIP_MODEL": "tiny", "CLIP_CACHE": str(place / "cache"), "PORT": port,
+    return place, {**os.environ, "PATH": path, "CLIP_MODEL": str(small.CHECKPOINT), "CLIP_CACHE": str(OPENAI_CACHE), "PORT": port,
                    "ALLOW_DEMO_MODEL": "1", "GIT_DIR": "/nowhere", "CODE_COMMIT": "c0de" * 10}  # not dirty while one works on it
 
 
@@ -76,7 +80,7 @@ def start_service(command, place, env):
 
 
 @pytest.mark.long
-def test_every_command_runs_in_the_order_of_the_page(reader):
+def test_every_command_runs_in_the_order_of_the_page(reader, wheel):
     for needed in ("torch", "clip"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed: finetune_clip.py and prepare_clip.py need it")
@@ -102,11 +106,12 @@ def test_every_command_runs_in_the_order_of_the_page(reader):
             assert server.wait(30) == 0
 
 
-def test_the_printed_outputs_have_the_shape_that_the_page_shows(reader):
+def test_the_printed_outputs_are_those_that_the_page_shows(reader, wheel):
     place, env = reader
     shown = {block.splitlines()[-1]: output for block, output in BLOCKS if output}
-    first = run("rm -f model.joblib; python classify.py --image_path photo.jpg", place, env)
-    expected = next(output for command, output in shown.items() if command.endswith("photo.jpg"))
+    assert run("python samples.py", place, env).stdout.startswith("samples: ")
+    first = run("rm -f model.joblib; python classify.py --image_path samples/{china,flower,grace_hopper}.jpg", place, env)
+    expected = next(output for command, output in shown.items() if command.endswith("samples"))
     assert re.sub(r"\d\.\d\d", "0.00", first.stderr + first.stdout) == re.sub(r"\d\.\d\d", "0.00", expected)
     for output in shown.values():
         if output.startswith("{"):
@@ -125,8 +130,8 @@ def test_the_settings_table_is_the_code_s():
     assert table == [(name, f"`{default}`" if default else "", text) for name, (default, text) in SETTINGS.items()]
 
 
-def test_the_figures_of_tiny_are_those_of_the_shipped_model():
-    """The row is written from models/evaluation/summary.txt, which `make ship` makes."""
+def test_the_figures_of_the_shipped_model_are_its_own():
+    """The rows are written from models/evaluation/summary.txt, which `make ship` makes."""
     assert (ROOT / "models" / "evaluation" / "summary.txt").read_text().strip() in README
 
 
@@ -162,6 +167,14 @@ def test_the_help_of_the_three_user_scripts_fits_one_screen_and_names_the_user_s
     users = {"extract_features.py": ["--data_dir", "--output_file"], "classify.py": ["--image_path", "--model_path"],
              "train_model.py": ["--features_file", "--model_output_path"]}[script]
     assert flags[:2] == users
+
+
+def test_every_command_of_the_page_on_encoders_runs(script, openai):
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "encoders.md").read_text(), re.DOTALL)
+    commands = [line.split() for block in blocks for line in block.splitlines()]
+    assert commands and all(words[0] == "python" for words in commands)
+    for words in commands:
+        assert script(*words[1:]).returncode == 0, words
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))

@@ -9,6 +9,7 @@ import pytest
 
 import common
 import engine as module
+import small
 from classify import Detector
 from encoders import Encoder
 from engine import Busy
@@ -276,10 +277,10 @@ def test_keys_that_cannot_be_read_leave_the_old_ones_and_the_model_is_read_all_t
 
 
 TWO_ENCODERS = """
-import os, signal
-from encoders import SHIPPED, Encoder
+import os, signal, sys
+from encoders import Encoder
 signal.signal(signal.SIGUSR1, lambda *_: print("heard", flush=True))
-first, second = Encoder(SHIPPED), Encoder(SHIPPED)
+first, second = Encoder(sys.argv[1]), Encoder(sys.argv[1])
 del first
 del second
 os.kill(os.getpid(), signal.SIGUSR1)
@@ -288,5 +289,6 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 def test_signals_are_heard_after_encoders_have_come_and_gone():
     """OpenVINO gives a thread a stack for signals, and of two plugins one left the other's, which was gone: the next signal ended the process."""
-    done = subprocess.run([sys.executable, "-c", TWO_ENCODERS], cwd=common.HERE, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", TWO_ENCODERS, small.ENCODER], cwd=common.HERE,
+                          capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

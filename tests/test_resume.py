@@ -167,7 +167,7 @@ def other_precision(tmp_path, monkeypatch):
 
 
 def other_encoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoders, "SHIPPED", another_encoder(tmp_path / "encoder"))
+    another_encoder()
     return []
 
 

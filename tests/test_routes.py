@@ -13,7 +13,7 @@ import metrics
 from classify import Detector
 from engines import client_on, compiled_once, contrary, counted, held, lines, model_file, picture, reload, upload, versions  # noqa: F401
 from live import assert_error
-from made_up import BASELINE, DIM, baseline_for, other_encoder
+from made_up import BASELINE, baseline_for, other_encoder
 from model import load_model
 
 VERDICT, BATCH = "/classify", "/classify/batch"
@@ -126,7 +126,7 @@ def test_an_uncertain_verdict_has_a_reason_and_a_certain_one_has_none(tmp_path, 
 def test_a_model_that_is_no_demonstration_has_no_notice_anywhere(tmp_path):
     other_encoder()
     model = load_model(BASELINE)
-    path = model_file(baseline_for(tmp_path / "m.joblib"), encoder={"name": "other", "identity": "cd" * 32, "dim": DIM, "layers": "final"})
+    path = baseline_for(tmp_path / "m.joblib")
     client = client_on(MODEL_PATH=str(path), ALLOW_DEMO_MODEL="0")
     response = upload(client, f"{BATCH}?details=1", picture())
     assert "notice" not in response.json["results"][0] and "X-Model-Notice" not in response.headers
@@ -185,10 +185,11 @@ def test_the_model_is_described_as_its_file_has_it(client):
                            "golden_floor", "notice"]
     assert found["sha256"] == common.sha256(BASELINE.read_bytes())
     assert (found["version"], found["commit"]) == (model["versions"]["model"], model["versions"]["code"])
-    assert found["encoder"] == {"name": "tiny", "identity": model["encoder"]["identity"], "precision": "float32"}
+    assert found["encoder"] == {"name": "small", "identity": model["encoder"]["identity"],
+                                "precision": "float32"}
     assert found["training_data"] == {"sha256": data["sha256"], "real": data["real"], "fake": data["fake"], "sources": len(data["sources"])}
     assert (found["threshold"], found["threshold_rule"], found["band"]) == (model["threshold"], model["threshold_rule"], list(model["band"]))
-    assert found["metrics"] == model["metrics"] and found["notice"] == model["encoder"]["notice"]
+    assert found["metrics"] == model["metrics"] and found["notice"] == model["notice"]
 
 
 def test_the_golden_floor_is_the_lower_end_of_the_stored_balanced_accuracy(client):

@@ -150,7 +150,8 @@ def test_a_port_that_is_taken_is_told_at_once(script):
 
 def test_a_cache_of_encoders_is_found_from_the_folder_it_was_started_in(tmp_path, photo):
     other_encoder()
-    server = Live(tmp_path, MODEL_PATH=baseline_for(tmp_path / "other.joblib").name, CLIP_CACHE="home/clip")
+    model = baseline_for(tmp_path / "other.joblib")
+    server = Live(tmp_path, MODEL_PATH=model.name, CLIP_CACHE="home/.clip")
     try:
         assert server.post(photo).status_code == 200
     finally:

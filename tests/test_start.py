@@ -4,16 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 from conftest import ROOT
 
 SLOW = {"numpy", "PIL", "torch", "clip", "sklearn", "scipy", "matplotlib", "openvino", "flask", "mlflow", "cryptography", "c2pa"}
 SCRIPTS = ["app.py", "audit.py", "classify.py", "demo.py", "evaluate.py", "extract_features.py", "finetune_clip.py", "golden.py",
-           "prepare_clip.py", "registry.py", "study.py", "textures.py", "train_model.py"]
+           "prepare_clip.py", "registry.py", "samples.py", "study.py", "train_model.py"]
 WRONG = {"audit.py": ["--data_dir", "nowhere"], "classify.py": ["--image_path", "nowhere.jpg"],
          "evaluate.py": ["--features_file", "nowhere.npz"], "extract_features.py": ["--data_dir", ".", "--limit", "0"],
          "golden.py": ["--url", "http://127.0.0.1:1", "--data_dir", "nowhere"], "prepare_clip.py": ["--clip_model", "nowhere.pt"],
          "registry.py": ["list", "a/b"], "study.py": ["--data_dir", ".", "--views", "99"], "train_model.py": ["--max_fpr", "7"],
-         "finetune_clip.py": ["--data_dir", "nowhere"], "textures.py": ["--output_dir", "/proc/none/tiny"]}
+         "finetune_clip.py": ["--data_dir", "nowhere"],
+         "samples.py": ["--output_dir", "/proc/none/samples"]}
 
 
 def imported(*command, cwd):
@@ -53,10 +55,10 @@ def test_the_kinds_that_the_parser_offers_are_those_that_can_be_trained(capsys):
 def test_a_compiled_encoder_is_kept_and_where_none_can_be_kept_it_runs_all_the_same(tmp_path, monkeypatch):
     import encoders
     import numpy as np
-    pixels = np.random.default_rng(0).normal(size=(2, 3, 160, 160)).astype(np.float32)
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     found = []
     for cache in (tmp_path / "cache", tmp_path / "cache", Path("/proc/none")):
         monkeypatch.setenv("CLIP_CACHE", str(cache))
-        found.append(encoders.Encoder(encoders.SHIPPED).encode(pixels))
+        found.append(encoders.Encoder(small.ENCODER).encode(pixels))
     assert len(list((tmp_path / "cache" / "compiled").glob("*.blob"))) == 1
     assert all(np.array_equal(found[0], again) for again in found[1:])

@@ -3,6 +3,7 @@ import json
 import re
 
 import pytest
+import small
 from conftest import assert_one_line_error
 
 COUNTS = {f"{split}/{label}/{source}": n for split, n in (("train", 12), ("test", 6)) for label in ("real", "fake") for source in "ab"}
@@ -11,11 +12,12 @@ COUNTS = {f"{split}/{label}/{source}": n for split, n in (("train", 12), ("test"
 @pytest.mark.long
 def test_one_command_makes_one_page_of_everything(script, make_folder, tmp_path):
     folder = make_folder(tmp_path / "data", COUNTS)
-    result = script("study.py", "--data_dir", folder, "--limit", 64, "--robustness_images", 4, timeout=900, CLIP_MODEL="tiny", OMP_NUM_THREADS="1")
+    result = script("study.py", "--data_dir", folder, "--limit", 64, "--robustness_images", 4,
+                    timeout=900, CLIP_MODEL=str(small.CHECKPOINT), OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "study" / "index.html").read_text()
     for part in ("Training without and with degraded copies", "Classifiers on the same folds", "Robustness", "Files made alike",
-                 "What the folder betrays", "“Uncertain”", "One source left out", "demonstration"):
+                 "What the folder betrays", "“Uncertain”", "One source left out"):
         assert part in page, part
     assert set(re.findall(r'src="([a-z]+):', page)) == {"data"} and "http" not in re.sub(r"data:[^\"]*", "", page)
     models = [json.loads((tmp_path / "study" / name / "metrics.json").read_text()) for name in ("without", "with")]
@@ -43,12 +45,6 @@ def test_levers_are_compared_on_the_same_images(script, make_folder, photos, tmp
     assert [m["encoder"] for m in models] == ["one", "one penultimate", "one 1,2,final", "one", "two"]
     assert [m["crops"] for m in models] == [0, 0, 0, 4, 0]
     assert len({str(m["data"]) for m in models}) == 1 and len({m["overall"]["auc"]["value"] for m in models}) > 2
-
-
-def test_other_layers_of_an_encoder_that_has_none_are_refused_before_anything_starts(script, make_folder, tmp_path):
-    folder = make_folder(tmp_path / "data", {"real": 1, "fake": 1})
-    assert_one_line_error(script("study.py", "--data_dir", folder, "--levers", CLIP_MODEL="tiny"), "--levers", "'tiny'", "CLIP_MODEL")
-    assert not (tmp_path / "study").exists()
 
 
 def test_a_folder_that_is_not_there_is_told_before_anything_starts(script, tmp_path):

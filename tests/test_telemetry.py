@@ -163,7 +163,8 @@ def test_who_serves_is_told_in_labels():
     serve(telemetry, detector)
     (labels,) = series(telemetry, "model_info")
     assert labels == {"version": "v1", "commit": detector.model["versions"]["code"], "sha256": detector.model["sha256"],
-                      "encoder": "tiny", "identity": "ab", "precision": "float32", "demonstration": "true"}
+                      "encoder": "small", "identity": "ab", "precision": "float32",
+                      "demonstration": "true"}
     assert counted(telemetry, "model_info", **labels) == 1
 
 

@@ -342,3 +342,15 @@ def test_an_unwritable_place_is_told_before_the_training(script, tmp_path, place
 def test_an_unknown_flag_is_refused(command):
     result = command("--modell", "x")
     assert result.returncode == 2 and "unrecognized arguments: --modell" in result.stderr
+
+
+def test_a_notice_goes_into_the_model_and_its_report(train):
+    model, report, _, _ = train(make_columns(), notice="not for use")
+    assert model["notice"] == report["notice"] == "not for use"
+    model, report, _, _ = train(make_columns(), name="other")
+    assert "notice" not in model and report["notice"] is None
+
+
+@pytest.mark.parametrize("notice", ["", "two\nlines", "a" * 201, "caf\u00e9"])
+def test_a_notice_that_fits_into_no_header_is_one_line(command, notice):
+    assert_one_line_error(command("--notice", notice), f"--notice {notice!r}", "200 plain characters")

@@ -39,6 +39,16 @@ def test_a_share_of_each_class_s_sources_is_held_out_whole_by_seed(folder):
     assert training_images.list_rows(arguments(folder)) == training_images.list_rows(arguments(folder))
 
 
+def test_half_of_every_draw_goes_to_each_class_and_small_sources_are_not_drowned():
+    counts = {(0, "big"): 90, (0, "small"): 10, (1, "only"): 30}
+    rows = [(None, label, source, "") for (label, source), n in counts.items() for _ in range(n)]
+    weight = training_images.balanced_draw(rows)
+    of = {key: sum(w for w, row in zip(weight, rows) if row[1:3] == key) for key in counts}
+    assert of[1, "only"] == pytest.approx(0.5)
+    assert of[0, "big"] + of[0, "small"] == pytest.approx(0.5)
+    assert of[0, "big"] / of[0, "small"] == pytest.approx(3)  # root of 90 / 10
+
+
 @pytest.mark.parametrize("share, held", [(0, 0), (0.01, 1), (0.4, 2), (1, 4)])
 def test_at_least_one_source_is_held_out_and_one_is_left(share, held):
     entries = [Entry(f"{i}", label, f"s{i}", f"s{i}") for i in range(5) for label in (0, 1)]

@@ -10,7 +10,7 @@ import pytest
 
 import encoders
 import imaging
-import prepare_clip
+import small
 from dataset import COLUMNS
 from distort import degrade, view_rng
 from extracting import digest, encoded, extract, few, names, own, settings  # noqa: F401
@@ -30,7 +30,7 @@ def plain(few, tmp_path_factory):
     """The 24 images without and with two copies: (columns, columns)."""
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLIP_MODEL", "tiny")
+        patch.setenv("CLIP_MODEL", str(small.CHECKPOINT))
         return tuple(extract(few, folder / f"{views}.npz", "--views", views) for views in (0, 2))
 
 
@@ -47,7 +47,7 @@ def test_each_image_is_followed_by_its_copies_which_share_all_but_the_features(p
 
 
 def test_copies_are_the_stated_degradations_of_the_image(few, plain):
-    encoder, columns = encoders.Encoder(prepare_clip.SHIPPED), plain[1]
+    encoder, columns = encoders.Encoder(small.ENCODER), plain[1]
     for i in range(0, len(columns["paths"]), 7):
         image = imaging.decode_image((few / columns["paths"][i]).read_bytes())
         if columns["view"][i]:
