@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from common import HERE, EncoderError
+from common import EncoderError
 
 PREPROCESSING = "clip-1"  # changes whenever the same bytes would become other pixels; part of an encoder's identity
 

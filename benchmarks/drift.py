@@ -18,7 +18,7 @@ from telemetry import BINS, Drift  # noqa: E402
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 KNOWN, STREAM, DRAWS = 1000, 1000, 20   # uploads before, uploads of the new source, repetitions
-PSI_BAR, DISTANCE_BAR, LEAST = 0.25, 0.2, 200  # the index is not looked at below so many verdicts
+PSI_BAR, DISTANCE_BAR, LEAST = 0.25, 0.3, 200  # the index is not looked at below so many verdicts
 SMALL = 0.0001                          # stands in for an empty bin's share, as in the recording rule
 
 

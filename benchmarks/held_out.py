@@ -32,7 +32,7 @@ FOLDS = 3
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
-    parser.add_argument("--features_file", required=True, metavar="FILE", help="with degraded copies, and crops where they are to be tried")
+    parser.add_argument("--features_file", required=True, metavar="FILE", help="with degraded copies and crops where they are to be tried")
     parser.add_argument("--data_dir", metavar="DIR", help="the images, to measure them re-saved as well")
     parser.add_argument("--sources_file", required=True, metavar="FILE", help="CSV with the columns source and repository")
     parser.add_argument("--classifier", choices=["svm", "linear-svm", "logistic"], default="svm", help="kind")
@@ -125,8 +125,6 @@ def main(argv=None):
     args = parse_args(argv)
     stored = load_features(args.features_file)
     crops, entry = crops_of(stored["meta"]), stored["meta"]["encoder"]
-    if stored["view"].max() < 1:
-        raise UsageError(f"--features_file {args.features_file}: holds no degraded copies; extract again with --views 1")
     folder = encoders.find_encoder(identity=entry["identity"])
     if folder is None:
         raise UsageError(f"--features_file {args.features_file}: '{entry['name']}' is not prepared here; run prepare_clip.py")
@@ -137,15 +135,17 @@ def main(argv=None):
     scored = columns["scored"]
     labels, sources, fold = (columns[name][scored] for name in ("labels", "sources", "fold"))
     degraded = {path: row for row, path in enumerate(columns["paths"]) if columns["view"][row] == 1}
+    copies = {"degraded": columns["features"][[degraded[path] for path in columns["paths"][scored]]]} if degraded else {}
     seen = {"untouched": columns["features"][scored],
             **{f"re-saved at {name}": encode_resaved(encoder, args.data_dir, columns["paths"][scored], crops, *how)
                for name, how in RESAVED.items() if args.data_dir},
-            "degraded": columns["features"][[degraded[path] for path in columns["paths"][scored]]]}
+            **copies}
 
     print(f"Encoder `{encoder.name}`, {len(scored)} images of {len(set(sources))} sources in {FOLDS} folds "
           f"({', '.join(f'{(fold == k).sum()}' for k in range(FOLDS))}). 95% intervals over sources.\n")
     print("| trained on, scored | of the classifier | folds | " + " | ".join(seen) + " |\n|" + "---|" * (3 + len(seen)), flush=True)
-    ways = [("whole images", 0, 0, np.mean), ("the same and a degraded copy of each", 1, 0, np.mean)]
+    ways = [("whole images", 0, 0, np.mean)]
+    ways += [("the same and a degraded copy of each", 1, 0, np.mean)] if copies else []
     ways += [(f"whole images and {crops} crops, {words}", 0, crops, combine) for words, combine in (("mean", np.mean), ("highest", np.max))
              if crops]
     points = [{"C": C, "gamma": gamma} for C, gamma in itertools.product(args.C, args.gamma)]

@@ -3,153 +3,182 @@
     python benchmarks/peers.py --data_dir data
     python benchmarks/peers.py --data_dir data --limit 40    # a trial
 
-The peer is `sahu65` 1.1.0. Each detector gets a virtual environment below --environment, because
-their requirements clash, and a process of its own. Prints Markdown.
+The peer is `sahu65` 1.1.0, a linear head on CLIP ViT-B/16. Each detector gets a virtual environment
+below --environment and, for each split, a process of its own. The score is a detector's probability
+of fake, the verdict is its own. The peer says "likely_ai", "likely_real" or "inconclusive", which
+counts as not called fake, as in its README. Ours always answers, and is uncertain where `--details`
+says so. The peer computes in 8 threads unless ORT_INTRA_THREADS is set. Prints Markdown.
 """
 import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import common  # noqa: E402
 import encoders  # noqa: E402
 import metrics  # noqa: E402
-from common import UsageError  # noqa: E402
+from common import UsageError, say  # noqa: E402
 from dataset import draw_evenly, list_images  # noqa: E402
+from measure import spread  # noqa: E402
 
-# Run by an environment's Python: paths on stdin, a line of JSON for each on stdout, then the memory.
-LOOP = """
-import json, resource, sys, time
-sys.path.insert(0, {root!r})
-{setup}
-for path in sys.stdin.read().splitlines():
-    started = time.perf_counter()
-    score, fake, undecided = judge(path)
-    print(json.dumps([score, fake, undecided, time.perf_counter() - started]), flush=True)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000))
-"""
-OURS = """
-from classify import SHIPPED_MODEL, Detector
-from imaging import decode_image
-detector = Detector(SHIPPED_MODEL)
-def judge(path):
-    p_fake = float(detector.p_fake(detector.pixels(decode_image(open(path, "rb").read()))[None])[0])
-    return p_fake, p_fake >= detector.model["threshold"], False
-"""
-PEER = """
-import sahu65
-def judge(path):
-    found = sahu65.detect(path)
-    return found.ai_probability, found.is_ai, found.is_inconclusive
-"""
-DETECTORS = {
-    "ours": (["-r", str(ROOT / "requirements-serve.txt")], OURS),
-    "sahu65 1.1.0": (["sahu65==1.1.0"], PEER),
-}
+STARTS = 3  # of each detector for each split, in turns
+SPLITS = ["test", "external"]
+JUDGING = ROOT / "benchmarks" / "judging.py"
+# What pip installs for each. The peer's wheel is held to its hash; then comes what it requires.
+WHEEL = ["--no-deps", "--require-hashes", "-r", ROOT / "requirements-encoder.txt"]
+DETECTORS = {"ours": [["-r", ROOT / "requirements-serve.txt"]], "sahu65": [WHEEL, ["sahu65"]]}
+NAMES = {"ours": "`classify.py`", "sahu65": "`sahu65` 1.1.0"}
+HEADER = """
+| detector | split | n | AUC | balanced accuracy of its verdicts | uncertain | seconds an image \
+| seconds to the first verdict | peak MB | MB installed |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=common.Help
-    )
-    parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of labelled images")
-    parser.add_argument("--splits", default="test,external", metavar="A,B", help="splits to judge")
-    parser.add_argument("--limit", type=int, metavar="N", help="a draw of N, even over class and split")
-    parser.add_argument("--environment", default="runs/peers", metavar="DIR", help="where to install")
+    text = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(description=text, formatter_class=common.Help)
+    add, shipped = parser.add_argument, str(ROOT / "models" / "baseline.joblib")
+    add("--data_dir", required=True, metavar="DIR", help="folder of labelled images")
+    add("--splits", nargs="+", choices=["val", *SPLITS], default=SPLITS, help="what to judge")
+    add("--limit", type=int, metavar="N", help="draw N images, even over split and class")
+    add("--environment", default="runs/peers", metavar="DIR", help="where to install, 2 GB")
+    add("--model_path", default=shipped, metavar="FILE", help="ours; its encoder must have a name")
     args = parser.parse_args(argv)
     common.need_folder(args.data_dir)
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit {args.limit}: must be at least 1")
+    if not Path(args.model_path).is_file():
+        raise UsageError(f"--model_path {args.model_path}: no such file; train_model.py makes it")
     return args
 
 
 def choose_images(args):
-    """Entries of the wanted splits. Raises UsageError where there are none."""
-    splits = args.splits.split(",")
-    entries = [e for e in list_images(args.data_dir) if e.split in splits]
-    if not entries:
-        raise UsageError(f"--splits {args.splits}: --data_dir {args.data_dir} has no image in these")
+    """Entries of the splits, at most --limit. Raises UsageError where a split has none."""
+    entries = [e for e in list_images(args.data_dir) if e.split in args.splits]
+    if missing := set(args.splits) - {e.split for e in entries}:
+        raise UsageError(f"--splits {missing.pop()}: --data_dir {args.data_dir} has no image in it")
     rows = draw_evenly([(e.label, e.split) for e in entries], args.limit or len(entries))
     return [entries[i] for i in rows]
 
 
 def install(folder, requirements):
-    """A virtual environment with these requirements -> its Python. Raises UsageError."""
-    python = Path(folder).absolute() / "bin" / "python"
-    if not python.is_file():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [python, "-m", "pip", "install", "-q", *requirements]
-    if subprocess.run(pip, stdout=sys.stderr).returncode:
-        raise UsageError(f"--environment {folder}: pip cannot install {' '.join(requirements)}")
+    """An environment with what these calls of pip install -> its Python. Raises UsageError."""
+    python = folder / "bin" / "python"
+    pip = [python, "-P", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    calls = [] if python.is_file() else [[sys.executable, "-m", "venv", folder]]
+    for call in calls + [pip + wanted for wanted in requirements]:
+        done = subprocess.run(call, capture_output=True, text=True)
+        if done.returncode:
+            reason = " ".join((done.stdout + done.stderr).strip().splitlines()[-1:])
+            raise UsageError(f"cannot install into {folder}: {reason}; pip needs a package index")
     return python
 
 
-def megabytes(folder):
-    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6
+def megabytes(*folders):
+    """Size of the files below folders; links count nothing."""
+    files = [file for folder in folders for file in folder.rglob("*") if not file.is_symlink()]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
-def judge(python, setup, paths):
-    """-> ([score, called fake, undecided, seconds] of each, seconds to the first, peak MB)."""
-    started, lines = time.perf_counter(), []
-    command = [python, "-c", LOOP.format(root=str(ROOT), setup=setup)]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        process.stdin.write("\n".join(map(str, paths)))
-        process.stdin.close()
-        for line in process.stdout:
-            lines.append(json.loads(line))
-            if len(lines) == 1:
-                first = time.perf_counter() - started
+def run(command, paths, home, *more):
+    """judging.py over images -> ([answer, seconds] of each, seconds to the first, peak MB).
+
+    It works in `home`, where no .env lies that the peer would read. Raises UsageError.
+    """
+    lines, first, given = [], None, home / "paths.json"
+    given.write_text(json.dumps([str(path) for path in paths]))
+    settings, started = {**os.environ, "CLIP_CACHE": str(home / "clip")}, time.perf_counter()
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        with subprocess.Popen(
+            [*command, given, *more], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=home,
+            env=settings
+        ) as process:
+            for line in process.stdout:
+                first = first or time.perf_counter() - started
+                lines.append(json.loads(line))
+        errors.seek(0)
+        reason = " ".join(errors.read().strip().splitlines()[-1:])
     if process.returncode or len(lines) != len(paths) + 1:
-        raise UsageError(f"a detector ended with {process.returncode} after {len(lines)} images")
+        raise UsageError(f"{command[0]} ended with {process.returncode}: {reason}")
     return lines[:-1], first, lines[-1]
 
 
-def figures(entries, judged, split):
-    """One split -> n, AUC, balanced accuracy, share of photographs called fake, in words."""
-    rows = [i for i, entry in enumerate(entries) if entry.split == split]
-    labels = np.array([entries[i].label for i in rows])
-    sources = np.array([entries[i].source for i in rows])
-    scores = np.array([judged[i][0] for i in rows])
-    fake = np.array([judged[i][1] for i in rows], bool)
-    right = [
-        metrics.share(fake[labels == label] == label, sources[labels == label]) for label in (0, 1)
-    ]
-    undecided = sum(judged[i][2] for i in rows)
-    words = [metrics.words(m) for m in (metrics.auc(labels, scores, sources), metrics.of_both(*right))]
-    return [str(len(rows)), *words, f"{1 - right[0]['value']:.2f}", str(undecided)]
+def measure_all(detectors, paths):
+    """{name: (command, home, ...)} -> {name: (answers, cells of time and memory)}."""
+    starts, measured = {name: [] for name in detectors}, {}
+    for turn in range(STARTS):
+        for name, (command, *rest) in detectors.items():
+            lines, first, peak = run(command, paths if turn == STARTS - 1 else paths[:1], *rest)
+            starts[name].append(first)
+            answers, seconds = zip(*lines)
+            warm = np.median(seconds[1:] or seconds)
+            measured[name] = answers, [f"{warm:.3f}", spread(starts[name], 1), f"{peak:.0f}"]
+    return measured
+
+
+def read_by_all(measured):
+    """Numbers of the images that every detector answers; says which it does not."""
+    unread = set()
+    for name, (answers, _) in measured.items():
+        if own := [i for i, answer in enumerate(answers) if isinstance(answer, str)]:
+            say(f"left out: {len(own)} images that {name} does not read ({answers[own[0]]})")
+            unread.update(own)
+    if len(unread) == len(answers):
+        raise UsageError("--data_dir: has no image that every detector reads")
+    return [i for i in range(len(answers)) if i not in unread]
+
+
+def figures(entries, answers):
+    """Images and their answers -> cells: n, AUC, balanced accuracy, number of uncertain ones."""
+    labels, sources = np.array([e.label for e in entries]), np.array([e.source for e in entries])
+    scores, fake, uncertain = np.array(answers).T
+    right = [metrics.share(fake[labels == i] == i, sources[labels == i]) for i in (0, 1)]
+    both = [metrics.auc(labels, scores, sources), metrics.of_both(*right)]
+    return [str(len(labels)), *(metrics.words(m, 3) for m in both), f"{uncertain.sum():.0f}"]
+
+
+def processor():
+    """Its name as Linux has it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text() if info.is_file() else "")
+    return named.group(1) if named else platform.machine()
 
 
 def main(argv=None):
     args = parse_args(argv)
-    entries = choose_images(args)
-    paths = [Path(args.data_dir, entry.path).absolute() for entry in entries]
-    print(
-        f"{len(entries)} images, {sum(e.label for e in entries)} of them fake, on {platform.machine()} "
-        f"with {encoders.processors()} processors. 95% intervals over sources.\n"
-        "An undecided image counts as not called fake.\n\n"
-        "| detector | split | n | AUC | balanced accuracy at its own threshold | photographs called fake "
-        "| undecided | seconds an image | seconds to the first verdict | peak MB | MB installed |\n"
-        + "|---" * 11 + "|"
-    )
-    for name, (requirements, setup) in DETECTORS.items():
-        folder = Path(args.environment, name.split()[0])
-        python = install(folder, requirements)
-        judge(python, setup, paths[:1])  # what the first start fetches and compiles is not timed
-        judged, first, peak = judge(python, setup, paths)
-        seconds = np.median([row[3] for row in judged[1:]])
-        size = megabytes(folder) + (megabytes(encoders.cache_dir()) if setup is OURS else 0)
-        for split in args.splits.split(","):
-            cells = [*figures(entries, judged, split), f"{seconds:.2f}", f"{first:.1f}", f"{peak:.0f}"]
-            print(f"| {name} | {split} | " + " | ".join(cells) + f" | {size:.0f} |", flush=True)
+    home, model_path = Path(args.environment).absolute(), Path(args.model_path).absolute()
+    entries, detectors, size = choose_images(args), {}, {}
+    common.check_folder(home, f"--environment {args.environment}")
+    for name, requirements in DETECTORS.items():
+        say(f"installing {NAMES[name]} into {home / name}, unless it is there")
+        command = [install(home / name, requirements), "-P", JUDGING, name]
+        detectors[name] = command, home, *([model_path] if name == "ours" else [])
+        run(command, [], *detectors[name][1:])  # what the first start fetches and compiles
+        packages = (home / name).glob("lib/python*/site-packages")
+        size[name] = megabytes(*packages, *([home / "clip"] if name == "ours" else []))
+    sources, fakes = len({e.source for e in entries}), sum(e.label for e in entries)
+    machine = f"{encoders.processors()} processors of {processor()}"
+    print(f"{len(entries)} images of {sources} sources, {fakes} fake. 95% intervals over sources. "
+          f"{machine}.\n{HEADER}", flush=True)
+    for split in args.splits:
+        chosen = [e for e in entries if e.split == split]
+        paths = [Path(args.data_dir, e.path).absolute() for e in chosen]
+        measured = measure_all(detectors, paths)
+        read = read_by_all(measured)
+        for name, (answers, cells) in measured.items():
+            own = figures([chosen[i] for i in read], [answers[i] for i in read])
+            cells = [NAMES[name], split, *own, *cells, f"{size[name]:.0f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def main():
     ax.set_xlabel("calibrated probability of fake; line: the threshold", fontsize=9)
     for label in (1, 0):
         ax.plot([], [], "o", color=COLOURS[label], label=("photographs", "generated images")[label])
-    ax.legend(fontsize=9, loc="lower right", framealpha=1)
+    ax.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     figure.tight_layout()
     with atomic_write(HERE / "sources.png") as file:
         figure.savefig(file, format="png", dpi=110)

@@ -13,7 +13,6 @@ from pathlib import Path
 import flask
 import numpy as np
 import pytest
-import requests
 from PIL import Image
 
 import app as service

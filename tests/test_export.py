@@ -1,6 +1,4 @@
 """train_model.py --export_sklearn: scikit-learn's own objects, with the model's numbers, read back without trust in any type."""
-import sys
-
 import numpy as np
 import pytest
 import skops.io

@@ -108,9 +108,10 @@ def test_an_encoder_whose_weights_were_swapped_does_not_serve_under_its_name(tmp
     settings = read_settings({"MODEL_PATH": str(baseline_for(tmp_path / "m.joblib"))})
     load_detector(settings)
     weights = bytearray((folder / "encoder.bin").read_bytes())
-    places = re.findall(r'element_type="f32"[^>]* offset="(\d+)" size="(\d+)"', (folder / "encoder.xml").read_text())
-    for size, start in sorted({(int(size), int(offset)) for offset, size in places})[-2:]:  # which triples are alike
-        np.random.default_rng(0).shuffle(np.frombuffer(weights, np.float32, size // 4, start))
+    graph = (folder / "encoder.xml").read_text()
+    places = re.findall(r'element_type="f16"[^>]* offset="(\d+)" size="(\d+)"', graph)
+    for size, start in sorted({(int(size), int(offset)) for offset, size in places})[-2:]:
+        np.random.default_rng(0).shuffle(np.frombuffer(weights, np.float16, size // 2, start))
     (folder / "encoder.bin").unlink()  # OpenVINO has the old file mapped into memory
     (folder / "encoder.bin").write_bytes(weights)
     with pytest.raises(common.EncoderError, match="cannot be trusted"):
@@ -189,8 +190,9 @@ def test_the_pin_is_that_of_the_whole_model_file(tmp_path):
     pin.write_text(subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout)
     assert read_model(settings)["sha256"] == common.sha256(path.read_bytes())
     model_file(path, intercept=0.0)
-    with pytest.raises(common.ModelError, match="put the right pair in place"):
-        read_model(settings)
+    for asked in (settings, {**settings, "ALLOW_DEMO_MODEL": False}):  # before what the file says of itself
+        with pytest.raises(common.ModelError, match="put the right pair in place"):
+            read_model(asked)
 
 
 # ---- before the start ----

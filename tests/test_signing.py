@@ -34,7 +34,7 @@ def write_keys(folder, name="key", key=None):
 
 @pytest.fixture
 def signed(tmp_path):
-    """The shipped model and its signature -> (model, private key, public key) paths."""
+    """The small model and its signature -> (model, private key, public key) paths."""
     private, public = write_keys(tmp_path)
     path = shutil.copy(BASELINE, tmp_path / "model.joblib")
     signing.sign(path, signing.read_key(private, "--sign", "private"))
@@ -182,7 +182,8 @@ def test_classify_refuses_an_unsigned_model_in_one_line(script, signed, photos):
 
 def test_the_service_refuses_it_too(signed):
     path, _, public = signed
-    settings = read_settings({"MODEL_PATH": str(path), "MODEL_PUBLIC_KEY": str(public)})
+    settings = read_settings({"MODEL_PATH": str(path), "MODEL_PUBLIC_KEY": str(public),
+                              "ALLOW_DEMO_MODEL": "1"})
     assert read_model(settings)["sha256"] == load_model(path)["sha256"]
     another_byte(path)
     for refuses in (read_model, check):

@@ -1,0 +1,54 @@
+"""One detector over images, run by the Python of the detector's own environment for peers.py.
+
+    python -P benchmarks/judging.py sahu65 paths.json
+    python -P benchmarks/judging.py ours paths.json models/baseline.joblib
+
+Prints a line of JSON for each image, [answer or why there is none, seconds], then its peak MB. An
+answer is [probability of fake, called fake, uncertain]. Imports nothing that a peer lacks.
+"""
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+
+def ours(model_path):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from classify import Detector
+    from imaging import decode_image
+    from model import outside, verdict
+    detector = Detector(model_path, device="cpu")
+
+    def judge(path):
+        pixels = detector.pixels(decode_image(Path(path).read_bytes()))
+        p_fake = float(detector.p_fake(pixels[None])[0])
+        called = verdict(detector.model, p_fake)[0]
+        return p_fake, called == "fake", not outside(p_fake, detector.model["band"])
+    return judge
+
+
+def sahu65():
+    import sahu65
+    sahu65.warm()  # weights that cannot be loaded end the process here
+
+    def judge(path):
+        answer = sahu65.detect(path)
+        return answer.ai_probability, answer.is_ai, answer.is_inconclusive
+    return judge
+
+
+def judge_all(judge, file):
+    for path in json.loads(Path(file).read_text()):
+        started = time.perf_counter()
+        try:
+            answer = [float(value) for value in judge(path)]
+        except Exception as error:  # a peer may raise anything
+            answer = str(error)
+        print(json.dumps([answer, time.perf_counter() - started]), flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+
+
+if __name__ == "__main__":
+    detector, paths, *more = sys.argv[1:]
+    judge_all({"ours": ours, "sahu65": sahu65}[detector](*more), paths)
