@@ -22,7 +22,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
-import catalogue
 import common
 from common import CLASSES, MAX_CROPS, MAX_VIEWS, SPLITS, ImageError, UnsupportedImage, UsageError, say
 from layers import layers_flag
@@ -34,7 +33,7 @@ def parse_args(argv):
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
     parser.add_argument("--output_file", metavar="FILE", help="features to write (default: features.npz; --ray: features.parquet)")
     parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
-                        help=f"{', '.join(catalogue.NAMES)}, or a checkpoint; CLIP_MODEL sets the default")
+                        help="a name (docs/encoders.md) or a checkpoint; CLIP_MODEL sets the default")
     parser.add_argument("--layers", type=layers_flag, default="final", metavar="L",
                         help="final, penultimate, multi, or blocks (8,14,20) whose outputs are joined")
     parser.add_argument("--limit", type=int, metavar="N", help="a draw of N images, even over class and split")

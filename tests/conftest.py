@@ -27,9 +27,9 @@ def cache_of_wider_fixtures():
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
-    """No setting of the host changes a test. Each has a home of its own, and in it a cache with the small encoder.
+    """No setting of the host changes a test. Each has a home of its own, with a cache.
 
-    The cache is hidden: a listing of the test's folder as images leaves it out.
+    The cache holds the small encoder. It is hidden, so that no listing of images shows it.
     """
     for name in ("CLIP_MODEL", "CLIP_CACHE", "CODE_COMMIT", "API_KEY", *SETTINGS):
         monkeypatch.delenv(name, raising=False)

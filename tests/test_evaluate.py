@@ -276,8 +276,10 @@ def test_an_unreadable_picture_is_told_and_counted_in_the_exit_code(evaluated, f
     (["--features_file", "FEATURES", "--baseline", ROOT / "README.md"], ["README.md"]),
     (["--features_file", "FEATURES", "--robustness_images", "0"], ["--robustness_images 0"]),
     (["--features_file", "FEATURES", "--data_dir", "tests"], ["is not there", "features.npz"]),
-    (["--features_file", "FEATURES", "--report_dir", "README.md"], ["--report_dir README.md", "name another place"]),
-    (["--features_file", "FEATURES", "--report_dir", "README.md/below"], ["README.md/below", "name another place"]),
+    (["--features_file", "FEATURES", "--report_dir", "README.md"],
+     ["--report_dir README.md", "name another place"]),
+    (["--features_file", "FEATURES", "--report_dir", "README.md/below"],
+     ["README.md/below", "name another place"]),
 ])
 def test_what_a_user_can_get_wrong_is_told_in_one_line(script, tmp_path, flags, words):
     features = write_features(tmp_path / "features.npz", make_columns(dim=DIM),

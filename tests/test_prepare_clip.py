@@ -3,6 +3,7 @@
 OpenAI's server is played by one on 127.0.0.1 that serves a small archive under its own SHA-256. That the features are right
 is in test_encoder_parity.py.
 """
+import gc
 import hashlib
 import http.server
 import os
@@ -29,6 +30,8 @@ import prepare_clip  # noqa: E402
 import small_clip  # noqa: E402
 from small_clip import one_thread  # noqa: E402, F401
 
+# pooch leaves the connection of a failed download to the garbage collector; the fixture `server` calls it
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 NAME, FILE = "ViT-L/14", "ViT-L-14.pt"
 
 
@@ -117,6 +120,7 @@ def server(archive, monkeypatch):
     server.shutdown()
     thread.join()
     server.server_close()
+    gc.collect()
 
 
 def test_a_name_is_downloaded_checked_and_prepared_once(server, archive):

@@ -133,11 +133,14 @@ def test_passes_of_every_size_that_uploads_share_are_warm_before_the_first_reque
     assert set(sizes) == set(range(1, TOGETHER + 1))
 
 
-def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_then(loaded, tmp_path):
+def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_then(
+        loaded, tmp_path):
     other_encoder()
-    same = load_detector(read_settings({**DEMO, "MODEL_PATH": str(model_file(tmp_path / "m.joblib", intercept=0.25))}), loaded)
+    changed = model_file(tmp_path / "m.joblib", intercept=0.25)
+    same = load_detector(read_settings({**DEMO, "MODEL_PATH": str(changed)}), loaded)
     assert same.encoder is loaded.encoder and same.model["intercept"] == 0.25
-    other = load_detector(read_settings({"MODEL_PATH": str(baseline_for(tmp_path / "other.joblib"))}), loaded)
+    moved = baseline_for(tmp_path / "other.joblib")
+    other = load_detector(read_settings({"MODEL_PATH": str(moved)}), loaded)
     assert other.encoder is not loaded.encoder and other.encoder.name == "other"
 
 
@@ -190,7 +193,8 @@ def test_the_pin_is_that_of_the_whole_model_file(tmp_path):
     pin.write_text(subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout)
     assert read_model(settings)["sha256"] == common.sha256(path.read_bytes())
     model_file(path, intercept=0.0)
-    for asked in (settings, {**settings, "ALLOW_DEMO_MODEL": False}):  # before what the file says of itself
+    # told before what the file says of itself
+    for asked in (settings, {**settings, "ALLOW_DEMO_MODEL": False}):
         with pytest.raises(common.ModelError, match="put the right pair in place"):
             read_model(asked)
 

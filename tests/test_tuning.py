@@ -1,4 +1,7 @@
-"""finetune_clip.py: a checkpoint that every command takes, from sources that were never held out, interrupted or not."""
+"""finetune_clip.py: a checkpoint that every command takes, interrupted or not.
+
+No image of a held-out source trains it.
+"""
 import json
 import re
 import shutil
@@ -79,7 +82,8 @@ def test_what_is_not_trained_is_stored_bit_for_bit_and_what_is_has_changed(start
     assert before.keys() == after.keys() and changed and all("ln_" in name for name in changed)
 
 
-def test_clip_load_and_the_prepared_encoder_give_the_same_features_of_a_tuned_checkpoint(tune, photos):
+def test_clip_load_and_the_prepared_encoder_give_the_same_features_of_a_tuned_checkpoint(
+        tune, photos):
     tuned, images = tune("--train", "lora:4"), small_clip.crops(photos)
     model, transform = clip.load(str(tuned), device="cpu")
     with torch.inference_mode():
@@ -180,7 +184,8 @@ def test_the_head_finds_the_swapped_channels_on_sources_never_trained_on(tune, c
     (["--clip_model", "START", "--train_splits", "test"], ["no images of both classes", "test"]),
     (["--clip_model", "START", "--keep", "1"], ["no images of both classes to learn from", "--keep"]),
     (["--clip_model", "START", "--train_splits", "val"], ["--holdout 0.2", "'real' has 1 source", "--holdout 0 "]),
-    (["--clip_model", "START", "--lr", "1e30", "--holdout", "0", "--steps", "9"], ["no number", "--lr"])])
+    (["--clip_model", "START", "--lr", "1e30", "--holdout", "0", "--steps", "9"],
+     ["no number", "--lr"])])
 def test_what_cannot_be_done_is_one_line_that_names_the_value(flags, words, start, tmp_path, make_folder, monkeypatch):
     make_folder(tmp_path / "data", {**{f"train/{label}/s{i}": 2 for label in ("real", "fake") for i in (0, 1)},
                                     "val/real/a": 2, "val/fake/a": 2, "test/real/a": 1})
