@@ -51,7 +51,8 @@ def test_the_shipped_model_clears_its_floor(baseline, columns, split):
 def recipe(script, tmp_path):
     """Function: features file -> train_model.py as it ships and evaluate.py against the recorded metrics, as processes."""
     def run(features):
-        trained = script("train_model.py", "--features_file", features, "--train_splits", "train,extra")
+        trained = script("train_model.py", "--features_file", features, "--train_splits", "train,extra",
+                         "--classifier", "logistic")
         assert trained.returncode == 0, trained.stderr
         return script("evaluate.py", "--model_path", "model.joblib", "--features_file", ROOT / "models" / "features.npz",
                       "--baseline", RECORDED)
