@@ -19,6 +19,7 @@ from probes import FOLDS
 SEARCH_ROWS = 3000  # hyperparameters are searched on at most so many rows; the cost of an SVM grows with their square
 HALVINGS = 2        # so often half of the rows choose the better third of the points first
 HIDDEN = 64
+FLATTEST = -1e-3    # slope of a calibration that knows nothing: all probabilities near 0.5, in the scores' order
 MAX_SHARE = 1.5     # no source weighs more than this times its even share of its class
 # What is searched for each kind. gamma in units of 1 / number of features, scikit-learn's 'scale' for standardised ones.
 GRIDS = {"svm": [{"C": C, "gamma": g} for C in (0.3, 1, 3, 10, 30) for g in (0.1, 0.3, 1, 3)],
@@ -177,7 +178,9 @@ def search(kind, features, labels, weight, groups, images, seed):
 def fit_sigmoid(scores, labels):
     """Platt's sigmoid with his smoothed targets, classes weighted equal: P(fake) = 1 / (1 + exp(a score + b)).
 
-    The same as CalibratedClassifierCV(method='sigmoid', ensemble=False) on these scores. -> float64 [a, b]
+    The same as CalibratedClassifierCV(method='sigmoid', ensemble=False) on these scores, but the
+    slope keeps its sign. Out-of-fold scores of a few groups may be worse than chance, and a free
+    slope would then turn every verdict round. -> float64 [a, b], a at most FLATTEST
     """
     from scipy.optimize import minimize
     weight = balanced_weights(labels)
@@ -189,7 +192,8 @@ def fit_sigmoid(scores, labels):
         p = 0.5 * (1 - np.tanh(0.5 * z))
         slope = weight * (target - p)
         return (weight * (np.logaddexp(0, z) - (1 - target) * z)).sum(), np.array([slope @ scores, slope.sum()])
-    return minimize(loss, [-1.0, 0.0], jac=True, method="L-BFGS-B", options={"gtol": 1e-6, "ftol": 64 * np.finfo(float).eps}).x
+    return minimize(loss, [-1.0, 0.0], jac=True, method="L-BFGS-B", bounds=[(None, FLATTEST), (None, None)],
+                    options={"gtol": 1e-6, "ftol": 64 * np.finfo(float).eps}).x
 
 
 def calibrated(fitted, point, scores, rows):

@@ -110,8 +110,7 @@ def build_trap(photos, folder):
     rng = np.random.default_rng(0)
     shutil.rmtree(folder, ignore_errors=True)
     pictures = [imaging.decode_image(path.read_bytes()) for path in photos]
-    # of seven halves that were tried, the one in which calibration on few pictures does not turn the scores round
-    fake = call_half_fake(pictures, np.random.default_rng(2))
+    fake = call_half_fake(pictures, rng)
     for i, (path, rgb) in enumerate(zip(photos, pictures)):
         for k in range(COPIES):
             place = folder / ("train" if rng.random() < 0.8 else "test") / ("fake" if i in fake else "real")

@@ -326,3 +326,11 @@ def test_a_kernel_s_cache_takes_a_quarter_of_a_small_machine_s_memory(monkeypatc
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": gigabytes * 1_000_000, "SC_PAGE_SIZE": 1000}.get)
     assert classifiers.kernel_cache_mb() == cache_mb
     assert classifiers.estimator("svm", 8, 0).cache_size == cache_mb
+
+
+def test_scores_worse_than_chance_do_not_turn_the_verdicts_round():
+    """As out of fold on a few groups: the order of the probabilities stays that of the scores, and none is sure."""
+    labels = np.repeat([0, 1], 50)
+    scores = np.random.default_rng(0).normal(size=100) - labels
+    p_fake = probability({"calibrator": fit_sigmoid(scores, labels)}, scores)
+    assert (np.argsort(p_fake) == np.argsort(scores)).all() and np.abs(p_fake - 0.5).max() < 0.01
