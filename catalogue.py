@@ -13,8 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 
+import common
 from common import HERE, EncoderError, say
 from encoders import cache_dir
 
@@ -92,6 +94,16 @@ def ways_out(clip_model):
     )
 
 
+def suggestion(clip_model):
+    """'ViT-L-14' or 'openai/clip-vit-large-patch14' -> '; did you mean ViT-L/14?', or ''."""
+    name = re.sub(
+        "clip-vit-(base|large)-patch", lambda found: f"ViT-{found[1][0]}", clip_model.removeprefix("openai/")
+    )
+    plain = {re.sub("[^a-z0-9]", "", known.lower()): known for known in NAMES}
+    close = get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, 1, 0.5)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
+
+
 def download(clip_model, url):
     """A file by HTTP -> the cache, whole and checked, or EncoderError."""
     import pooch
@@ -111,6 +123,8 @@ def download(clip_model, url):
         OSError,
         ValueError,
     ) as error:  # requests' errors are OSErrors, a wrong hash a ValueError
+        if isinstance(error, OSError) and error.errno in common.REMEDIES:
+            raise EncoderError(f"cannot write {cache_dir()}: {common.reason(error)}") from None
         reason = str(error).split("\n")[0].split("Caused by ")[-1].split(" for url")[0]
         if "hash of downloaded file" in reason:
             reason = "what arrived does not have the SHA-256 that is stated for it"

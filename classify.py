@@ -98,20 +98,23 @@ def choose_model(model_path):
 
 
 def list_paths(given):
-    """Arguments of --image_path -> list of files; folders give all their files, sorted. '-' stays as it is."""
-    paths = []
+    """Arguments of --image_path -> (list of files, was a folder unreadable?). Folders give all their files, sorted; '-' stays as
+    it is. Raises UsageError."""
+    paths, unreadable = [], False
     for path in given:
         if path != "-" and Path(path).is_dir():
-            from dataset import list_files
-            inside = [os.path.join(path, name) for name in list_files(path)]
-            if not inside:
-                raise UsageError(f"--image_path {path}: the folder is empty")
-            paths += inside
+            from dataset import list_files, say_left_out
+            listing = list_files(path)
+            say_left_out(path, listing)
+            if not listing.files:
+                raise UsageError(f"--image_path {path}: the folder {'cannot be read' if listing.unreadable else 'holds no images'}")
+            paths += [os.path.join(path, name) for name in listing.files]
+            unreadable = unreadable or bool(listing.unreadable)
         elif path != "-" and not Path(path).exists():
             raise UsageError(f"--image_path {path}: no such file")
         else:
             paths.append(path)
-    return paths
+    return paths, unreadable
 
 
 def load(detector, path, max_pixels, details=False):
@@ -175,20 +178,23 @@ def line(model, p_fake, provenance, args, path=None):
         from provenance import in_words
         more["provenance"] = in_words(provenance)
     text = f"{classification} (confidence {confidence:.2f})" + "".join(f"; {k} {v}" for k, v in more.items() if v is not None)
-    return text if path is None else f"{path}: {text}"
+    return common.printable(text if path is None else f"{path}: {text}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
-    paths = list_paths(args.image_path)
+    paths, unreadable = list_paths(args.image_path)
     detector = Detector(choose_model(args.model_path), args.device)
     if "notice" in detector.model:
         say(f"note: {detector.model['notice']}")
     if single:
         found = load(detector, paths[0], args.max_pixels, args.details)
         if isinstance(found, Exception):
-            raise UsageError(f"{paths[0]}: {found}")
+            say(f"error: {paths[0]}: {found}")
+            if args.json:
+                print(json.dumps({"error": str(found)}))
+            return 1
         pixels, provenance = found
         print(line(detector.model, detector.p_fake(pixels[None])[0], provenance, args))
         return 0
@@ -199,14 +205,14 @@ def main(argv=None):
     for path, result in tqdm(answers, total=len(paths), unit="image", disable=None):
         if isinstance(result, Exception):
             bad += 1
-            tqdm.write(f"{path}: error: {result}", file=sys.stderr)
+            tqdm.write(common.printable(f"{path}: error: {result}"), file=sys.stderr)
             if args.json:
                 tqdm.write(json.dumps({"path": path, "error": str(result)}))
         else:
             tqdm.write(line(detector.model, *result, args, path))
     if bad:
         say(f"{bad} of {len(paths)} images could not be read")
-    return 1 if bad else 0
+    return 1 if bad or unreadable else 0
 
 
 if __name__ == "__main__":

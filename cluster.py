@@ -25,7 +25,7 @@ import growing
 import storage
 from common import DetectorError, UsageError, say
 from dataset import COLUMNS, SEEN, Entry, count_cells, join_columns
-from extract_features import (check_skipped, encode_ahead, find_entries, join_parts, key_of, labels_of, meta_of, part_name,
+from extract_features import (check_skipped, encode_ahead, exit_code, find_images, join_parts, key_of, labels_of, meta_of, part_name,
                               reader_pool, summary, tell_skipped)
 
 PART_BATCHES = 16        # batches in a part: what is lost where a worker is killed, a few minutes at most
@@ -226,11 +226,15 @@ def open_output(output, key):
     return storage.about_parts(output, storage.read_meta(output)["parts"]) if "_meta.json" in files else {}
 
 
-def changes(abouts, stamps, prune):
-    """Of the images of stored parts: (paths whose rows stay, whose file has changed or is to be pruned, whose file is gone)."""
+def changes(abouts, stamps, prune, listing):
+    """Of the images of stored parts: (paths whose rows stay, whose file has changed or is to be pruned, whose file is gone).
+
+    Nobody can say that a file in an unreadable folder is gone: its rows stay.
+    """
     stored = {path: tuple(stamp) for about in abouts.values() for path, stamp in about["stamps"]}
-    gone = {path for path in stored if path not in stamps}
-    changed = {path for path in stored if path in stamps and stamps[path] != stored[path]}
+    unread = tuple(f"{folder}/" if folder else "" for folder, _ in listing.unreadable)
+    gone = {path for path in stored if path not in stamps and not path.startswith(unread)}
+    changed = {path for path in stored if stamps.get(path) and stamps[path] != stored[path]}
     if stored:
         told = [f"{len(stored) - len(changed) - len(gone)} images are there and stay as they are"]
         told += [f"{len(changed)} have changed"] if changed else []
@@ -305,8 +309,9 @@ def finish(args, meta, abouts):
 def extract(args):
     from prepare_clip import ensure_encoder
     check_output(args.output_file)
-    stamps = storage.list_stamps(args.data_dir)
-    entries = [e for e in find_entries(args, list(stamps)) if can_be_stored(e.path)]
+    listing, stamps = storage.list_folder(args.data_dir)
+    found = find_images(args, listing)
+    entries = [e for e in found.entries if can_be_stored(e.path)]
     folder = ensure_encoder(args.clip_model, args.precision, args.layers)
     encoder = encoders.read_manifest(folder)
     with connected(args.ray) as ray:
@@ -314,7 +319,7 @@ def extract(args):
         args.batch_size = args.batch_size or (256 if workers[0] == "cuda" else 16)
         key = key_of(args, encoder, args.precision)
         before = open_output(args.output_file, key)
-        stay, drop, gone = changes(before, stamps, args.prune)
+        stay, drop, gone = changes(before, stamps, args.prune, listing)
         todo = [e for e in entries if e.path not in stay]
         parts = deal(todo, stamps, PART_BATCHES * args.batch_size, max(map(number_of, before), default=-1) + 1)
         made = encode_missing(ray, parts, args, folder, workers)
@@ -331,12 +336,13 @@ def extract(args):
     counts = {"images": sum(cells.values()), "bad": len(skipped),
               **{c: sum(n for cell, n in cells.items() if cell.endswith(f"/{c}")) for c in common.CLASSES}}
     finish(args, {**meta_of(key, encoder), "counts": counts}, after)
-    print(f"{args.output_file}: {summary(cells, rows, encoder['dim'], len(skipped), len(entries))}")
+    print(f"{args.output_file}: {summary(cells, rows, encoder['dim'], len(skipped), found)}")
+    return exit_code(args, found)
 
 
 def can_be_stored(path):
     """Is a file's name text? Parquet holds no other."""
     if re.search("[\ud800-\udfff]", path):
-        say(f"skipped {path.encode(errors='backslashreplace').decode()}: its name is not UTF-8; rename it")
+        say(f"skipped {path}: its name is not UTF-8; rename it")
         return False
     return True

@@ -12,13 +12,17 @@ Errors that a user can cause, each told in one line with exit code 2 (the servic
            |- ImageTooLarge      413: too many pixels
 """
 import argparse
+import errno
+import fcntl
 import hashlib
 import os
 import re
+import secrets
+import stat
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -63,41 +67,135 @@ class ImageTooLarge(ImageError):
     status = 413
 
 
-# ---- what every script does ----
+# ---- what the system refuses ----
+
+ANOTHER_PLACE = "name another place"
+# What the user can do about a refusal of the system's; the same command then works, or resumes.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and run the same command again"),
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), and run the same command again",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
+    errno.ENOMEM: "free some memory, and run the same command again",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV),
+                    "check the disk or network drive, and run the same command again"),
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ENOENT: "check the path",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+                     errno.EBUSY, errno.ETXTBSY, errno.ENXIO, errno.EINVAL), ANOTHER_PLACE),
+}
+
+
+def reason(error):
+    """OSError -> 'No space left on device; free some space ...'."""
+    words = "a folder of its path is a file" if error.errno == errno.EEXIST else error.strerror
+    return f"{words or error}; {REMEDIES.get(error.errno, ANOTHER_PLACE)}"
+
+
+@contextmanager
+def refusal(what):
+    """An OSError becomes a UsageError: `what`, the reason, the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{what}: {reason(error)}") from None
+
 
 @contextmanager
 def atomic_write(path, mode="wb"):
-    """Write to a temporary name beside `path`, rename at the end: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
+    """Write beside `path`, rename at the end: a reader sees the old file or the whole new one.
+
+    A symbolic link is followed. A new file's mode follows the umask, an existing file keeps its
+    own. Raises UsageError where `path` is no regular file, and for what the system refuses.
+    """
+    given, path = Path(path), Path(os.path.realpath(path))
+    if given.is_dir():
+        raise UsageError(f"cannot write {given}: it is a folder; name a file in it")
+    if given.exists() and not given.is_file():
+        raise UsageError(f"cannot write {given}: it is a device or a pipe; name a file")
+    temporary = path.parent / f".{secrets.token_hex(8)}.part"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; name another place") from None
-    try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}  # whatever the locale, whatever a name
-        with os.fdopen(handle, mode, **text) as file:
+        with refusal(f"cannot write {given}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        # whatever the locale, whatever a name
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with unnamed_refusal(f"cannot write {given}"), os.fdopen(handle, mode, **text) as file:
             yield file
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with refusal(f"cannot write {given}"):
+            put(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
+def put(temporary, path):
+    """Rename a file to `path`; a file that was there leaves it its mode."""
+    with suppress(FileNotFoundError):
+        os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
+    os.replace(temporary, path)
+
+
+@contextmanager
+def unnamed_refusal(what):
+    """`refusal` of a write; an OSError that names a file is of another file, and passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UsageError(f"{what}: {reason(error)}") from None
+
+
+@contextmanager
+def only_writer(path, given):
+    """Hold a lock beside `path` while this process writes there; `given`: the flag and its value.
+
+    Raises UsageError where another process holds it. An object store, and a file system without
+    locks, do without.
+    """
+    if is_remote(path):
+        yield
+        return
+    path = Path(os.path.realpath(path))
+    lock = path.with_name(f".{path.name[:200]}.lock")
+    with refusal(f"{given}: cannot be written"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(f"{given}: process {file.read() or 'of another machine'} is writing it; "
+                             "wait until it ends, or name another place") from None
+        except OSError:
+            pass
+        try:
+            file.truncate(0)
+            print(os.getpid(), end="", file=file, flush=True)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def reserve(folder, size):
+    """Raises OSError unless `folder` has room for `size` bytes: some libraries do not say so."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def check_folder(path, given):
-    """The folder is made where it is missing; one that cannot be written to is told before the work, not after.
+    """Make the folder where it is missing; a place that cannot be written is told before the work.
 
     `given`: the flag and value that it comes from. Raises UsageError.
     """
-    try:
+    with refusal(f"{given}: cannot be written"):
         Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UsageError(f"{given}: cannot be written ({error.strerror}); name another place") from None
 
+
+# ---- what every script does ----
 
 def read_bytes(path):
     """The bytes of a file; UsageError where it cannot be read."""
@@ -105,6 +203,14 @@ def read_bytes(path):
         return Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+CONTROL = {number: repr(chr(number))[1:-1] for number in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+
+
+def printable(text):
+    """Text in which control characters, and bytes of a name that are no UTF-8, are escaped."""
+    return str(text).translate(CONTROL).encode(errors="backslashreplace").decode()
 
 
 def sha256(data):
@@ -131,8 +237,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def say(message):
-    """Progress and warnings go to stderr; results to stdout."""
-    print(message, file=sys.stderr, flush=True)
+    """One line of progress or warning on stderr; results go to stdout."""
+    with suppress(OSError):  # a full disk behind stderr must not hide the exit code
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def is_remote(path):
@@ -158,15 +265,35 @@ def run(main):
 
 
 def answered(function):
-    """Call function(None), a script's parse_args; a DetectorError becomes one line and exit code 2."""
+    """Call function(None), a script's parse_args; what a user can mend becomes one line and exit
+    code 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        function(None)
+        try:
+            function(None)
+        finally:
+            sys.stdout.flush()
     except DetectorError as error:
-        say(f"error: {error}")
-        sys.exit(2)
+        end(2, f"error: {error}")
     except BrokenPipeError:  # `classify.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        end(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except MemoryError:
+        end(2, "error: not enough memory; free some, or give fewer or smaller images at a time")
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        end(2, f"error: {error.filename or 'the output'}: {reason(error)}")
+
+
+def end(code, line=None):
+    """Exit; what stdout still holds and cannot take goes nowhere."""
+    if line:
+        say(line)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

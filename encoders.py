@@ -26,7 +26,10 @@ sys.modules.setdefault("openvino_telemetry", None)
 
 def cache_dir():
     """Where CLIP's weights and prepared encoders live: CLIP_CACHE, or ~/.cache/clip as OpenAI's package has it."""
-    return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
+    try:
+        return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
+    except RuntimeError:  # no HOME, and a user id without an entry
+        raise EncoderError("no folder for encoders: neither HOME nor CLIP_CACHE is set; set CLIP_CACHE to a folder") from None
 
 
 def read_manifest(folder):

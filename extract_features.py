@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import common
-from common import CLASSES, MAX_CROPS, MAX_VIEWS, SPLITS, ImageError, UnsupportedImage, UsageError, say
+from common import CLASSES, MAX_CROPS, MAX_VIEWS, SPLITS, ImageError, UsageError, printable, say
 from layers import layers_flag
 
 
@@ -40,6 +40,7 @@ def parse_args(argv):
     parser.add_argument("--views", type=int, default=0, metavar="N", help="degraded copies of each image beside it")
     parser.add_argument("--crops", type=int, default=0, metavar="N", help="squares of it in full resolution, too")
     parser.add_argument("--prune", action="store_true", help="drop the rows of files that are gone")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 where a folder is ignored: its name is no label")
     parser.add_argument("--unlabelled", action="store_true", help="take any folder; all labels are -1")
     parser.add_argument("--split_names", default=",".join(SPLITS), metavar="A,B", help="folder names that are splits")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, metavar="X",
@@ -74,7 +75,8 @@ import encoders  # noqa: E402
 import growing  # noqa: E402
 import imaging  # noqa: E402
 import storage  # noqa: E402
-from dataset import COLUMNS, FACTS, SEEN, count_cells, join_columns, list_images  # noqa: E402
+from dataset import (COLUMNS, FACTS, SEEN, count_cells, has_extension, join_columns, list_files,  # noqa: E402
+                     read_folder, summary_of)
 
 
 COMPILE_FROM = 30_000  # images from which on torch.compile pays on CUDA: 6 s, for 0.2 ms an image
@@ -96,10 +98,12 @@ def draw(entries, limit, seed=0):
 
 # ---- state that survives being killed ----
 
-def check_writable(output, parts):
+def check_writable(given, parts):
     """An output that cannot be written is told before the hours of encoding, not after. Raises UsageError."""
-    if output.is_dir():
-        raise UsageError(f"--output_file {output}: is a folder; name a file in it")
+    if Path(given).is_dir():
+        raise UsageError(f"--output_file {given}: is a folder; name a file in it")
+    if Path(given).exists() and not Path(given).is_file():
+        raise UsageError(f"--output_file {given}: is a device or a pipe; name a file")
     with common.atomic_write(parts / "probe"):
         pass
     (parts / "probe").unlink()
@@ -121,7 +125,7 @@ def read_row(data_dir, entry, resolution, max_pixels, views=0, crops=0):
         copies = (degrade(base, view_rng(row["sha256"], number)) for number in range(1, views + 1))
         return entry, np.stack([imaging.in_pieces(image, resolution, crops) for image in (rgb, *copies)]), row
     except (ImageError, OSError) as error:
-        return entry, None, [str(error), not isinstance(error, UnsupportedImage)]
+        return entry, None, [str(error), getattr(error, "is_image", True) or has_extension(entry.path)]
 
 
 def read_rows(data_dir, entries, *how):
@@ -173,7 +177,7 @@ def tell_skipped(bad):
     """One line for each file without a row: [path, reason, is it an image]."""
     from tqdm import tqdm
     for path, why, _ in bad:
-        tqdm.write(f"skipped {path}: {why}", file=sys.stderr)
+        tqdm.write(printable(f"skipped {path}: {why}"), file=sys.stderr)
 
 
 def store_batch(rows, path, encoder, size, crops):
@@ -228,13 +232,22 @@ def encode_missing(batches, parts, args, encoder):
 
 # ---- the features file ----
 
-def find_entries(args, paths=None):
-    """What there is to encode (of `paths`, where the folder is listed already); not the output, which may lie among the images."""
-    entries = list_images(args.data_dir, [name.strip() for name in args.split_names.lower().split(",")], args.unlabelled, paths)
+def find_images(args, listing):
+    """dataset.Listing -> dataset.Folder of what there is to encode; not the output, which may lie among the images."""
     folder, output = args.data_dir.rstrip("/"), args.output_file.rstrip("/")
     own = output.removeprefix(f"{folder}/") if common.is_remote(folder) else os.path.relpath(output, folder).replace(os.sep, "/")
-    entries = [e for e in entries if e.path != own and not e.path.startswith((f"{own}/", f"{own}.parts", f"{own}.old-"))]
-    return draw(entries, args.limit) if args.limit else entries
+    lock = os.path.join(os.path.dirname(own), f".{os.path.basename(own)}.lock")
+    listing = listing._replace(
+        hidden=[path for path in listing.hidden if path != lock],
+        files=[path for path in listing.files if path != own and not path.startswith((f"{own}/", f"{own}.parts", f"{own}.old-"))])
+    split_names = [name.strip() for name in args.split_names.lower().split(",")]
+    found = read_folder(args.data_dir, split_names, args.unlabelled, listing)
+    return found._replace(entries=draw(found.entries, args.limit)) if args.limit else found
+
+
+def exit_code(args, found):
+    """1 where a folder could not be read, and with --strict where a folder is ignored."""
+    return 1 if found.listing.unreadable or args.strict and any(not name.endswith("*") for name in found.ignored) else 0
 
 
 def key_of(args, encoder, precision):
@@ -293,34 +306,28 @@ def assemble(part_paths, old, entries, encoder, meta):
     return columns, skipped
 
 
-def summary(cells, rows, dim, skipped, total):
-    """One line for stdout: what was written. `cells`: images by split and class; `rows`: with their degraded copies."""
+def summary(cells, rows, dim, skipped, found):
+    """One line for stdout: what was written, and what not. `cells`: images by split and class; `rows`: with their degraded
+    copies; `found`: dataset.Folder."""
     images = sum(cells.values())
     views = f" and {rows - images} degraded copies" if rows > images else ""
     return (f"{images} images{views}, {dim}-d features (" + ", ".join(f"{cell} {n}" for cell, n in cells.items())
-            + f"); {skipped} of {total} skipped")
+            + f"); {skipped} of {len(found.entries)} skipped" + summary_of(found))
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    if args.ray:
-        import cluster
-        return cluster.extract(args)
-    output, parts = Path(args.output_file), Path(f"{args.output_file}.parts")
-    entries = find_entries(args)
-    check_writable(output, parts)
+def extract(args):
+    output = Path(os.path.realpath(args.output_file))  # of a link the target: the link stays
+    parts = Path(f"{output}.parts")
+    check_writable(args.output_file, parts)
+    found = find_images(args, list_files(args.data_dir))
+    entries = found.entries
 
     from prepare_clip import ensure_encoder
     folder = ensure_encoder(args.clip_model, args.precision, args.layers)
     encoder = encoders.Encoder(folder, args.device, args.precision, compile=len(entries) >= COMPILE_FROM)
     args.batch_size = args.batch_size or (256 if encoder.device == "cuda" else 16)
     key = key_of(args, encoder.manifest, encoder.precision)
-    state = parts / "key.json"
-    left_by = json.loads(state.read_text()) if state.is_file() else None
-    if left_by != key and any(parts.glob("*.npz")):
-        growing.set_aside(parts, "was left by other flags, another encoder or precision")
-    with common.atomic_write(state, "w") as file:
-        json.dump(key, file)
+    open_parts(parts, key)
 
     old, before = growing.earlier_rows(output, key, args.data_dir, args.prune)
     known = set() if old is None else set(old["paths"])
@@ -330,19 +337,48 @@ def main(argv=None):
 
     columns, skipped = assemble(part_paths, old, entries, encoder, meta_of(key, encoder.manifest))
     check_skipped(skipped, len(entries), args)
+    say_news(before, columns)
+    store(columns, parts, output)
+    print(printable(f"{args.output_file}: {summary(count_cells(columns), *columns['features'].shape, len(skipped), found)}"))
+    return exit_code(args, found)
+
+
+def open_parts(parts, key):
+    """The folder of parts is this run's from here on; what other flags left in it is set aside."""
+    state = parts / "key.json"
+    left_by = json.loads(state.read_text()) if state.is_file() else None
+    if left_by != key and any(parts.glob("*.npz")):
+        growing.set_aside(parts, "was left by other flags, another encoder or precision")
+    with common.atomic_write(state, "w") as file:
+        json.dump(key, file)
+
+
+def say_news(before, columns):
+    """What is new beside the rows that were there, said before the file is: a killed run says it again."""
     if (columns["splits"] == SEEN).any():
         say(f"{len(np.unique(columns['paths'][columns['splits'] == SEEN]))} images were used to train this encoder: split '{SEEN}', "
             "not for training a classifier")
     if before:
-        for line in growing.words(growing.whats_new(before, columns)):  # before the file is there: a killed run says it again
+        for line in growing.words(growing.whats_new(before, columns)):
             say(line)
+
+
+def store(columns, parts, output):
+    """Columns -> the features file, whole or not at all; its parts are removed."""
     with common.atomic_write(parts / "all") as file:  # in there, so that a killed run leaves nothing else behind
         np.savez_compressed(file, **columns)
-    os.replace(parts / "all", output)
+    common.put(parts / "all", output)
     for path in parts.glob("*.npz"):  # key.json goes last: parts never lie there without a word on how they were made
         path.unlink()
     shutil.rmtree(parts)
-    print(f"{output}: {summary(count_cells(columns), *columns['features'].shape, len(skipped), len(entries))}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.ray:
+        import cluster
+    with common.only_writer(args.output_file, f"--output_file {args.output_file}"):
+        return cluster.extract(args) if args.ray else extract(args)
 
 
 if __name__ == "__main__":

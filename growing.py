@@ -33,7 +33,7 @@ def set_aside(path, why):
 
 
 def earlier_rows(output, key, data_dir, prune):
-    """Rows of an earlier run whose files have the same bytes or, unless `prune`, are gone. -> (columns, digests_of all of it)
+    """Rows of an earlier run whose files have the same bytes, cannot be read now or, unless `prune`, are gone. -> (columns, digests_of all of it)
 
     (None, {}) where there are none; a file that cannot be gone on with is set aside.
     """
@@ -43,8 +43,10 @@ def earlier_rows(output, key, data_dir, prune):
     if why:
         set_aside(output, why)
         return None, {}
-    keep = np.isin(fates, ["same"] if prune else ["same", "gone"])
+    keep = np.isin(fates, ["same", "unread"] if prune else ["same", "unread", "gone"])
     say(f"{output} is there: {int(keep.sum())} of its rows stay as they are")
+    if unread := fates.count("unread"):
+        say(f"{unread} of them are of files that cannot be read now")
     if gone := fates.count("gone"):
         say(f"{gone} rows are of files that are no longer there: dropped" if prune else
             f"{gone} of them are of files that are no longer there; extract again with --prune to drop them")
@@ -60,21 +62,23 @@ def read_earlier(output, key, data_dir):
     if columns["meta"].get("key") != key:
         return None, None, "was made with other flags, another encoder or precision"
     fates = compare(columns, data_dir)
-    if "same" not in fates:  # the same names with other bytes in all of them are another folder too
+    if not {"same", "unread"} & set(fates):  # the same names with other bytes in all of them are another folder too
         return None, None, "holds none of the images of this folder"
     return columns, fates, ""
 
 
 def compare(columns, data_dir):
-    """What became of the file of each row: list of 'same', 'changed' (other bytes) or 'gone'."""
+    """What became of the file of each row: list of 'same', 'changed' (other bytes), 'gone' or 'unread' (nobody can say)."""
     from tqdm import tqdm
 
     @functools.cache  # views of an image are rows of one file
     def fate(path, digest):
-        path = Path(data_dir, path)
-        if not path.is_file():
+        try:
+            return "same" if common.sha256(Path(data_dir, path).read_bytes()) == digest else "changed"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return "gone"
-        return "same" if common.sha256(common.read_bytes(path)) == digest else "changed"
+        except OSError:  # no permission, or a network drive that does not answer
+            return "unread"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(fate, columns["paths"], columns["sha256"]), total=len(columns["paths"]),
                          desc="comparing", unit="image"))

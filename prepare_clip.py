@@ -20,6 +20,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import catalogue
@@ -128,7 +129,7 @@ def source_of(clip_model):
         return "sha256:" + catalogue.hash_of(clip_model)
     raise EncoderError(
         f"'{clip_model}' is neither a file nor one of {', '.join(catalogue.NAMES)}; "
-        "set --clip_model or CLIP_MODEL to one of these"
+        f"set --clip_model or CLIP_MODEL to one of these{catalogue.suggestion(clip_model)}"
     )
 
 
@@ -188,6 +189,8 @@ def prepare(clip_model, source, layers, weights=None):
             shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
         try:
+            with common.refusal(f"cannot write {cache_dir()}"):  # OpenVINO does not say why
+                common.reserve(scratch, 2 * sum(array.nbytes for array in arrays.values()))
             write_folder(arrays, arch, layers, manifest, scratch, progress)
             return keep(scratch, name, manifest["identity"])
         finally:
@@ -200,8 +203,11 @@ def keep(scratch, name, identity):
     scratch.chmod(0o755)
     for file in scratch.iterdir():
         file.chmod(0o644)
-    shutil.rmtree(folder, ignore_errors=True)
+    aside = tempfile.mkdtemp(dir=cache_dir(), prefix=".replaced-")
+    with suppress(FileNotFoundError):  # an earlier one, which another process may be reading
+        os.replace(folder, aside)
     os.replace(scratch, folder)
+    shutil.rmtree(aside)
     return folder
 
 

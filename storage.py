@@ -18,7 +18,7 @@ import numpy as np
 
 import common
 from common import UsageError, is_remote
-from dataset import COLUMNS, FACTS, list_files
+from dataset import COLUMNS, FACTS, arrange, list_files
 
 AT_ONCE = 16  # requests to an object store
 
@@ -53,9 +53,15 @@ def one_line(error):
 
 
 def list_stamps(folder):
-    """All files below a folder, as `dataset.list_files` lists them -> {path: (bytes, time of last change in ns)}, sorted."""
+    """`list_folder`'s stamps."""
+    return list_folder(folder)[1]
+
+
+def list_folder(folder):
+    """All that lies below a folder -> (dataset.Listing, of its files {path: (bytes, time of last change in ns)}, sorted)."""
     if not is_remote(folder):
-        return {path: stamp(folder, path) for path in list_files(folder)}
+        listing = list_files(folder)
+        return listing, {path: stamp(folder, path) for path in listing.files}
     from pyarrow.fs import FileSelector, FileType
     filesystem, root = open_folder(folder)
     try:
@@ -63,7 +69,8 @@ def list_stamps(folder):
     except OSError as error:
         raise UsageError(f"{folder}: cannot be listed ({one_line(error)})") from None
     files = {info.path[len(root) + 1:]: (info.size, info.mtime_ns) for info in found if info.type == FileType.File}
-    return {path: files[path] for path in sorted(files) if not any(part.startswith(".") for part in path.split("/"))}
+    listing = arrange(files)
+    return listing, {path: files[path] for path in listing.files}
 
 
 def stamp(folder, path):

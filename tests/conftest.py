@@ -1,4 +1,5 @@
 """Fixtures: real photographs that installed packages bring, a labelled folder made of them, the scripts as subprocesses."""
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -97,12 +98,22 @@ def make_folder(photos):
 
 @pytest.fixture
 def script(tmp_path):
-    """Function: script('classify.py', '--json', ..., CLIP_MODEL='ViT-B/32') -> CompletedProcess, run in an empty folder."""
-    def run(name, *args, cwd=tmp_path, stdin=None, timeout=300, **env):
-        return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd,
-                              env={**os.environ, **env}, input=stdin, capture_output=True, text=not isinstance(stdin, bytes),
-                              timeout=timeout)
+    """Function: script('classify.py', '--json', ..., CLIP_MODEL='ViT-B/32') -> CompletedProcess, run in an empty folder.
+
+    `first`: called in the process before it starts. A variable that is None is taken away.
+    """
+    def run(name, *args, cwd=tmp_path, stdin=None, timeout=300, first=None, stdout=subprocess.PIPE, **env):
+        env = {key: value for key, value in {**os.environ, **env}.items() if value is not None}
+        return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, env=env, input=stdin,
+                              stdout=stdout, stderr=subprocess.PIPE, text=not isinstance(stdin, bytes), timeout=timeout,
+                              preexec_fn=first)
     return run
+
+
+def without_root():
+    """Root gives up its right to pass over permissions, as the tests of unreadable folders need."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, by prctl(PR_CAPBSET_DROP)
+        ctypes.CDLL(None).prctl(24, capability)
 
 
 def assert_one_line_error(result, *words):

@@ -115,8 +115,9 @@ def test_files_outside_a_label_folder_are_left_out(tmp_path):
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):
-    touch(tmp_path, "real/1.png", "fake/1.png", "real/.DS_Store", ".cache/real/1.png", "fake/.thumbs/1.png")
-    assert list_files(tmp_path) == ["fake/1.png", "real/1.png"]
+    listing = list_files(touch(tmp_path / "data", "real/1.png", "fake/1.png", "real/.DS_Store", ".cache/real/1.png", "fake/.x/1.png"))
+    assert listing.files == ["fake/1.png", "real/1.png"]
+    assert listing.hidden == [".cache/real/1.png", "fake/.x/1.png", "real/.DS_Store"]
 
 
 def test_unlabelled_takes_all_files_and_no_label(tmp_path):
@@ -133,9 +134,9 @@ def test_unlabelled_takes_all_files_and_no_label(tmp_path):
     (["real/1.png", "fake/1.png", "real/fake/1.png"], ["'real' and 'fake'", "rename"]),
 ])
 def test_a_folder_that_cannot_teach_is_an_error_that_says_why(tmp_path, paths, words):
-    touch(tmp_path, *paths)
+    (tmp_path / "data").mkdir()
     with pytest.raises(UsageError) as error:
-        list_images(tmp_path)
+        list_images(touch(tmp_path / "data", *paths))
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)

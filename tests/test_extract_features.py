@@ -240,7 +240,7 @@ def whole(tmp_path, few):
     (both_labels, [], ["real/FAKE/1.jpg", "'real' and 'FAKE'", "rename"]),
     (lambda tmp_path, few: (tmp_path / "data").mkdir(), [], ["data", "the folder is empty"]),
     (lambda tmp_path, few: None, [], ["data", "no such folder"]),
-    (whole, ["--output_file", "file/f.npz"], ["cannot write file/f.npz", "name another place"]),
+    (whole, ["--output_file", "file/f.npz"], ["--output_file file/f.npz", "is a file", "name another place"]),
     (whole, ["--output_file", "folder"], ["--output_file folder", "is a folder"]),
     (whole, ["--limit", "0"], ["--limit 0", "at least 1"]),
     (whole, ["--limit", "-5"], ["--limit -5", "at least 1"]),
