@@ -22,7 +22,7 @@ pytestmark = pytest.mark.golden
 # AUC and the lower end of its interval below which nothing ships.
 # The intervals here are over images, as the floor was set; the card's are over sources, which are wider.
 RECORDED = ROOT / "models" / "evaluation" / "metrics.json"
-FLOOR = {"test": (0.86, 0.82), "external": (0.74, 0.70)}
+FLOOR = {"test": (0.96, 0.94), "external": (0.89, 0.85)}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_a_recipe_that_got_worse_is_caught_and_named(recipe, tmp_path):
     assert result.returncode == 1 and "worse than the baseline: " in result.stderr and "AUC" in result.stderr, result.stdout
 
 
+@pytest.mark.long
 def test_the_shipped_evaluation_is_what_the_shipped_model_gives(script, tmp_path):
     result = script("evaluate.py", "--features_file", ROOT / "models" / "features.npz")
     assert result.returncode == 0, result.stderr
@@ -107,11 +108,11 @@ def test_the_encoder_sees_in_installed_photographs_what_was_stored(openai):
     assert cosine.min() >= 0.99999, dict(zip(golden["names"], cosine.round(6)))
 
 
-def test_at_most_two_of_the_installed_photographs_are_called_fake(openai):
-    detector = Detector(SHIPPED_MODEL)
-    verdicts = {path.name: detector.classify(path.read_bytes()) for path in samples.installed_photos()}
-    wrong = [name for name, (classification, _) in verdicts.items() if classification == "fake"]
-    assert len(verdicts) == 14 and len(wrong) <= 2, wrong
+def test_at_most_two_of_the_installed_photographs_are_called_fake(baseline):
+    """On their stored features, which the test above holds equal to the encoder's."""
+    golden = np.load(GOLDEN)
+    fake = probability(baseline, decision(baseline, golden["features"])) >= baseline["threshold"]
+    assert len(fake) == 14 and fake.sum() <= 2, golden["names"][fake]
 
 
 if os.environ.get("IMAGES_DIR"):
