@@ -104,15 +104,22 @@ def png_texts(chunks):
     return texts
 
 
-def jpeg_parts(data):
-    """Without the segments APP2, which hold profiles and the list of further pictures."""
+def without_metadata(data, kind):
+    """Bytes of a JPEG or AVIF whose header cannot be read -> without what may be damaged and no pixel needs."""
+    if kind == "AVIF":
+        return re.sub(rb"(infe[\2\3]\0\0.(?:..|....)..)Exif", rb"\1skip", data, flags=re.DOTALL)
+    return jpeg_parts(data, left_out=(*range(0xE2, 0xEE), 0xEF, 0xFE)) if kind == "JPEG" else data
+
+
+def jpeg_parts(data, left_out=(0xE2,)):
+    """Without the segments APP2, which hold profiles and the list of further pictures; JFIF's and Adobe's are whole or not."""
     kept, start, at = [], 0, 2
     for _ in range(MAX_PARTS):
         marker = data[at:at + 2]
         if marker[:1] != b"\xff" or marker[1:] in (b"\xda", b"\xff", b""):
             break  # the pixels, or what only a decoder can make sense of
         end = at + 2 + int.from_bytes(data[at + 2:at + 4])
-        if marker == b"\xff\xe2":
+        if marker[1] in left_out or marker[1] in (0xE0, 0xEE) and end - at < 16:
             kept.append(data[start:at])
             start = end
         at = end
@@ -134,26 +141,29 @@ def webp_parts(data):
 
 
 def tiff_directory(data):
-    """[(tag, type, count, where its value lies)] of a TIFF's first directory, as libtiff finds them; [] where there is none."""
+    """[(tag, type, count, where its value lies)] of a TIFF's first directory, as libtiff finds them; [] where it is cut."""
     def number(at, size):
         return int.from_bytes(data[at:at + size], order or "little")
     order, wide = {b"II": "little", b"MM": "big"}.get(data[:2]), b"+" in data[2:4]
     at, head, line = number(8, 8) if wide else number(4, 4), 8 if wide else 2, 20 if wide else 12
-    lines = min(number(at, head), (len(data) - at - head) // line, 1 << 16) if order else 0
+    lines = min(number(at, head), 1 << 16) if order else 0
+    if at + head + lines * line > len(data):
+        return []
     return [(number(at, 2), number(at + 2, 2), number(at + 4, 8 if wide else 4), at + line - (8 if wide else 4))
             for at in range(at + head, at + head + lines * line, line)]
 
 
 def tiff_tags(data):
-    """{tag: unsigned numbers} of a TIFF's first directory, for tags of at most 16 of these."""
+    """{tag: unsigned numbers} of a TIFF's first directory, for tags of at most 16 of these; {} where the file is cut before."""
     order, room, tags = ">" if data[:2] == b"MM" else "<", 8 if b"+" in data[2:4] else 4, {}
     for tag, kind, count, at in tiff_directory(data):
         if kind in TIFF_TYPES and 0 < count <= 16:
             form = f"{order}{count}{TIFF_TYPES[kind]}"
             if struct.calcsize(form) > room:
                 at = int.from_bytes(data[at:at + room], "big" if order == ">" else "little")
-            if at + struct.calcsize(form) <= len(data):
-                tags.setdefault(tag, struct.unpack_from(form, data, at))
+            if at + struct.calcsize(form) > len(data):
+                return {}
+            tags.setdefault(tag, struct.unpack_from(form, data, at))
     return tags
 
 

@@ -17,7 +17,8 @@ from PIL import (AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegIma
 from pi_heif import HeifImagePlugin  # noqa: F401
 
 from common import MAX_PIXELS, BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
-from formats import (FORMATS, heif_items, jpeg_ends, jpeg_scans, needed_parts, sniff, tiff_directory)
+from formats import (FORMATS, heif_items, jpeg_ends, jpeg_scans, needed_parts, sniff, tiff_directory,
+                     without_metadata)
 from pixels import STRIP_PIXELS, declare_kind, refuse_tiff_kind, to_rgb
 
 MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
@@ -69,7 +70,10 @@ def open_image(data, max_pixels=MAX_PIXELS):
     if known == "TIFF":
         refuse_tiff_kind(data)
     parts, texts = needed_parts(data, known)
-    image = read_header(parts, known, max_pixels)
+    try:
+        image = read_header(parts, known, max_pixels)
+    except BrokenImage:
+        image = read_header(without_metadata(data, known), known, max_pixels)
     image.info |= texts
     width, height = image.size
     if width * height > max_pixels:
