@@ -98,6 +98,10 @@ def unsupported(known, data):
     return error
 
 
+def one_line(error):
+    return " ".join(str(error).split())
+
+
 def read_header(data, known, max_pixels):
     """Bytes of a known format -> PIL image, not decoded."""
     file = Header(data)
@@ -110,7 +114,7 @@ def read_header(data, known, max_pixels):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLarge(f"the image has more than the {max_pixels:,} pixels allowed") from None
     except Exception as error:  # Pillow's parsers raise almost anything on crafted bytes
-        raise BrokenImage(f"the image cannot be opened: {error}") from None
+        raise BrokenImage(f"the image cannot be opened: {one_line(error)}") from None
     finally:
         del file.read  # pixels may come in as many pieces as they like
 
@@ -204,7 +208,7 @@ def load_rgb(image):
     except ImageError:
         raise
     except Exception as error:
-        raise BrokenImage(f"the image cannot be decoded: {error}") from None
+        raise BrokenImage(f"the image cannot be decoded: {one_line(error)}") from None
 
 
 def decode_image(data, max_pixels=MAX_PIXELS):

@@ -8,7 +8,7 @@ Bits are scaled to 8, alpha lies over white, ICC profiles are ignored (as CLIP d
 fills) and `transparency` (as Pillow has it, in stored values for 16-bit grey).
 """
 import numpy as np
-from PIL import Image, ImagePalette
+from PIL import Image, ImagePalette, TiffImagePlugin
 
 from common import UnsupportedImage
 from formats import tiff_tags
@@ -21,6 +21,7 @@ TIFF_KINDS = {
     2: ("RGB", 3, (8, 16), [(), (0,), (1,), (2,)]), 3: ("palette", 1, (1, 2, 4, 8), [()]),
     5: ("CMYK", 4, (8, 16), [(), (0,)]), 6: ("YCbCr", 3, (8,), [()])}
 TIFF_JPEG = 6, 7        # compressions
+TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = "I;16B", "I;16B"  # Pillow has it of little-endian files
 
 
 # ---- what the header declares ----
@@ -71,7 +72,7 @@ def refuse_tiff_kind(data):
              f"{name} with extra samples {extra}": extra not in extras or extra and photometric == 1 and depth != 8,
              f"{given} samples a pixel of {name}": given != samples + len(extra),
              f"separate planes of {depth} bits": planes != 1 and given > 1 and (depth != 8 or extra or photometric == 6),
-             "reversed bits": fill != 1 and depth != 1, "inks other than CMYK": tags.get(332, (1,)) != (1,),
+             "big-endian with 12 bits": data[:2] == b"MM" and depth == 12, "reversed bits": fill != 1 and depth != 1, "inks other than CMYK": tags.get(332, (1,)) != (1,),
              "YCbCr that is not JPEG": photometric == 6 and compression not in TIFF_JPEG}
     for what, is_wrong in wrong.items():
         if is_wrong:
@@ -82,7 +83,7 @@ def declare_tiff(image, data):
     tags = image.tag_v2
     if tags.get(258) == (12,):
         image.info["levels"] = 0, 4095
-    elif image.mode == "I;16" and tags.get(262) == 0:
+    elif image.mode in ("I;16", "I;16B") and tags.get(262) == 0:
         image.info["levels"] = 65535, 0
     colours = tags.get(320)
     if image.mode == "P" and max(colours, default=0) < 256:  # of 16 bits, but programs have written 8 (libtiff does the same)

@@ -7,7 +7,9 @@ import struct
 import warnings
 import zlib
 
+import imagecodecs
 import numpy as np
+import pillow_heif
 import pytest
 import tifffile
 
@@ -126,10 +128,10 @@ BLACK, WHITE, COLOUR = {"photometric": "minisblack"}, {"photometric": "miniswhit
 INKS = np.dstack([COLOURS, 0.3 * RAMP])
 MAP = np.random.default_rng(0).integers(0, 65536, (3, 256)).astype(np.uint16)
 TIFFS = {
-    **{f"{bits}-bit grey": (stored(RAMP, bits), BLACK | {"bitspersample": bits}, stored(RAMP, bits)[..., None] * 255 / (2 ** bits - 1))
+    **{f"{bits}-bit grey": (stored(RAMP, bits), BLACK | {"bitspersample": bits}, stored(RAMP, bits)[..., None] * 255.0 / (2 ** bits - 1))
        for bits in (1, 2, 4, 8, 12, 16)},
     **{f"{bits}-bit grey, white is zero": (stored(RAMP, bits), WHITE | {"bitspersample": bits},
-                                           255 - stored(RAMP, bits)[..., None] * 255 / (2 ** bits - 1)) for bits in (1, 2, 4, 8, 16)},
+                                           255 - stored(RAMP, bits)[..., None] * 255.0 / (2 ** bits - 1)) for bits in (1, 2, 4, 8, 16)},
     "8-bit colour": (stored(COLOURS, 8), COLOUR, 255 * COLOURS), "16-bit colour": (stored(COLOURS, 16), COLOUR, 255 * COLOURS),
     "8-bit colour in planes": (stored(COLOURS, 8).transpose(2, 0, 1), COLOUR | {"planarconfig": "separate"}, 255 * COLOURS),
     "16-bit colour in planes": (stored(COLOURS, 16).transpose(2, 0, 1), COLOUR | {"planarconfig": "separate"}, 255 * COLOURS),
@@ -154,27 +156,33 @@ TIFFS = {
     "a DNG": (stored(COLOURS, 8), COLOUR | {"extratags": [(50706, 1, 4, (1, 4, 0, 0), True)]}, None),
     "a sensor's mosaic": (stored(RAMP, 16), {"photometric": "cfa"}, None),
 }
-MAY_BE_REFUSED = {"16-bit colour in planes", "16-bit grey with alpha", "8-bit colour with alpha in planes"}
+REFUSED = {"16-bit colour in planes", "16-bit grey with alpha", "8-bit colour with alpha in planes"}
 LAYOUTS = {"raw": {}, "big-endian": {"byteorder": ">"}, "deflate": {"compression": "zlib"}, "LZW": {"compression": "lzw"},
            "predicted": {"compression": "zlib", "predictor": True}, "rows": {"rowsperstrip": 5}, "tiles": {"tile": (16, 16)},
            "BigTIFF": {"bigtiff": True}, "packed": {"compression": "packbits"}}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", TIFFS)
+def written():
+    """(kind, layout) of all that tifffile writes."""
+    for kind, (samples, options, _) in TIFFS.items():
+        for layout, more in LAYOUTS.items():
+            try:
+                tiff(samples, **options, **more)
+            except (ValueError, NotImplementedError, TypeError, RuntimeError, OSError):
+                continue
+            yield kind, layout
+
+
+@pytest.mark.parametrize("kind, layout", list(written()))
 def test_a_tiff_is_what_its_tags_declare_or_refused_by_name(kind, layout):
     samples, options, right = TIFFS[kind]
-    try:
-        data = tiff(samples, **options, **LAYOUTS[layout])
-    except (ValueError, NotImplementedError, TypeError, RuntimeError, OSError):
-        return pytest.skip("tifffile does not write this")
-    try:
-        found = rgb(data)
-    except UnsupportedImage as error:
-        assert error.is_image and "save the" in str(error)
-        assert right is None or kind in MAY_BE_REFUSED or "big-endian" == layout, error
+    data = tiff(samples, **options, **LAYOUTS[layout])
+    if right is None or kind in REFUSED or (kind, layout) == ("12-bit grey", "big-endian"):
+        with pytest.raises(UnsupportedImage, match="save the (image|picture) as") as error:
+            imaging.decode_image(data)
+        assert error.value.is_image
     else:
-        assert right is not None and np.abs(found - right).max() <= 2.01
+        assert_pixels(data, right, 2.01)
 
 
 # ---- BMP ----
@@ -207,3 +215,65 @@ def test_bmps_by_their_depth_their_masks_and_their_palette():
     assert_pixels(bmp(4, sixteen[:, ::2] * 16 + sixteen[:, 1::2], palette=greys(*range(16))), sixteen[..., None])
     with pytest.raises(UnsupportedImage, match="alpha mask"):
         imaging.decode_image(bmp(16, np.zeros((HEIGHT, 2 * WIDTH)), (0x7C00, 0x3E0, 0x1F, 0x8000)))
+
+
+# ---- GIF, JPEG, HEIC, AVIF, WebP ----
+
+def gif(frame, at, screen, clear=None):
+    """A GIF of stored indices [height, width] of two colours, drawn at a place on a larger screen, uncompressed."""
+    control = b"" if clear is None else b"!\xf9\4\1\0\0" + bytes([clear]) + b"\0"
+    # codes of 3 bits: clear (4) before every second index keeps the table empty; 5 ends
+    codes = [code for i, index in enumerate(frame.ravel()) for code in ([4] if i % 2 == 0 else []) + [int(index)]] + [5]
+    bits = "".join(format(code, "03b")[::-1] for code in codes)
+    bits = bits.ljust(-(-len(bits) // 8) * 8, "0")
+    body = bytes(int(bits[i:i + 8][::-1], 2) for i in range(0, len(bits), 8))
+    blocks = b"".join(bytes([len(body[i:i + 255])]) + body[i:i + 255] for i in range(0, len(body), 255))
+    return (b"GIF89a" + struct.pack("<HHBBB", *screen, 0x81, 0, 0) + bytes([200, 0, 0, 0, 0, 200] + [9] * 6) + control + b","
+            + struct.pack("<HHHHB", *at, *frame.shape[::-1], 0) + b"\2" + blocks + b"\0;")
+
+
+def test_a_gif_s_first_frame_lies_on_white_and_so_do_its_transparent_pixels():
+    index = (X + Y) % 2
+    drawn = np.where(index[..., None], (0, 0, 200), (200, 0, 0)).astype(float)
+    assert_pixels(gif(index, (0, 0), (WIDTH, HEIGHT)), drawn)
+    screen = np.full((HEIGHT + 9, WIDTH + 5, 3), 255.0)
+    screen[6:6 + HEIGHT, 3:3 + WIDTH] = drawn
+    assert_pixels(gif(index, (3, 6), (WIDTH + 5, HEIGHT + 9)), screen)
+    screen[6:6 + HEIGHT, 3:3 + WIDTH][index == 1] = 255
+    assert_pixels(gif(index, (3, 6), (WIDTH + 5, HEIGHT + 9), clear=1), screen)
+
+
+def test_inks_of_a_jpeg_are_read_by_adobe_s_marker_and_refused_without_it():
+    inks = np.full((16, 16, 4), (255, 128, 64, 230), np.uint8)  # as Adobe stores them, inverted: little ink
+    data = imagecodecs.jpeg8_encode(inks, level=100, colorspace="CMYK", outcolorspace="CMYK")
+    marker = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
+    bare = data.replace(data[data.index(b"\xff\xee"):][:16], b"") if b"\xff\xee" in data else data
+    right = np.array([255, 128, 64]) * 230 / 255
+    assert np.abs(rgb(bare[:2] + marker + bare[2:]) - right).max() <= 3
+    with pytest.raises(UnsupportedImage, match="Adobe's marker"):
+        imaging.decode_image(bare)
+
+
+def heic(samples, mode="RGB", **options):
+    file = io.BytesIO()
+    pillow_heif.from_bytes(mode, samples.shape[1::-1], samples.tobytes()).save(file, quality=-1, chroma=444, **options)
+    return file.getvalue()
+
+
+def test_heic_of_eight_and_ten_bits_of_grey_and_with_alpha():
+    assert_pixels(heic(stored(COLOURS, 8)), 255 * COLOURS, 3)
+    assert_pixels(heic(stored(COLOURS, 16), "RGB;16"), 255 * COLOURS, 3)
+    assert_pixels(heic(stored(RAMP, 8), "L"), GREY, 3)
+    assert_pixels(heic(stored(np.dstack([COLOURS, ALPHA]), 8), "RGBA"), over_white(COLOURS, ALPHA), 4)
+    with pytest.raises(UnsupportedImage, match="wholly transparent"):
+        imaging.decode_image(heic(stored(np.dstack([COLOURS, 0 * ALPHA]), 8), "RGBA"))
+
+
+@pytest.mark.parametrize("alpha", [ALPHA, None])
+def test_avif_and_webp_of_each_depth(alpha):
+    values = COLOURS if alpha is None else np.dstack([COLOURS, alpha])
+    right = over_white(COLOURS, 1.0 if alpha is None else alpha)
+    assert_pixels(imagecodecs.webp_encode(stored(values, 8), lossless=True), right)
+    assert_pixels(imagecodecs.avif_encode(stored(values, 8), level=100), right, 3)
+    for bits in (10, 12):
+        assert_pixels(imagecodecs.avif_encode(stored(values, bits), level=100, bitspersample=bits), right, 3)
