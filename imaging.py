@@ -17,13 +17,13 @@ from PIL import (AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegIma
 from pi_heif import HeifImagePlugin  # noqa: F401
 
 from common import MAX_PIXELS, BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
-from formats import (FORMATS, heif_items, jpeg_ends, jpeg_scans, needed_parts, sniff, tiff_directory,
-                     without_metadata)
+from formats import (FORMATS, TAKEN, heif_items, jpeg_ends, jpeg_scans, needed_parts, sniff,
+                     tiff_directory, without_metadata)
 from pixels import STRIP_PIXELS, declare_kind, refuse_tiff_kind, to_rgb
 
 MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
 MAX_SCANS, MAX_REPEATS = 50, 200  # what costs a pass each: a JPEG's scans (10 where it is progressive); profiles, EXIF
-MAX_SCANNED = 150_000_000       # pixels times scans of a JPEG without an end marker, which is decoded five times
+MAX_SCANNED = 150_000_000       # pixels times scans of a JPEG without end marker, decoded 5 times
 MAX_HEADER_READS = 100_000      # pieces of a file's header: cameras write dozens, millions of empty ones would take seconds
 MAX_TIFF_PIECES = 250_000       # strips or tiles: more than any picture here has rows
 TIFF_GRID = {256, 257, 258, 259, 273, 277, 278, 279, 284, 322, 323, 324, 325}  # tags that say how a TIFF's pixels lie
@@ -58,9 +58,10 @@ class Header(io.BytesIO):
 
 
 def open_image(data, max_pixels=MAX_PIXELS):
-    """Image bytes -> PIL image with its header read, its size and its kind of pixels checked, nothing decoded yet.
+    """Image bytes -> PIL image, its header read, its size and kind of pixels checked, not decoded.
 
-    The content decides on the format, never a name. Raises UnsupportedImage, BrokenImage, ImageTooLarge.
+    The content decides on the format, never a name. Raises UnsupportedImage, BrokenImage,
+    ImageTooLarge.
     """
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     known = sniff(data)
@@ -84,16 +85,16 @@ def open_image(data, max_pixels=MAX_PIXELS):
         refuse_tiff_bombs(image, data, max_pixels)
     if known == "HEIF":
         refuse_heif_bombs(data, max_pixels)
-    declare_kind(image, data, known)
     return image
 
 
 def unsupported(known, data):
     """The error for bytes of a format that is not taken, or of none that is known."""
-    taken = ", ".join(FORMATS).replace("HEIF", "HEIC")
     if known:
-        return UnsupportedImage(f"{known} is not among the formats taken ({taken}): save the image as JPEG or PNG")
-    error = UnsupportedImage(f"{'not an image format we take' if data else 'the file is empty'} (taken: {taken})")
+        return UnsupportedImage(f"{known} is not among the formats taken ({TAKEN}): "
+                                "save the image as JPEG or PNG")
+    what = "not an image format we take" if data else "the file is empty"
+    error = UnsupportedImage(f"{what} (taken: {TAKEN})")
     error.is_image = False
     return error
 
@@ -103,14 +104,18 @@ def one_line(error):
 
 
 def read_header(data, known, max_pixels):
-    """Bytes of a known format -> PIL image, not decoded."""
+    """Bytes of a known format -> PIL image, not decoded. Raises ImageError's kinds."""
     file = Header(data)
     try:
-        return Image.open(file, formats=[known])
+        image = Image.open(file, formats=[known])
+        declare_kind(image, data, known)
+        return image
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         name = known.replace("HEIF", "HEIC")
-        raise BrokenImage(f"the file starts like {name} but its header cannot be read (damaged, or of a rare kind): "
-                          "save the image as JPEG or PNG") from None
+        raise BrokenImage(f"the file starts like {name} but its header cannot be read (damaged, or "
+                          "of a rare kind): save the image as JPEG or PNG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLarge(f"the image has more than the {max_pixels:,} pixels allowed") from None
     except Exception as error:  # Pillow's parsers raise almost anything on crafted bytes
@@ -127,14 +132,15 @@ def refuse_repeats(known, data):
                                       ("JPEG", MAX_REPEATS, "EXIF segments", rb"Exif\0\0")):
         if known == name and len(re.findall(pattern, data)) > most:
             raise BrokenImage(f"the {known} has more than {most} {what}")
-    if any(count > MAX_TIFF_PIECES for tag, _, count, _ in tiff_directory(data) if tag in TIFF_GRID):
+    if any(line[2] > MAX_TIFF_PIECES for line in tiff_directory(data) if line[0] in TIFF_GRID):
         raise BrokenImage(f"the TIFF is cut into more than {MAX_TIFF_PIECES:,} pieces")
 
 
 def refuse_tiff_bombs(image, data, max_pixels):
     """Tiles far larger than the picture, strips that are listed again and again, tags that libtiff sees and Pillow does not."""
     tags = image.tag_v2
-    if data.startswith(b"MM\0+") or {tag for tag, *_ in tiff_directory(data)} & TIFF_GRID - set(tags):
+    listed = {line[0] for line in tiff_directory(data)}
+    if data.startswith(b"MM\0+") or listed & TIFF_GRID - set(tags):
         raise BrokenImage("the TIFF's directory cannot be read in full")
     width, height, *tile = (tags.get(tag) for tag in (256, 257, 322, 323))
     if all(isinstance(side, int) and side > 0 for side in tile):  # a crafted tag may be text
@@ -149,15 +155,18 @@ def refuse_tiff_bombs(image, data, max_pixels):
 
 
 def refuse_heif_bombs(data, max_pixels):
-    """Pictures made of pictures that are made of pictures, and tiles far larger than the picture. (Sizes that are not those
-    of the coded pictures, and thousands of items, are refused by libheif.)"""
+    """Pictures made of pictures that are made of others, and tiles far larger than the picture.
+
+    (libheif refuses thousands of items, and sizes that are not those of the coded pictures.)
+    """
     kinds, made_of, pixels = heif_items(data)
     for item in made_of:
         if kinds.get(item) in HEIF_DERIVED:
             if any(kinds.get(part) in HEIF_DERIVED for part in made_of[item]):
                 raise BrokenImage("the HEIF is made of pictures that are made of others")
             if sum(pixels.get(part, max_pixels) for part in made_of[item]) > 2 * max_pixels:
-                raise ImageTooLarge(f"the HEIF has tiles of more than the {max_pixels:,} pixels allowed")
+                raise ImageTooLarge(
+                    f"the HEIF has tiles of more than the {max_pixels:,} pixels allowed")
 
 
 def upright(image):
@@ -173,7 +182,7 @@ def upright(image):
 
 
 def load(image):
-    """Decodes an image from `open_image` in place. Cameras write JPEGs without an end marker: complete ones are taken."""
+    """Decodes an image of `open_image` in place; a complete JPEG may lack its end marker."""
     try:
         image.load()
     except OSError as error:
@@ -195,7 +204,8 @@ def checksum(image):
     """CRC-32 of an image's pixels, taken in strips."""
     value, rows = 0, max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
-        value = zlib.crc32(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes(), value)
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        value = zlib.crc32(strip.tobytes(), value)
     return value
 
 

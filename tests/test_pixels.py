@@ -12,7 +12,9 @@ import numpy as np
 import pillow_heif
 import pytest
 import tifffile
+from PIL import Image
 
+import heif_boxes
 import imaging
 from common import UnsupportedImage
 from test_decoding import chunk
@@ -267,6 +269,26 @@ def test_heic_of_eight_and_ten_bits_of_grey_and_with_alpha():
     assert_pixels(heic(stored(np.dstack([COLOURS, ALPHA]), 8), "RGBA"), over_white(COLOURS, ALPHA), 4)
     with pytest.raises(UnsupportedImage, match="wholly transparent"):
         imaging.decode_image(heic(stored(np.dstack([COLOURS, 0 * ALPHA]), 8), "RGBA"))
+
+
+@pytest.mark.parametrize("quarters", range(4))
+@pytest.mark.parametrize("exif", [None, 6])
+def test_heic_is_turned_by_its_own_boxes_and_never_by_exif_too(quarters, exif):
+    """ISO 23008-12: `irot` turns anticlockwise."""
+    coded, configuration = heif_boxes.coded_picture(Image.fromarray(stored(COLOURS, 8)), quality=-1, chroma=444)
+    properties = [configuration, heif_boxes.size(WIDTH, HEIGHT), heif_boxes.box(b"irot", bytes([quarters]))]
+    data = heif_boxes.heic([(1, b"hvc1", coded)], properties, {1: [1, 2, 3]})
+    if exif:
+        tag = Image.Exif()
+        tag[0x0112] = exif
+        data = heic(stored(COLOURS, 8), exif=tag.tobytes())
+    assert_pixels(data, np.rot90(255 * COLOURS, 0 if exif else quarters), 3)
+
+
+def test_the_tiles_of_a_heic_lie_side_by_side():
+    image = Image.fromarray(np.tile(stored(COLOURS, 8), (4, 4, 1)))  # libheif wants tiles of 64 at least
+    whole = np.tile(np.asarray(image), (2, 3, 1))[:150, :400]
+    assert_pixels(heif_boxes.tiled(image, 2, 3, 400, 150, quality=-1, chroma=444), whole, 3)
 
 
 @pytest.mark.parametrize("alpha", [ALPHA, None])
