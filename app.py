@@ -344,7 +344,7 @@ def page():
     """Drop images, see verdicts: one template, nothing from elsewhere."""
     detector, nonce = engine().detector, secrets.token_urlsafe(16)
     response = Response(render_template(
-        "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=", ".join(imaging.FORMATS),
+        "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=imaging.TAKEN,
         notice=detector and detector.model.get("notice"), model_version=detector and detector.model["versions"]["model"]))
     response.headers.update({"Content-Security-Policy": PAGE_POLICY.format(nonce), "Referrer-Policy": "no-referrer",
                              "Cache-Control": "no-store"})  # the model that it names may change

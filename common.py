@@ -52,7 +52,9 @@ class ModelError(DetectorError):
 
 
 class ImageError(DetectorError):
+    """`is_image`: the bytes are an image's, by what they announce, and not a caption's or a program's."""
     status = 422
+    is_image = True
 
 
 class UnsupportedImage(ImageError):

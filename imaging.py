@@ -7,28 +7,27 @@ import ctypes
 import io
 import re
 import warnings
+import zlib
 from contextlib import suppress
 
 import numpy as np
 # The plug-ins of the formats we take, by name: otherwise Pillow imports all forty at the first WebP.
 from PIL import (AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin,  # noqa: F401
                  PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin)
-
-try:  # HEIC only where the optional pillow-heif is installed
-    import pillow_heif
-    pillow_heif.register_heif_opener()
-except ImportError:
-    pillow_heif = None
+from pi_heif import HeifImagePlugin  # noqa: F401
 
 from common import MAX_PIXELS, BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
+from formats import (FORMATS, TAKEN, heif_items, jpeg_ends, jpeg_scans, needed_parts, sniff,
+                     tiff_directory, without_metadata)
+from pixels import STRIP_PIXELS, declare_kind, refuse_tiff_kind, to_rgb
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF") + (("HEIF",) if pillow_heif else ())
 MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
 MAX_SCANS, MAX_REPEATS = 50, 200  # what costs a pass each: a JPEG's scans (10 where it is progressive); profiles, EXIF
+MAX_SCANNED = 150_000_000       # pixels times scans of a JPEG without end marker, decoded 5 times
 MAX_HEADER_READS = 100_000      # pieces of a file's header: cameras write dozens, millions of empty ones would take seconds
 MAX_TIFF_PIECES = 250_000       # strips or tiles: more than any picture here has rows
 TIFF_GRID = {256, 257, 258, 259, 273, 277, 278, 279, 284, 322, 323, 324, 325}  # tags that say how a TIFF's pixels lie
-STRIP_PIXELS = 1 << 20          # converted at a time: a second and third copy of a whole large image would double the memory
+HEIF_DERIVED = b"grid", b"iovl", b"iden"  # items that are made of others
 # Channel mean and standard deviation of OpenAI's training images: clip/clip.py, _transform
 MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
 STD = np.float32([0.26862954, 0.26130258, 0.27577711])
@@ -45,19 +44,6 @@ with suppress(OSError, AttributeError):  # libtiff writes to stderr itself, for 
 
 # ---- bytes -> RGB ----
 
-def sniff(data):
-    """Name of the format that the first bytes announce, or None."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "AVIF"
-    for magic, name in ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"),
-                        (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF")):
-        if data.startswith(magic):
-            return name
-    return None
-
-
 class Header(io.BytesIO):
     """Bytes that can be read in so many pieces and no more. `del header.read` ends the counting."""
     def __init__(self, data):
@@ -72,32 +58,70 @@ class Header(io.BytesIO):
 
 
 def open_image(data, max_pixels=MAX_PIXELS):
-    """Image bytes -> PIL image with its header read and its size checked, nothing decoded yet. The content decides on the
-    format, never a name. Raises UnsupportedImage, BrokenImage, ImageTooLarge."""
+    """Image bytes -> PIL image, its header read, its size and kind of pixels checked, not decoded.
+
+    The content decides on the format, never a name. Raises UnsupportedImage, BrokenImage,
+    ImageTooLarge.
+    """
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
-    known, file = sniff(data), Header(data)
+    known = sniff(data)
+    if known not in FORMATS:
+        raise unsupported(known, data)
     refuse_repeats(known, data)
+    if known == "TIFF":
+        refuse_tiff_kind(data)
+    parts, texts = needed_parts(data, known)
     try:
-        image = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError:
-        if known:
-            raise BrokenImage(f"the file starts like {known} but its header cannot be read: damaged, or of a rare kind") from None
-        what = "not an image format we take" if data else "the file is empty"
-        raise UnsupportedImage(f"{what} (taken: {', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageTooLarge(f"the image has more than the {max_pixels:,} pixels allowed") from None
-    except Exception as error:  # Pillow's parsers raise almost anything on crafted bytes
-        raise BrokenImage(f"the image cannot be opened: {error}") from None
-    finally:
-        del file.read  # pixels may come in as many pieces as they like
+        image = read_header(parts, known, max_pixels)
+    except BrokenImage:
+        image = read_header(without_metadata(data, known), known, max_pixels)
+    image.info |= texts
     width, height = image.size
     if width * height > max_pixels:
         raise ImageTooLarge(f"the image has {width} x {height} pixels; at most {max_pixels:,} are allowed")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageTooLarge(f"the image has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other")
-    if image.format == "TIFF":
+    if known == "TIFF":
         refuse_tiff_bombs(image, data, max_pixels)
+    if known == "HEIF":
+        refuse_heif_bombs(data, max_pixels)
     return image
+
+
+def unsupported(known, data):
+    """The error for bytes of a format that is not taken, or of none that is known."""
+    if known:
+        return UnsupportedImage(f"{known} is not among the formats taken ({TAKEN}): "
+                                "save the image as JPEG or PNG")
+    what = "not an image format we take" if data else "the file is empty"
+    error = UnsupportedImage(f"{what} (taken: {TAKEN})")
+    error.is_image = False
+    return error
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def read_header(data, known, max_pixels):
+    """Bytes of a known format -> PIL image, not decoded. Raises ImageError's kinds."""
+    file = Header(data)
+    try:
+        image = Image.open(file, formats=[known])
+        declare_kind(image, data, known)
+        return image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        name = known.replace("HEIF", "HEIC")
+        raise BrokenImage(f"the file starts like {name} but its header cannot be read (damaged, or "
+                          "of a rare kind): save the image as JPEG or PNG") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageTooLarge(f"the image has more than the {max_pixels:,} pixels allowed") from None
+    except Exception as error:  # Pillow's parsers raise almost anything on crafted bytes
+        raise BrokenImage(f"the image cannot be opened: {one_line(error)}") from None
+    finally:
+        del file.read  # pixels may come in as many pieces as they like
 
 
 # ---- what a small file with a harmless header can still ask for: gigabytes, or hours ----
@@ -105,27 +129,18 @@ def open_image(data, max_pixels=MAX_PIXELS):
 def refuse_repeats(known, data):
     """Parts that cost a pass over the image, or over all parts before them, each time they come."""
     for name, most, what, pattern in (("JPEG", MAX_SCANS, "scans", rb"\xff\xda\0[\x08\x0a\x0c\x0e]"),
-                                      ("JPEG", MAX_REPEATS, "EXIF segments", rb"Exif\0\0"), ("PNG", MAX_REPEATS, "colour profiles", rb"iCCP")):
+                                      ("JPEG", MAX_REPEATS, "EXIF segments", rb"Exif\0\0")):
         if known == name and len(re.findall(pattern, data)) > most:
             raise BrokenImage(f"the {known} has more than {most} {what}")
-    if any(count > MAX_TIFF_PIECES for tag, count in tiff_directory(data) if tag in TIFF_GRID):
+    if any(line[2] > MAX_TIFF_PIECES for line in tiff_directory(data) if line[0] in TIFF_GRID):
         raise BrokenImage(f"the TIFF is cut into more than {MAX_TIFF_PIECES:,} pieces")
-
-
-def tiff_directory(data):
-    """[(tag, count)] of a TIFF's first directory, as libtiff finds them; [] where there is none."""
-    def number(at, size):
-        return int.from_bytes(data[at:at + size], order or "little")
-    order, wide = {b"II": "little", b"MM": "big"}.get(data[:2]), data[2:3] == b"+"
-    at, head, line = number(8, 8) if wide else number(4, 4), 8 if wide else 2, 20 if wide else 12
-    lines = min(number(at, head), (len(data) - at - head) // line, 1 << 16) if order else 0
-    return [(number(at + head + i * line, 2), number(at + head + i * line + 4, 8 if wide else 4)) for i in range(lines)]
 
 
 def refuse_tiff_bombs(image, data, max_pixels):
     """Tiles far larger than the picture, strips that are listed again and again, tags that libtiff sees and Pillow does not."""
     tags = image.tag_v2
-    if data.startswith(b"MM\0+") or {tag for tag, _ in tiff_directory(data)} & TIFF_GRID - set(tags):
+    listed = {line[0] for line in tiff_directory(data)}
+    if data.startswith(b"MM\0+") or listed & TIFF_GRID - set(tags):
         raise BrokenImage("the TIFF's directory cannot be read in full")
     width, height, *tile = (tags.get(tag) for tag in (256, 257, 322, 323))
     if all(isinstance(side, int) and side > 0 for side in tile):  # a crafted tag may be text
@@ -137,6 +152,21 @@ def refuse_tiff_bombs(image, data, max_pixels):
     stored = sum(min(n, len(data)) for n in lengths)
     if read > 8 * width * height or stored > 4 * len(data):  # planes lie one by one, up to 6; byte counts may be careless
         raise BrokenImage("the TIFF lists the same strips or tiles again and again")
+
+
+def refuse_heif_bombs(data, max_pixels):
+    """Pictures made of pictures that are made of others, and tiles far larger than the picture.
+
+    (libheif refuses thousands of items, and sizes that are not those of the coded pictures.)
+    """
+    kinds, made_of, pixels = heif_items(data)
+    for item in made_of:
+        if kinds.get(item) in HEIF_DERIVED:
+            if any(kinds.get(part) in HEIF_DERIVED for part in made_of[item]):
+                raise BrokenImage("the HEIF is made of pictures that are made of others")
+            if sum(pixels.get(part, max_pixels) for part in made_of[item]) > 2 * max_pixels:
+                raise ImageTooLarge(
+                    f"the HEIF has tiles of more than the {max_pixels:,} pixels allowed")
 
 
 def upright(image):
@@ -151,39 +181,44 @@ def upright(image):
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def to_rgb(image):
-    """A loaded PIL image of any mode -> RGB: 16-bit scaled to 8, alpha over white, ICC profiles ignored (as CLIP does)."""
-    if image.mode == "F":
-        raise UnsupportedImage("floating-point pixels have no agreed white: save the image with 8 or 16 bits")
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    found, rows = Image.new("RGB", image.size), max(1, STRIP_PIXELS // image.width)
+def load(image):
+    """Decodes an image of `open_image` in place; a complete JPEG may lack its end marker."""
+    try:
+        image.load()
+    except OSError as error:
+        data = image.fp.getvalue() if image.format == "JPEG" and "truncated" in str(error) else b""
+        if not 0 < jpeg_scans(data) * image.width * image.height <= MAX_SCANNED:
+            raise
+        image._im, checksums = None, set()
+        for data in jpeg_ends(data):
+            complete = None  # its memory is free before the next is decoded
+            complete = Image.open(io.BytesIO(data), formats=["JPEG"])
+            complete.load()
+            checksums.add(checksum(complete))
+            if len(checksums) > 1:
+                raise
+        image.im, image.tile = complete.im, []
+
+
+def checksum(image):
+    """CRC-32 of an image's pixels, taken in strips."""
+    value, rows = 0, max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(top + rows, image.height))
-        found.paste(strip_to_rgb(image.crop(box)), box)
-    return found
-
-
-def strip_to_rgb(image):
-    if image.mode in ("I", "I;16", "I;16L", "I;16B"):
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        value = zlib.crc32(strip.tobytes(), value)
+    return value
 
 
 def load_rgb(image):
     """An image from `open_image` -> decoded RGB, upright. Truncated files are errors, not grey images. Raises BrokenImage,
     UnsupportedImage."""
     try:
-        image.load()
+        load(image)
         return to_rgb(upright(image))
     except ImageError:
         raise
     except Exception as error:
-        raise BrokenImage(f"the image cannot be decoded: {error}") from None
+        raise BrokenImage(f"the image cannot be decoded: {one_line(error)}") from None
 
 
 def decode_image(data, max_pixels=MAX_PIXELS):

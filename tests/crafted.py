@@ -10,6 +10,7 @@ import zlib
 
 from PIL import Image
 
+import heif_boxes
 from test_decoding import FILES, chunk, picture, saved
 
 FULL = 9_900_000  # bytes: as much as fits into an upload
@@ -122,6 +123,8 @@ def declared(width, height):
     """The same lie in every format: a header of billions of pixels."""
     return {"PNG": lambda: png(size=(width, height)), "JPEG": lambda: jpeg(width, height), "BMP": lambda: bmp(width, height),
             "GIF": lambda: gif((width, height)), "animated WebP": lambda: canvas(width, height),
+            "HEIC": lambda: heif_boxes.heic(  # pi-heif itself takes no more
+                [(1, b"hvc1", b"")], [heif_boxes.coded_picture(picture())[1], heif_boxes.size(min(width, 32768), height)], {1: [1, 2]}),
             "AVIF": lambda: avif((16384, 16384)),  # libavif itself takes no more
             "WebP": lambda: riff((b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(100))),
             "TIFF": lambda: tiff(grid(width, height, 1, t273=2000, t278=height, t279=width * height), bytes(100)),
@@ -131,6 +134,8 @@ def declared(width, height):
 TOO_LARGE = {
     **{f"a {name} of 40,000 x 40,000 pixels": make for name, make in declared(40_000, 40_000).items()},
     **{f"a {name} of 14,000 x 14,000 pixels": make for name, make in declared(14_000, 14_000).items()},
+    "a HEIC of 200 x 200 pixels in sixteen tiles of 67 million":
+        lambda: heif_boxes.tiled(Image.new("RGB", (8192, 8192), "red"), 4, 4, 200, 200),
     "a GIF with a frame larger than its screen": lambda: gif((10, 10), (65000, 65000)),
     "a TIFF of 64 x 64 pixels in a tile of 65,536 x 65,536":
         lambda: tiff(grid(64, 64, 1, t322=65536, t323=65536, t324=2000, t325=4096), bytes(4096)),
@@ -140,10 +145,6 @@ TOO_LARGE = {
         lambda: tiff(grid(10_000, 5000, 1, bits=1, t322=80_000_000, t323=1, t324=listed(30_000, 5000)), bytes(FULL), 30_000),
 }
 BROKEN = {
-    "a PNG comment that unpacks to 100 MB": lambda: png(chunk(b"zTXt", b"k\0\0" + hundred_megabytes())),
-    "a PNG comment in another chunk that unpacks to 100 MB": lambda: png(chunk(b"iTXt", b"k\0\1\0\0\0" + hundred_megabytes())),
-    "a PNG profile that unpacks to 100 MB": lambda: png(chunk(b"iCCP", b"k\0\0" + hundred_megabytes())),
-    "a PNG of nine thousand profiles of 1 MB": lambda: png(chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1_000_000))) * 9000),
     "a PNG of eight hundred thousand empty chunks": lambda: png(chunk(b"prVt", b"") * (FULL // 12)),
     "a JPEG of half a million pieces of EXIF": lambda: segments(0xE1, b"Exif\0\0" + bytes(10)),
     "a JPEG of two million empty segments": lambda: segments(0xE5, b""),
@@ -162,10 +163,22 @@ BROKEN = {
     "a TIFF with strips of four gigabytes": lambda: tiff(grid(64, 64, 8, t273=2000, t279=0xFFFFFFFF), zlib.compress(bytes(99))),
     "a TIFF of sixty thousand tags": lambda: tiff(
         grid(64, 64, 1, t273=2000) | {tag: (1, 140, bytes(140)) for tag in range(400, 60_400)}, bytes(4096), 9_200_000),
+    "a HEIC made of grids of grids": lambda: heif_boxes.nested(picture(), b"grid"),
+    "a HEIC made of overlays of overlays": lambda: heif_boxes.nested(picture(), b"iovl"),
+    "a HEIC of five thousand pictures": lambda: heif_boxes.heic(
+        [(i, b"hvc1", b"") for i in range(1, 5000)], [heif_boxes.size(64, 64)], {i: [1] for i in range(1, 5000)}),
+    "a HEIC that declares less than it holds": lambda: heif_boxes.heic(
+        *(lambda coded, head: ([(1, b"hvc1", coded)], [head, heif_boxes.size(64, 64)], {1: [1, 2]}))(
+            *heif_boxes.coded_picture(Image.new("RGB", (4096, 4096), "red")))),
+    "half of a JPEG of 49 million pixels": lambda: saved(Image.new("L", (7000, 7000), 99), "JPEG")[:-9000],
     "a BMP of runs that never reach the picture's end": lambda: bmp(7000, 7000, bytes(1024) + b"\0\2\1\0" * 200_000, 1, 8),
     "a BMP with a header of four gigabytes": lambda: b"BM" + struct.pack("<IHHII", 99, 0, 0, 54, 0xFFFFFFFF) + bytes(99),
 }
 HARMLESS = {  # what they ask for is never needed for the first picture, so they are pictures like others
+    "a PNG comment that unpacks to 100 MB": lambda: png(chunk(b"zTXt", b"k\0\0" + hundred_megabytes())),
+    "a PNG comment in another chunk that unpacks to 100 MB": lambda: png(chunk(b"iTXt", b"k\0\1\0\0\0" + hundred_megabytes())),
+    "a PNG profile that unpacks to 100 MB": lambda: png(chunk(b"iCCP", b"k\0\0" + hundred_megabytes())),
+    "a PNG of nine thousand profiles of 1 MB": lambda: png(chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1_000_000))) * 9000),
     "a PNG whose pixels go on for 100 MB": lambda: FILES["PNG"]()[:33] + chunk(b"IDAT", zlib.compress(bytes(8000)))
     + chunk(b"IDAT", hundred_megabytes()) + chunk(b"IEND", b""),
     "a PNG that announces two billion frames":

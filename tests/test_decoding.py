@@ -7,12 +7,15 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, ImageFile
 
 import common
+import formats
 import imaging
 from common import BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
 
@@ -27,6 +30,12 @@ def as_users_have_it():
 def saved(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def heic(image, **options):
+    file = io.BytesIO()
+    pillow_heif.from_pillow(image).save(file, **options)
     return file.getvalue()
 
 
@@ -53,6 +62,7 @@ FILES = {
     "lossless WebP": lambda: saved(picture(), "WEBP", lossless=True),
     "animated WebP": lambda: saved(picture(), "WEBP", save_all=True, append_images=[picture("L").convert("RGB")]),
     "AVIF": lambda: saved(picture(), "AVIF"),
+    "HEIC": lambda: heic(picture()),
     "GIF": lambda: saved(picture().quantize(60), "GIF"),
     "BMP": lambda: saved(picture(), "BMP"),
     "TIFF": lambda: saved(picture(), "TIFF"),
@@ -62,12 +72,12 @@ FILES = {
     "packbits TIFF": lambda: saved(picture(), "TIFF", compression="packbits"),
     "fax TIFF": lambda: saved(picture("1"), "TIFF", compression="group4"),
 }
+FAULTS = Path(__file__).parent / "faults"
 MAGIC = 16  # bytes in which every format has announced itself
 
 
 def test_every_format_is_among_the_files_here():
-    made = {imaging.sniff(make()) for make in FILES.values()}
-    assert made == set(imaging.FORMATS) - {"HEIF"}  # pillow-heif is optional
+    assert {formats.sniff(make()) for make in FILES.values()} == set(imaging.FORMATS)
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -150,16 +160,107 @@ def test_a_png_with_a_comment_is_read():
     assert imaging.decode_image(png(chunk(b"tEXt", b"Comment\0a photograph"))).size == (60, 44)
 
 
-@pytest.mark.parametrize("name", [b"tEXt", b"gAMA", b"eXIf"])
-def test_a_png_chunk_with_a_wrong_checksum_is_broken(name):
+@pytest.mark.parametrize("name", [b"tRNS", b"PLTE", b"IHDR"])
+def test_a_png_chunk_that_pixels_need_is_broken_with_a_wrong_checksum(name):
     with pytest.raises(BrokenImage):
         imaging.decode_image(png(chunk(name, b"\0\0\1\0", checksum=12345)))
 
 
-def test_a_comment_that_unpacks_to_a_hundred_megabytes_is_not_unpacked():
-    bomb = zlib.compress(bytes(100_000_000))
-    with pytest.raises(BrokenImage):
-        imaging.decode_image(png(chunk(b"zTXt", b"Comment\0\0" + bomb)))
+# ---- what no pixel needs ----
+
+def without_riff_size(data, size):
+    return data[:4] + struct.pack("<I", size) + data[8:]
+
+
+def damaged(data, name, at, filler):
+    """The file with other bytes at this distance from the last of a name."""
+    at += data.rindex(name)
+    return data[:at] + filler + data[at + len(filler):]
+
+
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"
+WITH_METADATA = {
+    "PNG": png(), "JPEG": saved(picture(), "JPEG", exif=EXIF), "WebP": saved(picture(), "WEBP", exif=EXIF, icc_profile=bytes(33)),
+    "AVIF": saved(picture(), "AVIF", exif=EXIF), "HEIC": heic(picture(), exif=EXIF), "GIF": FILES["GIF"](),
+    "BMP": saved(picture(size=(61, 44)), "BMP"), "MPO": saved(picture(), "MPO", save_all=True, append_images=[picture()])}
+ANCILLARY = {
+    **{f"PNG, {name.decode()} with a wrong checksum": ("PNG", lambda data, name=name: png(chunk(name, b"\0\0\1\0", checksum=12345)))
+       for name in (b"tEXt", b"gAMA", b"eXIf", b"iCCP", b"zTXt", b"iTXt", b"acTL", b"prVt")},
+    "PNG, a text that unpacks to 100 MB": ("PNG", lambda data: png(chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000))))),
+    "PNG, without its end": ("PNG", lambda data: data[:-12]), "PNG, with half of its end": ("PNG", lambda data: data[:-5]),
+    "JPEG, a profile without a number": ("JPEG", lambda data: data[:2] + b"\xff\xe2\0\x0eICC_PROFILE\0" + data[2:]),
+    "JPEG, half of JFIF": ("JPEG", lambda data: data[:2] + b"\xff\xe0\0\6JFIF" + data[2:]),
+    "JPEG, half of Adobe": ("JPEG", lambda data: data[:2] + b"\xff\xee\0\7Adobe" + data[2:]),
+    "JPEG, half of IPTC": ("JPEG", lambda data: data[:2] + b"\xff\xed\0\x16Photoshop 3.0\x008BIM\3\xed" + data[2:]),
+    "JPEG, EXIF of nothing": ("JPEG", lambda data: damaged(data, b"MM\0*", 0, b"nothing")),
+    "JPEG, a broken list of pictures": ("JPEG", lambda data: data[:2] + b"\xff\xe2\0\x0cMPF\0MM\0*\xff\xff" + data[2:]),
+    "JPEG, without its end": ("JPEG", lambda data: data[:-2]), "JPEG, with half of its end": ("JPEG", lambda data: data[:-1]),
+    "MPO, its second picture cut": ("MPO", lambda data: data[:-500]), "GIF, without its end": ("GIF", lambda data: data[:-1]),
+    "WebP, too long": ("WebP", lambda data: without_riff_size(data, len(data) + 500)), "WebP, too short": ("WebP", lambda data: without_riff_size(data, 20)),
+    "WebP, cut in its EXIF": ("WebP", lambda data: data[:-9]),
+    "WebP, EXIF of two gigabytes": ("WebP", lambda data: damaged(data, b"EXIF", 4, b"\xff\xff\xff\x7f")),
+    "AVIF, EXIF of nothing": ("AVIF", lambda data: damaged(data, b"MM\0*", 0, b"nothing")),
+    "HEIC, EXIF of nothing": ("HEIC", lambda data: damaged(data, b"MM\0*", 0, b"nothing")),
+    "BMP, without its last padding": ("BMP", lambda data: data[:-1]),
+}
+
+
+@pytest.mark.parametrize("what", ANCILLARY)
+def test_pixels_decide_whatever_becomes_of_metadata_and_of_the_tail(what, as_users_have_it):
+    kind, damage = ANCILLARY[what]
+    sound = WITH_METADATA[kind]
+    assert damage(sound) != sound
+    assert (np.asarray(imaging.decode_image(damage(sound))) == np.asarray(imaging.decode_image(sound))).all()
+
+
+@pytest.mark.parametrize("name", ["ztxt-large.png", "itxt-large.png", "text-bad-crc.png", "no-end-marker.jpg"])
+def test_pictures_as_programs_and_cameras_have_written_them_are_read(name):
+    assert imaging.decode_image((FAULTS / name).read_bytes()).size == (200, 160)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 1}],
+                         ids=["baseline", "progressive", "restarts by rows", "restarts by blocks"])
+def test_a_jpeg_without_its_end_marker_is_read_where_it_is_complete_and_only_there(options):
+    data = saved(picture(), "JPEG", **options)
+    whole = np.asarray(imaging.decode_image(data))
+    assert (np.asarray(imaging.decode_image(data[:-2])) == whole).all()
+    restarts = [at for at in range(600, len(data) - 2) if data[at] == 0xFF and 0xD0 <= data[at + 1] <= 0xD7]
+    scans = [at for at in range(600, len(data) - 2) if data[at:at + 2] == b"\xff\xda"][1:]
+    stuffed = [at + 1 for at in range(600, len(data) - 2) if data[at:at + 2] == b"\xff\0"]
+    for cut in {*restarts[::5], *scans, *stuffed[::5], *(at + 2 for at in restarts[::5]), *range(len(data) - 30, len(data) - 4)}:
+        with pytest.raises(BrokenImage, match="truncated"):
+            imaging.decode_image(data[:cut])
+
+
+# ---- formats that are known and not taken ----
+
+OTHERS = {"JPEG XL": (b"\xff\x0a" + bytes(40), b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40)),
+          "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(90), b"\xff\x4f\xff\x51" + bytes(40)),
+          "camera raw": (b"\0\0\0\x18ftypcrx " + bytes(40), b"FUJIFILMCCD-RAW 0201", b"IIRO\x08\0\0\0", b"IIU\0\x18\0\0\0"),
+          "Photoshop": (b"8BPS\0\1" + bytes(40),), "icon": (b"\0\0\1\0\1\0" + bytes(60),),
+          "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"<?xml version='1.0'?>\n<svg/>")}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_format_that_is_known_and_not_taken_is_named_with_the_remedy(name):
+    for data in OTHERS[name]:
+        with pytest.raises(UnsupportedImage, match=f"{name}.*save the image as JPEG or PNG") as error:
+            imaging.decode_image(data)
+        assert error.value.is_image and error.value.status == 415
+
+
+@pytest.mark.parametrize("name, error", [("announces-heic.heic", "HEIC"), ("announces-jxl.jxl", "JPEG XL")])
+def test_the_first_bytes_of_a_format_are_enough_to_name_it(name, error):
+    with pytest.raises(ImageError, match=f"{error}.*save the image as JPEG or PNG") as raised:
+        imaging.decode_image((FAULTS / name).read_bytes())
+    assert raised.value.is_image
+
+
+@pytest.mark.parametrize("data", [b"", b"a caption", b"version https://git-lfs.github.com/spec/v1", b"<html></html>", b"%PDF-1.7\n"])
+def test_what_no_image_format_announces_is_no_image(data):
+    with pytest.raises(UnsupportedImage) as error:
+        imaging.decode_image(data)
+    assert not error.value.is_image
 
 
 # ---- bombs ----

@@ -138,6 +138,18 @@ def test_each_field_is_told_with_its_place_and_without_the_prompt(what):
     assert claims(make()) == [tuple(expected)]
 
 
+@pytest.mark.parametrize("international", [False, True])
+def test_a_workflow_of_megabytes_is_told_like_a_short_one(international):
+    workflow = json.dumps({"last_node_id": 9, "nodes": [{"id": i, "widgets_values": ["a secret garden"]} for i in range(60_000)]})
+    assert len(workflow) > 2_000_000
+    assert claims(texts(True, international, workflow=workflow)) == [("PNG text 'workflow'", MADE, "ComfyUI")]
+
+
+def test_a_text_with_a_wrong_checksum_is_told():
+    data = png(chunk(b"tEXt", b"parameters\0" + WEBUI.encode("latin-1"), checksum=12345))
+    assert claims(data) == [("PNG text 'parameters'", MADE, "Stable Diffusion web UI")]
+
+
 def test_several_are_told_in_a_fixed_order():
     data = texts(Software="NovelAI", Comment=NOVELAI, Description="a secret garden", Title="NovelAI generated image", parameters=WEBUI)
     assert [where for where, _, _ in claims(data)] == ["PNG text 'parameters'", "PNG text 'Comment'", "PNG text 'Software'"]
