@@ -167,8 +167,10 @@ def without_scores(path, tmp_path):
     model_file(path, out_of_fold={})
 
 
-BROKEN = {"text": (lambda path, _: path.write_text("hello"), "is not a model file"), "torn": (torn, "is not a model file"),
-          "empty": (lambda path, _: path.write_bytes(b""), "is not a model file"), "missing": (lambda path, _: path.unlink(), "no such file"),
+BROKEN = {"text": (lambda path, _: path.write_text("hello"), "is not a model file: it is text"),
+          "torn": (torn, "is not a model file: it is cut off or damaged"),
+          "empty": (lambda path, _: path.write_bytes(b""), "is not a model file: it is empty"),
+          "a folder": (lambda path, _: path.unlink() or path.mkdir(), "is not a model file: it is a folder"), "missing": (lambda path, _: path.unlink(), "no such file"),
           "planted": (planted, "may be planted"), "old": (lambda path, _: model_file_of_format_1(path), "its format is 1"),
           "of another encoder": (lambda path, _: baseline_for(path, name="mine"), "prepare_clip.py"),
           "of a damaged encoder": (lambda path, _: other_encoder(golden=[0.5] * DIM) and baseline_for(path), "cannot be trusted"),

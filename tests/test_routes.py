@@ -68,9 +68,9 @@ def of_three(compiled_once):  # noqa: F811
     return client_on(BATCH_LIMIT="3")
 
 
-def test_a_batch_without_an_image_is_400_and_says_how_many_are_taken(of_three):
-    assert_error(upload(of_three, BATCH), 400, "1 to 3 files", "'image'", "got 0")
-    assert_error(upload(of_three, BATCH, picture(), field="file"), 400, "got 0")
+def test_a_batch_without_an_image_is_400_and_says_what_arrived(of_three):
+    assert_error(upload(of_three, BATCH), 400, "no field 'image', only 'text'", "curl -F image=@FILE URL/classify/batch")
+    assert_error(upload(of_three, BATCH, picture(), field="file"), 400, "no field 'image', only 'file'")
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -110,9 +110,26 @@ def test_the_timings_are_seconds_of_each_stage(client):
     assert timings["encode_s"] > 0 and timings["decode_s"] > 0
 
 
-@pytest.mark.parametrize("query", ["", "?details=0", "?details=", "?details=true", "?detail=1"])
+@pytest.mark.parametrize("query", ["", "?details=0", "?details=false", "?details=No", "?_=1", "?verbose=1", "?details=0&details=no"])
 def test_without_them_the_json_is_the_documented_one(client, query):
     assert list(upload(client, f"{VERDICT}{query}", picture()).json) == ["classification", "confidence"]
+
+
+@pytest.mark.parametrize("value", ["1", "true", "yes", "True", "YES"])
+def test_details_may_be_asked_for_in_several_words(client, value):
+    assert "p_fake" in upload(client, f"{VERDICT}?details={value}", picture()).json
+
+
+@pytest.mark.parametrize("path", [VERDICT, BATCH])
+@pytest.mark.parametrize("query, words", [
+    ("details=maybe", ["details='maybe'", "details=1"]), ("details=", ["details=''", "details=1"]), ("details", ["details=''"]),
+    ("details=2", ["'2'"]), ("details=1&details=0", ["'1', '0'"]), ("details=%ff%0a", ["details='"]),
+    ("details=" + "a" * 5000, ["a" * 20]), ("detail=1", ["'detail'", "did you mean details=1?"]), ("Details=1", ["'Details'"]),
+    ("details[]=1", ["'details[]'"])])
+def test_details_of_another_value_and_slips_of_the_word_are_400(client, path, query, words):
+    response = upload(client, f"{path}?{query}", picture())
+    assert_error(response, 400, *words)
+    assert len(response.text) < 200
 
 
 @pytest.mark.parametrize("band, uncertain", [([0.0, 1.0], True), ([0.5, 0.5], False)])
