@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +20,9 @@ import classify
 import common
 import imaging
 from conftest import ROOT, assert_one_line_error
-from live import DEMO, Live, assert_error, post, ready_client, wait_until_ready
+from live import DEMO, Live, assert_error, post, ready_client, wait_for, wait_until_ready
 from made_up import BASELINE, NOTICE, baseline_for, other_encoder
+from patience import PATIENCE
 
 NAMES = ("china.jpg", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
 
@@ -165,7 +165,7 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(monkeypatch, data):
     may_load, load = threading.Event(), classify.Detector.__init__
 
     def slow(self, *args, **options):
-        assert may_load.wait(60)
+        assert may_load.wait(PATIENCE)
         load(self, *args, **options)
     monkeypatch.setattr(classify.Detector, "__init__", slow)
     client = service.create_app(DEMO).test_client()
@@ -182,9 +182,7 @@ def test_where_the_model_cannot_be_loaded_the_log_says_why_and_it_never_is_ready
         raise common.EncoderError("the weights are gone")
     monkeypatch.setattr(classify.Detector, "__init__", broken)
     client = service.create_app(DEMO).test_client()
-    deadline = time.monotonic() + 30
-    while "cannot be loaded" not in client.get("/readyz").text and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: "cannot be loaded" in client.get("/readyz").text)
     for response in (client.get("/readyz"), post(client, data["china.jpg"])):
         assert_error(response, 503, "cannot be loaded", "log") and "weights" not in response.text
     (failed,) = (record for record in caplog.records if record.msg == "load_failed")
@@ -271,7 +269,7 @@ def start(request, script):
         if request.param == "python app.py":
             return script("app.py", cwd=ROOT, **env)
         return subprocess.run([Path(sys.executable).parent / "gunicorn", "app:create_app()"], cwd=ROOT,
-                              env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+                              env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE)
     return run
 
 
@@ -316,8 +314,8 @@ def test_live_errors_have_the_one_shape(live, status, image):
 
 
 def test_live_unknown_paths_and_methods_have_it_too(live):
-    assert_error(live.session.get(f"{live.url}/nowhere", timeout=10), 404)
-    assert_error(live.session.get(f"{live.url}/classify", timeout=10), 405)
+    assert_error(live.session.get(f"{live.url}/nowhere", timeout=PATIENCE), 404)
+    assert_error(live.session.get(f"{live.url}/classify", timeout=PATIENCE), 405)
 
 
 def test_requests_at_the_same_time_get_the_answers_that_they_get_alone(live, data):

@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -105,8 +106,10 @@ def test_with_details_the_documented_keys_come_first_and_what_stands_behind_them
 
 
 def test_the_timings_are_seconds_of_each_stage(client):
-    timings = upload(client, f"{VERDICT}?details=1", picture(0, 600, 400)).json["timings"]
-    assert list(timings) == TIMINGS and all(isinstance(value, float) and 0 <= value < 5 for value in timings.values())
+    data, started = picture(0, 600, 400), time.perf_counter()
+    timings = upload(client, f"{VERDICT}?details=1", data).json["timings"]
+    assert list(timings) == TIMINGS and all(isinstance(value, float) and value >= 0 for value in timings.values())
+    assert sum(timings.values()) <= time.perf_counter() - started + 5e-4  # each is rounded to a ten thousandth
     assert timings["encode_s"] > 0 and timings["decode_s"] > 0
 
 
@@ -242,7 +245,7 @@ def test_a_verdict_is_one_line_with_the_picture_the_answer_and_the_model(client,
     assert {name: line[name] for name in ("sha256", "bytes", "format", "width", "height", "key", "request_id", "model_sha256", "level")} == {
         "sha256": common.sha256(data), "bytes": len(data), "format": "JPEG", "width": 640, "height": 427, "key": None,
         "request_id": "abc", "model_sha256": load_model(BASELINE)["sha256"], "level": "info"}
-    assert all(isinstance(line[name], float) and 0 <= line[name] < 5 for name in STAGES)
+    assert all(isinstance(line[name], float) and line[name] >= 0 for name in STAGES)
 
 
 @pytest.mark.parametrize("data, status", [(b"hello", 415), (picture()[:-500], 422), (picture(0, 2010, 10), 413)], ids=["text", "torn", "long"])
@@ -272,12 +275,13 @@ def test_in_a_batch_each_image_has_a_line_under_the_requests_id_and_its_number(c
 def test_a_request_is_one_line_and_one_count(client, caplog, method, path, route, status):
     telemetry = engine_of(client).telemetry
     before = [counted(telemetry, "requests_total", route=route, status=status), counted(telemetry, "request_seconds_count", route=route, status=status)]
+    started = time.perf_counter()
     response = getattr(client, method)(path, headers={"X-Request-ID": "abc"})
-    (line,) = lines(caplog)
+    whole, (line,) = time.perf_counter() - started, lines(caplog)
     assert set(line) == HEAD | {"method", "route", "status", "seconds", "read_s"} | ({"error"} if status >= 400 else set())
     assert [line[name] for name in ("event", "request_id", "method", "route", "status", "key")] == [
         "request", "abc", method.upper(), route, response.status_code, None]
-    assert response.status_code == status and 0 <= line["seconds"] < 5
+    assert response.status_code == status and 0 <= line["seconds"] <= whole + 1e-4
     assert line.get("error") == (response.json["error"] if status >= 400 else None)
     assert (line["read_s"] is None) == (path != VERDICT or method != "post")
     after = [counted(telemetry, "requests_total", route=route, status=status), counted(telemetry, "request_seconds_count", route=route, status=status)]
