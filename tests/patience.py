@@ -6,7 +6,7 @@ PATIENCE = 600  # seconds after which something hangs; no test that passes waits
 
 
 def additions():
-    """Seconds of processor time that a million additions take here and now: 0.01 to 0.1."""
+    """Seconds of processor time that a million additions take here and now: some hundredths."""
     started = time.process_time()
     sum(number for number in range(1_000_000))
     return time.process_time() - started

@@ -60,7 +60,7 @@ def found(tmp_path_factory):
 def test_a_bomb_costs_neither_memory_nor_time(found, what):
     status, additions, megabytes = found[what]
     assert status == BOMBS[what]()[0]
-    assert additions < 120 and megabytes < 40, (additions, megabytes)
+    assert additions < 30 and megabytes < 40, (additions, megabytes)
 
 
 @pytest.mark.parametrize("what", POLYGLOTS)

@@ -103,7 +103,7 @@ def memory():
 
 def decode_all(examples, files):
     """-> how many of the mutated files were pictures still, and how many were refused with each of our errors."""
-    found, limit = {}, 300 * additions()
+    found, limit = {}, 75 * additions()
 
     def check(data):
         started = time.process_time()

@@ -114,7 +114,7 @@ def test_a_thousand_new_images_beside_48000_are_told_in_seconds():
     old, new = make_columns(real=24_000, fake=24_000), make_columns(real=500, fake=500, seed=1)
     new["thumb"][:] = old["thumb"][:1000]
     columns, before = join_columns([old, new]), digests_of(old)
-    with costs_at_most(400):
+    with costs_at_most(120):
         assert len(whats_new(before, columns)["alike"]) == 1000
 
 
