@@ -31,7 +31,7 @@ COPY requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements-serve.txt
 COPY app.py catalogue.py classify.py closeness.py common.py dataset.py eight_bit.py encoders.py engine.py formats.py \
     golden.py gunicorn.conf.py imaging.py layers.py metrics.py model.py pixels.py prepare_clip.py provenance.py quantize.py samples.py settings.py \
-    signing.py telemetry.py together.py vit.py weights.py requirements-encoder.txt ./
+    signing.py telemetry.py together.py upload.py vit.py weights.py requirements-encoder.txt ./
 COPY static static
 COPY templates templates
 ARG CODE_COMMIT=unknown

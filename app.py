@@ -8,7 +8,7 @@ Settings come from environment variables: python app.py --help lists them.
 """
 import argparse
 import contextlib
-import io
+import difflib
 import json
 import os
 import re
@@ -36,7 +36,7 @@ def main(argv=None):
 if __name__ == "__main__":  # here, before the rest is imported: gunicorn imports it again
     common.run(main)
 
-from flask import Blueprint, Flask, Request, Response, current_app, g, jsonify, render_template, request  # noqa: E402
+from flask import Blueprint, Flask, Response, current_app, g, jsonify, render_template, request  # noqa: E402
 from gunicorn.http.errors import ParseException  # noqa: E402
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest  # noqa: E402
 from werkzeug.exceptions import ClientDisconnected, HTTPException  # noqa: E402
@@ -46,12 +46,13 @@ from classify import answer, details  # noqa: E402
 from common import CLASSES, ImageError  # noqa: E402
 from engine import Busy, Engine, named  # noqa: E402
 from telemetry import Telemetry, say_event  # noqa: E402
+from upload import Refused, read_images  # noqa: E402
 
-FIELD_BYTES = 500_000  # of a form's text fields, which nothing here reads; Flask's default
 FEEDBACK_BYTES = 2000  # a parsed megabyte of JSON takes thirty
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
 UPLOADS = ("/classify", "/classify/batch")
 PROBES = ("/healthz", "/readyz", "/metrics")                      # asked every few seconds: not logged while they succeed
+FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 ID, FEEDBACK_ID = re.compile(r"[A-Za-z0-9._-]{1,64}"), re.compile(r"[A-Za-z0-9._-]{1,72}")  # a batch's has a number behind it
 PAGE_POLICY = ("default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:; connect-src 'self'; "
                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -61,13 +62,6 @@ routes = Blueprint("service", __name__)
 
 # ---- the app ----
 
-class MemoryRequest(Request):
-    """Form parts stay in memory: no image is ever written to disk."""
-
-    def _get_file_stream(self, total_content_length, content_type, filename=None, content_length=None):
-        return io.BytesIO()
-
-
 def create_app(config=None):
     """Flask app; `config` overrides settings by name. The model loads in the background; /readyz says when.
 
@@ -76,9 +70,7 @@ def create_app(config=None):
     """
     settings = read_settings(config)
     app = Flask(__name__, static_folder=None)
-    app.request_class = MemoryRequest
-    app.config.update(MAX_CONTENT_LENGTH=settings["MAX_UPLOAD_BYTES"], MAX_FORM_MEMORY_SIZE=FIELD_BYTES,
-                      MAX_FORM_PARTS=settings["BATCH_LIMIT"] + 1)  # one more, so that our own words say what is too many
+    app.config["MAX_CONTENT_LENGTH"] = settings["MAX_UPLOAD_BYTES"]
     app.json.sort_keys = False
     app.register_blueprint(routes)
     telemetry = Telemetry()
@@ -86,7 +78,8 @@ def create_app(config=None):
     app.wsgi_app = turn_away(app)
     app.before_request(begin)
     app.after_request(finish)
-    app.register_error_handler(ImageError, lambda e: error(e.status, str(e)))
+    for kind in (ImageError, Refused):
+        app.register_error_handler(kind, lambda e: error(e.status, str(e)))
     app.register_error_handler(Busy, busy)
     app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(ParseException, lambda _: error(400, "the body's chunks are malformed"))  # its words hold the body's
@@ -196,11 +189,11 @@ def http_error(exception):
         telemetry().rejections.labels("slow_body").inc()
         return error(408, f"the body did not arrive in full within {engine().settings['BODY_TIMEOUT_S']} s")
     message = f"{request.method} {request.path[:100]!r}: {exception.name.lower()}; /openapi.json says what there is"
+    if exception.code == 405:
+        message = message.replace(";", f" (allowed: {', '.join(sorted(exception.valid_methods))});", 1)
     if exception.code == 413:
-        message = f"the request is larger than the {request.max_content_length:,} bytes allowed"
-        if request.path in UPLOADS and (request.content_length or 0) <= request.max_content_length:
-            limit = engine().settings["BATCH_LIMIT"]
-            message += f", or has more than {limit} images, {limit + 1} fields, or a text field of more than {FIELD_BYTES:,} bytes"
+        size = f" of {request.content_length:,} bytes" if request.content_length else ""
+        message = f"the request{size} is larger than the {request.max_content_length:,} bytes allowed"
     response = error(exception.code, message)
     response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
     return response
@@ -214,13 +207,35 @@ def unexpected(exception):
 
 # ---- verdicts ----
 
-def read_images():
-    """-> (the detector that this request keeps, bytes of each file named `image`). Raises Busy, and HTTPException's kinds."""
-    started, detector, g.details = time.perf_counter(), engine().ready(), request.args.get("details") == "1"
-    images = [file.stream.getvalue() for file in request.files.getlist("image")]
-    g.read_s = round(time.perf_counter() - started, 4)
-    telemetry().stage.labels("read").observe(g.read_s)
-    return detector, images
+def read():
+    """-> (the detector that this request keeps, bytes of each image). Raises Busy, Refused, and HTTPException's kinds."""
+    started, detector, g.details = time.perf_counter(), engine().ready(), wants_details()
+    refuse_coding()
+    try:
+        return detector, read_images(request, engine().settings["BATCH_LIMIT"])
+    finally:
+        g.read_s = round(time.perf_counter() - started, 4)
+        telemetry().stage.labels("read").observe(g.read_s)
+
+
+def wants_details():
+    """?details=1, true or yes. Raises Refused for another value, and for a parameter that looks like a slip of it. Any other
+    parameter is ignored, since proxies and trackers add their own."""
+    values = {FLAGS.get(value.lower()) for value in request.args.getlist("details")} or {False}
+    if len(values) > 1 or None in values:
+        given = ", ".join(repr(value[:20]) for value in request.args.getlist("details")[:3])
+        raise Refused(400, f"details={given}: send details=1 (or true, yes) or details=0 (or false, no), once")
+    for name in request.args:
+        if name != "details" and difflib.get_close_matches(name[:20].lower(), ["details"], cutoff=0.75):
+            raise Refused(400, f"unknown parameter {name[:20]!r}: did you mean details=1?")
+    return values.pop()
+
+
+def refuse_coding():
+    """Raises Refused where the body is compressed."""
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding.lower() not in ("identity", ""):
+        raise Refused(415, f"the body came with Content-Encoding {coding[:20]!r}, which is not taken: send it uncompressed")
 
 
 def note(detector, facts, waited, request_id):
@@ -256,9 +271,9 @@ def with_model(detector, body):
 @routes.post("/classify")
 def classify():
     """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
-    detector, images = read_images()
+    detector, images = read()
     if len(images) != 1:
-        return error(400, f"expected one file in the multipart field 'image', got {len(images)}: curl -F image=@FILE")
+        return error(400, f"the form has {len(images)} fields 'image', expected 1: send several to /classify/batch")
     waited, (facts,) = engine().judge(detector, images, g.details)
     note(detector, facts, waited, g.request_id)
     if "error" in facts:
@@ -273,10 +288,10 @@ def classify():
 @routes.post("/classify/batch")
 def classify_batch():
     """Several fields `image` -> {"results": [...]}, in order, each a verdict or {"error": ...}."""
-    detector, images = read_images()
+    detector, images = read()
     limit = engine().settings["BATCH_LIMIT"]
-    if not 1 <= len(images) <= limit:
-        return error(413 if images else 400, f"expected 1 to {limit} files in multipart fields 'image', got {len(images)}")
+    if len(images) > limit:
+        return error(413, f"the form has {len(images)} images, at most {limit} are taken in a batch: send fewer at a time")
     waited, found = engine().judge(detector, images, g.details)
     for number, facts in enumerate(found):
         note(detector, facts, waited, f"{g.request_id}.{number}")
@@ -288,17 +303,32 @@ def feedback():
     """{"request_id": ..., "label": "real" | "fake"}: one line in the log, which `evaluate.py --feedback` reads. No state."""
     if g.key is None:
         return error(403, "feedback needs a token: set API_KEYS_FILE")
+    refuse_coding()
     request.max_content_length = FEEDBACK_BYTES
     try:
         sent = request.get_json(silent=True)
     except RecursionError:  # a hundred thousand brackets
         sent = None
-    if not isinstance(sent, dict) or set(sent) != {"request_id", "label"} or sent["label"] not in CLASSES \
-            or not isinstance(sent["request_id"], str) or not FEEDBACK_ID.fullmatch(sent["request_id"]):
-        return error(400, 'expected Content-Type: application/json and {"request_id": "the X-Request-ID of a verdict", "label": "real" or "fake"}')
+    if fault := feedback_fault(sent):
+        return error(400, f'{fault}; send Content-Type: application/json and {{"request_id": "the X-Request-ID of a verdict", '
+                          '"label": "real" or "fake"}')
     telemetry().feedback.labels(sent["label"]).inc()
     say_event("feedback", request_id=sent["request_id"], label=sent["label"], key=g.key)
     return {"status": "noted"}
+
+
+def feedback_fault(sent):
+    """What is wrong with the JSON that was sent (None: it is none), in words, or None."""
+    if not request.is_json:
+        return f"the body came as {request.mimetype[:60]!r}" if request.mimetype else "the body came without a Content-Type"
+    if not isinstance(sent, dict):
+        return "the body is no JSON object"
+    if set(sent) != {"request_id", "label"}:
+        return "the JSON has other keys than 'request_id' and 'label', or not both"
+    if sent["label"] not in CLASSES:
+        return "the label is neither 'real' nor 'fake'"
+    if not isinstance(sent["request_id"], str) or not FEEDBACK_ID.fullmatch(sent["request_id"]):
+        return "the request_id is not of 1 to 72 letters, digits, dots, underscores and hyphens"
 
 
 @routes.get("/healthz")

@@ -251,7 +251,7 @@ def read_model(settings):
     path = settings["MODEL_PATH"]
     if not path:
         raise UsageError("MODEL_PATH is not set: name a model file from train_model.py (models/baseline.joblib is a demonstration)")
-    if not Path(path).is_file():
+    if not Path(path).is_file() and not Path(path).is_dir():  # load_model says what a folder is
         raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py, or see a demonstration: "
                          "MODEL_PATH=models/baseline.joblib ALLOW_DEMO_MODEL=1")
     model = load_model(path, settings["MODEL_PUBLIC_KEY"])

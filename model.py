@@ -22,6 +22,9 @@ FORMAT = 3
 DERIVED = ("sha256", "squares")  # of the file, of each support vector: added by load_model, never stored
 BLOCK = 1000  # rows scored at a time: the kernel matrix of a test set would take gigabytes
 REMEDY = "train it again with train_model.py"
+# What else a file may be, by its first bytes: a model begins as every pickle of protocol 2 and later does.
+KINDS = {b"\x80": "it is cut off or damaged", b"PK": "it is a zip archive, as .npz and .pt files are",
+         b"version https://git-lfs": "it is a Git LFS pointer (git lfs pull brings the file)"}
 # What a model must hold. Arrays as (dtype kind, number of dimensions).
 FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1), "intercept": float,
           "means": ("f", 2), "calibrator": ("f", 1), "threshold": float, "threshold_rule": dict, "band": ("f", 1), "encoder": dict,
@@ -30,6 +33,10 @@ FIELDS = {"format": int, "classifier": str, "center": ("f", 1), "scale": ("f", 1
 LINEAR = {"coef": ("f", 1)}
 CLASSIFIERS = {"svm": {"support_vectors": ("f", 2), "dual_coef": ("f", 1), "gamma": float}, "linear-svm": LINEAR,
                "logistic": LINEAR, "mlp": {"hidden_weights": ("f", 2), "hidden_bias": ("f", 1), "output_weights": ("f", 1)}}
+
+
+class NotAModel(ModelError):
+    """The file is none that `save_model` wrote."""
 
 
 def plain_dtype(name, *_):
@@ -47,7 +54,7 @@ class PlainUnpickler(pickle.Unpickler):
             return plain_dtype
         if module in ("numpy._core.numeric", "numpy.core.numeric") and name == "_frombuffer":
             return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
-        raise ModelError(f"it holds {f'{module}.{name}'!r}, which is not plain data, and may be planted")
+        raise NotAModel(f"it holds {f'{module}.{name}'!r}, which is not plain data, and may be planted")
 
 
 def save_model(path, model):
@@ -63,6 +70,8 @@ def load_model(path, public_key=None):
 
     `public_key` (by default MODEL_PUBLIC_KEY): file of the key whose signature must lie beside it, looked at first.
     """
+    if os.path.isdir(path):
+        raise ModelError(f"{path} is not a model file: it is a folder; name a file from train_model.py")
     data, public_key = read_bytes(path), public_key or os.environ.get("MODEL_PUBLIC_KEY")
     if public_key:
         try:
@@ -72,18 +81,36 @@ def load_model(path, public_key=None):
     try:
         model = PlainUnpickler(io.BytesIO(data)).load()
         check(model)
+    except NotAModel as error:
+        raise ModelError(f"{path} is not a model file: {error}; {REMEDY}") from None
     except ModelError as error:
         raise ModelError(f"{path} is refused: {error}; {REMEDY}") from None
-    except Exception as error:  # a torn or crafted pickle raises almost anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line, whatever was planted in it
-        raise ModelError(f"{path} is not a model file ({reason}); {REMEDY}") from None
+    except Exception:  # a torn or crafted pickle raises almost anything, and its words tell a user nothing
+        raise ModelError(f"{path} is not a model file: {kind_of(data)}; {REMEDY}") from None
     return model | {"sha256": sha256(data)} | ({"squares": squares_of(model)} if model["classifier"] == "svm" else {})
+
+
+def kind_of(data):
+    """What the bytes of a file that is no model seem to be, in words."""
+    if not data:
+        return "it is empty"
+    for start, words in KINDS.items():
+        if data.startswith(start):
+            return words
+    return "it is text" if is_text(data) else "it is of another kind"
+
+
+def is_text(data):
+    try:
+        return "\0" not in data.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 def check(model):
     """Every field there, of its type, finite, and of sizes that fit together. Raises ModelError."""
     if not isinstance(model, dict) or "format" not in model:
-        raise ModelError("it is no model")
+        raise NotAModel("it holds something else")
     if model["format"] != FORMAT:
         raise ModelError(f"its format is {model['format']!r}, this code reads {FORMAT}")
     if model.get("classifier") not in CLASSIFIERS:

@@ -20,6 +20,7 @@ from engine import Engine, named
 from live import DEMO, ready_client
 from made_up import BASELINE
 from model import load_model, save_model
+from patience import PATIENCE
 from settings import read_settings
 from telemetry import JsonFormatter, Telemetry
 
@@ -42,9 +43,9 @@ def compiled_once():
         yield
 
 
-def until(condition, seconds=20):
+def until(condition):
     """Wait for what another thread does."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "it never came about"
         time.sleep(0.002)
@@ -56,7 +57,7 @@ def meanwhile(work, *args):
     thread = Thread(target=work, args=args, daemon=True)
     thread.start()
     yield thread
-    thread.join(20)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
@@ -153,12 +154,12 @@ def held(monkeypatch, telemetry, work):
 
     def slow(self, image):
         there.set()
-        assert go_on.wait(20)
+        assert go_on.wait(PATIENCE)
         return pixels(self, image)
     monkeypatch.setattr(Detector, "pixels", slow)
     with meanwhile(work):
         try:
-            assert there.wait(20) and counted(telemetry, "slots_busy")
+            assert there.wait(PATIENCE) and counted(telemetry, "slots_busy")
             yield
         finally:
             go_on.set()

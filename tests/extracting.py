@@ -16,6 +16,7 @@ import small
 from conftest import ROOT
 from dataset import COLUMNS
 from features import load_features
+from patience import PATIENCE
 
 FEW = {"train/real/camera": 8, "train/fake/gan": 8, "test/real/camera": 4, "test/fake/gan": 4}
 # No git repository at that place, so that meta holds CODE_COMMIT: an edit of the code during a test changes no bytes.
@@ -92,7 +93,7 @@ def command(data_dir, output, *flags):
 def finish(data_dir, output, *flags):
     """The same command once more, left in peace; -> its stderr."""
     done = subprocess.run(command(data_dir, output, *flags), env={**os.environ, **SETTINGS}, capture_output=True, text=True,
-                          timeout=120)
+                          timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -127,5 +128,5 @@ count = lambda: next(calls) == {after}
 common.run(extract_features.main)
 """
     done = subprocess.run([sys.executable, "-c", code, *command(data_dir, output, *flags)[2:]], env={**os.environ, **SETTINGS},
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == ends_with, done.stderr

@@ -1,5 +1,5 @@
 """The service under test: Flask's test client with a model loaded, and the service as a process of its own."""
-import io
+import fcntl
 import json
 import os
 import re
@@ -9,16 +9,35 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import requests
-from PIL import Image
 
 import app as service
 from conftest import ROOT
 from made_up import BASELINE
+from patience import PATIENCE
 
 DEMO = {"MODEL_PATH": str(BASELINE), "ALLOW_DEMO_MODEL": "1"}
+PATIENT = f"--timeout {PATIENCE} --graceful-timeout {PATIENCE}"  # of gunicorn: a machine may be slow to start and to stop
+# The service's own gunicorn.conf.py, and images that wait for the lock on a file before they are made the encoder's input.
+HELD = """
+exec(compile(open({conf!r}).read(), {conf!r}, "exec"))
+import fcntl
+as_it_is = post_worker_init
+
+def post_worker_init(worker):
+    as_it_is(worker)
+    from classify import Detector
+    pixels = Detector.pixels
+
+    def wait(self, image):
+        with open({gate!r}) as gate:
+            fcntl.flock(gate, fcntl.LOCK_SH)
+        return pixels(self, image)
+    Detector.pixels = wait
+"""
 
 
 def assert_error(response, status, *words):
@@ -33,7 +52,7 @@ def assert_error(response, status, *words):
 
 def wait_until_ready(ask):
     """Call `ask()` for the status of /readyz until it is 200."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while (status := ask()) != 200:
         assert time.monotonic() < deadline, f"/readyz answers {status}"
         time.sleep(0.05)
@@ -66,7 +85,7 @@ class Live:
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen([sys.executable, ROOT / "app.py"], cwd=folder, stdout=log, stderr=log,
-                                            env={**os.environ, **DEMO, "PORT": str(port), **settings})
+                                            env={**os.environ, **DEMO, "GUNICORN_CMD_ARGS": PATIENT, "PORT": str(port), **settings})
         self.session = requests.Session()
         self.session.trust_env = False  # no proxy of the host
         wait_until_ready(self.status)
@@ -74,18 +93,18 @@ class Live:
     def status(self):
         assert self.process.poll() is None, self.log.read_text()
         try:
-            return self.session.get(f"{self.url}/readyz", timeout=10).status_code
+            return self.session.get(f"{self.url}/readyz", timeout=PATIENCE).status_code
         except requests.ConnectionError:
             return None
 
     def post(self, image):
-        return self.session.post(f"{self.url}/classify", files={"image": image}, timeout=60)
+        return self.session.post(f"{self.url}/classify", files={"image": image}, timeout=PATIENCE)
 
     def stop(self):
         self.session.close()
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(40)
+            return self.process.wait(PATIENCE)
         finally:
             self.process.kill()
 
@@ -104,28 +123,35 @@ def serve(tmp_path):
         server.stop()
 
 
+@pytest.fixture
+def held(serve, tmp_path):
+    """Function: settings -> (the live service, a context in which every image that it decodes stands still until the end)."""
+    gate, conf = tmp_path / "gate", tmp_path / "held.conf.py"
+    gate.touch()
+    conf.write_text(HELD.format(conf=str(ROOT / "gunicorn.conf.py"), gate=str(gate)))
+
+    @contextmanager
+    def stand_still():
+        with open(gate) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    return lambda **settings: (serve(GUNICORN_CMD_ARGS=f"{PATIENT} --config {conf}", **settings), stand_still())
+
+
 @pytest.fixture(scope="module")
 def photo(photos):
     return photos["china.jpg"].read_bytes()
 
 
-@pytest.fixture(scope="module")
-def large():
-    """A PNG of 36 megapixels and 100 kB: most of a second of decoding, time enough for something to happen."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (6000, 6000), "navy").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def metric(server, name):
     """Value of the first series of that name, 0 where there is none."""
-    text = server.session.get(f"{server.url}/metrics", timeout=10).text
+    text = server.session.get(f"{server.url}/metrics", timeout=PATIENCE).text
     found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
     return float(found.group(1)) if found else 0.0
 
 
-def wait_for(what, seconds=30):
-    deadline = time.monotonic() + seconds
+def wait_for(what):
+    deadline = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.02)

@@ -21,6 +21,7 @@ from live import free_port
 from made_up import build
 from metrics import measure
 from model import decision, probability, save_model
+from patience import PATIENCE
 
 MODEL = (200, {}, {"version": "v1", "sha256": "0", "golden_floor": 0.5})
 REAL = (200, {"X-Model-Version": "v1"}, {"classification": "real", "confidence": 0.9})
@@ -96,11 +97,11 @@ def pushgateway(folder):
     with open(folder / "log", "w") as log:
         process = subprocess.Popen([program, f"--web.listen-address={address}"], stdout=log, stderr=log)
     try:
-        deadline, session = time.monotonic() + 20, requests.Session()
+        deadline, session = time.monotonic() + PATIENCE, requests.Session()
         session.trust_env = False
         with session:
             while True:
-                with contextlib.suppress(requests.ConnectionError):
+                with contextlib.suppress(requests.RequestException):
                     if session.get(f"http://{address}/-/ready", timeout=5).ok:
                         break
                 assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
@@ -108,12 +109,12 @@ def pushgateway(folder):
         yield f"http://{address}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)
 
 
 def pushed(gateway):
     """{(metric, model version): value} of the golden job."""
-    with requests.get(f"{gateway}/metrics", timeout=10) as response:
+    with requests.get(f"{gateway}/metrics", timeout=PATIENCE) as response:
         families = list(text_string_to_metric_families(response.text))
     return {(sample.name, sample.labels["model_version"]): sample.value for family in families for sample in family.samples
             if sample.name.startswith("detector_") and sample.labels["job"] == "detector-golden"}

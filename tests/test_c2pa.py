@@ -1,10 +1,10 @@
 """C2PA manifests: files that c2pa-python signs here, then edited, stripped, torn and crafted; nothing is ever fetched."""
+import contextlib
 import http.server
 import io
 import json
 import struct
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,9 +17,10 @@ import imaging  # noqa: E402
 import provenance  # noqa: E402
 from classify import Detector  # noqa: E402
 from crafted import png, segments  # noqa: E402
-from engines import client_on, compiled_once, upload  # noqa: E402, F401
+from engines import client_on, compiled_once, until, upload  # noqa: E402, F401
 from live import Live  # noqa: E402
 from made_up import BASELINE  # noqa: E402
+from patience import PATIENCE, costs_at_most  # noqa: E402
 from provenance import MADE, PARTLY, TAKEN, read_provenance  # noqa: E402
 from signed import TERMS, box, claimed, described, manifest, nested, sign, store, store_of, superbox, with_store  # noqa: E402
 from test_decoding import chunk, picture, saved  # noqa: E402
@@ -111,8 +112,11 @@ def test_a_manifest_moved_to_another_picture_is_invalid(kind):
 
 @pytest.mark.slow
 def test_an_expired_certificate_is_invalid_and_not_just_untrusted():
-    data = sign(plain(), "PNG", name="Expired", seconds=3)  # c2pa-python signs with none that has expired
-    time.sleep(5)
+    for seconds in (2, 20, 200):  # c2pa-python signs with none that has expired
+        with contextlib.suppress(c2pa.C2paError):
+            data = sign(plain(), "PNG", name="Expired", seconds=seconds)
+            break
+    until(lambda: credentials(data)["state"] == "invalid")
     found = credentials(data)
     assert found["state"] == "invalid" and "signingCredential.expired" in found["failures"] and found["signer"] == "Expired"
 
@@ -226,9 +230,8 @@ STORES = {
 def test_a_crafted_store_is_unreadable_and_costs_no_second(what):
     data = with_store(plain(), STORES[what]())
     image = decoded(data)
-    started = time.process_time()
-    assert read_provenance(image, data)["c2pa"] == {"state": "unreadable"}
-    assert time.process_time() - started < 1
+    with costs_at_most(16):
+        assert read_provenance(image, data)["c2pa"] == {"state": "unreadable"}
 
 
 FILES = {
@@ -249,9 +252,8 @@ def test_a_crafted_file_costs_no_second(what):
     make, state = FILES[what]
     data = make()
     image = decoded(data)
-    started = time.process_time()
-    assert read_provenance(image, data)["c2pa"]["state"] == state
-    assert time.process_time() - started < 1
+    with costs_at_most(16):
+        assert read_provenance(image, data)["c2pa"]["state"] == state
 
 
 @pytest.mark.parametrize("kind, make", [
@@ -272,8 +274,8 @@ def test_a_store_of_thirty_manifests_that_are_in_order_is_read():
     data = sign(plain(), "PNG", others=[sign(plain(), "PNG")] * 2)
     for _ in range(30):
         data = sign(plain(), "PNG", parent=data)
-    started = time.process_time()
-    assert credentials(data) == SAID and time.process_time() - started < 1
+    with costs_at_most(16):
+        assert credentials(data) == SAID
 
 
 def test_names_are_cut_and_printable():
@@ -335,11 +337,11 @@ def test_the_live_service_survives_all_of_it(tmp_path):
     live = Live(tmp_path)
     try:
         for data in [with_store(plain(), make()) for make in STORES.values()] + [make() for make, _ in FILES.values()]:
-            response = live.session.post(f"{live.url}/classify?details=1", files={"image": data}, timeout=30)
+            response = live.session.post(f"{live.url}/classify?details=1", files={"image": data}, timeout=PATIENCE)
             assert response.status_code == 200, response.text
             assert set(response.json()["provenance"]) == {"c2pa", "metadata"}
         data = sign(plain(), "PNG")
-        assert live.session.post(f"{live.url}/classify?details=1", files={"image": data}, timeout=30).json()["provenance"]["c2pa"] == SAID
+        assert live.session.post(f"{live.url}/classify?details=1", files={"image": data}, timeout=PATIENCE).json()["provenance"]["c2pa"] == SAID
     finally:
         assert live.stop() == 0
     assert "Traceback" not in live.log.read_text() and json.loads(live.log.read_text().splitlines()[-1])

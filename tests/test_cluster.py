@@ -26,9 +26,11 @@ from conftest import ROOT, assert_one_line_error
 from dataset import COLUMNS, Entry
 from features import load_features
 from extract_features import read_row
+from engines import until
 from extracting import FEW, SETTINGS, extract, few, own, settings  # noqa: F401
 from live import free_port
 from made_up import DIM, make_columns, other_encoder
+from patience import PATIENCE
 
 pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements-ray.txt")
 long = pytest.mark.long
@@ -47,7 +49,7 @@ def plain(many, tmp_path_factory):
     """Their columns, extracted without Ray, with two degraded copies each."""
     output = tmp_path_factory.mktemp("plain") / "f.npz"
     subprocess.run([sys.executable, str(ROOT / "extract_features.py"), "--data_dir", str(many), "--output_file", str(output), "--views",
-                    "2", "--batch_size", "2"], env={**os.environ, **SETTINGS}, check=True, capture_output=True, timeout=120)
+                    "2", "--batch_size", "2"], env={**os.environ, **SETTINGS}, check=True, capture_output=True, timeout=PATIENCE)
     return load_features(output)
 
 
@@ -58,7 +60,7 @@ def command(data_dir, output, address, *flags):
 
 def run(data_dir, output, address, *flags, code=0, **env):
     done = subprocess.run(command(data_dir, output, address, *flags), env={**os.environ, **SETTINGS, **env}, capture_output=True,
-                          text=True, timeout=240)
+                          text=True, timeout=PATIENCE)
     assert done.returncode == code, done.stderr
     return done
 
@@ -197,7 +199,7 @@ def two_nodes(tmp_path_factory):
         assert line() == "done"
     yield SimpleNamespace(address=line(), order=order, cache=cache)
     process.stdin.close()
-    process.wait(60)
+    process.wait(PATIENCE)
     process.stdout.close()
 
 
@@ -209,7 +211,7 @@ def parts_in(output):
 
 
 def wait_for_parts(process, output, count):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(parts_in(output)) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
@@ -246,7 +248,7 @@ def test_workers_killed_on_the_way_lose_nothing_and_double_nothing(many, plain, 
             os.kill(pid, signal.SIGKILL)
             killed += 1
         time.sleep(0.3)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and killed >= 1, err
     assert len(parts_in(tmp_path / "f.parquet")) == PARTS and "160 images" in out and "worker died" not in out
     assert_same_rows(load_features(tmp_path / "f.parquet"), plain)
@@ -259,7 +261,7 @@ def test_a_node_lost_on_the_way_loses_nothing(many, plain, two_nodes, tmp_path):
     try:
         wait_for_parts(process, tmp_path / "f.parquet", 1)
         two_nodes.order("lose a node")
-        err = process.communicate(timeout=240)[1]
+        err = process.communicate(timeout=PATIENCE)[1]
     finally:
         two_nodes.order("add a node")
     assert process.returncode == 0, err
@@ -274,7 +276,7 @@ def test_a_command_that_was_killed_goes_on_and_makes_no_part_again(many, plain, 
     wait_for_parts(process, output, 2)
     process.kill()
     process.wait()
-    time.sleep(5)  # workers end with the command that started them
+    until(lambda: not workers())  # they end with the command that started them
     before = {name: (output / name).stat().st_mtime_ns for name in parts_in(output)}
     with pytest.raises(UsageError, match="nor a finished data set"):
         load_features(output)
@@ -299,7 +301,7 @@ def store(tmp_path_factory):
     """A local server that speaks S3, with the bucket `pictures` -> the environment that leads to it."""
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     while True:
         try:
             requests.put(f"{address}/pictures", timeout=1)

@@ -15,6 +15,7 @@ from encoders import Encoder
 from engine import Busy, Slots
 from engines import compiled_once, counted, engine_on, meanwhile, picture, until  # noqa: F401
 from made_up import BASELINE
+from patience import PATIENCE
 from together import TOGETHER
 
 
@@ -31,10 +32,10 @@ def take(slots, told, work=lambda: None):
 
 
 def test_many_threads_never_work_on_more_than_there_are_slots_and_each_gets_its_turn():
-    slots, most, told, all_there = Slots(3, limit=40, timeout=20), [], [], threading.Event()
+    slots, most, told, all_there = Slots(3, limit=40, timeout=PATIENCE), [], [], threading.Event()
 
     def work():
-        all_there.wait(20)
+        all_there.wait(PATIENCE)
         most.append(slots.busy)
         time.sleep(0.002)
     with contextlib.ExitStack() as stack:
@@ -47,7 +48,8 @@ def test_many_threads_never_work_on_more_than_there_are_slots_and_each_gets_its_
 
 
 def test_as_many_as_may_wait_do_and_one_more_is_turned_away_at_once():
-    slots, told = Slots(1, limit=2, timeout=20), []
+    waits, told = [], []
+    slots = Slots(1, limit=2, timeout=PATIENCE, observe=waits.append)
     with contextlib.ExitStack() as waiters:
         with slots.take():
             for number in (1, 2):
@@ -55,10 +57,9 @@ def test_as_many_as_may_wait_do_and_one_more_is_turned_away_at_once():
                 waiters.enter_context(meanwhile(take, slots, told))
                 until(lambda: slots.waiting == number)
             assert slots.full()
-            started = time.monotonic()
             with pytest.raises(Busy, match="as many requests as may wait") as error, slots.take():
                 pass
-            assert error.value.reason == "queue_full" and time.monotonic() - started < 5
+            assert error.value.reason == "queue_full" and len(waits) == 1  # its own wait would be another
             assert slots.waiting == 2 and told == []
     assert all(isinstance(waited, float) for waited in told) and len(told) == 2
     assert (slots.busy, slots.waiting) == (0, 0)
@@ -70,26 +71,26 @@ def test_a_wait_ends_after_the_timeout_and_leaves_no_trace():
         started = time.monotonic()
         with pytest.raises(Busy, match="within 0.1 s") as error, slots.take():
             pass
-        assert error.value.reason == "queue_timeout" and 0.09 < time.monotonic() - started < 10
+        assert error.value.reason == "queue_timeout" and time.monotonic() - started > 0.09
         assert (slots.busy, slots.waiting) == (1, 0)
     with slots.take():
         assert slots.busy == 1
 
 
 def test_the_wait_is_told_in_seconds():
-    slots, told = Slots(1, limit=1, timeout=20), []
+    slots, told = Slots(1, limit=1, timeout=PATIENCE), []
     with meanwhile(take, slots, told):  # in and out at once
         pass
     with contextlib.ExitStack() as stack:
         with slots.take():
             stack.enter_context(meanwhile(take, slots, told))
             until(lambda: slots.waiting == 1)
-            time.sleep(0.1)
-    assert 0 <= told[0] < told[1] and told[1] >= 0.1
+            time.sleep(told[0] + 0.1)
+    assert 0 <= told[0] < told[1] and told[1] >= told[0] + 0.1
 
 
 def test_where_none_may_wait_a_free_slot_is_taken_all_the_same():
-    slots = Slots(2, limit=0, timeout=20)
+    slots = Slots(2, limit=0, timeout=PATIENCE)
     with slots.take(), slots.take():
         with pytest.raises(Busy) as error, slots.take():
             pass
@@ -109,7 +110,7 @@ def test_work_that_fails_gives_its_slot_back():
 
 
 def test_several_slots_are_taken_and_given_back_together_and_nobody_overtakes_who_waits_for_them():
-    slots, order = Slots(3, limit=9, timeout=20), []
+    slots, order = Slots(3, limit=9, timeout=PATIENCE), []
     with contextlib.ExitStack() as stack:
         with slots.take(2):
             assert slots.busy == 2
@@ -121,7 +122,7 @@ def test_several_slots_are_taken_and_given_back_together_and_nobody_overtakes_wh
 
 
 def test_where_none_may_wait_one_that_needs_more_slots_than_are_free_is_turned_away_at_once():
-    slots = Slots(3, limit=0, timeout=20)
+    slots = Slots(3, limit=0, timeout=PATIENCE)
     with slots.take(2):
         assert slots.full(2) and not slots.full()
         with pytest.raises(Busy) as error, slots.take(2):
@@ -132,14 +133,17 @@ def test_where_none_may_wait_one_that_needs_more_slots_than_are_free_is_turned_a
 
 
 def test_one_that_gave_up_waiting_for_several_slots_holds_up_nobody():
-    slots, told = Slots(2, limit=9, timeout=0.5), []
-    with slots.take():
-        with meanwhile(lambda: told.append(pytest.raises(Busy, taken, slots, 2).value.reason)):
-            until(lambda: slots.waiting == 1)
-            slots.timeout = 20
+    for timeout in (0.5, 5, 50):  # until the second stands in the queue before the first gives up
+        slots, told = Slots(2, limit=9, timeout=timeout), []
+        with slots.take(), meanwhile(lambda: told.append(pytest.raises(Busy, taken, slots, 2).value.reason)):
+            until(lambda: slots.waiting == 1 or told)
+            slots.timeout = PATIENCE
             with meanwhile(take, slots, told):
-                pass
-    assert told[0] == "queue_timeout" and isinstance(told[1], float)
+                until(lambda: slots.waiting == 2 or told)
+                both_waited = slots.waiting == 2
+        if both_waited:
+            break
+    assert both_waited and told[0] == "queue_timeout" and isinstance(told[1], float)
 
 
 def taken(slots, places, work=lambda: None):
@@ -148,7 +152,7 @@ def taken(slots, places, work=lambda: None):
 
 
 def test_who_has_waited_longest_is_next_and_newcomers_pass_nobody():
-    slots, order = Slots(1, limit=9, timeout=20), []
+    slots, order = Slots(1, limit=9, timeout=PATIENCE), []
 
     def work(number):
         order.append(number)
@@ -177,9 +181,11 @@ def test_a_turn_that_comes_as_the_wait_ends_is_taken_or_passed_on_and_never_lost
 def test_every_wait_is_observed_those_in_vain_too():
     waits = []
     slots = Slots(1, limit=1, timeout=0.1, observe=waits.append)
+    started = time.perf_counter()
     with slots.take(), pytest.raises(Busy), slots.take():
         pass
-    assert waits[0] < 0.05 and 0.1 <= waits[1] < 5 and len(waits) == 2
+    assert 0 <= waits[0] and 0.1 <= waits[1] and len(waits) == 2
+    assert sum(waits) <= time.perf_counter() - started
 
 
 # ---- images ----
@@ -211,7 +217,7 @@ def meeting(monkeypatch, patience):
                          ids=["both large", "both just small enough", "a large and a small one"])
 def test_two_large_images_are_never_decoded_at_the_same_time_small_ones_are(engine, monkeypatch, heights, together):
     monkeypatch.setattr(module, "LARGE_PIXELS", 40 * 30)
-    most = meeting(monkeypatch, patience=10 if together else 0.2)
+    most = meeting(monkeypatch, patience=PATIENCE if together else 0.2)
     images = [picture(seed, height=height) for seed, height in enumerate(heights)]
     with meanwhile(engine.judge, engine.detector, images[:1]), meanwhile(engine.judge, engine.detector, images[1:]):
         pass
@@ -228,17 +234,27 @@ def test_no_more_images_are_decoded_at_a_time_than_there_are_processors(monkeypa
 
 def test_waiting_for_others_is_told_as_waiting_and_not_as_work(monkeypatch):
     monkeypatch.setattr("encoders.processors", lambda: 1)
-    engine, encode, found, begun = engine_on(SLOTS=4), Encoder.encode, [], threading.Event()
-    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: begun.set() or time.sleep(1) or encode(self, pixels))
+    engine, encode, found, begun, go_on = engine_on(SLOTS=4), Encoder.encode, {}, threading.Event(), threading.Event()
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: begun.set() or go_on.wait(PATIENCE) and encode(self, pixels))
+
+    def judge(number):
+        started = time.perf_counter()
+        waited, (facts,) = engine.judge(engine.detector, [picture(number)])
+        found[number] = waited, facts, time.perf_counter() - started
     with contextlib.ExitStack() as stack:
-        for seed in range(3):
-            stack.enter_context(meanwhile(lambda seed=seed: found.append(engine.judge(engine.detector, [picture(seed)]))))
-            assert begun.wait(10)  # the first is encoded when the others come
-    waited, encoded = sorted(waited for waited, _ in found), [facts["encode_s"] for _, (facts,) in found]
-    assert waited[0] < 0.8 <= waited[1], "two came while the first was encoded"
-    assert 1 <= min(encoded) and max(encoded) < 1.8
-    assert counted(engine.telemetry, "stage_seconds_sum", stage="turn") == pytest.approx(sum(waited), abs=0.05)
-    assert all("turn_s" not in facts for _, (facts,) in found)
+        for number in range(3):
+            stack.enter_context(meanwhile(judge, number))
+            assert begun.wait(PATIENCE)  # the first is encoded when the others come
+        until(lambda: len(engine.detector.encode._waiting) == 2)
+        time.sleep(0.2)
+        go_on.set()
+    assert found[0][1]["encode_s"] >= 0.2, "the first worked"
+    assert min(found[1][0], found[2][0]) >= 0.2, "the others waited"
+    for waited, facts, whole in found.values():
+        assert waited + facts["decode_s"] + facts["encode_s"] + facts["classify_s"] <= whole, "nothing counts as both"
+        assert "turn_s" not in facts
+    told = [counted(engine.telemetry, "stage_seconds_sum", stage=stage) for stage in ("wait", "turn")]
+    assert sum(told) == pytest.approx(sum(waited for waited, *_ in found.values()))
 
 
 def test_a_large_image_that_cannot_be_decoded_does_not_hold_up_the_next(engine, monkeypatch):
@@ -257,18 +273,20 @@ def test_one_image_gets_the_verdict_that_the_detector_gives(engine, photos):
     for path in photos.values():
         data = path.read_bytes()
         waited, (facts,) = engine.judge(engine.ready(), [data])
-        assert 0 <= waited < 5
+        assert waited >= 0
         assert (facts["classification"], facts["confidence"]) == alone.classify(data)
         found.append((facts["classification"], facts["confidence"]))
     assert len(set(found)) == len(found) and len({name for name, _ in found}) == 2
 
 
 def test_the_facts_name_the_bytes_the_picture_and_the_seconds(engine, photos):
-    data = photos["china.jpg"].read_bytes()
+    data, started = photos["china.jpg"].read_bytes(), time.perf_counter()
     _, (facts,) = engine.judge(engine.detector, [data])
+    whole = time.perf_counter() - started
     assert {name: facts[name] for name in ("sha256", "bytes", "format", "width", "height")} == {
         "sha256": common.sha256(data), "bytes": len(data), "format": "JPEG", "width": 640, "height": 427}
-    assert all(0 < facts[f"{stage}_s"] < 5 for stage in ("decode", "encode", "classify"))
+    seconds = [facts[f"{stage}_s"] for stage in ("decode", "encode", "classify")]
+    assert min(seconds) > 0 and sum(seconds) <= whole
     assert facts["confidence"] == round(max(facts["p_fake"], 1 - facts["p_fake"]), 4)
     assert "error" not in facts and "status" not in facts
 
@@ -342,9 +360,13 @@ def test_a_verdict_is_uncertain_inside_the_models_band(engine, band, uncertain):
 
 
 def test_images_that_take_too_long_together_are_left_at_some_point_and_told_so(engine, monkeypatch):
-    monkeypatch.setattr(module, "DECODE_S", 0.2)
-    pixels = Detector.pixels
-    monkeypatch.setattr(Detector, "pixels", lambda self, image: time.sleep(0.15) or pixels(self, image))
+    clock, pixels = [0.0], Detector.pixels
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic))
+
+    def take_long(self, image):
+        clock[0] += 0.75 * module.DECODE_S
+        return pixels(self, image)
+    monkeypatch.setattr(Detector, "pixels", take_long)
     _, found = engine.judge(engine.detector, list(map(picture, range(4))))
     assert [facts.get("status") for facts in found] == [None, None, 503, 503]
     assert "send fewer at a time" in found[3]["error"] and "classification" in found[1]

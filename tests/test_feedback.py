@@ -15,6 +15,7 @@ import common
 import feedback
 from live import Live
 from metrics import of_both, share, words
+from patience import PATIENCE
 
 CLOCK = iter(range(10 ** 9))
 
@@ -273,13 +274,13 @@ def test_the_log_of_the_service_is_understood(run, photos, tmp_path):
         live.session.headers["Authorization"] = "Bearer token"
         names = ("china.jpg", "coffee.png", "rocket.jpg")
         answers = [live.post(photos[name].read_bytes()) for name in names]
-        batch = live.session.post(f"{live.url}/classify/batch", timeout=60, headers={"X-Request-ID": "both"},
+        batch = live.session.post(f"{live.url}/classify/batch", timeout=PATIENCE, headers={"X-Request-ID": "both"},
                                   files=[("image", photos[name].read_bytes()) for name in ("chelsea.png", "china.jpg")])
         said = [(answer.headers["X-Request-ID"], answer.json()["classification"]) for answer in answers[:2]]
         said += [(f"both.{i}", one["classification"]) for i, one in enumerate(batch.json()["results"])]
         for i, (request_id, classification) in enumerate(said):
             right = classification if i else {"real": "fake", "fake": "real"}[classification]  # the first one was wrong
-            sent = live.session.post(f"{live.url}/feedback", json={"request_id": request_id, "label": right}, timeout=10)
+            sent = live.session.post(f"{live.url}/feedback", json={"request_id": request_id, "label": right}, timeout=PATIENCE)
             assert sent.json() == {"status": "noted"}
     finally:
         live.stop()

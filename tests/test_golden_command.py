@@ -14,6 +14,7 @@ import golden
 from live import Live, free_port
 from metrics import of_both, share, words
 from model import load_model, save_model
+from patience import PATIENCE
 from standins import MODEL, REAL, Stub, make_models, pushed, pushgateway, tinted
 
 TOKEN = "a token for the golden set"
@@ -60,8 +61,8 @@ def serve(service, models):
         shutil.copy(models / f"{name}.joblib", path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
         service.process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 30
-        while (now := service.session.get(f"{service.url}/model", timeout=10).json())["sha256"] != wanted["sha256"]:
+        deadline = time.monotonic() + PATIENCE
+        while (now := service.session.get(f"{service.url}/model", timeout=PATIENCE).json())["sha256"] != wanted["sha256"]:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         return now
@@ -113,7 +114,7 @@ def rows(out):
 # ---- against the service ----
 
 def test_a_model_that_keeps_its_promise_ends_with_0(run, service, asked):
-    result, floor = run(), service.session.get(f"{service.url}/model", timeout=10).json()["golden_floor"]
+    result, floor = run(), service.session.get(f"{service.url}/model", timeout=PATIENCE).json()["golden_floor"]
     (images, errors, rest), shares = rows(result)["v1.0.0"], [share(asked[label]) for label in common.CLASSES]
     assert result.returncode == 0, result.stderr
     assert (images, errors) == (46, 0)
@@ -306,7 +307,7 @@ def gateway(tmp_path_factory):
 def test_the_figures_stand_at_the_gateway_and_an_old_version_s_are_replaced(here, serve, gateway, service, folder, asked, tmp_path):
     started = time.time()
     assert here(service.url, folder, "--pushgateway", gateway)[0] == 0
-    found, floor = pushed(gateway), service.session.get(f"{service.url}/model", timeout=10).json()["golden_floor"]
+    found, floor = pushed(gateway), service.session.get(f"{service.url}/model", timeout=PATIENCE).json()["golden_floor"]
     stamp = found.pop(("detector_golden_run_timestamp_seconds", "v1.0.0"))
     accuracy = of_both(*(share(asked[label]) for label in common.CLASSES))["value"]
     assert found == {("detector_golden_accuracy", "v1.0.0"): pytest.approx(accuracy), ("detector_golden_floor", "v1.0.0"): floor,
@@ -346,5 +347,5 @@ def test_a_gateway_that_refuses_the_figures_is_told_in_one_line(run, four):
 def test_it_imports_nothing_heavy():
     heavy = ("torch", "sklearn", "scipy", "matplotlib", "seaborn", "openvino", "flask", "prometheus_client", "requests")
     code = f"import golden, sys; print([name for name in {heavy} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert found.stdout.strip() == "[]", found.stderr

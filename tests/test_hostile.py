@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import app as service
+import upload as upload_module
 from crafted import BOMBS, POLYGLOTS, bmp, gif, grid, png, tiff
 from engines import client_on, compiled_once, upload  # noqa: F401
 from live import Live, assert_error
+from patience import PATIENCE, costs_at_most
 from test_decoding import FILES, picture, saved
 
 LIMIT = 10_485_760
@@ -62,13 +63,12 @@ def test_ten_mebibytes_are_taken_and_one_byte_more_is_not(client, path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("count", [18, 1000, 100_000])
 def test_more_parts_than_a_batch_may_have_are_413_at_once(client, path, count):
-    started = time.process_time()
-    assert_error(form(client, *[file(b"")] * count, path=path), 413, "more than 16 images")
-    assert_error(form(client, *[part(f"n{i}", b"") for i in range(count)], path=path), 413)
-    assert time.process_time() - started < 1
+    with costs_at_most(16):
+        assert_error(form(client, *[file(b"")] * count, path=path), 413, "more than 16 images")
+        assert_error(form(client, *[part(f"n{i}", b"") for i in range(count)], path=path), 413)
 
 
-@pytest.mark.parametrize("size, status", [(service.FIELD_BYTES - 100, 200), (service.FIELD_BYTES + 100, 413), (9_000_000, 413)])
+@pytest.mark.parametrize("size, status", [(upload_module.FIELD_BYTES - 100, 200), (upload_module.FIELD_BYTES + 100, 413), (9_000_000, 413)])
 def test_a_text_field_may_be_so_long_and_no_longer(client, size, status):
     for parts in ([part("note", b"a" * size), file(photo())], [file(photo()), part("note", b"a" * size)]):
         response = form(client, *parts)
@@ -80,7 +80,7 @@ def test_a_form_of_another_kind_is_no_upload(client):
     for data, kind in ((b"image=" + b"a" * 9_000_000, "text/plain"), (b"<image/>", "text/xml"), (photo(), "image/jpeg"),
                        (b"image=" + photo().hex().encode(), "application/x-www-form-urlencoded"), (photo(), None),
                        (file(photo()) + b"--x--\r\n", "multipart/mixed; boundary=x")):
-        assert_error(client.post("/classify", data=data, content_type=kind), 400, "'image'", "got 0")
+        assert_error(client.post("/classify", data=data, content_type=kind), 400, "'image'", repr(kind.split(";")[0]) if kind else "without a Content-Type")
 
 
 @pytest.mark.parametrize("headers", [[f"X-{i}: 1" for i in range(10_000)], ["X: " + "a" * 1_000_000], ["X" * 100_000], [": : :"]],
@@ -155,9 +155,8 @@ def test_no_address_is_ever_fetched(client):
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_bomb_gets_its_answer_at_once(client, what):
     status, data = BOMBS[what]()
-    started = time.process_time()
-    response = upload(client, "/classify", data)
-    assert time.process_time() - started < 3
+    with costs_at_most(45):
+        response = upload(client, "/classify", data)
     assert response.status_code == status if status == 200 else assert_error(response, status) is None
 
 
@@ -226,7 +225,7 @@ if os.environ.get("FORMATS_DIR"):
 # ---- the live service, all at once ----
 
 def resident(live):
-    text = live.session.get(f"{live.url}/metrics", timeout=10).text
+    text = live.session.get(f"{live.url}/metrics", timeout=PATIENCE).text
     return float(re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE).group(1)) / 1e6
 
 
@@ -250,7 +249,7 @@ def test_the_live_service_answers_all_bombs_at_once_stays_healthy_and_forgets_th
             with ThreadPoolExecutor(8) as pool:
                 waiting = {what: pool.submit(live.post, data) for what, (_, data) in files.items()}
                 while not all(future.done() for future in waiting.values()):
-                    assert live.session.get(f"{live.url}/healthz", timeout=5).status_code == 200
+                    assert live.session.get(f"{live.url}/healthz", timeout=PATIENCE).status_code == 200
                     time.sleep(0.02)
             assert {what: future.result().status_code for what, future in waiting.items()} == \
                 {what: status for what, (status, _) in files.items()}

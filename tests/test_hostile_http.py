@@ -5,12 +5,12 @@
 import json
 import re
 import socket
-import time
 
 import pytest
 
 from engines import picture
 from live import Live
+from patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -105,16 +105,16 @@ ALL = {**{f"a length of {what}": (400, request(b"Content-Length: " + value + b"\
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
-    server = Live(tmp_path_factory.mktemp("http"), BODY_TIMEOUT_S="2")
+    server = Live(tmp_path_factory.mktemp("http"), BODY_TIMEOUT_S="4")  # ten times what the largest body here takes
     yield server
     server.stop()
 
 
-def ask(live, data, seconds=10):
-    """Send these bytes -> everything that comes back until the connection is closed, or nothing more comes."""
+def ask(live, data, quiet=PATIENCE):
+    """Send these bytes -> everything that comes back until the connection is closed, or nothing more comes for some seconds."""
     host, port = live.url.removeprefix("http://").split(":")
     answer = b""
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         try:
             connection.sendall(data)
         except OSError:  # refused before it was all sent; the answer, if any, is still there to be read
@@ -122,6 +122,9 @@ def ask(live, data, seconds=10):
         try:
             while part := connection.recv(65536):
                 answer += part
+                connection.settimeout(quiet)
+        except TimeoutError:
+            assert answer, "neither an answer nor an end"
         except OSError:
             pass
     return answer
@@ -143,7 +146,7 @@ def test_a_strange_request_is_answered_once_with_the_fitting_status(live, what):
     assert statuses(answer) == [status], answer[:500]
     assert status < 400 or list(json.loads(answer.split(b"\r\n\r\n")[1])) == ["error"]
     assert b"Traceback" not in answer and b"root:" not in answer
-    assert live.session.get(f"{live.url}/healthz", timeout=1).status_code == 200
+    assert live.session.get(f"{live.url}/healthz", timeout=PATIENCE).status_code == 200
 
 
 @pytest.mark.parametrize("data", [get(b"GET /healthz TOKEN HTTP/1.1"), get(b"GET /healthz TOKEN"), get(b"GE(TOKEN / HTTP/1.1"),
@@ -166,7 +169,7 @@ def test_a_body_that_nobody_reads_is_not_taken_for_the_next_request(live, line, 
 
 def test_a_body_that_is_too_long_to_be_read_is_not_taken_for_the_next_request(live):
     body, before = NEXT * (11_000_000 // len(NEXT)), live.log.stat().st_size
-    assert statuses(ask(live, request(b"Content-Length: %d\r\n" % len(body), body).replace(CLOSE, b""), 3)) == [413]
+    assert statuses(ask(live, request(b"Content-Length: %d\r\n" % len(body), body).replace(CLOSE, b""), quiet=1)) == [413]
     assert [line["status"] for line in log(live, before)] == [413]
 
 
@@ -176,9 +179,7 @@ def test_who_asks_before_sending_is_told_to_go_on(live):
 
 
 def test_tls_on_the_plain_port_is_cut_off(live):
-    started = time.monotonic()
     assert statuses(ask(live, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200))) in ([], [400])
-    assert time.monotonic() - started < 8
 
 
 def test_a_body_shorter_than_announced_is_a_408_and_not_a_picture(live):
@@ -215,5 +216,5 @@ def test_after_all_this_it_is_as_it_was(live, photos):
 
 
 def resident(live):
-    text = live.session.get(f"{live.url}/metrics", timeout=10).text
+    text = live.session.get(f"{live.url}/metrics", timeout=PATIENCE).text
     return float(re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE).group(1)) / 1e6

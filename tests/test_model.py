@@ -1,4 +1,5 @@
 """The model file: numpy scores as scikit-learn does, what is saved comes back, and nothing planted in it ever runs."""
+import io
 import pickle
 import subprocess
 import sys
@@ -221,7 +222,39 @@ JUNK = {"empty": b"", "text": b"not a model\n", "a picture": b"\x89PNG\r\n\x1a\n
 @pytest.mark.parametrize("data", JUNK.values(), ids=JUNK)
 def test_what_is_no_model_file_is_refused(tmp_path, data):
     (tmp_path / "model.joblib").write_bytes(data)
-    refusal(tmp_path / "model.joblib")
+    assert "is not a model file: " in refusal(tmp_path / "model.joblib")
+
+
+def npz():
+    buffer = io.BytesIO()
+    np.savez(buffer, features=np.zeros((2, 3)))
+    return buffer.getvalue()
+
+
+def estimator(compress):
+    buffer = io.BytesIO()
+    joblib.dump(LinearSVC(), buffer, compress=compress)
+    return buffer.getvalue()
+
+
+OTHER_FILES = {"text": (b"hello\n", "it is text"), "a page": (b"<html>404</html>", "it is text"), "empty": (b"", "it is empty"),
+               "an npz": (npz(), "zip archive, as .npz"), "an estimator": (estimator(0), "sklearn.svm._classes.LinearSVC"),
+               "a compressed estimator": (estimator(3), "of another kind"), "a truncated model": (BASELINE.read_bytes()[:-100], "cut off"),
+               "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+               "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "of another kind"), "a list": (pickle.dumps([1]), "something else")}
+
+
+@pytest.mark.parametrize("data, words", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_what_it_is_instead_is_told_in_plain_words(tmp_path, data, words):
+    (tmp_path / "model.joblib").write_bytes(data)
+    message = refusal(tmp_path / "model.joblib")
+    assert "is not a model file: " in message and words in message
+    assert "Error" not in message.replace(str(tmp_path), "") and "pickle" not in message.replace(str(tmp_path), "")
+
+
+def test_a_folder_is_told_as_a_folder(tmp_path):
+    with pytest.raises(ModelError, match="is not a model file: it is a folder; name a file from train_model.py"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0.001, 0.01, 0.1, 0.5, 0.9, 0.9999])

@@ -9,6 +9,7 @@ import imaging
 from engines import client_on, compiled_once, keys_file, picture, upload  # noqa: F401
 from openapi_document import DOCUMENT, OPERATIONS, assert_as_documented, documented, examples, faults, resolve
 from settings import SETTINGS
+from upload import FIELD_BYTES
 
 TOKEN = {"Authorization": "Bearer correct-horse"}
 VERDICTS = ("/classify", "/classify/batch")
@@ -68,7 +69,7 @@ def test_the_limits_are_told_in_words_with_the_settings_defaults():
     words = DOCUMENT["info"]["description"]
     for name in ("MAX_UPLOAD_BYTES", "MAX_PIXELS", "BATCH_LIMIT", "BODY_TIMEOUT_S", "QUEUE_LIMIT", "QUEUE_TIMEOUT_S"):
         assert f"(`{name}`, {int(SETTINGS[name][0]):,})" in words
-    for limit in (f"{service.FIELD_BYTES:,} bytes", f"{imaging.MAX_ASPECT} times the other"):
+    for limit in (f"{FIELD_BYTES:,} bytes", f"{imaging.MAX_ASPECT} times the other"):
         assert limit in words
     for name in imaging.FORMATS:
         assert name.lower() in words.lower()
@@ -138,6 +139,8 @@ def ask(client, keyed, monkeypatch, method, path, status):
         return short(keyed, path, TOKEN)
     if status == 413:
         return keyed.post(path, data=bytes(30_000), headers=TOKEN, content_type="application/json" if "feed" in path else FORM)
+    if status == 415 and path != "/classify":
+        return keyed.post(path, data=b"x", headers={**TOKEN, "Content-Encoding": "gzip"})
     if path in VERDICTS:
         image = {200: picture(), 415: b"hello", 422: picture()[:-500]}.get(status)
         return upload(client, path, *([] if image is None else [image]))

@@ -10,6 +10,7 @@ import pytest
 from browsing import CLASSIFY, COUNT, HAND_OVER, QUIET, answer, assert_says, assert_shows, card, fill, pick
 from live import Live
 from made_up import BASELINE, NOTICE
+from patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def visit(browser, live):
     def go(url=live.url, **context):
         contexts.append(browser.new_context(**context))
         page = contexts[-1].new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(1000 * PATIENCE)
         page.on("pageerror", lambda error: go.heard.append(str(error)))
         page.on("console", lambda line: go.heard.append(line.text))
         page.on("request", lambda request: go.asked.append(request.url))
@@ -112,7 +113,7 @@ def test_several_images_are_checked_two_at_a_time_and_each_gets_its_own_verdict(
     assert page.evaluate("most") == 2
     assert page.locator(".card h3").all_inner_texts() == names
     for name in names:
-        known = live.session.post(f"{live.url}/classify?details=1", files={"image": photos[name].read_bytes()}, timeout=60)
+        known = live.session.post(f"{live.url}/classify?details=1", files={"image": photos[name].read_bytes()}, timeout=PATIENCE)
         assert_shows(card(page, name), known.json())
     assert_says(page.get_by_role("region", name="Results"), "4 of 4 done")
 
@@ -218,6 +219,8 @@ def test_cleared_images_are_gone_and_those_still_waiting_are_never_sent(visit, p
     page.route(CLASSIFY, lambda route: held.append(route))
     pick(page, *([photos["china.jpg"]] * 5))
     page.get_by_text("Waiting its turn").first.wait_for()
+    while len(held) < 2:
+        page.wait_for_timeout(20)
     page.get_by_role("button", name="Clear").click()
     page.wait_for_timeout(200)
     assert len(held) == 2 and page.locator(".card").count() == 0

@@ -3,7 +3,6 @@ import io
 import json
 import re
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from crafted import LONG, grid, png, segments, tiff
 from engines import client_on, compiled_once, lines, upload  # noqa: F401
 from made_up import BASELINE
 from openapi_document import DOCUMENT, faults
+from patience import costs_at_most
 from provenance import LONGEST, MADE, MARKS, PARTLY, SAVED, SOURCE_TYPES, TAKEN, clean, in_words, read_metadata, read_provenance
 from test_decoding import as_users_have_it, chunk, picture, saved  # noqa: F401
 
@@ -252,9 +252,9 @@ HOSTILE = {
 def test_crafted_metadata_costs_no_second_and_breaks_nothing(what, as_users_have_it):  # noqa: F811
     image = imaging.open_image(HOSTILE[what]())
     imaging.load_rgb(image)
-    started = time.process_time()
-    found = read_metadata(image)
-    assert time.process_time() - started < 0.6 and len(found) <= 20
+    with costs_at_most(10):
+        found = read_metadata(image)
+    assert len(found) <= 20
     assert all(len(claim["name"]) <= LONGEST for claim in found)
     assert "haha" not in str(found) and "root:" not in str(found)
 

@@ -2,13 +2,15 @@
 import io
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import app as service
 from classify import Detector
-from engines import client_on, compiled_once, counted, held, keys_file, lines, meanwhile, picture, until, upload  # noqa: F401
+from engines import client_on, compiled_once, counted, held, keys_file, lines, picture, until, upload  # noqa: F401
 from live import DEMO, assert_error
+from patience import PATIENCE
 
 PATHS = ["/classify", "/classify/batch"]
 
@@ -38,18 +40,17 @@ def busy(client, monkeypatch):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_while_the_slot_is_taken_and_none_may_wait_it_says_503_at_once_and_when_to_come_again(busy, path):
-    before, started = counted(engine_of(busy).telemetry, "rejections_total", reason="queue_full"), time.monotonic()
+    before = counted(engine_of(busy).telemetry, "rejections_total", reason="queue_full")
     response = upload(busy, path, picture())
     assert_error(response, 503, "busy", "try again later")
-    assert response.headers["Retry-After"] == "7" and time.monotonic() - started < 5
+    assert response.headers["Retry-After"] == "7"
     assert counted(engine_of(busy).telemetry, "rejections_total", reason="queue_full") == before + 1
     assert counted(engine_of(busy).telemetry, "slots_busy") == 1 and counted(engine_of(busy).telemetry, "queue_depth") == 0
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/model", "/"])
 def test_meanwhile_everything_that_needs_no_slot_is_answered(busy, path):
-    started = time.monotonic()
-    assert busy.get(path).status_code == 200 and time.monotonic() - started < 5
+    assert busy.get(path).status_code == 200  # while the slot is taken: it would wait for ever
 
 
 def test_a_stranger_learns_that_a_token_is_needed_and_not_how_busy_it_is(compiled_once, monkeypatch, tmp_path):  # noqa: F811
@@ -89,16 +90,17 @@ def test_a_body_far_above_the_limit_is_not_read_to_its_end(busy, path):
     assert response.status_code == (503 if path in PATHS else 404) and 20_000_000 < body.taken < 23_000_000
 
 
-def test_what_is_turned_away_is_counted_like_all_else_and_a_line_a_second_tells_of_all_of_it(busy, caplog):
+def test_what_is_turned_away_is_counted_like_all_else_and_a_line_a_second_tells_of_all_of_it(busy, caplog, monkeypatch):
     caplog.set_level("INFO")
-    telemetry = engine_of(busy).telemetry
+    telemetry, clock = engine_of(busy).telemetry, [100.0]
+    monkeypatch.setattr("telemetry.time", SimpleNamespace(monotonic=lambda: clock[0], strftime=time.strftime, gmtime=time.gmtime))
     for total in range(1, 6):
         response = upload(busy, "/classify", picture(), headers={"X-Request-ID": f"mine-{total}"})
         assert (response.status_code, response.headers["X-Request-ID"]) == (503, f"mine-{total}")
     assert counted(telemetry, "requests_total", route="/classify", status="503") == 5
     assert counted(telemetry, "request_seconds_count", route="/classify", status="503") == 5
     assert [line["total"] for line in lines(caplog, "turned_away")] == [1] and not lines(caplog, "request")
-    time.sleep(1)
+    clock[0] += 1
     upload(busy, "/classify", picture())
     assert [(line["reason"], line["total"]) for line in lines(caplog, "turned_away")] == [("queue_full", 1), ("queue_full", 6)]
 
@@ -121,37 +123,48 @@ def test_when_the_slot_is_free_again_so_is_the_service(client, monkeypatch):
 @pytest.mark.parametrize("path", PATHS)
 def test_a_wait_that_finds_no_slot_ends_with_503_after_the_timeout(compiled_once, monkeypatch, path):  # noqa: F811
     client = client_on(SLOTS="1", QUEUE_LIMIT="1", QUEUE_TIMEOUT_S="1")
-    telemetry, answers = engine_of(client).telemetry, []
+    telemetry = engine_of(client).telemetry
     with held(monkeypatch, telemetry, lambda: upload(another(client), "/classify", picture())):
         started = time.monotonic()
-        with meanwhile(lambda: answers.append(upload(client, path, picture()))):
-            until(lambda: counted(telemetry, "queue_depth") == 1)
-            full = upload(another(client), path, picture())
-            assert full.status_code == 503 and counted(telemetry, "rejections_total", reason="queue_full") == 1 and answers == []
-        assert 0.9 < time.monotonic() - started < 10
-    assert_error(answers[0], 503, "no turn came within 1 s")
-    assert answers[0].headers["Retry-After"] == "1" and counted(telemetry, "rejections_total", reason="queue_timeout") == 1
+        answer = upload(client, path, picture())
+        assert time.monotonic() - started > 0.9
+    assert_error(answer, 503, "no turn came within 1 s")
+    assert answer.headers["Retry-After"] == "1" and counted(telemetry, "rejections_total", reason="queue_timeout") == 1
     assert counted(telemetry, "queue_depth") == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_where_as_many_wait_as_may_one_more_is_turned_away(compiled_once, monkeypatch, path):  # noqa: F811
+    client, answers = client_on(SLOTS="1", QUEUE_LIMIT="1", QUEUE_TIMEOUT_S=str(PATIENCE)), []
+    telemetry = engine_of(client).telemetry
+    waiter = threading.Thread(target=lambda: answers.append(upload(client, path, picture())))
+    with held(monkeypatch, telemetry, lambda: upload(another(client), "/classify", picture())):
+        waiter.start()
+        until(lambda: counted(telemetry, "queue_depth") == 1)
+        assert_error(upload(another(client), path, picture()), 503, "busy")
+        assert counted(telemetry, "rejections_total", reason="queue_full") == 1 and answers == []
+    waiter.join(PATIENCE)
+    assert answers[0].status_code == 200 and counted(telemetry, "queue_depth") == 0
 
 
 def test_one_that_waits_gets_its_verdict_and_is_told_how_long_it_took(compiled_once, monkeypatch, caplog):  # noqa: F811
     caplog.set_level("INFO")
-    client, answers = client_on(SLOTS="1", QUEUE_LIMIT="1"), []
+    client, answers = client_on(SLOTS="1", QUEUE_LIMIT="1", QUEUE_TIMEOUT_S=str(PATIENCE)), []
     second = threading.Thread(target=lambda: answers.append(upload(client, "/classify?details=1", picture(), headers={"X-Request-ID": "2"})))
     with held(monkeypatch, engine_of(client).telemetry, lambda: upload(another(client), "/classify", picture())):
         second.start()
         until(lambda: counted(engine_of(client).telemetry, "queue_depth") == 1)
         time.sleep(0.1)
-    second.join(20)
+    second.join(PATIENCE)
     (line,) = (line for line in lines(caplog, "verdict") if line["request_id"] == "2")
-    assert answers[0].status_code == 200 and 0.1 <= answers[0].json["timings"]["wait_s"] == line["wait_s"] < 5
+    assert answers[0].status_code == 200 and 0.1 <= answers[0].json["timings"]["wait_s"] == line["wait_s"]
 
 
 def test_every_503_says_when_to_come_again_while_the_model_loads_too(monkeypatch):
     may_load, load = threading.Event(), Detector.__init__
 
     def slow(self, *args, **options):
-        assert may_load.wait(20)
+        assert may_load.wait(PATIENCE)
         load(self, *args, **options)
     monkeypatch.setattr(Detector, "__init__", slow)
     client = service.create_app({**DEMO, "QUEUE_TIMEOUT_S": "3"}).test_client()

@@ -19,6 +19,7 @@ import urllib.request
 import pytest
 import small
 from conftest import OPENAI_CACHE, ROOT
+from patience import PATIENCE
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```\n(?:```\n(.*?)```)?", README, re.DOTALL)
@@ -62,21 +63,22 @@ def reader(tmp_path_factory, make_folder, photos):
 
 def run(command, place, env):
     return subprocess.run(["bash", "-c", command.replace(":8000", ":" + env["PORT"])], cwd=place, env=env,
-                          capture_output=True, text=True, timeout=200)
+                          capture_output=True, text=True, timeout=PATIENCE)
 
 
 def start_service(command, place, env):
     """Start it as a reader would in another terminal; return when it is ready."""
     server = subprocess.Popen(["bash", "-c", "exec env " + command], cwd=place, env=env, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL)
-    for _ in range(200):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{env['PORT']}/readyz", timeout=5).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{env['PORT']}/readyz", timeout=PATIENCE).close()
             return server
         except OSError:
             assert server.poll() is None, "the service ended"
             time.sleep(0.1)
-    raise AssertionError("the service is not ready after 20 s")
+    raise AssertionError("the service is never ready")
 
 
 @pytest.mark.long
@@ -103,7 +105,7 @@ def test_every_command_runs_in_the_order_of_the_page(reader, wheel):
     finally:
         if server:
             server.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
+            assert server.wait(PATIENCE) == 0
 
 
 def test_the_printed_outputs_are_those_that_the_page_shows(reader, wheel):

@@ -20,6 +20,7 @@ from conftest import ROOT, assert_one_line_error
 from live import free_port
 from made_up import ENCODER, write_features
 from model import load_model, save_model
+from patience import PATIENCE
 from signing import signature_path
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install -r requirements-mlflow.txt")
@@ -40,7 +41,7 @@ def server(tmp_path_factory):
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "HOME": str(place)}
     with open(place / "log", "w") as log:
         process = subprocess.Popen(list(map(str, command)), cwd=place, env=environment, stdout=log, stderr=log)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     while True:
         try:
             if requests.get(f"{address}/health", timeout=1).ok:
@@ -50,7 +51,7 @@ def server(tmp_path_factory):
         time.sleep(0.2)
     yield SimpleNamespace(address=address, artifacts=place / "artifacts")
     process.terminate()
-    process.wait(30)
+    process.wait(PATIENCE)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from engine import Busy
 from engines import compiled_once, contrary, counted, engine_on, keys_file, lines, meanwhile, model_file, picture, reload, until, versions  # noqa: F401
 from made_up import BASELINE, DIM, Planted, baseline_for, other_encoder
 from model import load_model
+from patience import PATIENCE
 
 
 @pytest.fixture
@@ -121,13 +122,13 @@ def test_while_a_new_model_loads_the_old_one_answers(engine, path, monkeypatch):
 
     def slow(*args):
         began.set()
-        assert may.wait(20)
+        assert may.wait(PATIENCE)
         return load(*args)
     monkeypatch.setattr(module, "load_detector", slow)
     old = engine.detector
     model_file(path, **versions("v2"))
     with meanwhile(reload, engine):
-        assert began.wait(20)
+        assert began.wait(PATIENCE)
         assert engine.ready() is old and "classification" in engine.judge(old, [picture()])[1][0]
         may.set()
     assert engine.detector is not old
@@ -138,7 +139,7 @@ def test_what_is_asked_while_a_model_loads_becomes_one_more_load_after_it(engine
 
     def slow(*args):
         seen.append(load_model(path)["versions"]["model"])
-        assert may.wait(20)
+        assert may.wait(PATIENCE)
         return load(*args)
     monkeypatch.setattr(module, "load_detector", slow)
     engine.reload()
@@ -167,8 +168,10 @@ def without_scores(path, tmp_path):
     model_file(path, out_of_fold={})
 
 
-BROKEN = {"text": (lambda path, _: path.write_text("hello"), "is not a model file"), "torn": (torn, "is not a model file"),
-          "empty": (lambda path, _: path.write_bytes(b""), "is not a model file"), "missing": (lambda path, _: path.unlink(), "no such file"),
+BROKEN = {"text": (lambda path, _: path.write_text("hello"), "is not a model file: it is text"),
+          "torn": (torn, "is not a model file: it is cut off or damaged"),
+          "empty": (lambda path, _: path.write_bytes(b""), "is not a model file: it is empty"),
+          "missing": (lambda path, _: path.unlink(), "no such file"),
           "planted": (planted, "may be planted"), "old": (lambda path, _: model_file_of_format_1(path), "its format is 1"),
           "of another encoder": (lambda path, _: baseline_for(path, name="mine"), "prepare_clip.py"),
           "of a damaged encoder": (lambda path, _: other_encoder(golden=[0.5] * DIM) and baseline_for(path), "cannot be trusted"),
@@ -290,5 +293,5 @@ os.kill(os.getpid(), signal.SIGUSR1)
 def test_signals_are_heard_after_encoders_have_come_and_gone():
     """OpenVINO gives a thread a stack for signals, and of two plugins one left the other's, which was gone: the next signal ended the process."""
     done = subprocess.run([sys.executable, "-c", TWO_ENCODERS, small.ENCODER], cwd=common.HERE,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

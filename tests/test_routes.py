@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -68,9 +69,9 @@ def of_three(compiled_once):  # noqa: F811
     return client_on(BATCH_LIMIT="3")
 
 
-def test_a_batch_without_an_image_is_400_and_says_how_many_are_taken(of_three):
-    assert_error(upload(of_three, BATCH), 400, "1 to 3 files", "'image'", "got 0")
-    assert_error(upload(of_three, BATCH, picture(), field="file"), 400, "got 0")
+def test_a_batch_without_an_image_is_400_and_says_what_arrived(of_three):
+    assert_error(upload(of_three, BATCH), 400, "no field 'image', only 'text'", "curl -F image=@FILE URL/classify/batch")
+    assert_error(upload(of_three, BATCH, picture(), field="file"), 400, "no field 'image', only 'file'")
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -105,14 +106,33 @@ def test_with_details_the_documented_keys_come_first_and_what_stands_behind_them
 
 
 def test_the_timings_are_seconds_of_each_stage(client):
-    timings = upload(client, f"{VERDICT}?details=1", picture(0, 600, 400)).json["timings"]
-    assert list(timings) == TIMINGS and all(isinstance(value, float) and 0 <= value < 5 for value in timings.values())
+    data, started = picture(0, 600, 400), time.perf_counter()
+    timings = upload(client, f"{VERDICT}?details=1", data).json["timings"]
+    assert list(timings) == TIMINGS and all(isinstance(value, float) and value >= 0 for value in timings.values())
+    assert sum(timings.values()) <= time.perf_counter() - started + 5e-4  # each is rounded to a ten thousandth
     assert timings["encode_s"] > 0 and timings["decode_s"] > 0
 
 
-@pytest.mark.parametrize("query", ["", "?details=0", "?details=", "?details=true", "?detail=1"])
+@pytest.mark.parametrize("query", ["", "?details=0", "?details=false", "?details=No", "?_=1", "?verbose=1", "?details=0&details=no"])
 def test_without_them_the_json_is_the_documented_one(client, query):
     assert list(upload(client, f"{VERDICT}{query}", picture()).json) == ["classification", "confidence"]
+
+
+@pytest.mark.parametrize("value", ["1", "true", "yes", "True", "YES"])
+def test_details_may_be_asked_for_in_several_words(client, value):
+    assert "p_fake" in upload(client, f"{VERDICT}?details={value}", picture()).json
+
+
+@pytest.mark.parametrize("path", [VERDICT, BATCH])
+@pytest.mark.parametrize("query, words", [
+    ("details=maybe", ["details='maybe'", "details=1"]), ("details=", ["details=''", "details=1"]), ("details", ["details=''"]),
+    ("details=2", ["'2'"]), ("details=1&details=0", ["'1', '0'"]), ("details=%ff%0a", ["details='"]),
+    ("details=" + "a" * 5000, ["a" * 20]), ("detail=1", ["'detail'", "did you mean details=1?"]), ("Details=1", ["'Details'"]),
+    ("details[]=1", ["'details[]'"])])
+def test_details_of_another_value_and_slips_of_the_word_are_400(client, path, query, words):
+    response = upload(client, f"{path}?{query}", picture())
+    assert_error(response, 400, *words)
+    assert len(response.text) < 200
 
 
 @pytest.mark.parametrize("band, uncertain", [([0.0, 1.0], True), ([0.5, 0.5], False)])
@@ -225,7 +245,7 @@ def test_a_verdict_is_one_line_with_the_picture_the_answer_and_the_model(client,
     assert {name: line[name] for name in ("sha256", "bytes", "format", "width", "height", "key", "request_id", "model_sha256", "level")} == {
         "sha256": common.sha256(data), "bytes": len(data), "format": "JPEG", "width": 640, "height": 427, "key": None,
         "request_id": "abc", "model_sha256": load_model(BASELINE)["sha256"], "level": "info"}
-    assert all(isinstance(line[name], float) and 0 <= line[name] < 5 for name in STAGES)
+    assert all(isinstance(line[name], float) and line[name] >= 0 for name in STAGES)
 
 
 @pytest.mark.parametrize("data, status", [(b"hello", 415), (picture()[:-500], 422), (picture(0, 2010, 10), 413)], ids=["text", "torn", "long"])
@@ -255,12 +275,13 @@ def test_in_a_batch_each_image_has_a_line_under_the_requests_id_and_its_number(c
 def test_a_request_is_one_line_and_one_count(client, caplog, method, path, route, status):
     telemetry = engine_of(client).telemetry
     before = [counted(telemetry, "requests_total", route=route, status=status), counted(telemetry, "request_seconds_count", route=route, status=status)]
+    started = time.perf_counter()
     response = getattr(client, method)(path, headers={"X-Request-ID": "abc"})
-    (line,) = lines(caplog)
+    whole, (line,) = time.perf_counter() - started, lines(caplog)
     assert set(line) == HEAD | {"method", "route", "status", "seconds", "read_s"} | ({"error"} if status >= 400 else set())
     assert [line[name] for name in ("event", "request_id", "method", "route", "status", "key")] == [
         "request", "abc", method.upper(), route, response.status_code, None]
-    assert response.status_code == status and 0 <= line["seconds"] < 5
+    assert response.status_code == status and 0 <= line["seconds"] <= whole + 1e-4
     assert line.get("error") == (response.json["error"] if status >= 400 else None)
     assert (line["read_s"] is None) == (path != VERDICT or method != "post")
     after = [counted(telemetry, "requests_total", route=route, status=status), counted(telemetry, "request_seconds_count", route=route, status=status)]

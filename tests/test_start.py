@@ -21,7 +21,7 @@ WRONG = {"audit.py": ["--data_dir", "nowhere"], "classify.py": ["--image_path", 
 def imported(*command, cwd):
     """-> (CompletedProcess, the slow packages that it imported)."""
     result = subprocess.run([sys.executable, "-X", "importtime", ROOT / command[0], *command[1:]], cwd=cwd,
-                            capture_output=True, text=True, timeout=60)
+                            capture_output=True, text=True, timeout=300)
     times = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
     return result, {line.rsplit("|", 1)[1].strip().split(".")[0] for line in times} & SLOW
 

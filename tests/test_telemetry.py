@@ -103,7 +103,7 @@ def test_as_gunicorn_sets_it_up_everything_from_info_comes_once_on_stderr():
         logging.getLogger("gunicorn.error").info("booting")
         logging.getLogger("werkzeug").warning("a\\nb")
         logging.getLogger("other").debug("never")"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=common.HERE, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=common.HERE, capture_output=True, text=True, timeout=300)
     found = [json.loads(line) for line in result.stderr.splitlines()]
     assert [line["event"] for line in found] == ["verdict", "gunicorn", "werkzeug"] and result.stdout == ""
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engines import until
+from patience import PATIENCE
 from together import TOGETHER, Together
 
 
@@ -18,7 +19,7 @@ class Held:
     def __call__(self, rows):
         self.sizes.append(len(rows))
         self.begun.set()
-        assert self.go.wait(20)
+        assert self.go.wait(PATIENCE)
         if (rows < 0).any():
             raise ValueError("a negative row")
         return rows * 2
@@ -31,7 +32,7 @@ def rows(*values):
 def waiting(together, pool, held, calls):
     """One call is in its pass; `calls` wait for it. -> their futures in order."""
     first = pool.submit(together, rows(1))
-    assert held.begun.wait(20)
+    assert held.begun.wait(PATIENCE)
     futures = [first]
     for number, call in enumerate(calls, 1):
         futures.append(pool.submit(together, call))
@@ -54,7 +55,7 @@ def test_what_waits_goes_together_in_the_order_it_came_and_each_gets_its_own(poo
     futures = waiting(together, pool, held, given)
     held.go.set()
     for call, future in zip([rows(1), *given], futures, strict=True):
-        found, waited = future.result(20)
+        found, waited = future.result(PATIENCE)
         assert (found == call * 2).all() and waited >= 0
     assert held.sizes == sizes and max(n for n in sizes if n != 16) <= TOGETHER
 
@@ -71,10 +72,10 @@ def test_an_error_reaches_all_of_its_pass_and_nobody_else(pool):
     together = Together(held)
     first, *others, last = waiting(together, pool, held, [rows(5), rows(-1), rows(6), rows(7), rows(8)])
     held.go.set()
-    assert first.result(20)[0] == 2 and last.result(20)[0] == 16
+    assert first.result(PATIENCE)[0] == 2 and last.result(PATIENCE)[0] == 16
     for future in others:
         with pytest.raises(ValueError, match="a negative row"):
-            future.result(20)
+            future.result(PATIENCE)
 
 
 def test_many_threads_lose_and_mix_up_nothing(pool):
