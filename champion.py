@@ -1,4 +1,4 @@
-"""Versions in the registry that `register` made, which of them is the champion, and how it came to be."""
+"""Registered versions, which of them is the champion, and what happened to the champion."""
 
 import getpass
 import json
@@ -13,7 +13,7 @@ CHAMPION = "champion"  # the alias of the version in production
 
 
 def registered(client, name):
-    """All versions of a model that `register` made, oldest first: others' may lie in the same registry."""
+    """All versions that `register` made, oldest first. The registry may hold models of others."""
     found = [
         v
         for v in client.search_model_versions(f"name='{name}'")
@@ -31,7 +31,7 @@ def versions(client, name):
 
 
 def find(client, name, wanted):
-    """The version called 'champion', 'v1.2.0' (the newest that says so) or '3'. Raises UsageError."""
+    """The version 'champion', 'v1.2.0' (the newest of that name) or '3'. Raises UsageError."""
     there = versions(client, name)
     number = champion_number(client, name) if wanted == CHAMPION else wanted
     found = [v for v in there if number in (number_of(v), v.tags["version"])]
@@ -64,25 +64,28 @@ def who():
 
 
 def title(version):
-    return f"{version.name} {version.tags['version']} (number {version.version}, commit {version.tags['commit'][:12]})"
+    tags = version.tags
+    return (
+        f"{version.name} {tags['version']} (number {version.version}, commit {tags['commit'][:12]})"
+    )
 
 
 # ---- the champion ----
 
 
 def ledger(client, name):
-    """Number of the run that holds what happened to the champion, as parameters: MLflow lets nobody overwrite those."""
+    """ID of the run whose parameters hold the events. MLflow lets nobody overwrite a parameter."""
     return registered(client, name)[0].run_id
 
 
 def events(client, name):
-    """What happened to the champion, oldest first: dicts of action, number, version, by, at and what else is known."""
+    """What happened to the champion, oldest first: dicts of action, number, version, by, at."""
     held = client.get_run(ledger(client, name)).data.params | client.get_registered_model(name).tags
     return [json.loads(held[key]) for key in sorted(held) if key.startswith(f"{CHAMPION}.")]
 
 
 def move(client, version, action, before, **known):
-    """The alias goes to that version; how it came to it is written down first, as the event that follows `before`.
+    """Record the event that follows `before`, then point the alias at that version.
 
     Raises UsageError where another process has written that event.
     """
@@ -104,7 +107,8 @@ def move(client, version, action, before, **known):
         if len(now) == len(before):
             raise
         raise UsageError(
-            f"the champion of '{name}' was moved meanwhile, to {now[-1]['version']} by {now[-1]['by']}: see "
+            f"the champion of '{name}' was moved meanwhile, to {now[-1]['version']} by "
+            f"{now[-1]['by']}: see "
             "registry.py list, and run this again if it is still wanted"
         ) from None
     client.set_registered_model_tag(name, key, event)

@@ -1,4 +1,4 @@
-"""The MLflow registry behind registry.py: its address, its file, its errors, and where the files of its versions lie."""
+"""The MLflow registry behind registry.py: its address, its errors, its file, its folders."""
 
 import contextlib
 import logging
@@ -15,10 +15,11 @@ from common import UsageError
 ADDRESS = re.compile(r"(postgresql|mysql|mssql)(\+\w+)?://.+|https?://.+|sqlite(\+\w+)?:///[^?]+")
 REMEDIES = {  # what a reason says: what to do about it
     "locked": "another program holds it; end that program, or wait for it",
-    "readonly|read-only|unable to open|Permission denied": "let this user write it and its folder, or set MLFLOW_TRACKING_URI "
-    "to another place",
+    "readonly|read-only|unable to open|Permission denied": "let this user write the file and its "
+    "folder, or set MLFLOW_TRACKING_URI to another place",
     "not a database|malformed|disk I/O": "the file is damaged; put a copy of it back",
-    "no such table": "the file is empty or another program's; remove it, or set MLFLOW_TRACKING_URI to another",
+    "no such table": "the file is empty or another program's; remove it, or set "
+    "MLFLOW_TRACKING_URI to another",
     "out-of-date database schema": "take the version of requirements-mlflow.txt that wrote it",
     "full|No space left|File too large": "free some space, and the same command does it",
     "No module named": "pip install what this kind of database needs",
@@ -42,7 +43,8 @@ def check_address(uri):
         usable = False
     if not usable or uri.endswith(":memory:"):
         raise UsageError(
-            f"MLFLOW_TRACKING_URI={common.masked(uri)}: cannot hold a registry; set it to sqlite:///mlflow.db (a "
+            f"MLFLOW_TRACKING_URI={common.masked(uri)}: cannot hold a registry; "
+            "set it to sqlite:///mlflow.db (a "
             "file), http://HOST:PORT (an MLflow server) or a postgresql, mysql or mssql database"
         )
 
@@ -54,7 +56,7 @@ def database_file():
 
 
 def connect(create=False):
-    """-> MLflow's client of the registry. `create`: make a missing SQLite file. Raises UsageError."""
+    """-> MLflow's client. `create`: make a missing SQLite file. Raises UsageError."""
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
@@ -81,11 +83,12 @@ def connect(create=False):
 
 
 def check_file(path, create):
-    """SQLite itself is asked first, because MLflow tries ten times and fills the database of another program with tables."""
+    """Ask SQLite itself first. MLflow tries ten times, and writes into another program's file."""
     if not path.exists():
         if not create:
             raise UsageError(
-                f"no registry at {registry_uri()} yet: registry.py register NAME model.joblib makes it; is this the "
+                f"no registry at {registry_uri()} yet: registry.py register NAME model.joblib "
+                "makes it; is this the "
                 "right folder, or MLFLOW_TRACKING_URI?"
             )
         make_file(path)
@@ -94,7 +97,7 @@ def check_file(path, create):
 
 
 def make_file(path):
-    """An SQLite file appears with all its tables or not at all, and never in the place of another process's."""
+    """The file appears with all its tables or not at all. It never replaces another process's."""
     import mlflow
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +119,7 @@ def exception():
 
 @contextlib.contextmanager
 def one_line(*others):
-    """What MLflow, its database and the network raise, and `others`, becomes one UsageError: address, reason, remedy."""
+    """Errors of MLflow, database, network and `others` become a UsageError of one line."""
     try:
         yield
     except UsageError:
@@ -143,7 +146,7 @@ def one_line(*others):
 
 
 def reason(error):
-    """The innermost cause that the system, SQLite or an import names, else MLflow's own words. One line."""
+    """The innermost cause of the system, SQLite or an import, else MLflow's words. One line."""
     chain = [error]
     while inner := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(inner)
@@ -167,8 +170,11 @@ def reason(error):
 
 
 def folder_of(uri, writing=False):
-    """Where the files of a run lie -> path or URI. MLflow stores whole paths of the day; a registry in a file that was moved
-    has them below `mlruns` beside it."""
+    """Where the files of a run lie -> path or URI.
+
+    MLflow stores absolute paths. A registry in a file that was moved has its files in `mlruns`
+    beside it.
+    """
     database, (_, root, below) = database_file(), uri.rpartition("/mlruns/")
     if database is None or not root or common.is_remote(uri):
         return uri
