@@ -60,16 +60,18 @@ def parse_args(argv):
     if args.command == "promote" and not (args.golden or args.force):
         raise UsageError("promote: name labelled images that trained neither model with --golden, or say why not with --force")
     if args.command == "promote" and len(args.force or "") > LONGEST_WHY:
-        raise UsageError(f"--force: a reason of {len(args.force)} characters; say why in at most {LONGEST_WHY}")
+        raise UsageError(f"--force: a reason of {len(args.force)} characters; say why in at most "
+                         f"{LONGEST_WHY}")
     return args
 
 
 if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes seconds to import
     common.answered(parse_args)
 
-from champion import (CHAMPION, champion_number, events, find, move, number_of, registered, standing, title,  # noqa: E402
-                      versions, who)
-from mlflow_registry import artifact_location, connect, exception, folder_of, one_line, registry_uri  # noqa: E402
+from champion import (CHAMPION, champion_number, events, find, move, number_of,  # noqa: E402
+                      registered, standing, title, versions, who)
+from mlflow_registry import (artifact_location, connect, exception, folder_of,  # noqa: E402
+                             one_line, registry_uri)
 from model import load_model  # noqa: E402
 from signing import signature_path  # noqa: E402
 
@@ -111,12 +113,14 @@ def flat(metrics):
 
 
 def twin(there, name, model):
-    """The version of the same file among `there`, or None. Raises UsageError where another file has its version."""
+    """The version of the same file, or None. Raises UsageError where another file has its version.
+    """
     for other in there:
         if other.tags["sha256"] == model["sha256"]:
             return other
         if other.tags["version"] == model["versions"]["model"] != DEV:
-            raise UsageError(f"'{name}' has a {other.tags['version']} of another file: train with another --model_version")
+            raise UsageError(f"'{name}' has a {other.tags['version']} of another file: train with "
+                             "another --model_version")
 
 
 def register(args):
@@ -127,7 +131,8 @@ def register(args):
     if other := twin(registered(client, args.name), args.name, model):
         return print(f"{title(other)} is registered already")
     tags = {"version": model["versions"]["model"], "commit": commit, "sha256": model["sha256"],
-            "training_data": model["training_data"]["sha256"], "encoder": model["encoder"]["identity"], "registered_by": who()}
+            "training_data": model["training_data"]["sha256"],
+            "encoder": model["encoder"]["identity"], "registered_by": who()}
     if not COMMIT.fullmatch(commit):
         tags["dirty"] = f"allowed by {who()}"
     run = client.create_run(experiment(client, args.name), run_name=tags["version"], tags=tags)
@@ -156,7 +161,7 @@ def experiment(client, name):
 
 
 def log_run(client, identifier, place, args, model, folder, found):
-    """Parameters, metrics, report and the file itself become those of the run; the files go to `place`."""
+    """Log parameters, metrics, report and the file itself; the files go to `place`."""
     from mlflow.entities import Metric, Param
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
     rule, data = model["threshold_rule"]["words"], model["training_data"]
@@ -177,7 +182,7 @@ def log_run(client, identifier, place, args, model, folder, found):
 
 
 def undo(client, run, place, made):
-    """Of a `register` that failed no version, file or run stays. What failed is told, not what fails here."""
+    """Remove version, files and run of a `register` that failed. Failures here are not told."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
     with contextlib.suppress(Exception):
         if common.is_remote(place):
@@ -200,8 +205,8 @@ def fetch(client, version, place):
     folder = folder_of(version.source)
     if registry_uri().startswith("sqlite") and not common.is_remote(folder):
         if not Path(folder).is_dir():
-            raise UsageError(f"the registry's file of {title(version)} is not in {folder}: put the folder mlruns back beside the "
-                             "registry's file")
+            raise UsageError(f"the registry's file of {title(version)} is not in {folder}: put the "
+                             "folder mlruns back beside the registry's file")
     else:
         folder = mlflow.artifacts.download_artifacts(artifact_uri=folder, dst_path=str(place))
     path = Path(folder, "model.joblib")
