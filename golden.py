@@ -67,6 +67,10 @@ class Service:
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.opener = urllib.request.build_opener(NoRedirect)
 
+    def error(self, text):
+        """One that names the address, and a proxy before it."""
+        return UsageError(f"--url {self.url}: {text}{common.behind_proxy(self.url)}")
+
     def ask(self, path, data=None, headers=None):
         """One request; again while the service is busy, or cannot be reached though it has answered before.
 
@@ -82,7 +86,7 @@ class Service:
                 continue
             self.reached = True
             if status in (401, 403):
-                raise UsageError(f"--url {self.url}: {status}, the service {'refuses this' if self.headers else 'asks for a'} token: "
+                raise self.error(f"{status}, the service {'refuses this' if self.headers else 'asks for a'} token: "
                                  "set the environment variable API_KEY to one that it knows")
             if status != 503 or not left:
                 return status, answered, body
@@ -104,13 +108,13 @@ class Service:
         try:
             status, _, body = self.ask("/model")
         except OSError as error:
-            raise UsageError(f"--url {self.url}: cannot be reached ({error}); is the service running there?") from None
+            raise self.error(f"cannot be reached ({error}); is the service running there?") from None
         body = body or {}
         if status != 200 and "error" in body:
-            raise UsageError(f"--url {self.url}: GET /model answers {status}: {body['error']}")
+            raise self.error(f"GET /model answers {status}: {body['error']}")
         version, floor = body.get("version"), body.get("golden_floor", "")
         if not isinstance(version, str) or not (floor is None or type(floor) in (int, float)):
-            raise UsageError(f"--url {self.url}: GET /model answers {status} and names no model; name the service's own address")
+            raise self.error(f"GET /model answers {status} and names no model; name the service's own address")
         return body
 
 
@@ -146,7 +150,7 @@ def classify(service, path):
         return f"{status}: {(answer or {}).get('error') or http.client.responses.get(status, 'no reason given')}", None
     version = headers.get("X-Model-Version")
     if (answer or {}).get("classification") not in CLASSES or not version:
-        raise UsageError(f"--url {service.url}: POST /classify answers {status} without a verdict; name the service's own address")
+        raise service.error(f"POST /classify answers {status} without a verdict; name the service's own address")
     return answer["classification"], version
 
 
@@ -252,7 +256,9 @@ def push(gateway, found, floors, changed):
     try:
         push_to_gateway(gateway, job=JOB, registry=registry, timeout=10)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UsageError(f"--pushgateway {gateway}: the figures could not be sent ({error}); is a Pushgateway running there?") from None
+        url = gateway if "://" in gateway else f"http://{gateway}"
+        raise UsageError(f"--pushgateway {gateway}: the figures could not be sent ({error}); is a Pushgateway running there?"
+                         f"{common.behind_proxy(url)}") from None
 
 
 def main(argv=None):

@@ -11,12 +11,11 @@ Needs what requirements-mlflow.txt names.
 """
 import argparse
 import contextlib
-import getpass
+import io
 import json
 import os
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -26,10 +25,10 @@ from pathlib import Path
 import common
 from common import UsageError, say
 
-CHAMPION = "champion"  # the alias of the version in production
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SEMANTIC = re.compile(r"v\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?")
 COMMIT = re.compile("[0-9a-f]{40}")
+LONGEST_WHY = 500      # six times that in JSON is still a parameter of MLflow's
 DEV = "v0.0.0-dev"     # what train_model.py writes where no version is named
 
 
@@ -60,81 +59,21 @@ def parse_args(argv):
                                                           "a name is of 1 to 64 letters, digits, '.', '_' and '-'"))
     if args.command == "promote" and not (args.golden or args.force):
         raise UsageError("promote: name labelled images that trained neither model with --golden, or say why not with --force")
+    if args.command == "promote" and len(args.force or "") > LONGEST_WHY:
+        raise UsageError(f"--force: a reason of {len(args.force)} characters; say why in at most "
+                         f"{LONGEST_WHY}")
     return args
 
 
 if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes seconds to import
     common.answered(parse_args)
 
+from champion import (CHAMPION, champion_number, events, find, move, number_of,  # noqa: E402
+                      registered, standing, title, versions, who)
+from mlflow_registry import (artifact_location, connect, exception, folder_of,  # noqa: E402
+                             one_line, registry_uri)
 from model import load_model  # noqa: E402
 from signing import signature_path  # noqa: E402
-
-
-# ---- the registry ----
-
-def connect():
-    """-> MLflow's client of the registry. Raises UsageError where MLflow is not installed."""
-    for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
-                        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"), ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
-                        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")):
-        os.environ.setdefault(name, value)
-    try:
-        import mlflow
-        import sqlalchemy  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"registry.py needs mlflow ({error}): pip install -r requirements-mlflow.txt") from None
-    import logging
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # forty lines when a new mlflow.db is made
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(registry_uri())
-    return mlflow.MlflowClient()
-
-
-def registry_uri():
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-
-
-def registered(client, name):
-    """All versions of a model that `register` made, oldest first: others' may lie in the same registry."""
-    found = [v for v in client.search_model_versions(f"name='{name}'") if {"version", "commit", "sha256"} <= v.tags.keys()]
-    return sorted(found, key=lambda v: int(v.version))
-
-
-def versions(client, name):
-    """The same; UsageError where there is none of that name."""
-    found = registered(client, name)
-    if not found:
-        raise UsageError(f"no model '{name}' is registered: registry.py list tells which are")
-    return found
-
-
-def find(client, name, wanted):
-    """The version called 'champion', 'v1.2.0' (the newest that says so) or '3'. Raises UsageError."""
-    there = versions(client, name)
-    number = champion_number(client, name) if wanted == CHAMPION else wanted
-    found = [v for v in there if number in (number_of(v), v.tags["version"])]
-    if not found:
-        have = "it has no champion yet" if wanted == CHAMPION else f"it has {', '.join(v.tags['version'] for v in there)}"
-        raise UsageError(f"'{name}' has no version {wanted}: {have}")
-    return found[-1]
-
-
-def champion_number(client, name):
-    """As text, or None."""
-    number = client.get_registered_model(name).aliases.get(CHAMPION)
-    return number and str(number)
-
-
-def number_of(version):
-    return str(version.version)  # a server sends text, a file holds a number
-
-
-def who():
-    return f"{getpass.getuser()}@{socket.gethostname()}"
-
-
-def title(version):
-    return f"{version.name} {version.tags['version']} (number {version.version}, commit {version.tags['commit'][:12]})"
 
 
 # ---- register ----
@@ -173,74 +112,103 @@ def flat(metrics):
     return found
 
 
-def register(client, args):
+def twin(there, name, model):
+    """The version of the same file, or None. Raises UsageError where another file has its version.
+    """
+    for other in there:
+        if other.tags["sha256"] == model["sha256"]:
+            return other
+        if other.tags["version"] == model["versions"]["model"] != DEV:
+            raise UsageError(f"'{name}' has a {other.tags['version']} of another file: train with "
+                             "another --model_version")
+
+
+def register(args):
     model = load_model(args.model)
     check_origin(model, args.model, args.allow_dirty)
     folder, found = read_report(args.model, model)
-    label, commit = model["versions"]["model"], model["versions"]["code"]
-    for other in registered(client, args.name):
-        if other.tags["sha256"] == model["sha256"]:
-            return print(f"{title(other)} is registered already")
-        if other.tags["version"] == label != DEV:
-            raise UsageError(f"'{args.name}' has a {label} of another file: train with another --model_version")
-    tags = {"version": label, "commit": commit, "sha256": model["sha256"], "training_data": model["training_data"]["sha256"],
+    client, commit = connect(create=True), model["versions"]["code"]
+    if other := twin(registered(client, args.name), args.name, model):
+        return print(f"{title(other)} is registered already")
+    tags = {"version": model["versions"]["model"], "commit": commit, "sha256": model["sha256"],
+            "training_data": model["training_data"]["sha256"],
             "encoder": model["encoder"]["identity"], "registered_by": who()}
     if not COMMIT.fullmatch(commit):
         tags["dirty"] = f"allowed by {who()}"
-    run = log_run(client, args, model, folder, found, tags)
-    with contextlib.suppress(exception()):  # it is there already
-        client.create_registered_model(args.name)
-    print(title(client.create_model_version(args.name, f"{run.info.artifact_uri}/model", run.info.run_id, tags=tags)))
-
-
-def log_run(client, args, model, folder, found, tags):
-    """Parameters, metrics, report and the file itself as one run of the experiment of that name. -> the run"""
-    experiment = client.get_experiment_by_name(args.name)
-    number = experiment.experiment_id if experiment else client.create_experiment(args.name)
-    run = client.create_run(number, run_name=tags["version"], tags=tags)
-    identifier, status = run.info.run_id, "FAILED"
+    run = client.create_run(experiment(client, args.name), run_name=tags["version"], tags=tags)
+    place, made = folder_of(run.info.artifact_uri, writing=True), None
     try:
-        rule, data = model["threshold_rule"]["words"], model["training_data"]
-        parameters = {"classifier": model["classifier"], **model["hyperparameters"], "encoder": model["encoder"]["name"],
-                      "threshold": model["threshold"], "threshold_rule": rule, "split": found["split"],
-                      **{name: data[name] for name in ("real", "fake", "views")}}
-        from mlflow.entities import Metric, Param
-        now = int(time.time() * 1000)
-        client.log_batch(identifier, [Metric(name, value, now, 0) for name, value in flat(found).items()],
-                         [Param(name, str(value)) for name, value in parameters.items()])
-        client.log_artifacts(identifier, folder, "report")
-        with tempfile.TemporaryDirectory() as place:  # whatever the file is called here, it is model.joblib there
-            shutil.copy(args.model, Path(place, "model.joblib"))
-            if signature_path(args.model).is_file():
-                shutil.copy(signature_path(args.model), signature_path(Path(place, "model.joblib")))
-            client.log_artifacts(identifier, place, "model")
-        status = "FINISHED"
-    finally:
-        client.set_terminated(identifier, status)
-    return run
+        with one_line(OSError):
+            log_run(client, run.info.run_id, place, args, model, folder, found)
+        with contextlib.suppress(exception()):  # it is there already
+            client.create_registered_model(args.name)
+        made = client.create_model_version(args.name, f"{place}/model", run.info.run_id, tags=tags)
+        before = [v for v in registered(client, args.name) if int(v.version) < int(made.version)]
+        other = twin(before, args.name, model)  # registered at the same moment: the lower number stays
+    except BaseException:
+        undo(client, run, place, made)
+        raise
+    if other:
+        undo(client, run, place, made)
+    print(f"{title(other)} is registered already" if other else title(made))
+
+
+def experiment(client, name):
+    """Its number; made where it is missing, perhaps by another process at the same moment."""
+    with contextlib.suppress(exception()):
+        return client.create_experiment(name, artifact_location(name))
+    return client.get_experiment_by_name(name).experiment_id
+
+
+def log_run(client, identifier, place, args, model, folder, found):
+    """Log parameters, metrics, report and the file itself; the files go to `place`."""
+    from mlflow.entities import Metric, Param
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    rule, data = model["threshold_rule"]["words"], model["training_data"]
+    parameters = {"classifier": model["classifier"], **model["hyperparameters"], "encoder": model["encoder"]["name"],
+                  "threshold": model["threshold"], "threshold_rule": rule, "split": found["split"],
+                  **{name: data[name] for name in ("real", "fake", "views")}}
+    now = int(time.time() * 1000)
+    client.log_batch(identifier, [Metric(name, value, now, 0) for name, value in flat(found).items()],
+                     [Param(name, str(value)) for name, value in parameters.items()])
+    files = get_artifact_repository(place)
+    files.log_artifacts(str(folder), "report")
+    with tempfile.TemporaryDirectory() as copies:  # whatever the file is called here, it is model.joblib there
+        shutil.copy(args.model, Path(copies, "model.joblib"))
+        if signature_path(args.model).is_file():
+            shutil.copy(signature_path(args.model), signature_path(Path(copies, "model.joblib")))
+        files.log_artifacts(copies, "model")
+    client.set_terminated(identifier)
+
+
+def undo(client, run, place, made):
+    """Remove version, files and run of a `register` that failed. Failures here are not told."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    with contextlib.suppress(Exception):
+        if common.is_remote(place):
+            get_artifact_repository(place).delete_artifacts()
+        else:
+            shutil.rmtree(Path(place).parent)
+    with contextlib.suppress(Exception):
+        if made:
+            client.delete_model_version(made.name, made.version)
+    with contextlib.suppress(Exception):
+        client.delete_run(run.info.run_id)
 
 
 # ---- promote, roll back ----
 
-def events(client, name):
-    """What happened to the champion, oldest first: dicts of action, number, version, by, at and what else is known."""
-    tags = client.get_registered_model(name).tags
-    return [json.loads(tags[key]) for key in sorted(tags) if key.startswith(f"{CHAMPION}.")]
-
-
-def move(client, version, action, **known):
-    """The alias goes to that version; how it came to it is written down first."""
-    name, before = version.name, events(client, version.name)
-    event = {"action": action, "number": number_of(version), "version": version.tags["version"], "by": who(),
-             "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **known}
-    client.set_registered_model_tag(name, f"{CHAMPION}.{len(before):05d}", json.dumps(event))
-    client.set_registered_model_alias(name, CHAMPION, version.version)
-
-
 def fetch(client, version, place):
-    """A version's model file, checked against the hash that was registered -> its path below `place`. Raises UsageError."""
+    """A version's model file, checked against the hash that was registered -> its path, of a server's below `place`. Raises
+    UsageError."""
     import mlflow
-    folder = mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=str(place))
+    folder = folder_of(version.source)
+    if registry_uri().startswith("sqlite") and not common.is_remote(folder):
+        if not Path(folder).is_dir():
+            raise UsageError(f"the registry's file of {title(version)} is not in {folder}: put the "
+                             "folder mlruns back beside the registry's file")
+    else:
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=folder, dst_path=str(place))
     path = Path(folder, "model.joblib")
     if common.sha256(common.read_bytes(path)) != version.tags["sha256"]:
         raise UsageError(f"the registry's file of {title(version)} is not the one that was registered (SHA-256 "
@@ -256,61 +224,69 @@ def worse(client, candidate, champion, golden, place):
     for version in filter(None, (champion, candidate)):
         folder = Path(place, number_of(version))
         folder.mkdir()
-        with contextlib.redirect_stdout(sys.stderr):
+        say(f"evaluating {title(version)} on {golden}")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             failed = evaluate.main(["--model_path", str(fetch(client, version, folder)), "--report_dir", str(folder / "report"),
                                     "--data_dir" if Path(golden).is_dir() else "--features_file", golden, *baseline])
         if failed and not baseline:
             raise UsageError(f"--golden {golden}: holds images that cannot be read (see above); mend or remove them")
+        text = re.sub("report in .*\n", "", printed.getvalue()).rstrip()  # which goes with `place`
+        say(text.replace(baseline[-1], title(champion)) if baseline else text)
         baseline = ["--baseline", str(folder / "report" / "metrics.json")]
     return failed == 1
 
 
-def promote(client, args):
+def promote(args):
+    client = connect()
+    versions(client, args.name)
+    before = events(client, args.name)
     candidate, number = find(client, args.name, args.version), champion_number(client, args.name)
     if candidate.tags["version"] == DEV:
         raise UsageError(f"{title(candidate)} has no version of its own: train with --model_version v1.0.0 and register that")
     if number_of(candidate) == number:
         raise UsageError(f"{title(candidate)} is the champion already")
     if args.force:
-        move(client, candidate, "promote", forced=args.force)
+        move(client, candidate, "promote", before, forced=args.force)
         return print(f"{title(candidate)} is champion, forced by {who()}: {args.force}")
     champion = find(client, args.name, number) if number else None
     with tempfile.TemporaryDirectory() as place:
         if worse(client, candidate, champion, args.golden, place):
             say(f"{title(candidate)} is worse than the champion, {title(champion)}, which stays (--force WHY: all the same)")
             return 1
-    move(client, candidate, "promote", checked=args.golden)
+    move(client, candidate, "promote", before, checked=args.golden)
     print(f"{title(candidate)} is champion" + (f", no worse than {title(champion)}" if champion else ", the first"))
 
 
-def rollback(client, args):
+def rollback(args):
+    client = connect()
     versions(client, args.name)
-    line = []
-    for event in events(client, args.name):
-        line = line[:-1] if event["action"] == "rollback" else [*line, event["number"]]
+    before = events(client, args.name)
+    line = standing(before)
     if len(line) < 2:
         raise UsageError(f"'{args.name}' has had no champion before this one" if line else f"'{args.name}' has no champion yet")
     version = find(client, args.name, line[-2])
-    move(client, version, "rollback")
+    move(client, version, "rollback", before)
     print(f"{title(version)} is champion again")
 
 
 # ---- pull, list ----
 
-def pull(client, args):
+def pull(args):
+    client = connect()
     version = find(client, args.name, args.ref)
     out = Path(args.out)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as written:  # in place once all of it is there
         path = fetch(client, version, place)
-        signature_path(out).unlink(missing_ok=True)  # of the file that was there
         for source, target in ((path, out), (signature_path(path), signature_path(out))):
             if source.is_file():
-                with common.atomic_write(target) as file:
-                    file.write(source.read_bytes())
+                written.enter_context(common.atomic_write(target)).write(source.read_bytes())
+    if not signature_path(path).is_file():
+        signature_path(out).unlink(missing_ok=True)  # of the file that was there
     print(f"{out}: {title(version)}")
 
 
-def list_all(client, args):
+def list_all(args):
+    client = connect()
     names = [args.name] if args.name else sorted(m.name for m in client.search_registered_models(max_results=1000)
                                                  if registered(client, m.name))
     if not names:
@@ -330,19 +306,11 @@ def figure(metrics, name):
     return f"{metrics[name]:.3f} [{metrics[f'{name}.low']:.3f}, {metrics[f'{name}.high']:.3f}]" if name in metrics else "-"
 
 
-def exception():
-    from mlflow.exceptions import MlflowException
-    return MlflowException
-
-
 def main(argv=None):
     args = parse_args(argv)
-    client, commands = connect(), {"register": register, "promote": promote, "rollback": rollback, "pull": pull, "list": list_all}
-    try:
-        return commands[args.command](client, args)
-    except exception() as error:
-        raise UsageError(f"the registry {registry_uri()} answers: {' '.join(str(error).split())[:300]}; is MLFLOW_TRACKING_URI "
-                         "right?") from None
+    commands = {"register": register, "promote": promote, "rollback": rollback, "pull": pull, "list": list_all}
+    with one_line():
+        return commands[args.command](args)
 
 
 if __name__ == "__main__":

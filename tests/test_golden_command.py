@@ -226,6 +226,22 @@ def test_a_service_that_is_not_there_is_told_in_one_line(run):
     assert_one_line_error(run(url=url), f"--url {url}", "cannot be reached", "refused")
 
 
+def test_a_dead_proxy_is_named_with_its_variable_and_the_remedy(run):
+    proxy = f"127.0.0.1:{free_port()}"
+    result = run(url="http://detector.test", http_proxy=f"http://me:secret@{proxy}")
+    assert_one_line_error(result, f"proxy http://me:***@{proxy} of http_proxy", "unset http_proxy",
+                          "NO_PROXY=detector.test")
+    result = run(url="http://detector.test", http_proxy=f"http://{proxy}", no_proxy="detector.test")
+    assert_one_line_error(result, "cannot be reached")
+    assert "proxy" not in result.stderr
+
+
+def test_a_proxy_that_answers_an_error_is_named(run):
+    with Stub(lambda *_: (502, {}, b"<html>bad gateway</html>")) as stub:
+        result = run(url="http://detector.test", HTTP_PROXY=stub.url)
+    assert_one_line_error(result, "GET /model answers 502", f"proxy {stub.url} of HTTP_PROXY")
+
+
 # ---- a service that misbehaves ----
 
 def test_a_busy_service_is_asked_again_after_the_time_that_it_names(here, four, monkeypatch):

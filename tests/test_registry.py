@@ -21,6 +21,7 @@ from live import free_port
 from made_up import ENCODER, write_features
 from model import load_model, save_model
 from patience import PATIENCE
+from racing import one_of_two_is_promoted, one_of_two_is_registered, racers
 from signing import signature_path
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install -r requirements-mlflow.txt")
@@ -275,6 +276,22 @@ def test_a_signature_travels_with_its_model_and_an_old_one_does_not_stay(run, pl
 def test_what_is_not_there_is_named(words, says):
     with pytest.raises(UsageError, match=says):
         registry.main(words)
+
+
+def test_on_a_server_too_one_of_two_at_once_is_refused_and_leaves_nothing(run, place, tmp_path):
+    for model in ("good", "better", "worse"):
+        run("register", model)
+    run("promote", "v1.0.0", "--force", "a start")
+    twins = [tmp_path / "a.joblib", tmp_path / "b.joblib"]
+    for path in twins:
+        model = load_model(place / "better.joblib")
+        del model["sha256"]
+        save_model(path, {**model, "threshold_rule": {**model["threshold_rule"], "note": path.stem}})
+        shutil.copytree(place / "better_report", path.with_name(f"{path.stem}_report"))
+    with racers() as race:
+        one_of_two_is_promoted(race, tmp_path, run.name)
+        for attempt in range(2):
+            one_of_two_is_registered(race, twins, tmp_path, f"twins{attempt}")
 
 
 def test_a_server_that_does_not_answer_is_told_in_one_line(script, tmp_path):
