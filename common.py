@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,7 @@ SPLITS = ("train", "val", "test", "external", "extra")
 MAX_PIXELS = 200_000_000        # on the command line: the Kaggle set has sides of 14,000
 VERSION = re.compile(r"[!-~]{1,64}")  # of a model: it goes into a header of every verdict
 NOTICE = re.compile(r"[ -~]{1,200}")   # of a model: so does this
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line, paragraph
 MAX_VIEWS = 20                  # degraded copies of an image: those of three batches are in memory at a time
 MAX_CROPS = 32                  # squares of it in full resolution, each a forward pass more
 
@@ -133,6 +135,21 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def say(message):
     """Progress and warnings go to stderr; results to stdout."""
     print(message, file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Text with control characters, line ends and bytes that are not UTF-8 as backslash escapes."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNPRINTABLE else c
+                   for c in str(text))
+
+
+def all_printable(value):
+    """The same for every text in dicts and lists."""
+    if isinstance(value, dict):
+        return {all_printable(key): all_printable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [all_printable(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def is_remote(path):

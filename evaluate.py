@@ -56,7 +56,7 @@ import imaging  # noqa: E402
 import metrics  # noqa: E402
 import report  # noqa: E402
 from classify import Detector, choose_model  # noqa: E402
-from dataset import COLUMNS, SEEN, draw_evenly, join_columns, list_images  # noqa: E402
+from dataset import COLUMNS, SEEN, distinct, draw_evenly, join_columns, list_images, without_repeats  # noqa: E402
 from distort import ARMS, CONDITIONS, manageable  # noqa: E402
 from extract_features import encode_ahead, join_parts, labels_of  # noqa: E402
 from facts import make_groups, twin_clusters  # noqa: E402
@@ -113,7 +113,7 @@ def split_rows(columns, model, seen):
     for mask, why in ((own, "trained the model"), (by_encoder & ~own, "trained its encoder")):
         if n := int((mask & labelled & whole).sum()):
             say(f"left out: {n} images that {why}")
-    keep = np.flatnonzero(labelled & ~own & ~by_encoder)
+    keep = distinct(columns, np.flatnonzero(labelled & ~own & ~by_encoder))
     if not len(keep):
         raise UsageError("no labelled image is left that trained neither the model nor its encoder: name other images")
     return keep, np.flatnonzero(labelled & (own | by_encoder))
@@ -296,6 +296,7 @@ def main(argv=None):
         columns = stored_columns(args.features_file, model, args.data_dir)
     else:
         columns, bad = encode_folder(detector, args.data_dir)
+    columns = without_repeats(columns)
     first, groups, p_fake, found = assess_all(model, columns, *split_rows(columns, model, seen))
     rows = None if before is None else compare(found, before)
     folder = Path(args.report_dir)

@@ -247,7 +247,7 @@ def main(argv=None):
         raise UsageError("--classifier linear-svm takes all rows of a large data set only without crops: extract without --crops, or "
                          "raise --max_rows")
     if numbers is not None:
-        how += (f"; {len(numbers)} of {sum(file.rows for file in files)} rows, a draw even over class and source"
+        how += (f"; {len(numbers)} of {sum(file.distinct.sum() for file in files)} rows, a draw even over class and source"
                 + (", and the others train as well" if streams else ""))
     rows, whole = Rows(columns, train, groups, twins), columns["view"] == 0
     copies = f", and {(~whole[train]).sum()} degraded copies" if not whole[train].all() else ""
