@@ -83,6 +83,15 @@ def search_rows(labels, groups, images, seed, most):
 
 # ---- fitting ----
 
+def one_thread():
+    """Context in which BLAS takes one thread: with more, sums are added in another order, and the
+    same features and seed give a slightly different model. scikit-learn-intelex has its own threads.
+    """
+    import scipy.linalg  # noqa: F401  its BLAS is limited only once it is loaded
+    from threadpoolctl import threadpool_limits
+    return threadpool_limits(1, "blas")
+
+
 def estimator(kind, dim, seed, C=1.0, gamma=1.0, alpha=1.0):
     """scikit-learn's estimator of that kind, not fitted yet."""
     if kind == "svm":

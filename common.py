@@ -28,6 +28,7 @@ SPLITS = ("train", "val", "test", "external", "extra")
 MAX_PIXELS = 200_000_000        # on the command line: the Kaggle set has sides of 14,000
 VERSION = re.compile(r"[!-~]{1,64}")  # of a model: it goes into a header of every verdict
 NOTICE = re.compile(r"[ -~]{1,200}")   # of a model: so does this
+SOON = 2                        # seconds after which a loop that may be quick shows its progress
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line, paragraph
 MAX_VIEWS = 20                  # degraded copies of an image: those of three batches are in memory at a time
 MAX_CROPS = 32                  # squares of it in full resolution, each a forward pass more

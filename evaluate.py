@@ -82,7 +82,7 @@ def encode_folder(detector, data_dir):
     columns, bad = join_parts(parts)
     columns["features"] = take_crops(columns["features"], detector.crops, detector.crops)
     for path, why, _ in bad:
-        say(f"left out {path}: {why}")
+        say(f"left out {common.printable(path)}: {why}")
     return columns | labels_of(columns, entries, detector.encoder), sum(is_image for _, _, is_image in bad)
 
 
@@ -234,6 +234,7 @@ def assess_all(model, columns, rows, left_out):
     twins = twin_clusters(columns["thumb"], columns["sha256"])
     groups, kind = make_groups(columns, twins)
     found = report.assess(model, columns, np.arange(len(rows)), groups, twins)
+    betrayed["detector"] = {"on_test": found["overall"] and found["overall"]["auc"]}
     whole = columns["view"] == 0
     first = {name: columns[name][whole] for name in COLUMNS}
     p_fake = probability(model, decision(model, first["features"]))
@@ -268,7 +269,7 @@ def compare(now, before):
 
 def changes_table(rows):
     lines = [f"{'':10}{'metric':22}{'now':>7}  recorded interval"]
-    return "\n".join([*lines, *(f"{part:10}{words:22}{value:7.3f}  {ends[0]:.3f} .. {ends[1]:.3f}  {verdict}"
+    return "\n".join([*lines, *(f"{part:10}{words:22}{value:z7.3f}  {ends[0]:z.3f} .. {ends[1]:z.3f}  {verdict}"
                                 for part, words, value, ends, verdict in rows)])
 
 
