@@ -84,12 +84,13 @@ def search_rows(labels, groups, images, seed, most):
 # ---- fitting ----
 
 def one_thread():
-    """Context in which BLAS takes one thread: with more, sums are added in another order, and the
-    same features and seed give a slightly different model. scikit-learn-intelex has its own threads.
+    """Context in which BLAS and OpenMP take one thread: with more, sums are added in another order,
+    and the same features and seed give a slightly different model. scikit-learn-intelex has its own
+    threads.
     """
-    import scipy.linalg  # noqa: F401  its BLAS is limited only once it is loaded
+    import sklearn.svm  # noqa: F401  libraries are limited only once they are loaded
     from threadpoolctl import threadpool_limits
-    return threadpool_limits(1, "blas")
+    return threadpool_limits(1)
 
 
 def estimator(kind, dim, seed, C=1.0, gamma=1.0, alpha=1.0):

@@ -349,7 +349,7 @@ for kind in train_model.GRIDS:
 
 @pytest.mark.long
 def test_the_model_is_the_same_to_the_byte_for_any_number_of_threads(tmp_path):
-    features = write_features(tmp_path / "f.npz", real=200, fake=200, dim=512)
+    features = write_features(tmp_path / "f.npz", real=150, fake=150, dim=512)
     for number in "123":
         limits = {f"{library}_NUM_THREADS": number for library in ("OMP", "OPENBLAS", "MKL")}
         done = subprocess.run([sys.executable, "-c", TRAINED_BY_EVERY_KIND, features, tmp_path / number], cwd=ROOT,
