@@ -3,7 +3,7 @@
     python audit.py --data_dir DIR
     python audit.py --features_file features.npz      # and labels that look wrong
 
-Needs no model. Exit code 1 where something was found that makes a test figure worthless.
+Needs no model. A LEAK makes a test figure worthless, and the exit code is then 1. A note is something to know.
 """
 import argparse
 import json
@@ -15,9 +15,20 @@ from pathlib import Path
 import common
 from common import CLASSES, UsageError
 
+MAX_REPEATED = 0.01     # share of test images with a twin in train: accuracy may be too high by as much;
+                        # and share of all images that stand under both labels
+TELLING_AUC = 0.65      # lower end of the interval from which on a probe is told: pictures differ a little in any two pools
+LEAK_AUC = 0.95         # upper end from which on it is a leak: on 73 groups the interval of a perfect guess, Wilson's, starts there
+RULES = f"""A fact of the files is a note where the 95% interval of its AUC starts at {TELLING_AUC} or above. It is a LEAK where that
+interval also reaches {LEAK_AUC} (on 73 groups a perfect guess has the interval {LEAK_AUC} to 1), or the interval of a
+detector's AUC on the same images: a figure of the detector then shows nothing that the files do not. With
+--features_file that detector is a logistic regression. Twins in train and test are a LEAK above {MAX_REPEATED:.0%} of the
+test images, where accuracy may be too high by as much; pictures under both labels, above {MAX_REPEATED:.0%} of all images.
+Exit codes: 0 no leak, 1 a LEAK, 2 nothing could be done."""
+
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=RULES)
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
     group.add_argument("--features_file", metavar="FILE", help="or the facts stored by extract_features.py")
@@ -35,15 +46,12 @@ if __name__ == "__main__":  # --help and wrong flags are answered now, before wh
 
 import numpy as np  # noqa: E402
 
-from dataset import SEEN, list_images  # noqa: E402
+from dataset import SEEN, list_images, without_repeats  # noqa: E402
 from features import load_features  # noqa: E402
 from facts import describe_image, make_groups, twin_clusters  # noqa: E402
-from metrics import words  # noqa: E402
+from metrics import auc, words  # noqa: E402
 from probes import (MIN_IMAGES, doubtful_sources, label_errors, linear_scores, probe_all, telling_values)  # noqa: E402
 
-MAX_REPEATED = 0.01     # share of test images with a twin in train above which the test figure means nothing;
-                        # and share of all images that stand under both labels
-TELLING_AUC = 0.65      # lower end of the interval from which on a probe is spoken of: pictures differ a little in any two pools
 HUGE = 50_000_000       # pixels: the service refuses larger ones
 SHOWN = 5               # of each kind
 
@@ -92,15 +100,16 @@ def audit_labels(labels, p_fake, sources, paths, by_source):
 
 
 def labels_of(columns):
-    """`audit_labels` on the features of a file, by a logistic regression; None where there are too few images."""
+    """-> (`audit_labels` on the features of a file, by a logistic regression; the AUC of that), None where there are too few images."""
     rows = np.flatnonzero((columns["labels"] >= 0) & (columns["view"] == 0) & (columns["splits"] != SEEN))
     labels = columns["labels"][rows].astype(int)
     if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
-        return None
+        return None, None
     groups, kind = make_groups({name: columns[name][rows] for name in ("labels", "sources", "thumb", "sha256")})
     p_fake = linear_scores(columns["features"][rows], labels, groups)
-    return None if p_fake is None else audit_labels(labels, p_fake, columns["sources"][rows], columns["paths"][rows],
-                                                        kind == "sources")
+    if p_fake is None:
+        return None, None
+    return audit_labels(labels, p_fake, columns["sources"][rows], columns["paths"][rows], kind == "sources"), auc(labels, p_fake, groups)
 
 
 def examples(paths, cluster, chosen):
@@ -111,6 +120,33 @@ def examples(paths, cluster, chosen):
 
 # ---- in words ----
 
+SHAPE = "Crop both classes to one shape and size"
+SAVE = "Save both classes alike, in one format and quality"
+SUBJECTS = "Take both classes from sources that show the same subjects"
+
+
+def remedy(what):
+    """What to do about a probe or a telling value."""
+    if what == "8x8 thumbnail":
+        return SUBJECTS
+    if what == "all file facts":
+        return f"{SHAPE}, and save them alike"
+    return SHAPE if any(word in what for word in ("pixels", "aspect ratio", "multiples of 64")) else SAVE
+
+
+def is_leak(probe, detector):
+    """Does one interval of a probe start at TELLING_AUC or above, and reach LEAK_AUC or the detector's interval?
+
+    `detector`: {'auc', 'on_test'}, measured in the same two ways as the probe; either may be missing.
+    """
+    for way in ("auc", "on_test"):
+        ends = (probe[way] or {}).get("interval")
+        own = ((detector or {}).get(way) or {}).get("interval") or [1.0]
+        if ends and ends[0] >= TELLING_AUC and ends[1] >= min(LEAK_AUC, own[0]):
+            return True
+    return False
+
+
 def sentences(found):
     """Findings -> (lines that are fatal for a test figure, lines to know)."""
     twins, fatal, note = found["twins"], [], []
@@ -120,25 +156,30 @@ def sentences(found):
         if repeated > MAX_REPEATED * twins["test"]:
             fatal.append(f"{line}: a test accuracy on this split says how well pictures are remembered. Train with --resplit.")
         else:
-            note.append(f"{line}.")
+            note.append(f"{line}. Remove the copies, or train with --resplit.")
     if both := twins["clusters_with_both_labels"]:
         (fatal if both > MAX_REPEATED * found["images"] else note).append(
-            f"{both} pictures stand under both labels, as copies of each other, such as {', '.join(found['examples'][1][0])}.")
+            f"{both} pictures stand under both labels, as copies of each other, such as {', '.join(found['examples'][1][0])}. "
+            "Keep each under its right label alone.")
     for probe in sorted(found["probes"], key=lowest_end, reverse=True):
         if lowest_end(probe) >= TELLING_AUC:
             where = ((probe["auc"], f"cross-validated over {found['groups']}"), (probe["on_test"], "learnt on train, tried on test"))
-            note.append(f"{probe['what']} alone tells the labels apart: AUC "
-                        + "; ".join(f"{words(metric)} {how}" for metric, how in where if metric) + ".")
+            leaks = is_leak(probe, found.get("detector"))
+            (fatal if leaks else note).append(
+                f"{probe['what']} alone tells the labels apart: AUC "
+                + "; ".join(f"{words(metric)} {how}" for metric, how in where if metric)
+                + (". A test figure on these images proves little" if leaks else "")
+                + f". {remedy(probe['what'])}, or judge by images of other sources.")
     for row in found["telling"][:SHOWN]:
-        note.append(f"{row['what']}: {row['real']:.0%} of the reals, {row['fake']:.0%} of the fakes.")
+        note.append(f"{row['what']}: {row['real']:.0%} of the reals, {row['fake']:.0%} of the fakes. {remedy(row['what'])}.")
     if bad := found["unreadable"]["n"]:
         note.append(f"{bad} files cannot be read ({found['unreadable']['real']} real, {found['unreadable']['fake']} fake), "
-                    f"such as {', '.join(found['unreadable']['first'][:2])}.")
+                    f"such as {', '.join(found['unreadable']['first'][:2])}. Mend or remove them.")
     if found["huge"]:
-        note.append(f"{found['huge']} images have more than {HUGE:,} pixels; the service refuses those.")
+        note.append(f"{found['huge']} images have more than {HUGE:,} pixels; the service refuses those. Shrink both classes alike.")
     for row in (found.get("labels") or {}).get("doubtful_sources", []):
         note.append(f"source '{row['source']}' ({' and '.join(row['labels'])}, {row['n']} images): a classifier trained on the others "
-                    f"contradicts its labels ({row['what']} {words(row)}): swapped, or unlike everything else.")
+                    f"contradicts its labels ({row['what']} {words(row)}): swapped, or unlike everything else. Look at its images first.")
     return fatal, note
 
 
@@ -150,7 +191,7 @@ def lowest_end(probe):
 def leak_sentence(leak):
     """`detector_minus_leak` in one plain sentence; a warning where the detector is not clearly above the best probe."""
     difference = leak["difference"]
-    line = (f"detector minus best leak: AUC {leak['detector']:.2f} - {leak['leak']:.2f} ({leak['what']} alone, {leak['how']}) = "
+    line = (f"detector minus best leak: AUC {leak['detector']:z.2f} - {leak['leak']:z.2f} ({leak['what']} alone, {leak['how']}) = "
             f"{words(difference)}")
     if not difference["interval"] or difference["interval"][0] <= 0:
         better = "tell more than the detector" if difference["interval"] and difference["interval"][1] < 0 else \
@@ -175,7 +216,7 @@ def describe_folder(data_dir):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for entry, row in tqdm(zip(listed, pool.map(read, listed)), total=len(listed), desc="reading", unit="image"):
             if isinstance(row, Exception):
-                tqdm.write(f"left out {entry.path}: {row}", file=sys.stderr)
+                tqdm.write(f"left out {common.printable(entry.path)}: {row}", file=sys.stderr)
                 if not isinstance(row, common.UnsupportedImage):  # a caption beside an image is no broken image
                     unreadable.append((entry.path, entry.label))
             else:
@@ -184,7 +225,7 @@ def describe_folder(data_dir):
     if not rows:
         raise UsageError(f"--data_dir {data_dir}: no readable image")
     return {**{f"{name}s": np.array([getattr(e, name) for e in entries]) for name in ("label", "split", "path", "source")},
-            **{name: np.array([row[name] for row in rows]) for name in rows[0]}}, unreadable
+            **{name: np.array([row[name] for row in rows]) for name in rows[0]}, "view": np.zeros(len(rows), np.int8)}, unreadable
 
 
 def report(found):
@@ -211,9 +252,12 @@ def report(found):
 def main(argv=None):
     args = parse_args(argv)
     columns, unreadable = describe_folder(args.data_dir) if args.data_dir else (load_features(args.features_file), ())
+    columns = without_repeats(columns)
     found = audit(columns, unreadable=unreadable)
     if args.features_file:
-        found["labels"] = labels_of(columns)
+        found["labels"], linear = labels_of(columns)
+        found["detector"] = {"auc": linear}
+    found = common.all_printable(found)
     text, code = report(found)
     fatal, note = sentences(found)
     print(json.dumps({**found, "fatal": fatal, "note": note}) if args.json else text)

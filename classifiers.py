@@ -83,6 +83,16 @@ def search_rows(labels, groups, images, seed, most):
 
 # ---- fitting ----
 
+def one_thread():
+    """Context in which BLAS and OpenMP take one thread: with more, sums are added in another order,
+    and the same features and seed give a slightly different model. scikit-learn-intelex has its own
+    threads.
+    """
+    import sklearn.svm  # noqa: F401  libraries are limited only once they are loaded
+    from threadpoolctl import threadpool_limits
+    return threadpool_limits(1)
+
+
 def estimator(kind, dim, seed, C=1.0, gamma=1.0, alpha=1.0):
     """scikit-learn's estimator of that kind, not fitted yet."""
     if kind == "svm":

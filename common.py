@@ -22,6 +22,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,6 +32,8 @@ SPLITS = ("train", "val", "test", "external", "extra")
 MAX_PIXELS = 200_000_000        # on the command line: the Kaggle set has sides of 14,000
 VERSION = re.compile(r"[!-~]{1,64}")  # of a model: it goes into a header of every verdict
 NOTICE = re.compile(r"[ -~]{1,200}")   # of a model: so does this
+SOON = 2                        # seconds after which a loop that may be quick shows its progress
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line, paragraph
 MAX_VIEWS = 20                  # degraded copies of an image: those of three batches are in memory at a time
 MAX_CROPS = 32                  # squares of it in full resolution, each a forward pass more
 
@@ -207,14 +210,6 @@ def read_bytes(path):
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
-CONTROL = {number: repr(chr(number))[1:-1] for number in (*range(32), *range(127, 160), 0x2028, 0x2029)}
-
-
-def printable(text):
-    """Text in which control characters, and bytes of a name that are no UTF-8, are escaped."""
-    return str(text).translate(CONTROL).encode(errors="backslashreplace").decode()
-
-
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
@@ -242,6 +237,21 @@ def say(message):
     """One line of progress or warning on stderr; results go to stdout."""
     with suppress(OSError):  # a full disk behind stderr must not hide the exit code
         print(printable(message), file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Text with control characters, line ends and bytes that are not UTF-8 as backslash escapes."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNPRINTABLE else c
+                   for c in str(text))
+
+
+def all_printable(value):
+    """The same for every text in dicts and lists."""
+    if isinstance(value, dict):
+        return {all_printable(key): all_printable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [all_printable(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def is_remote(path):

@@ -20,6 +20,7 @@ FACTS = np.dtype([("width", np.int32), ("height", np.int32), ("bytes", np.int64)
                   ("quant_mean", np.float32), ("quant_hash", np.uint32), ("blockiness", np.float32),
                   ("density", np.float32)])
 COLUMNS = ("features", "labels", "paths", "splits", "sources", "sha256", "view", "facts", "thumb")
+IMAGE = ("sha256", "view", "labels")  # rows that agree in these are one image, or one copy of it
 Entry = namedtuple("Entry", "path label split source")
 Listing = namedtuple("Listing", "files hidden thumbnails special unreadable")  # relative paths; unreadable: (folder, why)
 Folder = namedtuple("Folder", "entries ignored listing")
@@ -231,3 +232,30 @@ def draw_evenly(cells, most, seed=0):
 def join_columns(several):
     """Rows of several column sets one below the other; text columns as wide as the longest needs."""
     return {name: np.concatenate([columns[name] for columns in several]) for name in COLUMNS}
+
+
+# ---- distinct images ----
+
+def number_rows(columns, by):
+    """A number for each row, int [n], the same where all of the named columns agree."""
+    several = [np.unique(columns[name], return_inverse=True)[1] for name in by]
+    return np.unique(np.stack(several), axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def distinct(columns, rows, by=IMAGE):
+    """Row numbers [n] -> those of them that repeat no earlier row. How many repeat one is told.
+
+    The same image again is no further evidence: intervals and counts rest on distinct images. An
+    image under both labels is no repeat but a contradiction, and stays.
+    """
+    given = {name: columns[name][rows] for name in by}
+    first = np.sort(np.unique(number_rows(given, by), return_index=True)[1])
+    if repeats := len(rows) - len(first):
+        say(f"{repeats} rows repeat an image that is there already: dropped")
+    return rows[first]
+
+
+def without_repeats(columns):
+    """Columns -> the same without repeats. An image in two splits stays in both, for the audit."""
+    rows = distinct(columns, np.arange(len(columns["labels"])), (*IMAGE, "splits"))
+    return {name: values if name == "meta" else values[rows] for name, values in columns.items()}

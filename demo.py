@@ -27,9 +27,11 @@ if __name__ == "__main__":  # --help and wrong flags are answered now, before wh
     common.answered(parse_args)
 
 import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import distort  # noqa: E402
 import imaging  # noqa: E402
+from audit import sentences  # noqa: E402
 from catalogue import EIGHT_BIT  # noqa: E402
 from report import words  # noqa: E402
 from samples import installed_photos  # noqa: E402
@@ -46,17 +48,17 @@ def title(text):
     print(f"\n== {text}", flush=True)
 
 
-def run(*words):
+def run(*words, stderr=None):
     """Run one of the project's commands; -> its stdout. What went wrong ends the demo."""
-    result = subprocess.run([sys.executable, *map(str, words)], cwd=common.HERE, text=True, capture_output=True,
-                            env={**os.environ, "CLIP_MODEL": EIGHT_BIT})
+    result = subprocess.run([sys.executable, *map(str, words)], cwd=common.HERE, text=True, stdout=subprocess.PIPE,
+                            stderr=stderr, env={**os.environ, "CLIP_MODEL": EIGHT_BIT})
     if result.returncode not in ((0, 1) if words[0] == "audit.py" else (0,)):
-        sys.exit(result.stderr)
+        sys.exit(result.stderr or 1)
     return result.stdout
 
 
 def command(*words, quiet=False):
-    """The same, shown as a user would type it, with what it prints."""
+    """The same, shown as a user would type it, with its progress and what it prints."""
     print("$ python " + " ".join(map(str, words)), flush=True)
     printed = run(*words)
     if not quiet:
@@ -95,6 +97,9 @@ def never_seen():
         print("  the worst five of its sources with at least five images:")
         for row in [r for r in found["by_source"] if r["known"] == (part == "known") and r["n"] >= 5][:5]:
             print(f"    {row['source'][:38]:38} {row['label']}  n {row['n']:3}  accuracy {words(row['own'])}")
+    for line in sentences(metrics_report("model")["audit"])[0]:
+        print(f"LEAK  {line}")
+    print("These images are a leak by the audit's rule: judge the model by the row of sources never seen.")
 
 
 def call_half_fake(pictures, rng):
@@ -135,9 +140,10 @@ def trap(photos, layers):
     command("train_model.py", "--features_file", "demo/trap.npz", "--model_output_path", "demo/resplit.joblib", "--resplit", quiet=True)
     resplit, honest = metrics_of("resplit")["balanced_accuracy"], []
     pictures = [imaging.decode_image(path.read_bytes()) for path in photos]
-    for draw in range(1, DRAWS + 1):  # a fifth of fourteen pictures is three: one draw of labels says little
+    for draw in tqdm(range(1, DRAWS + 1), desc="other halves called fake"):  # a fifth of fourteen pictures is three: one draw of labels says little
         relabel(photos, call_half_fake(pictures, np.random.default_rng(draw)))
-        run("train_model.py", "--features_file", "demo/again.npz", "--model_output_path", "demo/again.joblib", "--resplit")
+        run("train_model.py", "--features_file", "demo/again.npz", "--model_output_path", "demo/again.joblib", "--resplit",
+            stderr=subprocess.PIPE)
         honest.append(metrics_of("again")["balanced_accuracy"]["value"])
     m = believed["balanced_accuracy"]
     print(f"split as the folders have it:          balanced accuracy {m['value']:.2f} on {m['n']} images")
@@ -155,8 +161,12 @@ def relabel(photos, fake):
     np.savez(OUT / "again.npz", **columns)
 
 
+def metrics_report(name):
+    return json.loads((OUT / f"{name}_report" / "metrics.json").read_text())
+
+
 def metrics_of(name):
-    return json.loads((OUT / f"{name}_report" / "metrics.json").read_text())["overall"]
+    return metrics_report(name)["overall"]
 
 
 def serve(photo):

@@ -56,7 +56,7 @@ import imaging  # noqa: E402
 import metrics  # noqa: E402
 import report  # noqa: E402
 from classify import Detector, choose_model  # noqa: E402
-from dataset import COLUMNS, SEEN, draw_evenly, join_columns, list_images  # noqa: E402
+from dataset import COLUMNS, SEEN, distinct, draw_evenly, join_columns, list_images, without_repeats  # noqa: E402
 from distort import ARMS, CONDITIONS, manageable  # noqa: E402
 from extract_features import encode_ahead, join_parts, labels_of  # noqa: E402
 from facts import make_groups, twin_clusters  # noqa: E402
@@ -82,7 +82,7 @@ def encode_folder(detector, data_dir):
     columns, bad = join_parts(parts)
     columns["features"] = take_crops(columns["features"], detector.crops, detector.crops)
     for path, why, _ in bad:
-        say(f"left out {path}: {why}")
+        say(f"left out {common.printable(path)}: {why}")
     return columns | labels_of(columns, entries, detector.encoder), sum(is_image for _, _, is_image in bad)
 
 
@@ -113,7 +113,7 @@ def split_rows(columns, model, seen):
     for mask, why in ((own, "trained the model"), (by_encoder & ~own, "trained its encoder")):
         if n := int((mask & labelled & whole).sum()):
             say(f"left out: {n} images that {why}")
-    keep = np.flatnonzero(labelled & ~own & ~by_encoder)
+    keep = distinct(columns, np.flatnonzero(labelled & ~own & ~by_encoder))
     if not len(keep):
         raise UsageError("no labelled image is left that trained neither the model nor its encoder: name other images")
     return keep, np.flatnonzero(labelled & (own | by_encoder))
@@ -234,6 +234,7 @@ def assess_all(model, columns, rows, left_out):
     twins = twin_clusters(columns["thumb"], columns["sha256"])
     groups, kind = make_groups(columns, twins)
     found = report.assess(model, columns, np.arange(len(rows)), groups, twins)
+    betrayed["detector"] = {"on_test": found["overall"] and found["overall"]["auc"]}
     whole = columns["view"] == 0
     first = {name: columns[name][whole] for name in COLUMNS}
     p_fake = probability(model, decision(model, first["features"]))
@@ -268,7 +269,7 @@ def compare(now, before):
 
 def changes_table(rows):
     lines = [f"{'':10}{'metric':22}{'now':>7}  recorded interval"]
-    return "\n".join([*lines, *(f"{part:10}{words:22}{value:7.3f}  {ends[0]:.3f} .. {ends[1]:.3f}  {verdict}"
+    return "\n".join([*lines, *(f"{part:10}{words:22}{value:z7.3f}  {ends[0]:z.3f} .. {ends[1]:z.3f}  {verdict}"
                                 for part, words, value, ends, verdict in rows)])
 
 
@@ -296,6 +297,7 @@ def main(argv=None):
         columns = stored_columns(args.features_file, model, args.data_dir)
     else:
         columns, bad = encode_folder(detector, args.data_dir)
+    columns = without_repeats(columns)
     first, groups, p_fake, found = assess_all(model, columns, *split_rows(columns, model, seen))
     rows = None if before is None else compare(found, before)
     folder = Path(args.report_dir)

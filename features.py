@@ -12,9 +12,10 @@ import numpy as np
 
 import storage
 from common import UsageError, is_remote, need_features
-from dataset import COLUMNS, FACTS, draw_evenly, join_columns
+from dataset import COLUMNS, FACTS, IMAGE, distinct, draw_evenly, join_columns, number_rows, without_repeats
 
-LIGHT = ("labels", "splits", "sources", "view")  # what a sample is drawn by
+DRAWN_BY = ("labels", "splits", "sources", "view")  # what a sample is drawn by
+LIGHT = (*DRAWN_BY, "sha256")
 
 
 class FeaturesFile:
@@ -26,6 +27,7 @@ class FeaturesFile:
     def __init__(self, path, crops=None):
         need_features(path)
         self.path, self.crops, self.whole = path, crops, None
+        self.distinct = None  # boolean [rows], once load_rows has looked for repeats among many rows
         if is_remote(path) or os.path.isdir(path):
             self.meta = storage.read_meta(path)
             self.rows = storage.count_rows(path, self.meta["parts"])
@@ -97,21 +99,42 @@ def check_columns(path, columns):
 # ---- more rows than memory holds ----
 
 def load_rows(files, most, seed=0):
-    """FeaturesFiles -> (their columns; numbers of the rows that these are, or None where they are all).
+    """FeaturesFiles -> (columns of their distinct rows; numbers of these rows, None where all are there).
 
     Where the files have more than `most` rows, a sample of the labelled ones (see `sample_rows`).
     """
     if sum(file.rows for file in files) <= most:
-        return join_columns([part for file in files for part in file.parts()]), None
-    light = [part for file in files for part in file.parts(LIGHT)]
-    rows = sample_rows(*(np.concatenate([part[name] for part in light]) for name in LIGHT), most, seed)
+        return without_repeats(join_columns([part for file in files for part in file.parts()])), None
+    light = light_columns(files)
+    rows = distinct(light, np.arange(len(light["labels"])), (*IMAGE, "splits"))
+    mark_distinct(files, rows)
+    sampled = len(rows) > most
+    if sampled:
+        _, first, image = np.unique(number_rows(light, ("sha256", "labels", "splits")), return_index=True, return_inverse=True)
+        rows = rows[np.argsort(first[image[rows]], kind="stable")]  # an image's copies behind it, whatever file they are in
+        rows = np.sort(rows[sample_rows(*(light[name][rows] for name in DRAWN_BY), most, seed)])
     kept, start = [], 0
     for part in (part for file in files for part in file.parts()):
         end = start + len(part["labels"])
         mine = rows[np.searchsorted(rows, start):np.searchsorted(rows, end)] - start
         kept.append({name: part[name][mine] for name in COLUMNS})
         start = end
-    return join_columns(kept), rows
+    return join_columns(kept), rows if sampled else None
+
+
+def light_columns(files):
+    """The columns LIGHT of all rows; of each hash its first 64 bits, int64."""
+    parts = [{**part, "sha256": np.array([int(digest[:16], 16) - 2 ** 63 for digest in part["sha256"]], np.int64)}
+             for file in files for part in file.parts(LIGHT)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in LIGHT}
+
+
+def mark_distinct(files, rows):
+    """Sets each file's `distinct` from the numbers of all rows that repeat nothing."""
+    mask = np.zeros(sum(file.rows for file in files), bool)
+    mask[rows] = True
+    for file, own in zip(files, np.split(mask, np.cumsum([file.rows for file in files])[:-1])):
+        file.distinct = own
 
 
 def sample_rows(labels, splits, sources, view, most, seed):

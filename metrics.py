@@ -8,7 +8,7 @@ interval with the number of images that they are worth, everything else a bootst
 """
 import numpy as np
 
-from common import CLASSES
+from common import CLASSES, SOON
 from model import outside
 
 RESAMPLES = 1000         # of a bootstrap; fewer where there are many images, but never below 200: their intervals are narrow
@@ -101,11 +101,11 @@ def groups_of_rarer_class(labels, groups):
 
 
 def words(metric, digits=2):
-    """'0.82 [0.76, 0.86]'; 'n/a' without a value, no brackets without an interval."""
+    """'0.82 [0.76, 0.86]'; 'n/a' without a value, no brackets without an interval, never '-0.00'."""
     if metric is None or metric["value"] is None:
         return "n/a"
     ends = metric.get("interval")
-    return f"{metric['value']:.{digits}f}" + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
+    return f"{metric['value']:z.{digits}f}" + (f" [{ends[0]:z.{digits}f}, {ends[1]:z.{digits}f}]" if ends else "")
 
 
 # ---- metrics ----
@@ -231,8 +231,9 @@ def by_source(labels, p_fake, threshold, sources, clusters, known=None):
     A source with one class alone is paired with the pool of the other class ('paired' says so); n and 'own' (the
     accuracy of its class, or balanced over both) are its own. Groups are copies of one picture. `known`: the sources that the model was trained on.
     """
+    from tqdm import tqdm
     rows = []
-    for source in np.unique(sources):
+    for source in tqdm(np.unique(sources), desc="measuring each source", delay=SOON):
         own = sources == source
         classes = np.unique(labels[own])
         chosen = own if len(classes) == 2 else own | (labels != classes[0])

@@ -6,7 +6,7 @@
 """
 import numpy as np
 
-from common import CLASSES
+from common import CLASSES, SOON
 from metrics import auc, between_groups, drawn_auc, groups_of_rarer_class, interval, share
 
 FOLDS = 5
@@ -95,10 +95,11 @@ def probe_all(facts, thumb, labels, groups, splits):
     """
     if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
         return []
+    from tqdm import tqdm
     train, test = (np.flatnonzero(splits == name) for name in ("train", "test"))
     split = min(np.bincount(labels[rows], minlength=2).min() for rows in (train, test)) >= MIN_IMAGES
     rows = []
-    for what, values in probes_of(facts, thumb):
+    for what, values in tqdm(probes_of(facts, thumb), desc="probing files", delay=SOON):
         scores = cross_validated(boosted, values, labels, groups)
         on_test = boosted(values[train], labels[train], values[test]) if split else None
         rows.append({"what": what, "auc": None if scores is None else auc(labels, scores, groups),

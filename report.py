@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import metrics
-from common import CLASSES, HERE, atomic_write
+from common import CLASSES, HERE, all_printable, atomic_write
 from metrics import METRICS, words
 from model import decision, probability
 
@@ -85,8 +85,8 @@ def table(found):
     lines = [f"{'':18}{'value':>7}  {'95% interval':14}  n"]
     for name in ("accuracy", *NAMES, "precision_real", "precision_fake"):
         m = found[name]
-        value = "    n/a" if m["value"] is None else f"{m['value']:7.3f}"
-        ends = "none" if m["interval"] is None else f"{m['interval'][0]:.3f} .. {m['interval'][1]:.3f}"
+        value = "    n/a" if m["value"] is None else f"{m['value']:z7.3f}"
+        ends = "none" if m["interval"] is None else f"{m['interval'][0]:z.3f} .. {m['interval'][1]:z.3f}"
         lines.append(f"{NAMES.get(name, name.replace('_', ' ')):18}{value}  {ends:14}  {m['n']}")
     return "\n".join(lines)
 
@@ -125,6 +125,7 @@ def elsewhere(found):
 def training(found):
     """What train_model.py prints of its report."""
     from audit import leak_sentence
+    found = all_printable(found)
     lines = [f"{found['classifier']}, {', '.join(f'{k} {v:g}' for k, v in found['hyperparameters'].items())}, on '{found['encoder']}'; "
              f"threshold {found['threshold']:.3f} ({found['threshold_rule']['words']})"]
     if len(found["classifiers"]) > 1:
@@ -137,7 +138,7 @@ def training(found):
             alarm = found["false_alarms"][name]
             lines.append(f"called fake, out of fold: {words(alarm, 3)} of {alarm['n']} {what}")
     if slope := found["calibration"]:
-        lines.append(f"calibration slope {words(slope['slope'])} (1: as sure as it should be); error {slope['error']:.3f}, "
+        lines.append(f"calibration slope {words(slope['slope'])} (1: as sure as it should be); error {slope['error']:z.3f}, "
                      f"a perfect model's stays below {slope['expected_95']:.3f} in 95 of 100 draws")
     if found["leak"]:
         lines.append(leak_sentence(found["leak"]))
@@ -148,13 +149,15 @@ def training(found):
 
 def evaluation(found):
     """What evaluate.py prints of its report."""
-    from audit import leak_sentence
+    from audit import leak_sentence, sentences
+    found = all_printable(found)
     lines = [f"{found['classifier']} {found['model_version']} on '{found['encoder']}', threshold {found['threshold']:.3f} "
              f"({found['threshold_rule']['words']})", *(f"WARNING  {line}" for line in found["warnings"])]
     apart = found["known"] or found["unseen"]
     for part, title in (("overall", "all"), ("known", "known sources"), ("unseen", "sources never seen"), ("degraded", "degraded copies")):
         if found[part] and not (part == "overall" and apart):
             lines += [f"{found[part]['n']} images, {title}:", table(found[part])]
+    lines += [f"LEAK  {line}" for line in sentences(found["audit"])[0]]
     if found["leak"]:
         lines.append(leak_sentence(found["leak"]))
     for key in ("robustness", "arms"):
@@ -207,7 +210,7 @@ def write_report(folder, report):
     matplotlib.rcParams["text.parse_math"] = False  # a source may be called c$x$
     from matplotlib import pyplot
     from plots import PLOTS
-    folder, pictures = Path(folder), {}
+    folder, pictures, report = Path(folder), {}, all_printable(report)
     for name, plot in PLOTS.items():
         if figure := plot(report):
             buffer = io.BytesIO()

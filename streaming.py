@@ -80,9 +80,11 @@ def survey(files, sample):
     from tqdm import tqdm
     scaler, found, places, start, alike, codes = StandardScaler(), [], [], 0, 0, {"": 0}
     parts = [(file.path, name) for file in files for name in file.meta["parts"]]
+    repeats = ~np.concatenate([file.distinct for file in files])
     for (path, name), part in tqdm(zip(parts, storage.read_ahead(lambda place: storage.read_part(*place, SURVEYED), parts)),
                                    total=len(parts), desc="looking at all rows", unit="part"):
         role, twins = sample.roles(part, start)
+        role[repeats[start:start + len(role)]] = OUT
         if (role != OUT).any():
             scaler.partial_fit(part["features"][role != OUT])
         found.append({"role": role, "labels": part["labels"], "whole": part["view"] == 0,

@@ -67,7 +67,7 @@ import export  # noqa: E402
 import metrics  # noqa: E402
 import signing  # noqa: E402
 import streaming  # noqa: E402
-from classifiers import GRIDS, calibrated, fit, fold_rows, out_of_fold, row_weights, search, svc  # noqa: E402
+from classifiers import GRIDS, calibrated, fit, fold_rows, one_thread, out_of_fold, row_weights, search, svc  # noqa: E402
 from dataset import COLUMNS  # noqa: E402
 from features import crops_of, load_rows  # noqa: E402
 from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model  # noqa: E402
@@ -224,7 +224,7 @@ def audit_training(columns, train, test, twins):
 def say_findings(found, before=()):
     """LEAK and note lines on stderr, those of `before` left out. -> the lines"""
     from audit import sentences
-    fatal, note = sentences(found)
+    fatal, note = sentences(common.all_printable(found))
     lines = [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]
     for line in lines:
         if line not in before:
@@ -234,6 +234,12 @@ def say_findings(found, before=()):
 
 def main(argv=None):
     args = parse_args(argv)
+    with one_thread():
+        train_and_report(args)
+
+
+def train_and_report(args):
+    """All of it: rows, audit, classifiers, report, model."""
     check_output(Path(args.model_output_path))
     if args.export_sklearn:
         export.need_skops(args.export_sklearn)
@@ -247,7 +253,7 @@ def main(argv=None):
         raise UsageError("--classifier linear-svm takes all rows of a large data set only without crops: extract without --crops, or "
                          "raise --max_rows")
     if numbers is not None:
-        how += (f"; {len(numbers)} of {sum(file.rows for file in files)} rows, a draw even over class and source"
+        how += (f"; {len(numbers)} of {sum(file.distinct.sum() for file in files)} rows, a draw even over class and source"
                 + (", and the others train as well" if streams else ""))
     rows, whole = Rows(columns, train, groups, twins), columns["view"] == 0
     copies = f", and {(~whole[train]).sum()} degraded copies" if not whole[train].all() else ""
@@ -272,11 +278,11 @@ def main(argv=None):
     model |= describe_training(data, encoder, args)
 
     import report
-    found["labels"] = audit_labels_of(model, rows)
+    found["labels"], assessed = audit_labels_of(model, rows), report.assess(model, columns, test, groups, twins)
+    found["detector"] = {"on_test": assessed["overall"]["auc"]}
     say_findings(found, said)
     found = {**report.about(model), "split": how, "audit": found, "leak": leak(model, columns, train, test, groups),
-             "false_alarms": false_alarms(model, rows), "classifiers": kinds,
-             **report.assess(model, columns, test, groups, twins),
+             "false_alarms": false_alarms(model, rows), "classifiers": kinds, **assessed,
              "leave_one_source_out": leave_one_source_out(model, rows, args.seed)}
     model["metrics"] = {name: found[name] for name in ("split", "overall", "degraded", "calibration")}
     save_model(args.model_output_path, model)

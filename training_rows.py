@@ -7,7 +7,7 @@ import numpy as np
 
 from classifiers import fold_rows, row_weights
 from common import CLASSES, UsageError
-from dataset import COLUMNS
+from dataset import COLUMNS, distinct
 from features import FeaturesFile
 from probes import MIN_IMAGES
 
@@ -56,20 +56,23 @@ def choose_rows(columns, args, seed):
     in_test = labelled & (splits == "test")
     own = args.resplit or not in_train.any() or not in_test.any() or "test" in wanted
     pool = labelled & (np.isin(splits, (*POOL, *wanted)) if args.resplit or not in_train.any() else in_train)
-    check_classes(columns, pool if own else in_train, "to train on")
-    used = np.flatnonzero(pool if own else in_train | in_test)  # others' sources must not count
+    parts = [distinct(columns, np.flatnonzero(rows)) for rows in ((pool,) if own else (in_train, in_test))]
+    check_classes(columns, parts[0], "to train on")
+    used = np.sort(np.concatenate(parts))  # others' sources must not count
     groups, twins = np.full((2, len(labelled)), -1)
     groups[used], twins[used], kind = group_rows({name: columns[name][used] for name in COLUMNS})
     if not own:
-        return np.flatnonzero(in_train), np.flatnonzero(in_test), groups, twins, f"the folders' split; folds by {kind}"
-    rows = np.flatnonzero(pool)
+        return *parts, groups, twins, f"the folders' split; folds by {kind}"
+    rows, = parts
     train, test = fold_rows(columns["labels"][rows], groups[rows], seed)[0]
     return rows[train], rows[test], groups, twins, f"our own split by {kind}, a fifth for testing; folds the same way"
 
 
 def check_classes(columns, rows, what):
+    """Raises UsageError where the row numbers hold fewer than MIN_IMAGES of a class, copies not counted."""
+    rows = rows[columns["view"][rows] == 0]
     for label, name in enumerate(CLASSES):
-        n = int((columns["labels"][rows & (columns["view"] == 0)] == label).sum())
+        n = int((columns["labels"][rows] == label).sum())
         if n < MIN_IMAGES:
             raise UsageError(f"{n} {name} images {what}; at least {MIN_IMAGES} are needed: add some, or name other splits with "
                              f"--train_splits (there: {', '.join(filter(None, sorted(set(columns['splits'])))) or 'none'})")

@@ -57,7 +57,7 @@ The threshold is {threshold:.2f} throughout. The intervals are 95%, over sources
   sources, `external` other sources.
 - **What it leans on**: aspect ratio and size give the labels of these sets away. The centre crop
   hides the shape from the
-  encoder, not every habit that goes with it. {leak} On the images of known sources alone,
+  encoder, not every habit that goes with it. {audit} {leak} On the images of known sources alone,
   {known_leak} Judge the
   model by the row of sources never seen.
 - **Where it fails**: besides the sources above, under {moved} (share of verdicts that flip, {n}
@@ -66,8 +66,16 @@ The threshold is {threshold:.2f} throughout. The intervals are 95%, over sources
 """
 
 
+def audit_words(leaks):
+    """What the audit of the training finds, in one sentence; '' where it finds no leak."""
+    if not leaks:
+        return ""
+    facts = " and ".join(line.split(" alone tells")[0] for line in leaks)
+    return f"By the rule of `audit.py` the images of known sources are a LEAK ({facts})."
+
+
 def main():
-    from audit import leak_sentence
+    from audit import leak_sentence, sentences
 
     found = json.loads((HERE / "evaluation" / "metrics.json").read_text())
     resaved = json.loads((HERE / "evaluation" / "resaved.json").read_text())[1:]
@@ -97,6 +105,7 @@ def main():
             encoder=encoder["name"],
             layers=encoder["layers"],
             dim=encoder["dim"],
+            audit=audit_words(sentences(trained["audit"])[0]),
             leak="As a whole, " + leak_sentence(found["leak"]),
             known_leak=leak_sentence(trained["leak"]),
             moved=", ".join(

@@ -12,6 +12,7 @@ from audit import audit_labels, labels_of, leak_sentence, sentences
 from conftest import assert_one_line_error
 from facts import describe_image
 from made_up import make_columns, write_features
+from metrics import wilson
 from test_facts import COPIES
 from written import encode, jpeg, pictures  # noqa: F401
 
@@ -54,10 +55,12 @@ def test_a_fact_that_separates_the_labels_is_told_and_no_other(pictures, real_si
     fakes = [(jpeg(image, fake_quality), 1, "train") for image in crops(pictures, 60, fake_sizes, 1)]
     found = audit.audit(columns_of(*reals, *fakes))
     fatal, note = sentences(found)
-    separate = {line.split(" alone tells the labels apart: AUC ")[0] for line in note if " alone " in line}
+    separate = {line.split(" alone tells the labels apart: AUC ")[0] for line in fatal + note if " alone " in line}
     assert told <= separate <= told | may | ({"all file facts"} if told else set())
-    assert separate == {p["what"] for p in found["probes"] if p["auc"]["interval"][0] >= audit.TELLING_AUC} and fatal == []
-    assert all("cross-validated over near-identical images" in line and "learnt on train" not in line for line in note if " alone " in line)
+    assert separate == {p["what"] for p in found["probes"] if p["auc"]["interval"][0] >= audit.TELLING_AUC}
+    assert len(fatal) == sum(p["auc"]["interval"][0] >= audit.TELLING_AUC and p["auc"]["interval"][1] >= audit.LEAK_AUC for p in found["probes"])
+    assert bool(fatal) == bool(told)
+    assert all("cross-validated over near-identical images" in line and "learnt on train" not in line for line in fatal + note if " alone " in line)
 
 
 def test_the_formats_of_each_label_are_counted(pictures):
@@ -84,7 +87,7 @@ def test_a_picture_that_stands_under_both_labels_is_found(pictures, copy):
     found = audit.audit(columns_of((encode(one, "PNG"), 0, "train"), (copy(one), 1, "train"),
                                    *((jpeg(picture), 0, "test") for picture in rest)))
     assert found["twins"]["clusters_with_both_labels"] == 1 and found["twins"]["test_with_twin_in_train"] == 0
-    assert sentences(found)[0] == ["1 pictures stand under both labels, as copies of each other, such as 0.jpg, 1.jpg."]
+    assert sentences(found)[0] == ["1 pictures stand under both labels, as copies of each other, such as 0.jpg, 1.jpg. Keep each under its right label alone."]
 
 
 def test_twins_within_a_split_and_label_are_no_leak(pictures):
@@ -128,12 +131,46 @@ def metric(value, low, high):
 
 def test_probes_are_told_from_an_interval_above_chance_on_clearest_first():
     bar = audit.TELLING_AUC
-    probes = [{"what": "a", "auc": metric(0.9, bar - 0.01, 1), "on_test": None}, {"what": "b", "auc": metric(0.7, bar, 0.8), "on_test": None},
-              {"what": "c", "auc": {"value": 0.99, "interval": None, "n": 9}, "on_test": metric(0.95, 0.9, 1)},
+    probes = [{"what": "a", "auc": metric(0.9, bar - 0.01, 0.9), "on_test": None}, {"what": "b", "auc": metric(0.7, bar, 0.8), "on_test": None},
+              {"what": "c", "auc": {"value": 0.99, "interval": None, "n": 9}, "on_test": metric(0.92, 0.9, 0.94)},
               {"what": "d", "auc": None, "on_test": None}]
     assert sentences(NOTHING | {"probes": probes}) == ([], [
-        "c alone tells the labels apart: AUC 0.99 cross-validated over sources; 0.95 [0.90, 1.00] learnt on train, tried on test.",
-        f"b alone tells the labels apart: AUC 0.70 [{bar:.2f}, 0.80] cross-validated over sources."])
+        "c alone tells the labels apart: AUC 0.99 cross-validated over sources; 0.92 [0.90, 0.94] learnt on train, tried on test. Save both classes alike, in one format and quality, or judge by images of other sources.",
+        f"b alone tells the labels apart: AUC 0.70 [{bar:.2f}, 0.80] cross-validated over sources. Save both classes alike, in one format and quality, or judge by images of other sources."])
+
+
+@pytest.mark.parametrize("ends, detector, leaks", [
+    ((0.80, 0.94), None, False), ((0.80, 0.95), None, True),        # the interval of a perfect guess on 73 groups starts at 0.95
+    ((0.80, 0.90), (0.91, 0.99), False), ((0.80, 0.91), (0.91, 0.99), True), ((0.66, 0.70), (0.60, 0.80), True),
+    ((0.80, 0.96), (0.97, 0.99), True),                              # a detector above it has no room left either
+    ((0.64, 0.97), (0.60, 0.80), False)])                            # that wide an interval may come of chance
+@pytest.mark.parametrize("way", ["auc", "on_test"])
+def test_a_fact_is_a_leak_where_its_interval_reaches_that_of_a_perfect_guess_or_of_the_detector(ends, detector, leaks, way):
+    probe = {"what": "format", "auc": None, "on_test": None, way: metric(sum(ends) / 2, *ends)}
+    found = NOTHING | {"probes": [probe], "detector": {way: detector and metric(0.9, *detector)}}
+    fatal, note = sentences(found)
+    assert (len(fatal), len(note), audit.report(found)[1]) == ((1, 0, 1) if leaks else (0, int(ends[0] >= audit.TELLING_AUC), 0))
+
+
+def test_a_fact_is_held_against_a_detector_that_was_measured_in_the_same_way():
+    probe = {"what": "format", "auc": metric(0.75, 0.7, 0.8), "on_test": None}
+    assert sentences(NOTHING | {"probes": [probe], "detector": {"on_test": metric(0.75, 0.7, 0.8)}})[0] == []
+
+
+def test_the_upper_threshold_is_where_the_interval_of_a_perfect_guess_on_73_groups_starts():
+    assert wilson(73, 73)[0] == pytest.approx(audit.LEAK_AUC, abs=1e-3)
+
+
+@pytest.mark.parametrize("what, words", [("format", "Save both classes alike"), ("bytes per pixel", "Save both"), ("JPEG files", "Save both"),
+                                         ("aspect ratio", "one shape"), ("pixels", "one shape"), ("files of 320x320 pixels", "one shape"),
+                                         ("all file facts", "one shape and size, and save them alike"), ("8x8 thumbnail", "same subjects")])
+def test_each_fact_has_a_remedy(what, words):
+    assert words in audit.remedy(what)
+
+
+def test_help_defines_both_thresholds(script):
+    text = " ".join(script("audit.py", "--help").stdout.split())
+    assert "starts at 0.65" in text and "reaches 0.95" in text and "above 1% of the test images" in text and "%%" not in text
 
 
 def test_telling_values_huge_files_unreadable_files_and_doubtful_sources_are_noted():
@@ -142,9 +179,11 @@ def test_telling_values_huge_files_unreadable_files_and_doubtful_sources_are_not
                        "labels": {"doubtful_sources": [{"source": "s", "labels": ["real", "fake"], "what": "AUC", **metric(0.1, 0.05, 0.2)}]}}
     fatal, note = sentences(found)
     assert fatal == [] and note[:5] == [
-        "PNG files: 10% of the reals, 90% of the fakes.", "files with both sides multiples of 64: 10% of the reals, 90% of the fakes.",
-        "files of 8x8 pixels: 10% of the reals, 90% of the fakes.", "3 files cannot be read (1 real, 2 fake), such as x, y.",
-        "2 images have more than 50,000,000 pixels; the service refuses those."]
+        "PNG files: 10% of the reals, 90% of the fakes. Save both classes alike, in one format and quality.",
+        "files with both sides multiples of 64: 10% of the reals, 90% of the fakes. Crop both classes to one shape and size.",
+        "files of 8x8 pixels: 10% of the reals, 90% of the fakes. Crop both classes to one shape and size.",
+        "3 files cannot be read (1 real, 2 fake), such as x, y. Mend or remove them.",
+        "2 images have more than 50,000,000 pixels; the service refuses those. Shrink both classes alike."]
     assert note[5].startswith("source 's' (real and fake, 100 images): ") and "contradicts its labels (AUC 0.10 [0.05, 0.20])" in note[5]
 
 
@@ -170,10 +209,11 @@ def test_the_labels_of_a_features_file_are_looked_at_without_copies_seen_and_unl
     columns["labels"][100:105] = -1
     columns["splits"][110:115] = "seen"
     columns["view"][90:95] = 1
-    found = labels_of(columns)
+    found, linear = labels_of(columns)
     assert found["images"] == 105
     assert found["probable_errors"] and {row["path"] for row in found["first"]} <= set(columns["paths"][:5])
-    assert labels_of(make_columns(real=19)) is None
+    assert linear["n"] == 105 and linear["value"] > 0.9
+    assert labels_of(make_columns(real=19)) == (None, None)
 
 
 # ---- the command ----
@@ -225,7 +265,7 @@ def test_the_folder_and_its_features_file_tell_the_same(folder, request, script,
     assert made.returncode == 0, made.stderr
     told = [script("audit.py", *source, "--json") for source in (("--data_dir", data), ("--features_file", "f.npz"))]
     by_folder, by_file = (json.loads(done.stdout) for done in told)
-    assert by_file.pop("labels")["images"] == (40 if folder == "clean" else 46) and by_file == by_folder
+    assert by_file.pop("labels")["images"] == (40 if folder == "clean" else 46) and by_file.pop("detector") and by_file == by_folder
     assert told[0].returncode == told[1].returncode == (folder == "leaking")
 
 
@@ -247,7 +287,7 @@ def test_images_that_cannot_be_read_are_told_left_out_and_counted_by_class(leaki
     assert (found["images"], done.returncode) == (46, 1)
     assert found["unreadable"] == {"n": 3, "first": ["train/fake/torn1.jpg", "train/fake/torn2.jpg", "train/real/dangling.jpg"],
                                    "real": 1, "fake": 2}
-    assert "3 files cannot be read (1 real, 2 fake), such as train/fake/torn1.jpg, train/fake/torn2.jpg." in found["note"]
+    assert "3 files cannot be read (1 real, 2 fake), such as train/fake/torn1.jpg, train/fake/torn2.jpg. Mend or remove them." in found["note"]
     for path, why in (("train/real/text.jpg", "not an image format we take"), ("train/real/dangling.jpg", ""), ("train/fake/torn1.jpg", "")):
         assert f"left out {path}: {why}" in done.stderr
 
@@ -267,6 +307,28 @@ def test_labels_that_look_wrong_are_told_of_a_features_file(script, tmp_path):
     told = done.stdout[done.stdout.index("labels to look at first ("):].splitlines()
     assert "of 120 are unlike their class" in told[0] and told[1:]
     assert set(told[1:]) <= {f"  0/0000{i}.jpg is called fake" for i in range(4)}
+
+
+def test_a_folder_of_png_fakes_and_jpeg_reals_is_a_leak(make_folder, script, tmp_path):
+    folder = make_folder(tmp_path / "data", {"real": 30, "fake": 30})
+    for path in (folder / "fake").iterdir():
+        with Image.open(path) as picture:
+            picture.save(path.with_suffix(".png"))
+        path.unlink()
+    done = script("audit.py", "--data_dir", folder)
+    assert done.returncode == 1, done.stderr
+    line, = [line for line in done.stdout.splitlines() if line.startswith("LEAK  format alone")]
+    assert "AUC 1.00" in line and "Save both classes alike" in line
+
+
+def test_the_same_file_under_two_names_counts_once_and_is_told(clean, script, tmp_path):
+    folder = shutil.copytree(clean, tmp_path / "twice")
+    for name in ("train/real/000.jpg", "train/fake/003.jpg"):
+        shutil.copy(folder / name, (folder / name).with_name("again.jpg"))
+    once, twice = (script("audit.py", "--data_dir", data, "--json") for data in (clean, folder))
+    assert "2 rows repeat an image that is there already: dropped" in twice.stderr
+    once, twice = json.loads(once.stdout), json.loads(twice.stdout)
+    assert once["images"] == twice["images"] == 40 and once["probes"] == twice["probes"] and once["telling"] == twice["telling"]
 
 
 def without_images(folder):

@@ -17,7 +17,7 @@ import train_model
 from classifiers import GRIDS, balanced_weights, capped, fit_sigmoid, fold_rows, out_of_fold, row_weights, search_rows
 from common import UsageError
 from conftest import ROOT
-from made_up import build, make_columns, training_arguments, training_rows, with_views
+from made_up import build, make_columns, training_arguments, training_rows, with_views, write_features
 from model import decision, probability, verdict
 from training_rows import Rows, choose_rows
 
@@ -334,3 +334,26 @@ def test_scores_worse_than_chance_do_not_turn_the_verdicts_round():
     scores = np.random.default_rng(0).normal(size=100) - labels
     p_fake = probability({"calibrator": fit_sigmoid(scores, labels)}, scores)
     assert (np.argsort(p_fake) == np.argsort(scores)).all() and np.abs(p_fake - 0.5).max() < 0.01
+
+
+# ---- threads ----
+
+TRAINED_BY_EVERY_KIND = """
+import sys
+import train_model
+for kind in train_model.GRIDS:
+    train_model.search = lambda kind, *_: train_model.GRIDS[kind][0]
+    train_model.main(["--features_file", sys.argv[1], "--classifier", kind, "--model_output_path", f"{sys.argv[2]}-{kind}.joblib"])
+"""
+
+
+@pytest.mark.long
+def test_the_model_is_the_same_to_the_byte_for_any_number_of_threads(tmp_path):
+    features = write_features(tmp_path / "f.npz", real=150, fake=150, dim=512)
+    for number in "123":
+        limits = {f"{library}_NUM_THREADS": number for library in ("OMP", "OPENBLAS", "MKL")}
+        done = subprocess.run([sys.executable, "-c", TRAINED_BY_EVERY_KIND, features, tmp_path / number], cwd=ROOT,
+                              env={**os.environ, **limits}, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+    for kind in GRIDS:
+        assert len({(tmp_path / f"{number}-{kind}.joblib").read_bytes() for number in "123"}) == 1, kind

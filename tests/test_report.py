@@ -1,6 +1,7 @@
 """From scores to a report: what is measured on which rows, the texts, the tables, the page and the model card."""
 import csv
 import json
+import os
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 import metrics
 import report
+from audit import leak_sentence
 from conftest import ROOT
 from evaluate import condition
 from metrics import METRICS, measure, share
@@ -336,3 +338,22 @@ def test_the_shipped_report_is_complete():
     for folder in (ROOT / "models" / "baseline_report", ROOT / "models" / "evaluation"):
         assert {"encoder", "overall", "by_source", "scores", "audit"} <= parsed(folder / "metrics.json").keys()
         assert {"MODEL_CARD.md", "overall.csv", "sources.csv"} <= files(folder)  # no page: it would hold pictures
+
+
+def test_a_name_that_is_not_utf_8_or_holds_a_line_end_is_escaped_in_every_file(tmp_path):
+    name = os.fsdecode(b"caf\xe9\nfake")
+    labels, p_fake = scored()
+    report = reported(labels, p_fake.clip(0.001, 0.999), np.where(np.arange(len(labels)) % 2, name, "other"))
+    folder = write_report(tmp_path / "report", report)
+    escaped = "caf\\udce9\\nfake"
+    assert escaped in {row["source"] for row in json.loads((folder / "metrics.json").read_text())["by_source"]}
+    for file in ("sources.csv", "report.html", "MODEL_CARD.md"):
+        assert escaped in (folder / file).read_bytes().decode(), file
+    assert (folder / "sources.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("value, digits, text", [(-0.001, 2, "0.00"), (-0.0, 3, "0.000"), (-0.006, 2, "-0.01"), (0.5, 2, "0.50")])
+def test_a_figure_is_never_minus_zero(value, digits, text):
+    assert words({"value": value, "interval": [value, value]}, digits) == f"{text} [{text}, {text}]"
+    leak = {"what": "format", "leak": value, "detector": value, "how": "", "difference": {"value": value, "interval": None}}
+    assert "-0.00 " not in leak_sentence(leak)

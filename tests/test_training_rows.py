@@ -5,9 +5,11 @@ import pytest
 import training_rows
 from classifiers import fold_rows
 from common import UsageError
+from dataset import COLUMNS, without_repeats
 from facts import make_groups
-from made_up import make_columns, training_arguments, with_views
-from trained import train  # noqa: F401
+from features import FeaturesFile, load_rows
+from made_up import make_columns, training_arguments, with_views, write_features
+from trained import quick, train  # noqa: F401
 from training_rows import choose_rows
 
 
@@ -196,3 +198,55 @@ def test_one_picture_above_5_percent_of_the_data_and_50_images_stops_everything(
         return
     with pytest.raises(UsageError, match=f"^{copies} of {copies + others} images look like one .*remove the copies"):
         training_rows.group_rows(columns)
+
+
+# ---- distinct images ----
+
+def joined(*several):
+    return {name: np.concatenate([columns[name] for columns in several]) for name in several[0]}
+
+
+def test_a_features_file_given_twice_changes_no_model_no_figure_and_no_warning(train, quick):
+    columns = with_views(make_columns(), 1)
+    once, twice = train(columns, max_fpr=0.01, name="once"), train(columns, columns, max_fpr=0.01, name="twice")
+    assert "240 rows repeat an image that is there already: dropped" in twice[3]
+    assert twice[3].replace("240 rows repeat an image that is there already: dropped\n", "").count("warning") == once[3].count("warning") == 1
+    assert twice[1] == once[1]
+    assert twice[0].pop("sha256") == once[0].pop("sha256")  # of the model file
+
+
+def test_a_draw_of_repeated_rows_is_a_draw_of_distinct_ones(tmp_path):
+    columns, few = with_views(make_columns(real=300, fake=300), 1), with_views(make_columns(real=300, fake=300), 3)
+    once, twice, grown = ([FeaturesFile(write_features(tmp_path / f"{name}{i}.npz", part)) for i, part in enumerate(parts)]
+                          for name, parts in (("a", [columns]), ("b", [columns, columns]), ("c", [columns, few])))
+    (one, _), (two, rows) = load_rows(once, 400), load_rows(twice, 400)
+    assert 390 < len(rows) <= 400 and all(np.array_equal(one[name], two[name]) for name in COLUMNS)
+    whole, rows = load_rows(twice, 1200)
+    assert rows is None and len(whole["labels"]) == 1200
+    drawn, _ = load_rows(grown, 400)
+    assert set(zip(drawn["sha256"], drawn["view"])) == {(digest, view) for digest in set(drawn["sha256"]) for view in range(4)}
+
+
+def test_an_image_in_train_and_in_test_stays_in_both_as_a_leak_and_counts_once_after_a_resplit():
+    columns = make_columns()
+    again = {name: values[:10] for name, values in columns.items()} | {"splits": np.full(10, "test")}
+    both = without_repeats(joined(columns, again))
+    assert len(both["labels"]) == 130
+    rows, test, *_ = chosen(both)
+    assert set(both["sha256"][rows]) & set(both["sha256"][test]) == set(again["sha256"])
+    rows, test, *_ = chosen(both, resplit=True)
+    assert len(rows) + len(test) == 120 == len(set(both["sha256"][np.concatenate([rows, test])]))
+
+
+def test_repeats_do_not_make_up_for_missing_images():
+    columns = make_columns(real=18)
+    columns["splits"][:] = "train"
+    again = joined(columns, {**columns, "splits": np.full(78, "val")})
+    with pytest.raises(UsageError, match="18 real images to train on; at least 20"):
+        chosen(again, resplit=True)
+
+
+def test_one_image_under_both_labels_is_no_repeat(capsys):
+    columns = make_columns()
+    columns["sha256"][0] = columns["sha256"][100]
+    assert len(without_repeats(columns)["labels"]) == 120 and "repeat" not in capsys.readouterr().err
