@@ -46,7 +46,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered now, before wh
 
 import numpy as np  # noqa: E402
 
-from dataset import SEEN, list_images, without_repeats  # noqa: E402
+from dataset import SEEN, has_extension, list_images, without_repeats  # noqa: E402
 from features import load_features  # noqa: E402
 from facts import describe_image, make_groups, twin_clusters  # noqa: E402
 from metrics import auc, words  # noqa: E402
@@ -217,7 +217,7 @@ def describe_folder(data_dir):
         for entry, row in tqdm(zip(listed, pool.map(read, listed)), total=len(listed), desc="reading", unit="image"):
             if isinstance(row, Exception):
                 tqdm.write(f"left out {common.printable(entry.path)}: {row}", file=sys.stderr)
-                if not isinstance(row, common.UnsupportedImage):  # a caption beside an image is no broken image
+                if getattr(row, "is_image", True) or has_extension(entry.path):  # a caption is no broken image
                     unreadable.append((entry.path, entry.label))
             else:
                 entries.append(entry)

@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 import subprocess
 import sys
@@ -112,11 +113,8 @@ def atomic_write(path, mode="wb"):
     A symbolic link is followed. A new file's mode follows the umask, an existing file keeps its
     own. Raises UsageError where `path` is no regular file, and for what the system refuses.
     """
+    refuse_place(path, f"cannot write {path}")
     given, path = Path(path), Path(os.path.realpath(path))
-    if given.is_dir():
-        raise UsageError(f"cannot write {given}: it is a folder; name a file in it")
-    if given.exists() and not given.is_file():
-        raise UsageError(f"cannot write {given}: it is a device or a pipe; name a file")
     temporary = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         with refusal(f"cannot write {given}"):
@@ -150,6 +148,36 @@ def unnamed_refusal(what):
         if error.filename is not None:
             raise
         raise UsageError(f"{what}: {reason(error)}") from None
+
+
+def refuse_place(path, given):
+    """Raises UsageError where `path` is there and is no regular file."""
+    if Path(path).is_dir():
+        raise UsageError(f"{given}: it is a folder; name a file in it")
+    if Path(path).exists() and not Path(path).is_file():
+        raise UsageError(f"{given}: it is a device or a pipe; name a file")
+
+
+@contextmanager
+def atomic_folder(folder, own=()):
+    """Yields a new folder beside `folder`. At the end its files take their places in `folder`.
+
+    Then what `folder` still has of the names `own` is removed. Raises UsageError.
+    """
+    folder = Path(os.path.realpath(folder))
+    with refusal(f"cannot write {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".part-"))
+    try:
+        yield scratch
+        new = sorted(path.name for path in scratch.iterdir())
+        with refusal(f"cannot write {folder}"):
+            for name in new:
+                put(scratch / name, folder / name)
+            for name in set(own) - set(new):
+                (folder / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -188,6 +216,12 @@ def reserve(folder, size):
     """Raises OSError unless `folder` has room for `size` bytes: some libraries do not say so."""
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, size)
+
+
+def check_file(path, given):
+    """A place where no file can be written is told before the work. Raises UsageError."""
+    refuse_place(path, given)
+    check_folder(Path(os.path.realpath(path)).parent, given)
 
 
 def check_folder(path, given):

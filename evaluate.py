@@ -301,13 +301,14 @@ def main(argv=None):
     first, groups, p_fake, found = assess_all(model, columns, *split_rows(columns, model, seen))
     rows = None if before is None else compare(found, before)
     folder = Path(args.report_dir)
-    if args.data_dir:
-        found |= distorted(detector, args.data_dir, first, groups, args.robustness_images)
-        found["hardest"] = hardest(first, p_fake, model["threshold"])
-        contact_sheet(args.data_dir, first, found["hardest"], folder / "hardest.png")
-    else:
-        found["not_measured"] = list(PICTURES)
-    report.write_report(folder, found)
+    with report.staged(folder) as place:
+        if args.data_dir:
+            found |= distorted(detector, args.data_dir, first, groups, args.robustness_images)
+            found["hardest"] = hardest(first, p_fake, model["threshold"])
+            contact_sheet(args.data_dir, first, found["hardest"], place / "hardest.png")
+        else:
+            found["not_measured"] = list(PICTURES)
+        report.fill(place, found)
     print(report.evaluation(found))
     print(f"report in {folder}/")
     if rows is None:

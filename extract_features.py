@@ -100,10 +100,7 @@ def draw(entries, limit, seed=0):
 
 def check_writable(given, parts):
     """An output that cannot be written is told before the hours of encoding, not after. Raises UsageError."""
-    if Path(given).is_dir():
-        raise UsageError(f"--output_file {given}: is a folder; name a file in it")
-    if Path(given).exists() and not Path(given).is_file():
-        raise UsageError(f"--output_file {given}: is a device or a pipe; name a file")
+    common.refuse_place(given, f"--output_file {given}")
     with common.atomic_write(parts / "probe"):
         pass
     (parts / "probe").unlink()

@@ -203,8 +203,14 @@ def tables(report):
     return found
 
 
-def write_report(folder, report):
-    """metrics.json, and from it the CSV tables, the plots, report.html (self-contained) and MODEL_CARD.md. -> the folder"""
+def staged(folder):
+    """Yields a place to `fill`; at the end it becomes the report in `folder`, whole or not at all."""
+    from plots import PLOTS
+    return atomic_folder(folder, [*(f"{plot}.png" for plot in PLOTS), "robustness.csv", "arms.csv", "hardest.png"])
+
+
+def fill(folder, report):
+    """metrics.json, and from it the CSV tables, the plots, report.html (self-contained) and MODEL_CARD.md."""
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # a source may be called c$x$
@@ -217,23 +223,18 @@ def write_report(folder, report):
             figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
             pyplot.close(figure)
             pictures[name] = buffer.getvalue()
-    drawn = dict(pictures)
+    for name, data in pictures.items():
+        with atomic_write(folder / f"{name}.png") as file:
+            file.write(data)
     if (folder / "hardest.png").is_file() and report.get("hardest"):
         pictures["hardest"] = (folder / "hardest.png").read_bytes()
     pages = {name: render(template, report, pictures) for name, template in (("report.html", "report.html"), ("MODEL_CARD.md", "model_card.md"))}
-    # all is made before anything is written; what an earlier report had more is removed
-    for name in [*(f"{plot}.png" for plot in PLOTS), "robustness.csv", "arms.csv", *([] if report.get("hardest") else ["hardest.png"])]:
-        (folder / name).unlink(missing_ok=True)
-    for name, data in drawn.items():
-        with atomic_write(folder / f"{name}.png") as file:
-            file.write(data)
     for name, (header, rows) in tables(report).items():
         with atomic_write(folder / name, "w") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
     for name, text in {**pages, "metrics.json": json.dumps(report, indent=1)}.items():
         with atomic_write(folder / name, "w") as file:
             file.write(text)
-    return folder
 
 
 def render(template, report, pictures=()):

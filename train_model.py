@@ -191,13 +191,6 @@ def p_of(model, columns, rows):
 
 # ---- the command ----
 
-def check_output(path, flag="--model_output_path"):
-    """An unwritable place is told before the training, not after."""
-    common.check_folder(path.parent, f"{flag} {path}")
-    if path.is_dir():
-        raise UsageError(f"{flag} {path} is a folder; name a file in it")
-
-
 def left_out(columns, used):
     """Splits that neither trained nor tested, with their numbers: '830 external' or ''."""
     splits, n = np.unique(np.delete(columns["splits"], used), return_counts=True)
@@ -234,16 +227,16 @@ def say_findings(found, before=()):
 
 def main(argv=None):
     args = parse_args(argv)
-    with one_thread():
+    with one_thread(), common.only_writer(args.model_output_path, f"--model_output_path {args.model_output_path}"):
         train_and_report(args)
 
 
 def train_and_report(args):
     """All of it: rows, audit, classifiers, report, model."""
-    check_output(Path(args.model_output_path))
+    common.check_file(args.model_output_path, f"--model_output_path {args.model_output_path}")
     if args.export_sklearn:
         export.need_skops(args.export_sklearn)
-        check_output(Path(args.export_sklearn), "--export_sklearn")
+        common.check_file(args.export_sklearn, f"--export_sklearn {args.export_sklearn}")
     key = signing.read_key(args.sign, "--sign", "private") if args.sign else None
     files, encoder = open_files(args.features_file, args.crops)
     columns, numbers = load_rows(files, args.max_rows, args.seed)
@@ -285,11 +278,13 @@ def train_and_report(args):
              "false_alarms": false_alarms(model, rows), "classifiers": kinds, **assessed,
              "leave_one_source_out": leave_one_source_out(model, rows, args.seed)}
     model["metrics"] = {name: found[name] for name in ("split", "overall", "degraded", "calibration")}
-    save_model(args.model_output_path, model)
-    signing.sign(args.model_output_path, key)
-    if args.export_sklearn:
-        export.write(args.export_sklearn, model, args.seed)
-    folder = report.write_report(Path(args.model_output_path).with_suffix("").as_posix() + "_report", found)
+    folder = Path(args.model_output_path).with_suffix("").as_posix() + "_report"
+    with report.staged(folder) as place:  # the model and its report land together
+        report.fill(place, found)
+        save_model(args.model_output_path, model)
+        signing.sign(args.model_output_path, key)
+        if args.export_sklearn:
+            export.write(args.export_sklearn, model, args.seed)
     print(report.training(found))
     print(f"{args.model_output_path} {args.model_version}, report in {folder}/")
 

@@ -14,7 +14,7 @@ from audit import leak_sentence
 from conftest import ROOT
 from evaluate import condition
 from metrics import METRICS, measure, share
-from report import LEAST_IMAGES, assess, calibration_warning, elsewhere, table, words, write_report
+from report import LEAST_IMAGES, assess, calibration_warning, elsewhere, fill, staged, table, words
 from test_audit import NOTHING
 from test_metrics import scored
 
@@ -27,6 +27,13 @@ MODEL = {"classifier": "logistic", "center": np.zeros(1), "scale": np.ones(1), "
 HOSTILE = '<script>alert("1")</script>'
 
 
+def write_report(folder, found):
+    with staged(folder) as place:
+        fill(place, found)
+    return folder
+
+
+
 def columns_for(labels, p_fake, sources="", view=0):
     """Rows to which MODEL gives these probabilities."""
     return {"features": metrics.logit(p_fake)[:, None].astype(np.float32), "labels": np.asarray(labels), "view": np.full(len(labels), view),
@@ -34,7 +41,7 @@ def columns_for(labels, p_fake, sources="", view=0):
 
 
 def reported(labels, p_fake, sources="", **more):
-    """The least that write_report takes: one group an image, files that betray nothing."""
+    """The least that `fill` takes: one group an image, files that betray nothing."""
     rows = np.arange(len(labels))
     return {**report.about(MODEL), **assess(MODEL, columns_for(labels, p_fake, sources), rows, rows, rows), "audit": NOTHING, **more}
 
@@ -320,8 +327,10 @@ def test_a_demonstration_is_called_one_everywhere(tmp_path):
 
 def test_the_sheet_of_hardest_images_is_on_the_page_where_there_is_one(tmp_path):
     found = evaluation_report()
-    Image.effect_noise((200, 200), 90).save(tmp_path / "hardest.png")
-    assert "contact sheet" in page(write_report(tmp_path, found))[0]
+    with staged(tmp_path) as place:
+        Image.effect_noise((200, 200), 90).save(place / "hardest.png")
+        fill(place, found)
+    assert "contact sheet" in page(tmp_path)[0]
     assert "contact sheet" not in page(write_report(tmp_path, found | {"hardest": []}))[0]
 
 
