@@ -107,7 +107,7 @@ def list_paths(given):
             listing = list_files(path)
             say_left_out(path, listing)
             if not listing.files:
-                raise UsageError(f"--image_path {path}: the folder {'cannot be read' if listing.unreadable else 'holds no images'}")
+                raise UsageError(f"--image_path {path}: the folder {'cannot be read' if listing.unreadable else 'holds no images' if any(listing) else 'is empty'}")
             paths += [os.path.join(path, name) for name in listing.files]
             unreadable = unreadable or bool(listing.unreadable)
         elif path != "-" and not Path(path).exists():
@@ -192,8 +192,6 @@ def main(argv=None):
         found = load(detector, paths[0], args.max_pixels, args.details)
         if isinstance(found, Exception):
             say(f"error: {paths[0]}: {found}")
-            if args.json:
-                print(json.dumps({"error": str(found)}))
             return 1
         pixels, provenance = found
         print(line(detector.model, detector.p_fake(pixels[None])[0], provenance, args))

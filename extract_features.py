@@ -40,7 +40,7 @@ def parse_args(argv):
     parser.add_argument("--views", type=int, default=0, metavar="N", help="degraded copies of each image beside it")
     parser.add_argument("--crops", type=int, default=0, metavar="N", help="squares of it in full resolution, too")
     parser.add_argument("--prune", action="store_true", help="drop the rows of files that are gone")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 where a folder is ignored: its name is no label")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 where a folder is ignored")
     parser.add_argument("--unlabelled", action="store_true", help="take any folder; all labels are -1")
     parser.add_argument("--split_names", default=",".join(SPLITS), metavar="A,B", help="folder names that are splits")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, metavar="X",
@@ -49,7 +49,7 @@ def parse_args(argv):
     parser.add_argument("--batch_size", type=int, metavar="N", help="images in one forward pass (default: 16, on CUDA 256)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16", "int8"], default="auto",
-                        help="auto: what the encoder asks for, else the fastest here; int8: prepare_clip.py makes it")
+                        help="auto: the encoder's, else the fastest; int8: see prepare_clip.py")
     parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster, into Parquet; local starts one here; auto: the one we are on")
     args = parser.parse_args(argv)
     args.output_file = args.output_file or ("features.parquet" if args.ray else "features.npz")

@@ -137,6 +137,8 @@ def webp_parts(data):
     """The picture, or an animation's first, and whole metadata, in a file of the right length."""
     kept, at, frames = [], 12, 0
     for _ in range(MAX_PARTS):
+        if at + 8 > len(data):
+            break
         name, size = data[at:at + 4], int.from_bytes(data[at + 4:at + 8], "little")
         whole, frames = at + 8 + size <= len(data), frames + (name == b"ANMF")
         if (name in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM") or name == b"ANMF" and frames == 1

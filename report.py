@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import metrics
-from common import CLASSES, HERE, all_printable, atomic_write
+from common import CLASSES, HERE, all_printable, atomic_folder, atomic_write
 from metrics import METRICS, words
 from model import decision, probability
 

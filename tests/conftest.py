@@ -116,11 +116,11 @@ def without_root():
         ctypes.CDLL(None).prctl(24, capability)
 
 
-def assert_one_line_error(result, *words):
-    """Exit code 2 and one line on stderr that says all of `words`; no traceback."""
+def assert_one_line_error(result, *words, code=2):
+    """Exit code and one line on stderr that says all of `words`; no traceback."""
     text = result.stderr if isinstance(result.stderr, str) else result.stderr.decode()
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2, text
+    assert result.returncode == code, text
     assert "Traceback" not in text
     assert len(lines) == 1, text
     for word in words:

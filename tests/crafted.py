@@ -134,8 +134,8 @@ def declared(width, height):
 TOO_LARGE = {
     **{f"a {name} of 40,000 x 40,000 pixels": make for name, make in declared(40_000, 40_000).items()},
     **{f"a {name} of 14,000 x 14,000 pixels": make for name, make in declared(14_000, 14_000).items()},
-    "a HEIC of 200 x 200 pixels in sixteen tiles of 67 million":
-        lambda: heif_boxes.tiled(Image.new("RGB", (8192, 8192), "red"), 4, 4, 200, 200),
+    "a HEIC of 200 x 200 pixels in 256 tiles of 4 million":
+        lambda: heif_boxes.tiled(Image.new("RGB", (2048, 2048), "red"), 16, 16, 200, 200),
     "a GIF with a frame larger than its screen": lambda: gif((10, 10), (65000, 65000)),
     "a TIFF of 64 x 64 pixels in a tile of 65,536 x 65,536":
         lambda: tiff(grid(64, 64, 1, t322=65536, t323=65536, t324=2000, t325=4096), bytes(4096)),

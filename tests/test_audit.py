@@ -277,7 +277,7 @@ def test_features_without_a_label_are_refused_in_one_line(clean, script):
 
 
 def test_images_that_cannot_be_read_are_told_left_out_and_counted_by_class(leaking, script):
-    (leaking / "train/real/text.jpg").write_text("no image")  # a caption beside an image is no broken image
+    (leaking / "train/real/text.txt").write_text("no image")  # a caption beside an image is no broken image
     (leaking / "train/real/dangling.jpg").symlink_to("/nowhere")
     for i in (1, 2):
         data = (leaking / f"train/fake/00{i}.jpg").read_bytes()

@@ -295,19 +295,19 @@ def spoilt(photos, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "truncated", "a header only"])
-def test_a_single_bad_image_is_one_line_and_exit_code_2(classify, spoilt, kind):
+def test_a_single_bad_image_is_one_line_and_exit_code_1(classify, spoilt, kind):
     path = spoilt(kind)
     result = classify(path, flags=["--json"])
-    assert_one_line_error(result, path)
+    assert_one_line_error(result, path, code=1)
     assert result.stdout == ""
 
 
-def test_bad_bytes_on_stdin_are_one_line_and_exit_code_2(classify):
-    assert_one_line_error(classify("-", stdin=b"hello"), "not an image format")
+def test_bad_bytes_on_stdin_are_one_line_and_exit_code_1(classify):
+    assert_one_line_error(classify("-", stdin=b"hello"), "not an image format", code=1)
 
 
 def test_an_image_of_too_many_pixels_is_refused_with_its_size(classify, photos):
-    assert_one_line_error(classify(photos["china.jpg"], flags=["--max_pixels", "1000"]), "640 x 427", "1,000")
+    assert_one_line_error(classify(photos["china.jpg"], flags=["--max_pixels", "1000"]), "640 x 427", "1,000", code=1)
 
 
 def test_bad_images_among_others_are_told_and_the_exit_code_is_1(classify, spoilt, photos):

@@ -296,9 +296,9 @@ def no_labels(columns):
 
 
 def four_pictures(columns):
-    """All fakes to train on are copies of four pictures."""
+    """All fakes to train on show one of four pictures."""
     fakes = np.flatnonzero((columns["labels"] == 1) & (columns["splits"] == "train"))
-    columns["sha256"][fakes] = columns["sha256"][fakes[np.arange(len(fakes)) % 4]]
+    columns["thumb"][fakes] = columns["thumb"][fakes[np.arange(len(fakes)) % 4]]
 
 
 @pytest.mark.parametrize("spoil, words", [
