@@ -288,7 +288,7 @@ def test_images_that_cannot_be_read_are_told_left_out_and_counted_by_class(leaki
     assert found["unreadable"] == {"n": 3, "first": ["train/fake/torn1.jpg", "train/fake/torn2.jpg", "train/real/dangling.jpg"],
                                    "real": 1, "fake": 2}
     assert "3 files cannot be read (1 real, 2 fake), such as train/fake/torn1.jpg, train/fake/torn2.jpg. Mend or remove them." in found["note"]
-    for path, why in (("train/real/text.jpg", "not an image format we take"), ("train/real/dangling.jpg", ""), ("train/fake/torn1.jpg", "")):
+    for path, why in (("train/real/text.txt", "not an image format we take"), ("train/real/dangling.jpg", ""), ("train/fake/torn1.jpg", "")):
         assert f"left out {path}: {why}" in done.stderr
 
 
