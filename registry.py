@@ -280,7 +280,8 @@ def pull(args):
         for source, target in ((path, out), (signature_path(path), signature_path(out))):
             if source.is_file():
                 written.enter_context(common.atomic_write(target)).write(source.read_bytes())
-    if not signature_path(path).is_file():
+        signed = signature_path(path).is_file()
+    if not signed:
         signature_path(out).unlink(missing_ok=True)  # of the file that was there
     print(f"{out}: {title(version)}")
 
