@@ -31,7 +31,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=common.Help)
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
-    parser.add_argument("--output_file", metavar="FILE", help="features to write (default: features.npz; --ray: features.parquet)")
+    parser.add_argument("--output_file", metavar="FILE", help="features to write (default: features.npz)")
     parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
                         help="a name (docs/encoders.md) or a checkpoint; CLIP_MODEL sets the default")
     parser.add_argument("--layers", type=layers_flag, default="final", metavar="L",
@@ -50,7 +50,7 @@ def parse_args(argv):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16", "int8"], default="auto",
                         help="auto: the encoder's, else the fastest; int8: see prepare_clip.py")
-    parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster, into Parquet; local starts one here; auto: the one we are on")
+    parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster, into features.parquet; local starts one here; auto: the one we are on")
     args = parser.parse_args(argv)
     args.output_file = args.output_file or ("features.parquet" if args.ray else "features.npz")
     for name, least, most in (("limit", 1, None), ("batch_size", 1, None), ("max_pixels", 1, None), ("views", 0, MAX_VIEWS),
