@@ -55,7 +55,7 @@ def connected(address):
         else:
             ray.init(address, **quiet)
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
-        raise UsageError(f"--ray {address}: no cluster answers ({storage.one_line(error)}); 'auto' on one of its nodes, HOST:PORT "
+        raise UsageError(f"--ray {address}: no cluster answers ({common.one_line(error)}); 'auto' on one of its nodes, HOST:PORT "
                          "or 'local'") from None
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False

@@ -97,6 +97,11 @@ def reason(error):
     return f"{words or error}; {REMEDIES.get(error.errno, ANOTHER_PLACE)}"
 
 
+def one_line(error):
+    """An error's words in one line, of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
 @contextmanager
 def refusal(what):
     """An OSError becomes a UsageError: `what`, the reason, the remedy."""

@@ -16,7 +16,7 @@ from PIL import (AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegIma
                  PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin)
 from pi_heif import HeifImagePlugin  # noqa: F401
 
-from common import MAX_PIXELS, BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
+from common import MAX_PIXELS, BrokenImage, ImageError, ImageTooLarge, UnsupportedImage, one_line
 from formats import (FORMATS, TAKEN, heif_items, jpeg_ends, jpeg_scans, needed_parts, sniff,
                      tiff_directory, without_metadata)
 from pixels import STRIP_PIXELS, declare_kind, refuse_tiff_kind, to_rgb
@@ -97,10 +97,6 @@ def unsupported(known, data):
     error = UnsupportedImage(f"{what} (taken: {TAKEN})")
     error.is_image = False
     return error
-
-
-def one_line(error):
-    return " ".join(str(error).split())
 
 
 def read_header(data, known, max_pixels):

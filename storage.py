@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from common import UsageError, is_remote
+from common import UsageError, is_remote, one_line
 from dataset import COLUMNS, FACTS, arrange, list_files
 
 AT_ONCE = 16  # requests to an object store
@@ -46,10 +46,6 @@ def open_folder(address):
     except (OSError, ValueError, NotImplementedError) as error:
         raise UsageError(f"{address}: {one_line(error)}; name a folder, s3://bucket/folder or gs://bucket/folder") from None
     return filesystem, root.rstrip("/")
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:300]
 
 
 def list_stamps(folder):
