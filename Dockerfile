@@ -29,11 +29,9 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
 WORKDIR /app
 COPY requirements-serve.txt ./
 RUN python -m pip install --no-cache-dir -r requirements-serve.txt
-COPY app.py catalogue.py classify.py closeness.py common.py dataset.py eight_bit.py encoders.py engine.py formats.py \
-    golden.py gunicorn.conf.py imaging.py layers.py metrics.py model.py pixels.py prepare_clip.py provenance.py quantize.py samples.py settings.py \
-    signing.py telemetry.py together.py upload.py vit.py weights.py requirements-encoder.txt ./
-COPY static static
-COPY templates templates
+COPY app.py classify.py golden.py gunicorn.conf.py prepare_clip.py ./
+COPY detector detector
+COPY requirements requirements
 ARG CODE_COMMIT=unknown
 ENV CODE_COMMIT=${CODE_COMMIT}
 # a number, so that Kubernetes can tell that it is not root

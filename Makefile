@@ -17,24 +17,24 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo -n)
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
-$(VENV)/.ready: requirements.txt requirements-serve.txt requirements-demo.txt requirements-dev.txt requirements-c2pa.txt requirements-mlflow.txt requirements-ray.txt
+$(VENV)/.ready: requirements.txt requirements-serve.txt requirements/demo.txt requirements/dev.txt requirements/c2pa.txt requirements/mlflow.txt requirements/ray.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	$(VENV)/bin/python -m pip install -q -r requirements/dev.txt
 	touch $@
 
 # MLflow's server, which tests start as a real part, wants another gunicorn than the service
-.venv-mlflow/.ready: requirements-mlflow-server.txt
+.venv-mlflow/.ready: requirements/mlflow-server.txt
 	$(PYTHON) -m venv .venv-mlflow
-	.venv-mlflow/bin/python -m pip install -q -r requirements-mlflow-server.txt
+	.venv-mlflow/bin/python -m pip install -q -r requirements/mlflow-server.txt
 	touch $@
 
-$(DEMO_VENV)/.ready: requirements-serve.txt requirements-demo.txt
+$(DEMO_VENV)/.ready: requirements-serve.txt requirements/demo.txt
 	$(PYTHON) -m venv $(DEMO_VENV)
-	$(DEMO_VENV)/bin/python -m pip install -q -r requirements-demo.txt
+	$(DEMO_VENV)/bin/python -m pip install -q -r requirements/demo.txt
 	touch $@
 
 # OpenAI's weights, for the tests that need them: with them here no test needs the network
-.clip/.ready: $(VENV)/.ready requirements-encoder.txt models/baseline.joblib
+.clip/.ready: $(VENV)/.ready requirements/encoder.txt models/baseline.joblib
 	mkdir -p .clip
 	for layers in final $(LAYERS); do CLIP_CACHE=.clip $(VENV)/bin/python prepare_clip.py --clip_model $(ENCODER) --layers $$layers; done
 	touch $@
@@ -50,7 +50,7 @@ demo: $(DEMO_VENV)/.ready
 else
 demo: $(DEMO_VENV)/.ready
 	@$(DEMO_VENV)/bin/python prepare_clip.py --clip_model $(ENCODER) --layers $(LAYERS) >/dev/null
-	$(DEMO_VENV)/bin/python demo.py
+	$(DEMO_VENV)/bin/python -m tools.demo
 endif
 
 test: $(VENV)/.ready .clip/.ready tools
@@ -69,21 +69,21 @@ tools:
 LIMIT ?= 400
 VIEWS ?= 1
 study: $(VENV)/.ready
-	$(VENV)/bin/python study.py --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS) $(if $(LEVERS),--levers)
+	$(VENV)/bin/python -m tools.study --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS) $(if $(LEVERS),--levers)
 
 # make ship IMAGES=DIR: the shipped features, model, cards and pictures again, from labelled images
 NOTICE = a baseline trained on 2,800 pictures, many without a stated licence: a demonstration, not a detector to rely on
 ship: $(VENV)/.ready
 	rm -rf runs/ship && mkdir -p runs/ship  # all made before anything in models/ changes: the model names a clean commit
 	CLIP_MODEL=$(ENCODER) $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/all.npz --layers $(LAYERS)
-	$(VENV)/bin/python models/thin.py runs/ship/all.npz runs/ship/features.npz
+	$(VENV)/bin/python -m tools.thin runs/ship/all.npz runs/ship/features.npz
 	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz --model_output_path runs/ship/baseline.joblib \
 	  --classifier logistic --train_splits train,extra --notice "$(NOTICE)"
 	$(VENV)/bin/python evaluate.py --model_path runs/ship/baseline.joblib --features_file runs/ship/features.npz --data_dir "$(IMAGES)" \
 	  --robustness_images 40 --report_dir runs/ship/evaluation
 	cp runs/ship/evaluation/robustness.png docs/ && rm runs/ship/all.npz runs/ship/*/*.png runs/ship/*/report.html  # these hold pictures
 	rm -rf models/baseline_report models/evaluation && mv runs/ship/* models/ && rmdir runs/ship
-	$(VENV)/bin/python models/resaved.py --data_dir "$(IMAGES)"
-	$(VENV)/bin/python models/make_card.py
-	$(VENV)/bin/python tests/make_golden.py
-	$(VENV)/bin/python docs/draw_sources.py
+	$(VENV)/bin/python -m tools.resaved --data_dir "$(IMAGES)"
+	$(VENV)/bin/python -m tools.make_card
+	$(VENV)/bin/python -m tests.make_golden
+	$(VENV)/bin/python -m tools.draw_sources

@@ -10,24 +10,23 @@ with them the threshold and the calibration. So `--keep` holds back a share of `
 ones are listed in
 tuned.json beside the checkpoint, and extract_features.py marks their rows as split 'seen'.
 """
-
 import argparse
 import math
 import os
 import re
 from pathlib import Path
 
-import catalogue
-import common
-from common import UsageError
-from prepare_clip import require_torch, source_of
+from detector.base.console import Help, need_folder, run, say
+from detector.base.errors import UsageError
+from detector.base.files import check_folder
+from detector.encoders import catalogue
 
 LEARNING_RATES = {"blocks": 2e-5, "norms": 3e-4, "lora": 2e-4}
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=common.Help
+        description=__doc__.split("\n")[0], formatter_class=Help
     )
     add = parser.add_argument
     add("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
@@ -59,7 +58,7 @@ def parse_args(argv):
         help="measure a few steps, print memory and time, and stop")
     add("--seed", type=int, default=0, metavar="N", help="of weights and of every draw")
     args = parser.parse_args(argv)
-    common.need_folder(args.data_dir)
+    need_folder(args.data_dir)
     check(args)
     return args
 
@@ -67,6 +66,7 @@ def parse_args(argv):
 def check(args):
     """Refuse values that cannot be, and fill in what follows from others. Raises UsageError,
     EncoderError."""
+    from detector.encoders.prepare import source_of
     args.start = source_of(args.clip_model)
     if os.path.realpath(args.output) == os.path.realpath(args.clip_model):
         raise UsageError(
@@ -86,14 +86,16 @@ def check(args):
         raise UsageError(f"--lr {args.lr:g}: above 0")
     if Path(args.output).is_dir() or Path(args.output).suffix == ".json":  # the card's name
         raise UsageError(f"--output {args.output}: name a file that ends in .pt")
-    common.check_folder(Path(args.output).parent, f"--output {args.output}")
+    check_folder(Path(args.output).parent, f"--output {args.output}")
 
 
 def main(argv=None):
     args = parse_args(argv)
+    from detector.encoders.prepare import require_torch
     require_torch("training an encoder")
     import torch
-    from tuning import fine_tune
+
+    from detector.finetuning.tuning import fine_tune
 
     try:
         written = fine_tune(args)
@@ -103,8 +105,8 @@ def main(argv=None):
             "give a smaller one and a larger --accumulate, or --checkpointing"
         ) from None
     if written:
-        common.say(f"wrote {args.output}; next: python prepare_clip.py --clip_model {args.output}")
+        say(f"wrote {args.output}; next: python prepare_clip.py --clip_model {args.output}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

@@ -10,13 +10,15 @@ Images that look alike stay on one side of every split; with ten sources or more
 import argparse
 from pathlib import Path
 
-import common
-from common import CLASSES, MAX_CROPS, NOTICE, VERSION, UsageError, say
+from detector.base.console import Help, need_features, run, say
+from detector.base.constants import MAX_CROPS, NOTICE, VERSION
+from detector.base.errors import UsageError
+from detector.base.files import check_file, only_writer
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=common.Help)
+                                     formatter_class=Help)
     parser.add_argument("--features_file", nargs="+", default=["features.npz"], metavar="FILE",
                         help="from extract_features.py (default: features.npz); several must be of one encoder")
     parser.add_argument("--model_output_path", default="model.joblib", metavar="FILE", help="model to write")
@@ -54,190 +56,47 @@ def parse_args(argv):
     if args.export_sklearn and Path(args.export_sklearn).resolve() == Path(args.model_output_path).resolve():
         raise UsageError(f"--export_sklearn {args.export_sklearn}: that is the model file's place; name another")
     for path in args.features_file:
-        common.need_features(path)
+        need_features(path)
     return args
-
-
-if __name__ == "__main__":  # --help and wrong flags are answered now, before what takes a second to import
-    common.answered(parse_args)
-
-import numpy as np  # noqa: E402
-
-import export  # noqa: E402
-import metrics  # noqa: E402
-import signing  # noqa: E402
-import streaming  # noqa: E402
-from classifiers import GRIDS, calibrated, fit, fold_rows, one_thread, out_of_fold, row_weights, search, svc  # noqa: E402
-from dataset import COLUMNS  # noqa: E402
-from features import crops_of, load_rows  # noqa: E402
-from model import FORMAT, choose_band, choose_threshold, decision, probability, save_model  # noqa: E402
-from training_rows import Rows, choose_rows, open_files  # noqa: E402
-
-BAND_ERROR = 0.1         # of each class, the share that may lie on the wrong side outside the 'uncertain' band
-HELD_OUT_ROWS = 1500     # of the other sources, for each line of the leave-one-source-out table
-
-
-# ---- one classifier ----
-
-def build(kind, rows, seed):
-    """Search, out-of-fold scores once, a sigmoid on them, final fit on all rows -> the classifier's part of the model dict."""
-    point = search(kind, rows.features, rows.labels, rows.weight, rows.groups, rows.images, seed)
-    scores = out_of_fold(kind, rows.features, rows.labels, rows.weight, fold_rows(rows.labels, rows.groups, seed), seed, **point)
-    return calibrated(fit(kind, rows.features, rows.labels, rows.weight, seed, **point), point, scores, rows)
-
-
-def out_of_fold_probability(model):
-    return probability(model, model["out_of_fold"]["scores"].astype(np.float64))
-
-
-def set_threshold(model, max_fpr):
-    """The model with its threshold, the band around it, and the rule that both follow from its out-of-fold scores."""
-    p_fake, labels = out_of_fold_probability(model), model["out_of_fold"]["labels"]
-    threshold = choose_threshold(p_fake, labels, max_fpr, model["out_of_fold"]["view"])
-    copies = ", and at most so many of their degraded copies" if model["out_of_fold"]["view"].any() else ""
-    words = "0.5 on the calibrated probability" if max_fpr is None else \
-        f"at most {max_fpr:g} of the real training images called fake, out of fold{copies}"
-    return {**model, "threshold": threshold, "threshold_rule": {"words": words, "max_fpr": max_fpr, "band_error": BAND_ERROR},
-            "band": choose_band(p_fake, labels, threshold, BAND_ERROR)}
-
-
-def training_data(rows):
-    """What the model says of the rows that trained it. `images`: first 64 bits of each image's hash."""
-    digest = "".join(f"{s}{label}" for s, label in sorted(zip(rows.columns["sha256"][rows.whole], rows.labels[rows.whole])))
-    hashes = sorted({int(s[:16], 16) - 2 ** 63 for s in rows.columns["sha256"]})
-    return {"sha256": common.sha256(digest.encode()), "real": int((rows.labels[rows.whole] == 0).sum()),
-            "fake": int((rows.labels[rows.whole] == 1).sum()), "views": int(rows.columns["view"].max()),
-            "sources": sorted(set(rows.columns["sources"].tolist())), "images": np.array(hashes, np.int64)}
-
-
-def describe_training(data, encoder, args):
-    """What the model file says of where it comes from; `data`: from `training_data`."""
-    import sklearn
-    return {
-        "format": FORMAT, "encoder": dict(encoder),
-        "versions": {"model": args.model_version, "code": common.code_commit(), "numpy": np.__version__,
-                     "scikit-learn": sklearn.__version__, "svm": svc().__module__.split(".")[0]},
-        "training_data": data, "crops": args.crops, **({"notice": args.notice} if args.notice else {})}
-
-
-def false_alarms(model, rows):
-    """Share of real images called fake, out of fold: {'untouched', 'degraded': share with interval}."""
-    fake = out_of_fold_probability(model) >= model["threshold"]
-    real = rows.labels == 0
-    return {name: metrics.share(fake[real & mask], rows.groups[real & mask])
-            for name, mask in (("untouched", rows.whole), ("degraded", ~rows.whole)) if (real & mask).any()}
-
-
-def leave_one_source_out(model, rows, seed):
-    """Each source as if it were new: a classifier of the same kind, trained without it, on its untouched images.
-
-    -> rows {source, label, n, value, interval}, worst first; [] unless both classes have two named sources or more. The
-    others, their copies too, give at most HELD_OUT_ROWS rows to each fit.
-    """
-    sources, labels, twins = rows.columns["sources"], rows.labels, rows.twins
-    names = np.setdiff1d(sources, [""])
-    if min(len(np.intersect1d(names, sources[labels == label])) for label in (0, 1)) < 2:
-        return []
-    from tqdm import tqdm
-    order, found = np.random.default_rng(seed).permutation(len(labels)), []
-    for source in tqdm(names, desc="leaving one source out"):
-        own = np.flatnonzero(rows.whole & (sources == source))
-        others = order[~np.isin(rows.groups[order], rows.groups[own]) & (sources[order] != source)]
-        others = others[:HELD_OUT_ROWS // (1 + model["crops"])]
-        if len(np.unique(labels[others])) < 2:
-            continue
-        weight = row_weights(labels[others], sources[others])  # anew: a class that lost a source would count for less
-        again = fit(model["classifier"], rows.features[others], labels[others], weight, seed, **model["hyperparameters"])
-        p_fake = probability(model, decision(again, rows.features[own]))
-        for i, name in enumerate(CLASSES):
-            if (labels[own] == i).any():
-                right = (p_fake[labels[own] == i] >= model["threshold"]) == i
-                found.append({"source": str(source), "label": name, **metrics.share(right, twins[own][labels[own] == i])})
-    return sorted(found, key=lambda r: (r["value"], -r["n"]))
-
-
-def leak(model, columns, train, test, groups):
-    """The detector against probes that saw the same training rows and no picture (`probes.detector_minus_leak`)."""
-    from probes import detector_minus_leak, probe_scores
-    used = [rows[columns["view"][rows] == 0] for rows in (train, test)]
-    labels = columns["labels"].astype(int)
-    leaks = probe_scores(columns["facts"], columns["thumb"], labels, *used)
-    found = detector_minus_leak(p_of(model, columns, used[1]), leaks, labels[used[1]], groups[used[1]])
-    return found and found | {"how": "learnt on the training images"}
-
-
-def audit_labels_of(model, rows):
-    """What the out-of-fold probabilities say of the labels (`audit.audit_labels`), untouched images alone."""
-    from audit import audit_labels
-    by_source = len(set(zip(rows.columns["sources"], rows.groups))) == len(set(rows.columns["sources"]))  # no source in two groups
-    return audit_labels(rows.labels[rows.whole], out_of_fold_probability(model)[rows.whole], rows.columns["sources"][rows.whole],
-                        rows.columns["paths"][rows.whole], by_source)
-
-
-def compare(models, rows, columns, test, groups):
-    """-> rows {classifier, hyperparameters, out_of_fold, auc, balanced_accuracy} of several kinds on the same folds."""
-    whole, found = test[columns["view"][test] == 0], []
-    for kind, model in models.items():
-        on_test = metrics.measure(columns["labels"][whole].astype(int), p_of(model, columns, whole), model["threshold"], groups[whole])
-        found.append({"classifier": kind, "hyperparameters": model["hyperparameters"],
-                      "out_of_fold": metrics.auc(rows.labels, model["out_of_fold"]["scores"], rows.groups),
-                      "auc": on_test["auc"], "balanced_accuracy": on_test["balanced_accuracy"]})
-    return found
-
-
-def p_of(model, columns, rows):
-    return probability(model, decision(model, columns["features"][rows]))
-
-
-# ---- the command ----
-
-def left_out(columns, used):
-    """Splits that neither trained nor tested, with their numbers: '830 external' or ''."""
-    splits, n = np.unique(np.delete(columns["splits"], used), return_counts=True)
-    return ", ".join(f"{k} {s or 'without split'}" for s, k in zip(splits, n))
-
-
-def warn_of_few_reals(max_fpr, rows):
-    """Warns where the training reals are too few to certify the rate."""
-    if max_fpr is None:
-        return
-    n = int((rows.whole & (rows.labels == 0)).sum())
-    if n < 3 / max_fpr:  # the rule of three: with fewer, even no false alarm at all leaves the rate open
-        say(f"warning: {n} real training images are too few to certify a rate of {max_fpr:g}: it takes {int(np.ceil(3 / max_fpr))}")
-
-
-def audit_training(columns, train, test, twins):
-    """What `audit.py` finds in the rows as they are used here. -> findings"""
-    from audit import audit
-    used = np.concatenate([train, test])
-    return audit({**{name: columns[name][used] for name in COLUMNS},
-                  "splits": np.repeat(["train", "test"], [len(train), len(test)])}, twins[used])
-
-
-def say_findings(found, before=()):
-    """LEAK and note lines on stderr, those of `before` left out. -> the lines"""
-    from audit import sentences
-    fatal, note = sentences(common.all_printable(found))
-    lines = [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]
-    for line in lines:
-        if line not in before:
-            say(line)
-    return lines
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with one_thread(), common.only_writer(args.model_output_path, f"--model_output_path {args.model_output_path}"):
+    from detector.training.classifiers import one_thread
+    with one_thread(), only_writer(args.model_output_path, f"--model_output_path {args.model_output_path}"):
         train_and_report(args)
 
 
 def train_and_report(args):
     """All of it: rows, audit, classifiers, report, model."""
-    common.check_file(args.model_output_path, f"--model_output_path {args.model_output_path}")
+    import numpy as np
+
+    from detector.features.file import crops_of, load_rows, open_files
+    from detector.model import signature
+    from detector.model.file import save_model
+    from detector.training import export, streaming
+    from detector.training.classifiers import GRIDS
+    from detector.training.rows import Rows, choose_rows
+    from detector.training.train import (
+        audit_labels_of,
+        audit_training,
+        build,
+        compare,
+        describe_training,
+        false_alarms,
+        leak,
+        leave_one_source_out,
+        left_out,
+        say_findings,
+        set_threshold,
+        training_data,
+        warn_of_few_reals,
+    )
+    check_file(args.model_output_path, f"--model_output_path {args.model_output_path}")
     if args.export_sklearn:
         export.need_skops(args.export_sklearn)
-        common.check_file(args.export_sklearn, f"--export_sklearn {args.export_sklearn}")
-    key = signing.read_key(args.sign, "--sign", "private") if args.sign else None
+        check_file(args.export_sklearn, f"--export_sklearn {args.export_sklearn}")
+    key = signature.read_key(args.sign, "--sign", "private") if args.sign else None
     files, encoder = open_files(args.features_file, args.crops)
     columns, numbers = load_rows(files, args.max_rows, args.seed)
     train, test, groups, twins, how = choose_rows(columns, args, args.seed)
@@ -270,7 +129,7 @@ def train_and_report(args):
     model = models[max(kinds, key=lambda row: row["out_of_fold"]["value"])["classifier"]]  # never by the test images
     model |= describe_training(data, encoder, args)
 
-    import report
+    from detector.evaluation import report
     found["labels"], assessed = audit_labels_of(model, rows), report.assess(model, columns, test, groups, twins)
     found["detector"] = {"on_test": assessed["overall"]["auc"]}
     say_findings(found, said)
@@ -282,7 +141,7 @@ def train_and_report(args):
     with report.staged(folder) as place:  # the model and its report land together
         report.fill(place, found)
         save_model(args.model_output_path, model)
-        signing.sign(args.model_output_path, key)
+        signature.sign(args.model_output_path, key)
         if args.export_sklearn:
             export.write(args.export_sklearn, model, args.seed)
     print(report.training(found))
@@ -290,4 +149,4 @@ def train_and_report(args):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

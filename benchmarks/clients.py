@@ -1,10 +1,10 @@
 """The live service at 1, 2, 4 and 8 clients who ask again as soon as they have their answer, against the bare encoder's own rate.
 
-    python benchmarks/clients.py --image photo.jpg                              # the shipped demonstration
-    python benchmarks/random_clip.py --output vit-l-14.pt                       # full size: what is trained on it knows nothing
+    python -m benchmarks.clients --image photo.jpg                              # the shipped demonstration
+    python -m benchmarks.random_clip --output vit-l-14.pt                       # full size: what is trained on it knows nothing
     CLIP_MODEL=vit-l-14.pt python extract_features.py --data_dir data --output_file random.npz --limit 40
     python train_model.py --features_file random.npz --model_output_path random.joblib
-    python benchmarks/clients.py --image photo.jpg --model_path random.joblib --requests 32 --runs 1
+    python -m benchmarks.clients --image photo.jpg --model_path random.joblib --requests 32 --runs 1
 
 Needs `hey` (apt-get install hey), on the same processors as the service. The encoder alone runs in this process while the
 service is idle, before and after each load; its rate is that of its better batch size. Prints Markdown.
@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import encoders  # noqa: E402
-from classify import encoder_folder  # noqa: E402
-from imaging import decode_image, preprocess  # noqa: E402
-from measure import spread  # noqa: E402
-from model import load_model  # noqa: E402
-from service import Server, hey, multipart, sent  # noqa: E402
+from benchmarks.measure import spread
+from benchmarks.service import Server, hey, multipart, sent
+from detector.encoders import runtime
+from detector.images.decoding import decode_image
+from detector.images.preprocessing import preprocess
+from detector.model.file import load_model
+from detector.verdict import encoder_folder
 
 CLIENTS, BATCHES = (1, 2, 4, 8), (1, 4)
 
@@ -74,7 +74,7 @@ def main(argv=None):
     args = parse_args(argv)
     if not shutil.which("hey"):
         sys.exit("error: hey is not installed: apt-get install hey")
-    encoder = encoders.Encoder(encoder_folder(load_model(args.model_path)["encoder"], args.model_path), "cpu", threads=encoders.processors())
+    encoder = runtime.Encoder(encoder_folder(load_model(args.model_path)["encoder"], args.model_path), "cpu", threads=runtime.processors())
     data = Path(args.image).read_bytes()
     one, pixels = decode_seconds(data, encoder.resolution), preprocess(decode_image(data), encoder.resolution)
     found = {clients: [] for clients in CLIENTS}
@@ -95,7 +95,7 @@ def main(argv=None):
                     found[clients].append((rate, bare, taken))
         finally:
             server.stop()
-    print(f"Encoder `{Path(encoder.name).stem}`, {encoder.precision}, {encoders.processors()} processors, "
+    print(f"Encoder `{Path(encoder.name).stem}`, {encoder.precision}, {runtime.processors()} processors, "
           f"{len(data) / 1000:.0f} kB, {1000 * one:.0f} ms of a processor to decode; "
           f"{args.runs} runs of {args.requests} requests.\n\n| clients | verdicts/s | ms at 50 / 95 / 99% | encoder alone, images/s "
           "| share of it | share of what arithmetic allows |\n|---|---|---|---|---|---|")
@@ -103,7 +103,7 @@ def main(argv=None):
         ms = [1000 * value for value in np.percentile([t for *_, taken in runs for t in taken], (50, 95, 99))]
         shares = [100 * rate / bare for rate, bare, _ in runs]
         # a client alone waits for both; several keep all processors at both
-        allowed = [100 * rate * (1 / bare + one / min(clients, encoders.processors())) for rate, bare, _ in runs]
+        allowed = [100 * rate * (1 / bare + one / min(clients, runtime.processors())) for rate, bare, _ in runs]
         print(f"| {clients} | {spread([rate for rate, *_ in runs])} | {' / '.join(f'{value:.0f}' for value in ms)} "
               f"| {statistics.median(bare for _, bare, _ in runs):.2f} | {spread(shares, 0)}% | {statistics.median(allowed):.0f}% |", flush=True)
 

@@ -1,7 +1,7 @@
 """Decoding: pictures a second from JPEG bytes to the encoder's input, against plain Pillow, and what JPEG's draft mode would change.
 
-    python benchmarks/decoding.py --data_dir data
-    python benchmarks/decoding.py --data_dir data --megapixels 50 --pictures 4
+    python -m benchmarks.decoding --data_dir data
+    python -m benchmarks.decoding --data_dir data --megapixels 50 --pictures 4
 
 Large pictures are mosaics of those in the folder: detail at every scale, which a picture made larger would not have. Plain
 Pillow is what CLIP's README leads to: `Image.open`, CLIP's own transform, one at a time; and the same in threads. Draft mode
@@ -12,7 +12,6 @@ import argparse
 import io
 import os
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,15 +20,15 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import encoders  # noqa: E402
-from catalogue import EIGHT_BIT  # noqa: E402
-from closeness import cosines  # noqa: E402
-from dataset import draw_evenly, list_images  # noqa: E402
-from facts import describe_image  # noqa: E402
-from imaging import decode_image, load_rgb, open_image, preprocess  # noqa: E402
-from measure import ratios, spread  # noqa: E402
-from prepare_clip import ensure_encoder  # noqa: E402
+from benchmarks.measure import ratios, spread
+from detector.encoders import runtime
+from detector.encoders.catalogue import EIGHT_BIT
+from detector.encoders.closeness import cosines
+from detector.encoders.prepare import ensure_encoder
+from detector.images.decoding import decode_image, load_rgb, open_image
+from detector.images.facts import describe_image
+from detector.images.folders import draw_evenly, list_images
+from detector.images.preprocessing import preprocess
 
 SIDE = 224
 TILE = 240    # pixels of each picture of a mosaic
@@ -87,7 +86,7 @@ def drafted(data, side=SIDE):
 
 def in_threads(function):
     def run(files):
-        with ThreadPoolExecutor(encoders.processors()) as pool:
+        with ThreadPoolExecutor(runtime.processors()) as pool:
             return list(pool.map(function, files))
     return run
 
@@ -106,7 +105,7 @@ def main(argv=None):
     args = parse_args(argv)
     import clip
     transform = clip.clip._transform(SIDE)
-    encoder = encoders.Encoder(ensure_encoder(args.clip_model), "cpu", "float32")
+    encoder = runtime.Encoder(ensure_encoder(args.clip_model), "cpu", "float32")
     ways = {"plain Pillow, one by one": one_by_one(plain(transform)), "plain Pillow, in threads": in_threads(plain(transform)),
             "ours": in_threads(ours), "ours, with hash and facts": in_threads(ours_described), "draft mode": in_threads(drafted)}
     print(f"{os.cpu_count()} processors; images a second.\n\n| megapixels | {' | '.join(ways)} | ours to Pillow one by one, in threads "

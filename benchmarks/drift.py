@@ -1,20 +1,19 @@
 """How many uploads until drift shows: a stream of known sources, then of one source that the model has never seen.
 
-    python benchmarks/drift.py > benchmarks/drift.md
+    python -m benchmarks.drift > benchmarks/drift.md
 
 Stored features stand in for uploads (drawn with replacement: the sources are small), `telemetry.Drift` and the population
 stability index of deploy/prometheus-rules.yaml do what they do in the service. The bars are those of the alerts there.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from features import load_features  # noqa: E402
-from model import decision, load_model  # noqa: E402
-from telemetry import BINS, Drift  # noqa: E402
+from detector.features.file import load_features
+from detector.model.file import load_model
+from detector.model.score import decision
+from detector.service.telemetry import BINS, Drift
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 KNOWN, STREAM, DRAWS = 1000, 1000, 20   # uploads before, uploads of the new source, repetitions

@@ -1,9 +1,9 @@
 """Encoding: images a second of ours, of OpenAI's loop, of open_clip's, and what the machine's arithmetic allows.
 
-    python benchmarks/random_clip.py --output vit-l-14.pt
-    python benchmarks/encoding.py --clip_model vit-l-14.pt --image photo.jpg          # an hour where there is no bfloat16
-    python benchmarks/encoding.py --image photo.jpg         # ViT-B/16-8bit
-    python benchmarks/encoding.py --clip_model vit-l-14.pt --image photo.jpg --device cuda --batch_sizes 1 64 256 --megapixels 0.25 2 --images 4096 12288
+    python -m benchmarks.random_clip --output vit-l-14.pt
+    python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg          # an hour where there is no bfloat16
+    python -m benchmarks.encoding --image photo.jpg         # ViT-B/16-8bit
+    python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg --device cuda --batch_sizes 1 64 256 --megapixels 0.25 2 --images 4096 12288
 
 With a checkpoint of a ViT-L/14, `clip.load` takes part, and open_clip where it is installed
 (pip install open_clip_torch). The limit is torch's own matrix multiplication at the shapes of a
@@ -26,13 +26,12 @@ import numpy as np
 from PIL import Image, ImageChops
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import encoders  # noqa: E402
-from catalogue import EIGHT_BIT  # noqa: E402
-from facts import describe_image  # noqa: E402
-from imaging import preprocess  # noqa: E402
-from measure import in_turns, ratios, spread  # noqa: E402
-from prepare_clip import ensure_encoder  # noqa: E402
+from benchmarks.measure import in_turns, ratios, spread
+from detector.encoders import runtime
+from detector.encoders.catalogue import EIGHT_BIT
+from detector.encoders.prepare import ensure_encoder
+from detector.images.facts import describe_image
+from detector.images.preprocessing import preprocess
 
 GFLOP = 162                                                        # of an image in a ViT-L/14
 SHAPES = [(1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)]  # of its four matrix products, 257 rows an image
@@ -100,13 +99,13 @@ def multiplications(n, device):
 
 def rates(args, folder):
     """-> {name: {batch size: [images a second]}}"""
-    side, float_ = encoders.read_manifest(folder)["resolution"], {"cpu": "float32", "cuda": "float16"}[args.device]
-    ours = encoders.Encoder(folder, args.device)
+    side, float_ = runtime.read_manifest(folder)["resolution"], {"cpu": "float32", "cuda": "float16"}[args.device]
+    ours = runtime.Encoder(folder, args.device)
     loops = {f"ours, {ours.precision}": ours.encode}
     if args.device == "cuda":
-        loops[COMPILED] = encoders.Encoder(folder, args.device, compile=True).encode
-    elif encoders.has_bfloat16():
-        loops["ours, float32"] = encoders.Encoder(folder, "cpu", "float32").encode
+        loops[COMPILED] = runtime.Encoder(folder, args.device, compile=True).encode
+    elif runtime.has_bfloat16():
+        loops["ours, float32"] = runtime.Encoder(folder, "cpu", "float32").encode
     if args.clip_model != EIGHT_BIT:
         loops[f"`clip.load`, torch {float_}"] = torch_loop(args.clip_model, args.device)
         if peer := open_clip_loop(args.device):
@@ -161,14 +160,14 @@ def extraction(args, encoder, bare, megapixels):
         for n, folder in folders.items():
             folder.mkdir()
             photographs(args.image, megapixels, n, folder)
-        one = decode_seconds(next(folder.iterdir()), encoders.read_manifest(encoder)["resolution"])
+        one = decode_seconds(next(folder.iterdir()), runtime.read_manifest(encoder)["resolution"])
         command = [sys.executable, ROOT / "extract_features.py", "--unlabelled", "--clip_model", args.clip_model, "--device", args.device]
         again = Path(place, "f.npz")
         found = in_turns({n: ["sh", "-c", f'rm -rf {again}*; exec "$@"', "sh", *command, "--data_dir", folder, "--output_file", again]
                           for n, folder in folders.items()}, max(1, args.runs - 1))
     few, many = args.images
     rate = [(many - few) / (b - a) for (a, _), (b, _) in zip(found[few], found[many])]
-    decoded = encoders.processors() / one
+    decoded = runtime.processors() / one
     allowed = 1 / (1 / bare + 1 / decoded) if args.device == "cpu" else min(bare, decoded)  # which share the processors, or do not
     peak = {n: max(mb for _, mb in pairs) for n, pairs in found.items()}
     print(f"| {megapixels:g} | {spread(rate, 3)} | {bare:.3f} | {100 * statistics.median(rate) / bare:.0f}% | {allowed:.3f} "

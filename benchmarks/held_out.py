@@ -1,8 +1,8 @@
 """Whole repositories of images as if never seen: by this a recipe is chosen before `test` and `external` are looked at.
 
     CLIP_MODEL=ViT-B/16-8bit python extract_features.py --data_dir data --output_file held.npz --views 1 --layers 10
-    python benchmarks/held_out.py --features_file held.npz --sources_file SOURCES.csv --classifier logistic --C 1e-4 1e-3
-    python benchmarks/held_out.py --features_file held.npz --data_dir data --sources_file SOURCES.csv --C 1 3 10 --gamma 0.1 0.3 1
+    python -m benchmarks.held_out --features_file held.npz --sources_file SOURCES.csv --classifier logistic --C 1e-4 1e-3
+    python -m benchmarks.held_out --features_file held.npz --data_dir data --sources_file SOURCES.csv --C 1 3 10 --gamma 0.1 0.3 1
 
 Three folds of whole repositories, laid out without chance, about even in the images of each class. A classifier is fitted on
 `train` and `extra` without a fold's repositories and scored on that fold's images of `train`. Prints Markdown.
@@ -10,28 +10,27 @@ Three folds of whole repositories, laid out without chance, about even in the im
 import argparse
 import csv
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import encoders  # noqa: E402
-import imaging  # noqa: E402
-import metrics  # noqa: E402
-from classifiers import fit, row_weights  # noqa: E402
-from common import UsageError  # noqa: E402
-from dataset import COLUMNS  # noqa: E402
-from distort import RESAVED, resaved  # noqa: E402
-from features import crops_of, load_features, take_crops  # noqa: E402
-from model import decision  # noqa: E402
+from detector.base.console import Help, need_features, need_folder, run
+from detector.base.errors import UsageError
+from detector.base.files import read_bytes
+from detector.encoders import runtime
+from detector.evaluation import metrics
+from detector.features.columns import COLUMNS
+from detector.features.file import crops_of, load_features, take_crops
+from detector.images import decoding, preprocessing
+from detector.images.distort import RESAVED, resaved
+from detector.model.score import decision
+from detector.training.classifiers import fit, row_weights
 
 FOLDS = 3
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("--features_file", required=True, metavar="FILE", help="with degraded copies and crops where they are to be tried")
     parser.add_argument("--data_dir", metavar="DIR", help="the images, to measure them re-saved as well")
     parser.add_argument("--sources_file", required=True, metavar="FILE", help="CSV with the columns source and repository")
@@ -40,8 +39,8 @@ def parse_args(argv):
     parser.add_argument("--gamma", type=float, nargs="+", default=[0.3], metavar="X", help="of an svm, by the number of features")
     args = parser.parse_args(argv)
     if args.data_dir:
-        common.need_folder(args.data_dir)
-    common.need_features(args.features_file)
+        need_folder(args.data_dir)
+    need_features(args.features_file)
     return args
 
 
@@ -72,8 +71,8 @@ def folds_of(repositories, labels):
 def encode_resaved(encoder, data_dir, paths, crops, share, quality):
     """Features of the images as a site hands them out, float32 [n, 1 + crops, d]."""
     def pieces(path):
-        image = resaved(imaging.decode_image(common.read_bytes(Path(data_dir, path))), share, quality)
-        return encoder.encode(imaging.normalise(np.stack(imaging.in_pieces(image, encoder.resolution, crops))))
+        image = resaved(decoding.decode_image(read_bytes(Path(data_dir, path))), share, quality)
+        return encoder.encode(preprocessing.normalise(np.stack(preprocessing.in_pieces(image, encoder.resolution, crops))))
     return np.stack([pieces(path) for path in paths])
 
 
@@ -125,10 +124,10 @@ def main(argv=None):
     args = parse_args(argv)
     stored = load_features(args.features_file)
     crops, entry = crops_of(stored["meta"]), stored["meta"]["encoder"]
-    folder = encoders.find_encoder(identity=entry["identity"])
+    folder = runtime.find_encoder(identity=entry["identity"])
     if folder is None:
         raise UsageError(f"--features_file {args.features_file}: '{entry['name']}' is not prepared here; run prepare_clip.py")
-    encoder = encoders.Encoder(folder, "cpu")
+    encoder = runtime.Encoder(folder, "cpu")
     if encoder.manifest.get("seen"):
         raise UsageError(f"--features_file {args.features_file}: '{encoder.name}' has seen images itself; they would not be held out")
     columns = prepared_columns(stored, crops, args.sources_file)
@@ -160,4 +159,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

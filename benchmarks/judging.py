@@ -15,9 +15,9 @@ from pathlib import Path
 
 def ours(model_path):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from classify import Detector
-    from imaging import decode_image
-    from model import outside, verdict
+    from detector.images.decoding import decode_image
+    from detector.model.threshold import outside, verdict
+    from detector.verdict import Detector
     detector = Detector(model_path, device="cpu")
 
     def judge(path):

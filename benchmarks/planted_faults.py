@@ -1,7 +1,7 @@
 """The auditor audited: faults planted at doses of 1, 5 and 20% into clean pictures, how often they are found, and how
 often nothing is said where nothing is wrong.
 
-    python benchmarks/planted_faults.py --data_dir IMAGES        # writes benchmarks/planted_faults.md, about twenty minutes
+    python -m benchmarks.planted_faults --data_dir IMAGES        # writes benchmarks/planted_faults.md, about twenty minutes
 
 The clean control: every picture of both classes cropped to one square of 224 pixels and saved as JPEG 90, twins removed;
 of these a new draw for each seed, divided at random into train and test.
@@ -15,19 +15,23 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import common  # noqa: E402
-import imaging  # noqa: E402
-from audit import audit, audit_labels, sentences  # noqa: E402
-from classifiers import fit, fit_sigmoid, fold_rows, out_of_fold, row_weights  # noqa: E402
-from classify import SHIPPED_MODEL, Detector  # noqa: E402
-from dataset import COLUMNS, list_images  # noqa: E402
-from distort import fit as shrink, jpeg_bytes, square  # noqa: E402
-from facts import describe_image, twin_clusters  # noqa: E402
-from metrics import calibration  # noqa: E402
-from model import FORMAT, choose_band, choose_threshold, decision, probability, stale_threshold  # noqa: E402
-from probes import linear_scores  # noqa: E402
-from report import calibration_warning  # noqa: E402
+from detector.base.console import run
+from detector.base.files import atomic_write
+from detector.evaluation.audit import audit, audit_labels, sentences
+from detector.evaluation.metrics import calibration
+from detector.evaluation.probes import linear_scores
+from detector.evaluation.report import calibration_warning
+from detector.features.columns import COLUMNS
+from detector.images import decoding
+from detector.images.distort import fit as shrink
+from detector.images.distort import jpeg_bytes, square
+from detector.images.facts import describe_image, twin_clusters
+from detector.images.folders import list_images
+from detector.model.file import FORMAT
+from detector.model.score import decision, probability
+from detector.model.threshold import choose_band, choose_threshold, stale_threshold
+from detector.training.classifiers import fit, fit_sigmoid, fold_rows, out_of_fold, row_weights
+from detector.verdict import SHIPPED_MODEL, Detector
 
 DOSES = (0.01, 0.05, 0.2)
 DRAWN = 1500       # images of one draw
@@ -41,7 +45,7 @@ def control(data_dir, detector):
     entries = list_images(data_dir)
 
     def one(entry):
-        data = jpeg_bytes(square(imaging.decode_image(Path(data_dir, entry.path).read_bytes())), 90)
+        data = jpeg_bytes(square(decoding.decode_image(Path(data_dir, entry.path).read_bytes())), 90)
         image, row = describe_image(data)
         return data, detector.pixels(image), row
     with ThreadPoolExecutor() as pool:
@@ -83,12 +87,12 @@ def dosed(rng, rows, dose):
 
 def as_png(data):
     buffer = io.BytesIO()
-    imaging.decode_image(data).save(buffer, "PNG")
+    decoding.decode_image(data).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def as_multiple_of_64(data):
-    return jpeg_bytes(square(imaging.decode_image(data), 256), 90)
+    return jpeg_bytes(square(decoding.decode_image(data), 256), 90)
 
 
 def twice_the_bytes(data):
@@ -114,7 +118,7 @@ def repeated(change):
 
 
 def resaved(data):
-    return jpeg_bytes(shrink(imaging.decode_image(data), 180), 60)
+    return jpeg_bytes(shrink(decoding.decode_image(data), 180), 60)
 
 
 DATA_FAULTS = {
@@ -279,10 +283,10 @@ def main():
     table = TABLE.format(seeds=args.seeds, drawn=DRAWN, control=len(columns["labels"]),
                          clean=args.clean, encoder=encoder,
                          rows="\n".join(f"| {' | '.join(row)} |" for row in rows), accused=", ".join(f"{k} {n}" for k, n in said.items()))
-    with common.atomic_write(args.output, "w") as file:
+    with atomic_write(args.output, "w") as file:
         file.write(table)
     print(table)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

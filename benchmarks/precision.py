@@ -1,27 +1,24 @@
 """What reduced precision costs and gives: float32, bfloat16, int8 weights only, int8, on one encoder and this machine.
 
-    python benchmarks/precision.py --data_dir data                               # ViT-B/16-8bit
-    python benchmarks/random_clip.py --output vit-l-14.pt
-    python benchmarks/precision.py --clip_model vit-l-14.pt --data_dir data --limit 40    # speed only: its weights are random
+    python -m benchmarks.precision --data_dir data                               # ViT-B/16-8bit
+    python -m benchmarks.random_clip --output vit-l-14.pt
+    python -m benchmarks.precision --clip_model vit-l-14.pt --data_dir data --limit 40    # speed only: its weights are random
 
-Needs what requirements-int8.txt names. Half of the images calibrate int8, the other half are what cosine and verdicts are told
+Needs what requirements/int8.txt names. Half of the images calibrate int8, the other half are what cosine and verdicts are told
 of; the verdicts are those of a logistic regression on the first half's float32 features. Rates in turns. Prints Markdown.
 """
 import argparse
 import os
-import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import encoders  # noqa: E402
-import quantize  # noqa: E402
-from catalogue import EIGHT_BIT  # noqa: E402
-from measure import ratios, spread  # noqa: E402
-from prepare_clip import ensure_encoder  # noqa: E402
+from benchmarks.measure import ratios, spread
+from detector.encoders import quantize, runtime
+from detector.encoders.catalogue import EIGHT_BIT
+from detector.encoders.prepare import ensure_encoder
 
 
 def parse_args(argv):
@@ -42,9 +39,9 @@ def weights_only(folder, scratch, pixels, reference):
 
 def variants(folder, place, pixels, reference):
     """-> {name: Encoder}"""
-    found = {"float32": encoders.Encoder(folder, "cpu", "float32")}
-    if encoders.has_bfloat16():
-        found["bfloat16"] = encoders.Encoder(folder, "cpu", "bfloat16")
+    found = {"float32": runtime.Encoder(folder, "cpu", "float32")}
+    if runtime.has_bfloat16():
+        found["bfloat16"] = runtime.Encoder(folder, "cpu", "bfloat16")
     for name, make in (("int8, weights only", weights_only), ("int8", quantize.plain)):
         scratch = Path(place, name)
         scratch.mkdir()
@@ -72,16 +69,16 @@ def rates(found, pixels, n, runs):
 def main(argv=None):
     args = parse_args(argv)
     folder = ensure_encoder(args.clip_model)
-    pixels, labels = quantize.read_images(args.data_dir, args.limit, encoders.read_manifest(folder)["resolution"])
+    pixels, labels = quantize.read_images(args.data_dir, args.limit, runtime.read_manifest(folder)["resolution"])
     half = len(pixels) // 2
     with tempfile.TemporaryDirectory() as place:
         os.environ["CLIP_CACHE"] = place  # the compiled forms of passing encoders go with them
-        reference = quantize.encode(encoders.Encoder(folder, "cpu", "float32"), pixels)
+        reference = quantize.encode(runtime.Encoder(folder, "cpu", "float32"), pixels)
         found = variants(folder, place, pixels[:half], reference[:half])
         size = {name: Path(Path(place, name) if name.startswith("int8") else folder, "encoder.bin").stat().st_size for name in found}
         speed = {n: rates(found, pixels, n, args.runs) for n in args.batch_sizes}
         close = {name: quantize.closeness(reference, quantize.encode(encoder, pixels[half:]), labels) for name, encoder in found.items()}
-    name = encoders.read_manifest(folder)["name"]
+    name = runtime.read_manifest(folder)["name"]
     print(f"{len(pixels) - half} pictures that calibrated nothing.\n\n| {name} | "
           + " | ".join(f"images/s at batch {n} | to float32" for n in args.batch_sizes)
           + " | MB on the disk | cosine to float32, mean and lowest | verdicts that stay |\n|---|" + "---|---|" * len(args.batch_sizes) + "---|---|---|")

@@ -1,21 +1,19 @@
 """A full-size ViT-L/14 checkpoint with random weights, in the form that OpenAI ships, a TorchScript archive: speed and memory do not depend on the weights.
 
-    python benchmarks/random_clip.py --output vit-l-14.pt
+    python -m benchmarks.random_clip --output vit-l-14.pt
     CLIP_MODEL=vit-l-14.pt python extract_features.py --data_dir data --output_file random.npz --limit 40
     python train_model.py --features_file random.npz --model_output_path random.joblib
 
 What is trained on it knows nothing. Needs torch and clip.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import clip.model
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from small_clip import rounded, save_archive  # noqa: E402
+from tests.small_clip import rounded, save_archive
 
 
 def main(argv=None):

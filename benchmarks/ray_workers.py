@@ -1,7 +1,7 @@
 """extract_features.py on Ray against itself without: what starting costs, and rows per second once it runs.
 
-    python benchmarks/ray_workers.py --image photo.jpg --images 200     # ViT-B/16-8bit
-    python benchmarks/ray_workers.py --image photo.jpg --images 64 --clip_model vit-l-14.pt
+    python -m benchmarks.ray_workers --image photo.jpg --images 200     # ViT-B/16-8bit
+    python -m benchmarks.ray_workers --image photo.jpg --images 64 --clip_model vit-l-14.pt
 
 benchmarks/random_clip.py writes vit-l-14.pt.
 
@@ -19,13 +19,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from measure import run
 from PIL import Image
 
+from benchmarks.measure import run
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from catalogue import EIGHT_BIT  # noqa: E402
-from prepare_clip import ensure_encoder  # noqa: E402
+from detector.encoders.catalogue import EIGHT_BIT
+from detector.encoders.prepare import ensure_encoder
 
 NODES = """
 import sys

@@ -1,9 +1,9 @@
 """The service under load: latency and throughput at half, once and four times its capacity, /healthz meanwhile, memory, and
 how many pods that makes.
 
-    python benchmarks/service.py --image photo.jpg                              # the shipped demonstration
-    python benchmarks/service.py --image photo.jpg --model_path model.joblib    # yours
-    python benchmarks/service.py --image photo.jpg --server_cpus 0              # the load comes from the other processors
+    python -m benchmarks.service --image photo.jpg                              # the shipped demonstration
+    python -m benchmarks.service --image photo.jpg --model_path model.joblib    # yours
+    python -m benchmarks.service --image photo.jpg --server_cpus 0              # the load comes from the other processors
 
 Needs `hey` (apt-get install hey), which sends the requests. Beside ours stands what a first try looks like: Flask's own
 threaded server around the same `Detector`, no queue. Both in one run, in turns. Writes nothing; prints Markdown.

@@ -1,7 +1,7 @@
 """One verdict, the whole process: classify.py against what a competent user writes from OpenAI's README.
 
-    python benchmarks/random_clip.py --output vit-l-14.pt
-    python benchmarks/starting.py --clip_model vit-l-14.pt --image photo.jpg
+    python -m benchmarks.random_clip --output vit-l-14.pt
+    python -m benchmarks.starting --clip_model vit-l-14.pt --image photo.jpg
 
 Naive: `clip.load`, one image, and a calibrated scikit-learn SVC from joblib. Both were trained on the same made-up features:
 what they say is worth nothing, how long they take is. The page cache is warm. Prints Markdown.
@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import encoders  # noqa: E402
-from measure import in_turns, ratios, spread  # noqa: E402
-from training import made_up, write_features  # noqa: E402
+from benchmarks.measure import in_turns, ratios, spread
+from benchmarks.training import made_up, write_features
+from detector.encoders import runtime
 
 NAIVE = """
 import sys, warnings
@@ -75,7 +74,7 @@ def main(argv=None):
     prepared = subprocess.run([sys.executable, ROOT / "prepare_clip.py", "--clip_model", checkpoint], check=True, stdout=subprocess.PIPE)
     encoder = Path(prepared.stdout.decode().strip())
     with tempfile.TemporaryDirectory() as folder:
-        ours, naive = train_both(Path(folder), encoders.read_manifest(encoder), args.rows)
+        ours, naive = train_both(Path(folder), runtime.read_manifest(encoder), args.rows)
         found = in_turns({"`classify.py`": [sys.executable, ROOT / "classify.py", "--image_path", image, "--model_path", ours],
                           "naive": [sys.executable, "-c", NAIVE, checkpoint, image, naive],
                           "the encoder alone, no cache": [sys.executable, "-c", BARE, encoder / "encoder.xml"]}, args.runs)

@@ -1,8 +1,8 @@
 """Training: what an SVM costs from 3,000 to 48,000 rows of 768 features, against scikit-learn's own, and the whole command.
 
-    python benchmarks/training.py                                        # fits, and where linear ones overtake: half an hour
-    python benchmarks/training.py --rows --whole 48000                   # the whole command on the Kaggle set's shape
-    python benchmarks/training.py --rows --whole 48000 --stock           # and its verdicts against scikit-learn's SVC: an hour more
+    python -m benchmarks.training                                        # fits, and where linear ones overtake: half an hour
+    python -m benchmarks.training --rows --whole 48000                   # the whole command on the Kaggle set's shape
+    python -m benchmarks.training --rows --whole 48000 --stock           # and its verdicts against scikit-learn's SVC: an hour more
 
 The features are made up: two classes of twenty clusters each in a space of 64 dimensions, mixed into 768 with some noise,
 so that an SVM errs on a few per cent and keeps a quarter of the rows as support vectors. What is measured is time and
@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import classifiers  # noqa: E402
-import common  # noqa: E402
-from dataset import FACTS  # noqa: E402
-from model import decision, load_model, squares_of, standardise  # noqa: E402
+from detector.base.files import sha256
+from detector.images.facts import FACTS
+from detector.model.file import load_model
+from detector.model.score import decision, squares_of, standardise
+from detector.training import classifiers
 
 HELD_OUT = 12_000
 POINT = {"C": 10.0, "gamma": 1.0}  # what the search finds on these rows
@@ -60,7 +60,7 @@ def write_features(path, features, labels, train):
     encoder = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": features.shape[1]}
     np.savez(path, features=features, labels=labels.astype(np.int8), facts=facts, view=np.zeros(n, np.int8),
              paths=np.array([f"{i:06d}.jpg" for i in range(n)]), splits=np.where(np.arange(n) < train, "train", "test"),
-             sources=np.full(n, ""), sha256=np.array([common.sha256(str(i).encode()) for i in range(n)]),
+             sources=np.full(n, ""), sha256=np.array([sha256(str(i).encode()) for i in range(n)]),
              thumb=rng.integers(0, 256, (n, 64)).astype(np.uint8), meta=np.array(json.dumps({"encoder": encoder})))
 
 

@@ -177,7 +177,7 @@ def main():
         def python(code):
             return subprocess.check_output(["python", "-c", code], env=env, cwd=workdir, text=True).strip()
         assert python("import importlib.util as u; print(u.find_spec('torch'))") == "None"
-        assert python("import common; print(common.code_commit())") == "0123abc"
+        assert python("from detector.base.project import code_commit; print(code_commit())") == "0123abc"
         photo = Path(python("import sklearn; print(sklearn.__path__[0])")) / "datasets/images/china.jpg"
 
         started = time.monotonic()

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-import catalogue  # noqa: E402
-import small  # noqa: E402
-from settings import SETTINGS  # noqa: E402
+import small
+
+from detector.encoders import catalogue
+from detector.service.settings import SETTINGS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,7 +68,7 @@ def photos():
                                    ("matplotlib", "mpl-data/sample_data", ["grace_hopper.jpg"])):
         spec = importlib.util.find_spec(package)
         if spec is None:
-            pytest.skip(f"{package} is not installed: pip install -r requirements-dev.txt")
+            pytest.skip(f"{package} is not installed: pip install -r requirements/dev.txt")
         found |= {name: Path(spec.origin).parent / folder / name for name in names}
     return found
 
@@ -99,12 +99,17 @@ def make_folder(photos):
 @pytest.fixture
 def script(tmp_path):
     """Function: script('classify.py', '--json', ..., CLIP_MODEL='ViT-B/32') -> CompletedProcess, run in an empty folder.
+    script('tools.samples') runs a module.
 
     `first`: called in the process before it starts. A variable that is None is taken away.
     """
     def run(name, *args, cwd=tmp_path, stdin=None, timeout=300, first=None, stdout=subprocess.PIPE, **env):
         env = {key: value for key, value in {**os.environ, **env}.items() if value is not None}
-        return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, env=env, input=stdin,
+        command = [str(ROOT / name)]
+        if name.startswith("tools."):
+            command = ["-m", name]
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+        return subprocess.run([sys.executable, *command, *map(str, args)], cwd=cwd, env=env, input=stdin,
                               stdout=stdout, stderr=subprocess.PIPE, text=not isinstance(stdin, bytes), timeout=timeout,
                               preexec_fn=first)
     return run

@@ -8,9 +8,8 @@ import struct
 import zipfile
 import zlib
 
-from PIL import Image
-
 import heif_boxes
+from PIL import Image
 from test_decoding import FILES, chunk, picture, saved
 
 FULL = 9_900_000  # bytes: as much as fits into an upload

@@ -11,19 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import requests
-from PIL import Image
-
-import common
-import encoders
-from classify import Detector
-from engine import Engine, named
 from live import DEMO, ready_client
 from made_up import BASELINE
-from model import load_model, save_model
 from patience import PATIENCE
-from settings import read_settings
-from telemetry import JsonFormatter, Telemetry
+from PIL import Image
 
+from detector.base.files import sha256
+from detector.encoders import runtime
+from detector.model.file import load_model, save_model
+from detector.service.engine import Engine, named
+from detector.service.settings import read_settings
+from detector.service.telemetry import JsonFormatter, Telemetry
+from detector.verdict import Detector
 
 COMPILED = {}
 
@@ -31,15 +30,15 @@ COMPILED = {}
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """OpenVINO compiles the same weights once and not for every engine: that is most of the time that loading takes."""
-    compile_anew = encoders.openvino_forward
+    compile_anew = runtime.openvino_forward
 
     def compile_once(folder, *options):
-        key = common.sha256((Path(folder) / "encoder.bin").read_bytes()), *options
+        key = sha256((Path(folder) / "encoder.bin").read_bytes()), *options
         if key not in COMPILED:
             COMPILED[key] = compile_anew(folder, *options)
         return COMPILED[key]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoders, "openvino_forward", compile_once)
+        patch.setattr(runtime, "openvino_forward", compile_once)
         yield
 
 

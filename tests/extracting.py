@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import encoders
-import extract_features
 import small
 from conftest import ROOT
-from dataset import COLUMNS
-from features import load_features
 from patience import PATIENCE
+
+import extract_features
+from detector.encoders import runtime
+from detector.features.columns import COLUMNS
+from detector.features.file import load_features
 
 FEW = {"train/real/camera": 8, "train/fake/gan": 8, "test/real/camera": 4, "test/fake/gan": 4}
 # No git repository at that place, so that meta holds CODE_COMMIT: an edit of the code during a test changes no bytes.
@@ -50,12 +50,12 @@ def extract(data_dir, output, *flags):
 @pytest.fixture
 def encoded(monkeypatch):
     """List that grows by the size of each batch that is encoded."""
-    sizes, encode = [], encoders.Encoder.encode
+    sizes, encode = [], runtime.Encoder.encode
 
     def count(self, pixels):
         sizes.append(len(pixels))
         return encode(self, pixels)
-    monkeypatch.setattr(encoders.Encoder, "encode", count)
+    monkeypatch.setattr(runtime.Encoder, "encode", count)
     return sizes
 
 
@@ -70,10 +70,10 @@ def names(folder):
 
 def another_encoder(**changes):
     """The small encoder of this test's cache gets another identity, and these changes."""
-    folder = encoders.cache_dir() / "encoders" / small.ENCODER.name
+    folder = runtime.cache_dir() / "encoders" / small.ENCODER.name
     folder.unlink()  # a link
     shutil.copytree(small.ENCODER, folder)
-    manifest = encoders.read_manifest(folder)
+    manifest = runtime.read_manifest(folder)
     (folder / "encoder.json").write_text(json.dumps({**manifest, "identity": "f" * 64, **changes}))
 
 
@@ -100,7 +100,7 @@ def finish(data_dir, output, *flags):
 
 # Each plants one fatal blow, at a moment that is too short to be met from outside; N is how often it lets pass.
 BLOWS = {
-    "before anything is stored": "encoders.Encoder = die",
+    "before anything is stored": "runtime.Encoder = die",
     "in the middle of a part": "np.savez = lambda file, **columns: count() and half(file) or savez(file, **columns)",
     "between a part's last byte and its name": "os.replace = lambda a, b: count() and die() or replace(a, b)",
     "in the middle of the file": "np.savez_compressed = lambda file, **columns: half(file)",
@@ -119,13 +119,15 @@ import itertools, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
-import common, encoders, extract_features
+import extract_features
+from detector.base.console import run
+from detector.encoders import runtime
 replace, savez, unlink, calls = os.replace, np.savez, Path.unlink, itertools.count(1)
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 half = lambda file: (file.write(b"half"), file.flush(), die())
 count = lambda: next(calls) == {after}
 {blow}
-common.run(extract_features.main)
+run(extract_features.main)
 """
     done = subprocess.run([sys.executable, "-c", code, *command(data_dir, output, *flags)[2:]], env={**os.environ, **SETTINGS},
                           capture_output=True, text=True, timeout=PATIENCE)

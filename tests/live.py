@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 import pytest
 import requests
-
-import app as service
 from conftest import ROOT
 from made_up import BASELINE
 from patience import PATIENCE
+
+from detector.service import app
 
 DEMO = {"MODEL_PATH": str(BASELINE), "ALLOW_DEMO_MODEL": "1"}
 PATIENT = f"--timeout {PATIENCE} --graceful-timeout {PATIENCE}"  # of gunicorn: a machine may be slow to start and to stop
@@ -29,7 +29,7 @@ as_it_is = post_worker_init
 
 def post_worker_init(worker):
     as_it_is(worker)
-    from classify import Detector
+    from detector.verdict import Detector
     pixels = Detector.pixels
 
     def wait(self, image):
@@ -59,7 +59,7 @@ def wait_until_ready(ask):
 
 
 def ready_client(**settings):
-    client = service.create_app({**DEMO, **settings}).test_client()
+    client = app.create_app({**DEMO, **settings}).test_client()
     wait_until_ready(lambda: client.get("/readyz").status_code)
     return client
 

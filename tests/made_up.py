@@ -5,23 +5,26 @@ import shutil
 from argparse import Namespace
 
 import numpy as np
+import small
 from PIL import Image
 
-import common
-import encoders
-import imaging
-import metrics
-import samples
-import small
 import train_model
-from classifiers import calibrated, fit, fold_rows, out_of_fold
-from dataset import COLUMNS, FACTS
-from model import decision, load_model, probability, save_model
-from training_rows import Rows
+from detector.base.files import sha256
+from detector.base.project import HERE
+from detector.encoders import runtime
+from detector.evaluation import metrics
+from detector.features.columns import COLUMNS
+from detector.images import preprocessing, samples
+from detector.images.facts import FACTS
+from detector.model.file import load_model, save_model
+from detector.model.score import decision, probability
+from detector.training import train
+from detector.training.classifiers import calibrated, fit, fold_rows, out_of_fold
+from detector.training.rows import Rows
 
 ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": 6}
 BASELINE = small.FOLDER / "small.joblib"  # a model of photographs and the same with red and blue exchanged
-SHIPPED = common.HERE / "models" / "baseline.joblib"
+SHIPPED = HERE / "models" / "baseline.joblib"
 NOTICE = "this model is a demonstration on random weights: not a detector to rely on"
 DIM = small.ARCH["output_dim"]
 
@@ -43,7 +46,7 @@ def make_columns(real=60, fake=60, gap=3.0, dim=6, seed=0, splits=True):
             "paths": np.array([f"{seed}/{i:05d}.jpg" for i in range(n)]),
             "splits": (np.where(place < 2 / 3, "train", "test") if splits else np.full(n, "")).astype("U8"),
             "sources": np.full(n, "", "U20"),
-            "sha256": np.array([common.sha256(f"{seed} {i}".encode()) for i in range(n)]),
+            "sha256": np.array([sha256(f"{seed} {i}".encode()) for i in range(n)]),
             "thumb": rng.integers(0, 256, (n, 64)).astype(np.uint8)}
 
 
@@ -78,15 +81,15 @@ def training_rows(columns):
 def build(columns, kind="svm", seed=0, **changes):
     """Train on all rows -> the model, as train_model.py would save it."""
     args, rows = training_arguments(seed=seed, classifier=kind, **changes), training_rows(columns)
-    model = train_model.set_threshold(train_model.build(kind, rows, seed), args.max_fpr)
-    return {**model, **train_model.describe_training(train_model.training_data(rows), ENCODER, args), "metrics": {}}
+    model = train.set_threshold(train.build(kind, rows, seed), args.max_fpr)
+    return {**model, **train.describe_training(train.training_data(rows), ENCODER, args), "metrics": {}}
 
 
 def other_encoder(name="other", identity="cd" * 32, **changes):
     """The small encoder under another name and identity in the cache. -> its folder"""
-    folder = encoders.cache_dir() / "encoders" / name
+    folder = runtime.cache_dir() / "encoders" / name
     shutil.copytree(small.ENCODER, folder)
-    manifest = {**encoders.read_manifest(folder), "name": name, "identity": identity, **changes}
+    manifest = {**runtime.read_manifest(folder), "name": name, "identity": identity, **changes}
     (folder / "encoder.json").write_text(json.dumps(manifest))
     return folder
 
@@ -117,7 +120,7 @@ def crop_features(number):
         crops.append(photo.crop((left, top, left + side, top + side)))
     crops += [Image.merge("RGB", crop.split()[::-1]) for crop in crops]
     side = small.ARCH["input_resolution"]
-    return encoders.Encoder(small.ENCODER, "cpu").encode(np.stack([imaging.preprocess(crop, side) for crop in crops]))
+    return runtime.Encoder(small.ENCODER, "cpu").encode(np.stack([preprocessing.preprocess(crop, side) for crop in crops]))
 
 
 def write_baseline(number=100):
@@ -131,9 +134,9 @@ def write_baseline(number=100):
     scores = out_of_fold("svm", rows.features, rows.labels, rows.weight,
                          fold_rows(rows.labels, pairs, 0), 0, **point)
     model = calibrated(fit("svm", rows.features, rows.labels, rows.weight, 0, **point), point, scores, rows)
-    model = train_model.set_threshold(model, None)
-    encoder = {name: encoders.read_manifest(small.ENCODER)[name] for name in ("name", "identity", "layers", "dim")}
-    model |= {**train_model.describe_training(train_model.training_data(rows), encoder, args), "notice": NOTICE}
+    model = train.set_threshold(model, None)
+    encoder = {name: runtime.read_manifest(small.ENCODER)[name] for name in ("name", "identity", "layers", "dim")}
+    model |= {**train.describe_training(train.training_data(rows), encoder, args), "notice": NOTICE}
     p_fake = probability(model, decision(model, columns["features"]))
     model["metrics"] = {"overall": metrics.measure(rows.labels, p_fake, model["threshold"], columns["sha256"])}
     save_model(BASELINE, model)

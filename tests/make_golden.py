@@ -1,14 +1,12 @@
-"""Store what the shipped encoder sees in the installed photographs: python tests/make_golden.py (part of `make ship`)."""
-import sys
+"""Store what the shipped encoder sees in the installed photographs: python -m tests.make_golden (part of `make ship`)."""
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import samples  # noqa: E402
-from classify import SHIPPED_MODEL, Detector  # noqa: E402
-from imaging import decode_image  # noqa: E402
+from detector.base.files import atomic_write
+from detector.images import samples
+from detector.images.decoding import decode_image
+from detector.verdict import SHIPPED_MODEL, Detector
 
 GOLDEN = Path(__file__).with_name("golden_photos.npz")
 
@@ -21,5 +19,5 @@ def features_of(photos):
 
 if __name__ == "__main__":
     photos = samples.installed_photos()
-    with common.atomic_write(GOLDEN) as file:
+    with atomic_write(GOLDEN) as file:
         np.savez(file, names=np.array([p.name for p in photos]), features=features_of(photos))

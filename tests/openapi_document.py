@@ -2,10 +2,9 @@
 import json
 
 import jsonschema
-
 from conftest import ROOT
 
-DOCUMENT = json.loads((ROOT / "static" / "openapi.json").read_text())
+DOCUMENT = json.loads((ROOT / "detector" / "service" / "openapi.json").read_text())
 OPERATIONS = {(method, path): operation for path, item in DOCUMENT["paths"].items() for method, operation in item.items()}
 
 

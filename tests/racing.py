@@ -6,14 +6,16 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-import registry
 from conftest import ROOT
+
+from detector.registry import champion, store
 
 CHILD = """
 import contextlib, io, json, os, sys
 sys.path.insert(0, sys.argv[1])
 import mlflow.entities, sqlalchemy
-import common, registry
+import registry
+from detector.base.errors import UsageError
 
 for line in sys.stdin:
     words, folder, os.environ["MLFLOW_TRACKING_URI"] = json.loads(line)
@@ -24,7 +26,7 @@ for line in sys.stdin:
     with contextlib.redirect_stdout(text):
         try:
             code = registry.main(words) or 0
-        except common.UsageError as error:
+        except UsageError as error:
             print(error)
             code = 2
     print(json.dumps([code, text.getvalue()]), flush=True)
@@ -69,7 +71,7 @@ def one_of_two_is_registered(race, twins, folder, name):
     results = sorted(race(folder, *(["register", name, path] for path in twins)))
     assert [code for code, _ in results] == [0, 2], results
     assert f"'{name}' has a v1.1.0 of another file" in results[1][1]
-    client = registry.connect()
+    client = store.connect()
     (version,) = client.search_model_versions(f"name='{name}'")
     experiment = client.get_experiment_by_name(name).experiment_id
     assert [run.info.run_id for run in client.search_runs([experiment])] == [version.run_id]
@@ -84,10 +86,10 @@ def one_of_two_is_promoted(race, folder, name):
     )
     assert [code for code, _ in results] == [0, 2], results
     assert "was moved meanwhile" in results[1][1]
-    client = registry.connect()
-    history = registry.events(client, name)
+    client = store.connect()
+    history = champion.events(client, name)
     assert len(history) == 2 and history[1]["version"] in results[0][1]
-    assert registry.champion_number(client, name) == history[1]["number"]
+    assert champion.champion_number(client, name) == history[1]["number"]
     results = sorted(race(folder, ["rollback", name], ["rollback", name]))
     assert [code for code, _ in results] == [0, 2], results
-    assert registry.champion_number(client, name) == history[0]["number"] == "1"
+    assert champion.champion_number(client, name) == history[0]["number"] == "1"

@@ -13,11 +13,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import archives
 import numpy as np
 import pytest
 
-import archives
-from weights import vit_shapes
+from detector.encoders.weights import vit_shapes
 
 ARCH = dict(
     kind="VisionTransformer",
@@ -54,11 +54,11 @@ def prepare(cache):
     It runs in float32 on the CPU, whatever machine runs the tests: no test on it depends on
     bfloat16 or a GPU.
     """
-    import prepare_clip
+    from detector.encoders import prepare
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
         patch.setenv("CLIP_CACHE", str(cache))
-        folder = prepare_clip.ensure_encoder(str(archives.write(CHECKPOINT, random_weights())))
+        folder = prepare.ensure_encoder(str(archives.write(CHECKPOINT, random_weights())))
     manifest = json.loads((folder / "encoder.json").read_text())
     (folder / "encoder.json").write_text(json.dumps({**manifest, "precision": "float32"}))
     (folder / "vision.safetensors").unlink()

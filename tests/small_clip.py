@@ -15,8 +15,8 @@ with warnings.catch_warnings():
     import clip.model
     import torch
 
-import imaging
-from descent import clip_state_dict
+from detector.finetuning.descent import clip_state_dict
+from detector.images import preprocessing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +35,7 @@ def crops(photos):
 
 
 def pixels_of(images, resolution):
-    return np.stack([imaging.preprocess(image, resolution) for image in images])
+    return np.stack([preprocessing.preprocess(image, resolution) for image in images])
 
 
 def small_vit(images, seed=0, resolution=64):

@@ -11,17 +11,18 @@ import time
 import pytest
 import requests
 import small
+from live import free_port
+from made_up import build
+from patience import PATIENCE
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from common import CLASSES
-from dataset import COLUMNS
-from features import load_features
-from live import free_port
-from made_up import build
-from metrics import measure
-from model import decision, probability, save_model
-from patience import PATIENCE
+from detector.base.constants import CLASSES
+from detector.evaluation.metrics import measure
+from detector.features.columns import COLUMNS
+from detector.features.file import load_features
+from detector.model.file import save_model
+from detector.model.score import decision, probability
 
 MODEL = (200, {}, {"version": "v1", "sha256": "0", "golden_floor": 0.5})
 REAL = (200, {"X-Model-Version": "v1"}, {"classification": "real", "confidence": 0.9})

@@ -3,18 +3,18 @@ import json
 
 import pytest
 import sklearn.ensemble  # noqa: F401  loaded here, so that the limit below reaches its threads
+from made_up import write_features
 from threadpoolctl import threadpool_limits
 
-import common
 import train_model
-from made_up import write_features
-from model import load_model
+from detector.model.file import load_model
+from detector.training import classifiers, train
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
     """Function: columns or features files, and flags -> (model, metrics.json, stdout, stderr) of one training."""
-    monkeypatch.setattr(common, "code_commit", lambda: "0123abc")
+    monkeypatch.setattr(train, "code_commit", lambda: "0123abc")
 
     def run(*data, name="model", **flags):
         files = [write_features(tmp_path / f"{name}{i}.npz", part) if isinstance(part, dict) else part
@@ -41,5 +41,5 @@ def command(script, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """The search takes the first point of the grid: for tests that are not about what it finds."""
-    monkeypatch.setattr(train_model, "search", lambda kind, *_: train_model.GRIDS[kind][0])
+    monkeypatch.setattr(train, "search", lambda kind, *_: classifiers.GRIDS[kind][0])
 

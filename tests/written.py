@@ -4,7 +4,7 @@ import io
 import pytest
 from PIL import Image
 
-import imaging
+from detector.images import decoding
 
 
 def encode(image, kind, **options):
@@ -28,4 +28,4 @@ def rotated(image, kind, orientation, **options):
 @pytest.fixture(scope="session")
 def pictures(photos):
     """The photographs, decoded: {name: PIL image, RGB}."""
-    return {name: imaging.decode_image(path.read_bytes()) for name, path in photos.items()}
+    return {name: decoding.decode_image(path.read_bytes()) for name, path in photos.items()}

@@ -1,0 +1,100 @@
+"""What a command prints, and how it ends."""
+import argparse
+import os
+import sys
+import unicodedata
+from contextlib import suppress
+from pathlib import Path
+
+from detector.base.addresses import is_remote
+from detector.base.errors import DetectorError, UsageError
+from detector.base.files import REMEDIES, reason
+
+SOON = 2                        # seconds after which a loop that may be quick shows its progress
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line, paragraph
+
+
+def one_line(error):
+    """An error's words in one line, of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults, where there is one to tell."""
+
+    def _get_help_string(self, action):
+        shown = isinstance(action.default, (str, int, float)) and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
+
+
+def say(message):
+    """One line of progress or warning on stderr; results go to stdout."""
+    with suppress(OSError):  # a full disk behind stderr must not hide the exit code
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Text with control characters, line ends and bytes that are not UTF-8 as backslash escapes."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNPRINTABLE else c
+                   for c in str(text))
+
+
+def all_printable(value):
+    """The same for every text in dicts and lists."""
+    if isinstance(value, dict):
+        return {all_printable(key): all_printable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [all_printable(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def need_folder(path):
+    """Raises UsageError unless --data_dir is a folder; of an object store that is seen when it is listed."""
+    if not is_remote(path) and not Path(path).is_dir():
+        raise UsageError(f"--data_dir {path}: no such folder")
+
+
+def need_features(path):
+    """Raises UsageError unless --features_file is there; of an object store that is seen when it is read."""
+    if not is_remote(path) and not Path(path).exists():
+        raise UsageError(f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR")
+
+
+def run(main):
+    """Call a script's main() and exit with what it returns."""
+    answered(lambda _: sys.exit(main()))
+
+
+def answered(function):
+    """Call function(None), a script's parse_args; what a user can mend becomes one line and exit
+    code 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            function(None)
+        finally:
+            sys.stdout.flush()
+    except DetectorError as error:
+        end(2, f"error: {error}")
+    except BrokenPipeError:  # `classify.py ... | head`
+        end(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError:
+        end(2, "error: not enough memory; free some, or give fewer or smaller images at a time")
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        end(2, f"error: {error.filename or 'the output'}: {reason(error)}")
+
+
+def end(code, line=None):
+    """Exit; what stdout still holds and cannot take goes nowhere."""
+    if line:
+        say(line)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

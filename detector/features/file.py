@@ -1,0 +1,180 @@
+"""Features files: an .npz of extract_features.py, or the Parquet data set that it writes with --ray.
+
+    columns = load_features("features.npz")          # dict of arrays (columns.COLUMNS), and "meta" as a dict
+    columns, rows = load_rows(files, 100_000)        # of several FeaturesFiles, and no more rows than that
+"""
+import json
+import os
+import zipfile
+import zlib
+
+import numpy as np
+
+from detector.base.addresses import is_remote
+from detector.base.console import need_features
+from detector.base.errors import UsageError
+from detector.features import storage
+from detector.features.columns import (
+    COLUMNS,
+    IMAGE,
+    distinct,
+    join_columns,
+    number_rows,
+    without_repeats,
+)
+from detector.images.facts import FACTS
+from detector.images.folders import draw_evenly
+
+DRAWN_BY = ("labels", "splits", "sources", "view")  # what a sample is drawn by
+LIGHT = (*DRAWN_BY, "sha256")
+
+
+class FeaturesFile:
+    """A features file of either kind: its `meta`, how many `rows` it has, and its columns, part by part. Raises UsageError.
+
+    `crops`: how many squares of each image are wanted beside the whole, see `take_crops`; None: features as they are stored.
+    """
+
+    def __init__(self, path, crops=None):
+        need_features(path)
+        self.path, self.crops, self.whole = path, crops, None
+        self.distinct = None  # boolean [rows], once load_rows has looked for repeats among many rows
+        if is_remote(path) or os.path.isdir(path):
+            self.meta = storage.read_meta(path)
+            self.rows = storage.count_rows(path, self.meta["parts"])
+        else:
+            self.whole = check_columns(path, load_npz(path))
+            self.meta, self.rows = self.whole["meta"], len(self.whole["labels"])
+        if (crops or 0) > crops_of(self.meta):
+            raise UsageError(f"--features_file {path}: holds {crops_of(self.meta)} crops of an image, {crops} are needed: extract again "
+                             f"with --crops {crops}")
+
+    def parts(self, wanted=COLUMNS):
+        """Some columns of a part after the other; an .npz is one."""
+        if self.whole:
+            parts = [{name: self.whole[name] for name in wanted}]
+        else:
+            parts = storage.iterate_parts(self.path, self.meta["parts"], wanted)
+        for part in parts:
+            if "features" in wanted and not self.whole:
+                check_columns(self.path, part)
+            if "features" in wanted and self.crops is not None:
+                part["features"] = take_crops(part["features"], crops_of(self.meta), self.crops)
+            yield part
+
+
+def crops_of(meta):
+    """How many crops of an image lie beside the whole in a features file."""
+    return meta.get("key", {}).get("crops", 0)
+
+
+def take_crops(features, there, wanted):
+    """Features as stored, float32 [n, (1 + there) * d] -> [n, d], or with crops wanted [n, 1 + wanted, d]."""
+    pieces = features.reshape(len(features), 1 + there, features.shape[1] // (1 + there))  # of no rows -1 could be anything
+    return pieces[:, :1 + wanted] if wanted else pieces[:, 0]
+
+
+def load_features(path):
+    """Features file -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed. Raises UsageError."""
+    file = FeaturesFile(path)
+    return join_columns(list(file.parts())) | {"meta": file.meta}
+
+
+def load_npz(path):
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            columns = {name: file[name] for name in (*COLUMNS, "meta")}
+        return columns | {"meta": json.loads(str(columns["meta"]))}
+    except KeyError as error:
+        raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file
+        raise UsageError(f"--features_file {path} is not a features file ({error}); extract again") from None
+
+
+def check_columns(path, columns):
+    """The columns, where they are what the code that reads them takes for granted. Raises UsageError."""
+    lengths = {len(columns[name]) for name in COLUMNS}
+    if len(lengths) != 1 or columns["features"].ndim != 2:
+        raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")
+    bad = ~np.isfinite(columns["features"]).all(axis=1)
+    if bad.any():
+        raise UsageError(f"--features_file {path}: {bad.sum()} rows hold NaN or infinite features (first: "
+                         f"{columns['paths'][bad][0]}); extract again")
+    if not np.isin(columns["labels"], (-1, 0, 1)).all():
+        raise UsageError(f"--features_file {path}: labels other than -1, 0 and 1; extract again")
+    if columns["facts"].dtype != FACTS:
+        raise UsageError(f"--features_file {path}: its facts are not those that this code reads; extract again")
+    return columns
+
+
+# ---- more rows than memory holds ----
+
+def load_rows(files, most, seed=0):
+    """FeaturesFiles -> (columns of their distinct rows; numbers of these rows, None where all are there).
+
+    Where the files have more than `most` rows, a sample of the labelled ones (see `sample_rows`).
+    """
+    if sum(file.rows for file in files) <= most:
+        return without_repeats(join_columns([part for file in files for part in file.parts()])), None
+    light = light_columns(files)
+    rows = distinct(light, np.arange(len(light["labels"])), (*IMAGE, "splits"))
+    mark_distinct(files, rows)
+    sampled = len(rows) > most
+    if sampled:
+        _, first, image = np.unique(number_rows(light, ("sha256", "labels", "splits")), return_index=True, return_inverse=True)
+        rows = rows[np.argsort(first[image[rows]], kind="stable")]  # an image's copies behind it, whatever file they are in
+        rows = np.sort(rows[sample_rows(*(light[name][rows] for name in DRAWN_BY), most, seed)])
+    kept, start = [], 0
+    for part in (part for file in files for part in file.parts()):
+        end = start + len(part["labels"])
+        mine = rows[np.searchsorted(rows, start):np.searchsorted(rows, end)] - start
+        kept.append({name: part[name][mine] for name in COLUMNS})
+        start = end
+    return join_columns(kept), rows if sampled else None
+
+
+def light_columns(files):
+    """The columns LIGHT of all rows; of each hash its first 64 bits, int64."""
+    parts = [{**part, "sha256": np.array([int(digest[:16], 16) - 2 ** 63 for digest in part["sha256"]], np.int64)}
+             for file in files for part in file.parts(LIGHT)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in LIGHT}
+
+
+def mark_distinct(files, rows):
+    """Sets each file's `distinct` from the numbers of all rows that repeat nothing."""
+    mask = np.zeros(sum(file.rows for file in files), bool)
+    mask[rows] = True
+    for file, own in zip(files, np.split(mask, np.cumsum([file.rows for file in files])[:-1])):
+        file.distinct = own
+
+
+def sample_rows(labels, splits, sources, view, most, seed):
+    """Numbers of at most `most` labelled rows, sorted; an image comes with its copies, which follow it.
+
+    Each split keeps its share of the images; within one, classes and sources are as even as their numbers allow.
+    """
+    first = np.flatnonzero(view == 0)
+    length = np.diff([*first, len(view)])
+    images = np.flatnonzero(labels[first] >= 0)
+    share = most / max(1, length[images].sum())
+    drawn = []
+    for split in np.unique(splits[first[images]]):
+        own = images[splits[first[images]] == split]
+        cells = list(zip(labels[first[own]].tolist(), sources[first[own]].tolist()))
+        drawn.append(own[draw_evenly(cells, int(share * len(own)), seed)])
+    drawn = np.sort(np.concatenate(drawn))
+    return np.concatenate([np.arange(start, start + n) for start, n in zip(first[drawn], length[drawn])])
+
+
+def open_files(paths, crops):
+    """Features files, opened for so many crops of each image, and the entry of their encoder. Raises UsageError on mixed encoders."""
+    files = [FeaturesFile(path, crops) for path in paths]
+    for path, file in zip(paths, files):
+        if "encoder" not in file.meta:
+            raise UsageError(f"{path} does not say which encoder made it: extract again")
+    encoders = [file.meta["encoder"] for file in files]
+    for path, encoder in zip(paths, encoders):
+        if encoder["identity"] != encoders[0]["identity"]:
+            raise UsageError(f"{paths[0]} was made by '{encoders[0]['name']}' ({encoders[0]['identity'][:12]}), {path} by "
+                             f"'{encoder['name']}' ({encoder['identity'][:12]}): extract both with one encoder")
+    return files, encoders[0]

@@ -1,0 +1,355 @@
+"""The Flask app: routes, errors, and the log line of each request."""
+import contextlib
+import difflib
+import json
+import re
+import secrets
+import time
+import uuid
+from pathlib import Path
+
+from flask import Blueprint, Flask, Response, current_app, g, jsonify, render_template, request
+from gunicorn.http.errors import ParseException
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from werkzeug.exceptions import ClientDisconnected, HTTPException
+
+from detector.base.constants import CLASSES
+from detector.base.errors import ImageError
+from detector.images import formats
+from detector.service.engine import Busy, Engine, named
+from detector.service.settings import key_of, read_settings
+from detector.service.telemetry import Telemetry, say_event
+from detector.service.upload import Refused, read_images
+from detector.verdict import answer, details
+
+FEEDBACK_BYTES = 2000  # a parsed megabyte of JSON takes thirty
+OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
+UPLOADS = ("/classify", "/classify/batch")
+PROBES = ("/healthz", "/readyz", "/metrics")                      # asked every few seconds: not logged while they succeed
+FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+ID, FEEDBACK_ID = re.compile(r"[A-Za-z0-9._-]{1,64}"), re.compile(r"[A-Za-z0-9._-]{1,72}")  # a batch's has a number behind it
+PAGE_POLICY = ("default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:; connect-src 'self'; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+routes = Blueprint("service", __name__)
+
+
+# ---- the app ----
+
+def create_app(config=None):
+    """Flask app; `config` overrides settings by name. The model loads in the background; /readyz says when.
+
+    Raises UsageError where a setting is unusable. It never falls back to another model: with a broken one it is alive,
+    not ready, and tries again on SIGHUP.
+    """
+    settings = read_settings(config)
+    app = Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings["MAX_UPLOAD_BYTES"]
+    app.json.sort_keys = False
+    app.register_blueprint(routes)
+    telemetry = Telemetry()
+    app.extensions.update(engine=Engine(settings, telemetry), telemetry=telemetry)
+    app.wsgi_app = turn_away(app)
+    app.before_request(begin)
+    app.after_request(finish)
+    for kind in (ImageError, Refused):
+        app.register_error_handler(kind, lambda e: error(e.status, str(e)))
+    app.register_error_handler(Busy, busy)
+    app.register_error_handler(HTTPException, http_error)
+    app.register_error_handler(ParseException, lambda _: error(400, "the body's chunks are malformed"))  # its words hold the body's
+    app.register_error_handler(Exception, unexpected)
+    return app
+
+
+def engine():
+    return current_app.extensions["engine"]
+
+
+def telemetry():
+    return current_app.extensions["telemetry"]
+
+
+def route():
+    return request.url_rule.rule if request.url_rule else "other"
+
+
+def id_of(sent):
+    """The client's request id, or one of ours where it is none."""
+    return sent if ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+def drain(environ, settings):
+    """Read what is left of a request's body: an answer that overtakes it reaches many clients as a broken connection."""
+    left = 2 * settings["MAX_UPLOAD_BYTES"]
+    with contextlib.suppress(OSError, ParseException):  # cut off, or malformed: gunicorn closes the connection
+        while left > 0 and (part := environ["wsgi.input"].read(1 << 20)):
+            left -= len(part)
+
+
+def turn_away(app):
+    """-> WSGI app: uploads that can get no verdict now get their 503 before Flask sees them, and no log line each. Under four
+    times the load that is most of them, and what one costs is taken from the verdicts: half of what it costs through
+    Flask."""
+    inner, engine, telemetry = app.wsgi_app, app.extensions["engine"], app.extensions["telemetry"]
+
+    def wsgi(environ, start_response):
+        route, started = "/" + environ["PATH_INFO"].lstrip("/"), time.perf_counter()  # as Flask sees it
+        upload = route in UPLOADS and environ["REQUEST_METHOD"] == "POST"
+        refusal = engine.refusal() if upload else None
+        if refusal is None or engine.keys and not key_of(environ.get("HTTP_AUTHORIZATION", ""), engine.keys):
+            return inner(environ, start_response)  # who is not known learns that, and nothing else
+        drain(environ, engine.settings)
+        telemetry.turned_away(route, refusal.reason, time.perf_counter() - started)
+        body = json.dumps({"error": str(refusal)}).encode() + b"\n"
+        start_response("503 SERVICE UNAVAILABLE", [
+            ("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("X-Content-Type-Options", "nosniff"),
+            ("X-Request-ID", id_of(environ.get("HTTP_X_REQUEST_ID", ""))), ("Retry-After", str(engine.settings["QUEUE_TIMEOUT_S"]))])
+        return [body]
+    return wsgi
+
+
+def begin():
+    """Before every request: its id, its clock, and where keys are set, whose it is."""
+    g.request_id, g.started = id_of(request.headers.get("X-Request-ID", "")), time.perf_counter()
+    g.key, g.error, g.read_s = None, None, None
+    if request.content_length is not None:  # gunicorn's own word for the end would let a body that stops early pass as whole
+        request.environ.pop("wsgi.input_terminated", None)
+    if engine().keys and request.path not in OPEN:
+        g.key = key_of(request.headers.get("Authorization", ""), engine().keys)
+        if g.key is None:
+            telemetry().rejections.labels("unauthorized").inc()
+            said = "this token is not known" if "Authorization" in request.headers else "a token is needed"
+            response = error(401, f"{said}: send the header 'Authorization: Bearer TOKEN'")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+
+
+def finish(response):
+    """After every request: counted, logged, its id sent back."""
+    drain(request.environ, engine().settings)
+    seconds = time.perf_counter() - g.started
+    response.headers["X-Request-ID"] = g.request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    telemetry().requests.labels(route(), response.status_code).inc()
+    telemetry().seconds.labels(route(), response.status_code).observe(seconds)
+    if request.path not in PROBES or response.status_code >= 400:
+        say_event("request", request_id=g.request_id, method=request.method, route=route(), status=response.status_code,
+                  seconds=round(seconds, 4), read_s=g.read_s, key=g.key, **({"error": g.error} if g.error else {}))
+    return response
+
+
+# ---- errors ----
+
+def error(status, message):
+    """The one shape of every error: {"error": message}."""
+    g.error = message
+    response = jsonify({"error": message})
+    response.status_code = status
+    return response
+
+
+def busy(exception):
+    """503 and when to come again."""
+    if request.path not in PROBES:
+        telemetry().rejections.labels(exception.reason).inc()
+    response = error(503, str(exception))
+    response.headers["Retry-After"] = str(engine().settings["QUEUE_TIMEOUT_S"])
+    return response
+
+
+def http_error(exception):
+    """What Flask itself refuses, in our shape and with its headers (a 405 must say what is allowed)."""
+    if isinstance(exception, ClientDisconnected):
+        telemetry().rejections.labels("slow_body").inc()
+        return error(408, f"the body did not arrive in full within {engine().settings['BODY_TIMEOUT_S']} s")
+    message = f"{request.method} {request.path[:100]!r}: {exception.name.lower()}; /openapi.json says what there is"
+    if exception.code == 405:
+        message = message.replace(";", f" (allowed: {', '.join(sorted(exception.valid_methods))});", 1)
+    if exception.code == 413:
+        size = f" of {request.content_length:,} bytes" if request.content_length else ""
+        message = f"the request{size} is larger than the {request.max_content_length:,} bytes allowed"
+    response = error(exception.code, message)
+    response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
+    return response
+
+
+def unexpected(exception):
+    """Our bug: a traceback for the log, one word for the client."""
+    say_event("bug", level="error", exc_info=True, request_id=g.request_id, message=f"{type(exception).__name__}")
+    return error(500, "internal error")
+
+
+# ---- verdicts ----
+
+def read():
+    """-> (the detector that this request keeps, bytes of each image). Raises Busy, Refused, and HTTPException's kinds."""
+    started, detector, g.details = time.perf_counter(), engine().ready(), wants_details()
+    refuse_coding()
+    try:
+        return detector, read_images(request, engine().settings["BATCH_LIMIT"])
+    finally:
+        g.read_s = round(time.perf_counter() - started, 4)
+        telemetry().stage.labels("read").observe(g.read_s)
+
+
+def wants_details():
+    """?details=1, true or yes. Raises Refused for another value, and for a parameter that looks like a slip of it. Any other
+    parameter is ignored, since proxies and trackers add their own."""
+    values = {FLAGS.get(value.lower()) for value in request.args.getlist("details")} or {False}
+    if len(values) > 1 or None in values:
+        given = ", ".join(repr(value[:20]) for value in request.args.getlist("details")[:3])
+        raise Refused(400, f"details={given}: send details=1 (or true, yes) or details=0 (or false, no), once")
+    for name in request.args:
+        if name != "details" and difflib.get_close_matches(name[:20].lower(), ["details"], cutoff=0.75):
+            raise Refused(400, f"unknown parameter {name[:20]!r}: did you mean details=1?")
+    return values.pop()
+
+
+def refuse_coding():
+    """Raises Refused where the body is compressed."""
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding.lower() not in ("identity", ""):
+        raise Refused(415, f"the body came with Content-Encoding {coding[:20]!r}, which is not taken: send it uncompressed")
+
+
+def note(detector, facts, waited, request_id):
+    """One image's line in the log: a verdict, or why there is none."""
+    if "error" in facts:
+        telemetry().image_errors.labels(facts["status"]).inc()
+        return say_event("image_error", request_id=request_id, key=g.key, **facts)
+    facts = {name: value for name, value in facts.items() if name != "provenance"}  # its sender's business
+    numbers = {name: round(value, 4) for name, value in facts.items() if isinstance(value, float)}
+    say_event("verdict", request_id=request_id, key=g.key, **{**facts, **numbers}, wait_s=round(waited, 4),
+              model_version=detector.model["versions"]["model"], model_sha256=detector.model["sha256"])
+
+
+def body_of(detector, facts):
+    """What is answered for one image: the documented keys, and with ?details=1 what stands behind them."""
+    if "error" in facts:
+        return {"error": facts["error"]}
+    more = details(detector.model, facts["p_fake"], facts["provenance"]) if g.details else {}
+    return {**answer(facts["classification"], facts["confidence"]), **more}
+
+
+def with_model(detector, body):
+    """JSON answer, with the model that gave it in the headers."""
+    response = jsonify(body)
+    response.headers["X-Model-Version"] = detector.model["versions"]["model"]
+    if "notice" in detector.model:
+        response.headers["X-Model-Notice"] = detector.model["notice"]
+    return response
+
+
+# ---- routes ----
+
+@routes.post("/classify")
+def classify():
+    """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
+    detector, images = read()
+    if len(images) != 1:
+        return error(400, f"the form has {len(images)} fields 'image', expected 1: send several to /classify/batch")
+    waited, (facts,) = engine().judge(detector, images, g.details)
+    note(detector, facts, waited, g.request_id)
+    if "error" in facts:
+        return error(facts["status"], facts["error"])
+    body = body_of(detector, facts)
+    if g.details:
+        stages = {"wait_s": waited, "read_s": g.read_s, **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")}}
+        body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
+    return with_model(detector, body)
+
+
+@routes.post("/classify/batch")
+def classify_batch():
+    """Several fields `image` -> {"results": [...]}, in order, each a verdict or {"error": ...}."""
+    detector, images = read()
+    limit = engine().settings["BATCH_LIMIT"]
+    if len(images) > limit:
+        return error(413, f"the form has {len(images)} images, at most {limit} are taken in a batch: send fewer at a time")
+    waited, found = engine().judge(detector, images, g.details)
+    for number, facts in enumerate(found):
+        note(detector, facts, waited, f"{g.request_id}.{number}")
+    return with_model(detector, {"results": [body_of(detector, facts) for facts in found]})
+
+
+@routes.post("/feedback")
+def feedback():
+    """{"request_id": ..., "label": "real" | "fake"}: one line in the log, which `evaluate.py --feedback` reads. No state."""
+    if g.key is None:
+        return error(403, "feedback needs a token: set API_KEYS_FILE")
+    refuse_coding()
+    request.max_content_length = FEEDBACK_BYTES
+    try:
+        sent = request.get_json(silent=True)
+    except RecursionError:  # a hundred thousand brackets
+        sent = None
+    if fault := feedback_fault(sent):
+        return error(400, f'{fault}; send Content-Type: application/json and {{"request_id": "the X-Request-ID of a verdict", '
+                          '"label": "real" or "fake"}')
+    telemetry().feedback.labels(sent["label"]).inc()
+    say_event("feedback", request_id=sent["request_id"], label=sent["label"], key=g.key)
+    return {"status": "noted"}
+
+
+def feedback_fault(sent):
+    """What is wrong with the JSON that was sent (None: it is none), in words, or None."""
+    if not request.is_json:
+        return f"the body came as {request.mimetype[:60]!r}" if request.mimetype else "the body came without a Content-Type"
+    if not isinstance(sent, dict):
+        return "the body is no JSON object"
+    if set(sent) != {"request_id", "label"}:
+        return "the JSON has other keys than 'request_id' and 'label', or not both"
+    if sent["label"] not in CLASSES:
+        return "the label is neither 'real' nor 'fake'"
+    if not isinstance(sent["request_id"], str) or not FEEDBACK_ID.fullmatch(sent["request_id"]):
+        return "the request_id is not of 1 to 72 letters, digits, dots, underscores and hyphens"
+
+
+@routes.get("/healthz")
+def healthz():
+    """The process answers. Never touches the model."""
+    return {"status": "ok"}
+
+
+@routes.get("/readyz")
+def readyz():
+    """200 once verdicts can be given."""
+    engine().ready()
+    return {"status": "ready"}
+
+
+@routes.get("/model")
+def model():
+    """Which model serves, from what, and how good it was on its test images."""
+    detector = engine().ready()
+    found, names = detector.model, named(detector)
+    data, whole = found["training_data"], found["metrics"].get("overall") or {}
+    body = {**{name: names[name] for name in ("version", "commit", "sha256")},
+            "encoder": {"name": names["encoder"], "identity": names["identity"], "precision": names["precision"]},
+            "training_data": {**{name: data[name] for name in ("sha256", "real", "fake")}, "sources": len(data["sources"])},
+            "threshold": found["threshold"], "threshold_rule": found["threshold_rule"], "band": found["band"].tolist(),
+            "metrics": found["metrics"], "golden_floor": (whole.get("balanced_accuracy", {}).get("interval") or [None])[0]}
+    return body | ({"notice": found["notice"]} if "notice" in found else {})
+
+
+@routes.get("/metrics")
+def metrics():
+    """For Prometheus."""
+    return Response(generate_latest(telemetry().registry), content_type=CONTENT_TYPE_LATEST)
+
+
+@routes.get("/openapi.json")
+def openapi():
+    return Response(Path(__file__).with_name("openapi.json").read_bytes(), content_type="application/json")
+
+
+@routes.get("/")
+def page():
+    """Drop images, see verdicts: one template, nothing from elsewhere."""
+    detector, nonce = engine().detector, secrets.token_urlsafe(16)
+    response = Response(render_template(
+        "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=formats.TAKEN,
+        notice=detector and detector.model.get("notice"), model_version=detector and detector.model["versions"]["model"]))
+    response.headers.update({"Content-Security-Policy": PAGE_POLICY.format(nonce), "Referrer-Policy": "no-referrer",
+                             "Cache-Control": "no-store"})  # the model that it names may change
+    return response

@@ -1,0 +1,114 @@
+"""The images of an upload: a multipart form read in memory. What is wrong with any other request is told in one line.
+
+    images = read_images(request, most=16)     # [bytes], at least one; raises Refused
+"""
+import io
+import re
+
+from werkzeug.sansio.multipart import Data, Field, File, MultipartDecoder, NeedData, State
+
+from detector.model.file import is_text
+
+FIELD_BYTES = 500_000  # of a text field beside the images, and of a part's headers: a megabyte of these takes 200 once parsed
+FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,32}")  # fit for an answer and for the log
+TORN = {State.PREAMBLE: "the boundary that Content-Type names is not in the body",
+        State.PART: "the headers of a part are too long, or do not end"}
+NOT_CLOSED = "the form ends without its closing boundary, as a body that was cut off does"
+
+
+class Refused(Exception):
+    """A request that is not what the route takes; `status` is the HTTP status that fits."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+class Decoder(MultipartDecoder):
+    """File names may be of any charset, since nothing reads them."""
+
+    def _parse_headers(self, data):
+        return super()._parse_headers(bytes(data).decode(errors="replace").encode())
+
+
+class Part(io.BytesIO):
+    """One part of a form, in memory: no image is ever written to disk. `is_file`: it came with a file's name."""
+
+    def __init__(self, event):
+        super().__init__()
+        self.name, self.is_file = event.name or "", bool(getattr(event, "filename", None))
+
+    def write(self, data):
+        if self.name != "image" and not self.is_file and self.tell() + len(data) > FIELD_BYTES:
+            raise Refused(413, f"the text field {shown(self.name)} is larger than the {FIELD_BYTES:,} bytes allowed")
+        return super().write(data)
+
+
+def read_images(request, most):
+    """Werkzeug's request -> bytes of each field `image`, with a file's name or without one. Raises Refused, and HTTPException
+    where the body is too large or late."""
+    try:
+        parts = read_form(request.stream, boundary_of(request), most)
+        images = [part for part in parts if part.name == "image"]
+        if not images:
+            names = ", ".join(sorted({shown(part.name) for part in parts}))
+            raise Refused(400, f"the form has no field 'image', only {names}" if names else "the form is empty")
+        for part in images:
+            if not part.is_file and is_text(part.getvalue()):
+                size = f"holds {part.tell():,} bytes of text" if part.tell() else "is empty"
+                raise Refused(400, f"the field 'image' {size} and came without a file's name")
+    except Refused as error:
+        raise error if error.status != 400 else Refused(400, f"{error}; {how_to_send(request)}") from None
+    return [part.getvalue() for part in images]
+
+
+def how_to_send(request):
+    return f"send the image as a file in the multipart field 'image': curl -F image=@FILE URL{request.url_rule.rule}"
+
+
+def boundary_of(request):
+    """Bytes of the boundary between the parts of a request's form. Raises Refused where it has no form."""
+    if not request.content_length and "Transfer-Encoding" not in request.headers:
+        raise Refused(400, "the request has no body")
+    if not request.mimetype:
+        raise Refused(400, "the body came without a Content-Type")
+    if request.mimetype != "multipart/form-data":
+        raise Refused(400, f"the body came as {request.mimetype[:60]!r}")
+    boundary = request.mimetype_params.get("boundary", "")
+    if not boundary:
+        raise Refused(400, "'multipart/form-data' came without its boundary: leave the Content-Type to the client")
+    return boundary.encode("latin-1", "replace")  # as WSGI has headers
+
+
+def read_form(body, boundary, most):
+    """Stream of a multipart form -> [Part]. Raises Refused where it is torn, or has more than `most` images or one field more."""
+    decoder, parts = Decoder(boundary), []
+    for data in iter(lambda: body.read(1 << 16), b""):  # to its end: of a body that is too large that is told, and nothing else
+        if decoder.state is State.EPILOGUE or len(decoder.buffer) > FIELD_BYTES:
+            continue
+        decoder.receive_data(data)
+        for event in events(decoder):
+            if isinstance(event, (Field, File)):
+                parts.append(Part(event))
+            elif isinstance(event, Data):
+                parts[-1].write(event.data)
+            if len(parts) > most + 1:
+                only_images = all(part.name == "image" for part in parts)
+                raise Refused(413, f"the form has more than {f'{most} images' if only_images else f'{most + 1} fields'}: send fewer")
+    if decoder.state is not State.EPILOGUE:
+        raise Refused(400, TORN.get(decoder.state, NOT_CLOSED))
+    return parts
+
+
+def events(decoder):
+    """Yield what the bytes so far hold. Raises Refused."""
+    try:
+        while not isinstance(event := decoder.next_event(), NeedData):
+            yield event
+    except ValueError:
+        raise Refused(400, "a part of the form has no Content-Disposition") from None
+
+
+def shown(name):
+    """A field's name, where it is fit to be shown."""
+    return repr(name) if FIELD_NAME.fullmatch(name) else "one with another name"

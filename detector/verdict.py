@@ -1,0 +1,126 @@
+"""`Detector`: pixels, features and verdicts of one model."""
+import os
+import sys
+from pathlib import Path
+
+from detector.base.console import say
+from detector.base.constants import MAX_PIXELS
+from detector.base.errors import EncoderError, ImageError, UsageError
+from detector.base.files import read_bytes
+from detector.base.project import HERE
+from detector.encoders import catalogue, runtime
+
+SHIPPED_MODEL = HERE / "models" / "baseline.joblib"
+
+
+class Detector:
+    """A model and the encoder it was trained on: bytes of an image -> verdict.
+
+    detector = Detector("model.joblib")
+    detector.classify(data)          # ('real', 0.95)
+
+    The encoder is found in the cache by the identity that the model names; CLIP_MODEL plays no part. `model` and `encoder`:
+    loaded already. Raises ModelError, EncoderError.
+    """
+
+    def __init__(self, model_path, device="auto", threads=0, model=None, encoder=None):
+        from detector.model.file import load_model
+        self.model = model or load_model(model_path)
+        self.crops = self.model.get("crops", 0)
+        self.encoder = encoder or runtime.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
+
+    def pixels(self, image):
+        """PIL RGB image -> float32 [3, r, r], as the encoder takes it; [1 + crops, 3, r, r] for a model that looks at crops."""
+        from detector.images.preprocessing import in_pieces, normalise
+        pieces = normalise(in_pieces(image, self.encoder.resolution, self.crops))
+        return pieces if self.crops else pieces[0]
+
+    def p_fake(self, pixels):
+        """`pixels` of n images, float32 [n, ...] -> calibrated probability of fake, float64 [n]."""
+        from detector.model.score import decision, probability
+        features = self.encoder.encode(pixels.reshape(-1, *pixels.shape[-3:])).reshape(*pixels.shape[:-3], -1)
+        return probability(self.model, decision(self.model, features))
+
+    def classify(self, data, max_pixels=MAX_PIXELS):
+        """Image bytes -> (classification, confidence). Raises ImageError's kinds."""
+        from detector.images.decoding import decode_image
+        from detector.model.threshold import verdict
+        return verdict(self.model, self.p_fake(self.pixels(decode_image(data, max_pixels))[None])[0])
+
+
+def encoder_folder(encoder, model_path, prepare=True):
+    """The prepared folder that a model's encoder entry names; one that has a name of its own is prepared where it is missing,
+    unless a service asks: the memory that takes would stay in its process. Raises EncoderError."""
+    folder, clip_model = runtime.find_encoder(identity=encoder["identity"]), runtime.clip_model_of(encoder)
+    if folder is None and prepare and clip_model in catalogue.NAMES:
+        from detector.encoders.prepare import ensure_encoder
+        ensure_encoder(clip_model, layers=encoder["layers"])
+        folder = runtime.find_encoder(identity=encoder["identity"])
+    if folder is None:
+        checkpoint = clip_model if clip_model in catalogue.NAMES else "with its checkpoint"
+        if encoder["layers"] != "final":
+            checkpoint += f" --layers {encoder['layers']}"
+        raise EncoderError(f"{model_path} was trained on encoder '{encoder['name']}' ({encoder['identity'][:12]}), which is "
+                           f"not in {runtime.cache_dir()}: run python prepare_clip.py --clip_model {checkpoint}")
+    return folder
+
+
+def choose_model(model_path):
+    """The given path, else model.joblib, else the shipped baseline; says which where it was not given."""
+    if model_path is None:
+        model_path = "model.joblib" if Path("model.joblib").is_file() else SHIPPED_MODEL
+        say(f"model: {'the shipped baseline' if model_path is SHIPPED_MODEL else model_path}")
+    if not Path(model_path).is_file():
+        raise UsageError(f"--model_path {model_path}: no such file; make it with train_model.py")
+    return model_path
+
+
+def load(detector, path, max_pixels, details=False):
+    """One file -> (the encoder's input, with `details` what the file says of its making), or the error that says why not."""
+    from detector.images.decoding import load_rgb, open_image
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else read_bytes(path)
+        image = open_image(data, max_pixels)
+        pixels = detector.pixels(load_rgb(image))
+        if not details:
+            return pixels, None
+        from detector.images.provenance import read_provenance
+        return pixels, read_provenance(image, data)
+    except (ImageError, UsageError) as error:
+        return error
+
+
+def classify_all(detector, paths, max_pixels, batch=8, details=False):
+    """Yield (path, (probability of fake, with `details` what the file says of its making) or the error), in order; the next
+    batch is decoded while one is encoded."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        chunks = [paths[i:i + batch] for i in range(0, len(paths), batch)]
+        ahead = None
+        for chunk, following in zip(chunks, [*chunks[1:], []]):
+            waiting = ahead or [pool.submit(load, detector, path, max_pixels, details) for path in chunk]
+            loaded = [future.result() for future in waiting]
+            ahead = [pool.submit(load, detector, path, max_pixels, details) for path in following]
+            good = [found[0] for found in loaded if not isinstance(found, Exception)]
+            answers = iter(detector.p_fake(np.stack(good)) if good else ())
+            for path, found in zip(chunk, loaded):
+                yield path, found if isinstance(found, Exception) else (next(answers), found[1])
+
+
+def answer(classification, confidence):
+    """The documented JSON, exactly these keys."""
+    return {"classification": classification, "confidence": confidence}
+
+
+def details(model, p_fake, provenance):
+    """What stands behind a verdict, and beside it what the file says of its making, which plays no part in it. Never part of
+    the documented JSON unless it is asked for."""
+    from detector.model.threshold import outside
+    uncertain, (low, high) = not bool(outside(p_fake, model["band"])), model["band"]
+    reason = f"the probability of fake lies between {low:.2f} and {high:.2f}, where too many training images are on either side"
+    found = {"p_fake": round(float(p_fake), 4), "threshold": round(model["threshold"], 4), "uncertain": uncertain,
+             "reason": reason if uncertain else None, "model_version": model["versions"]["model"]}
+    notice = {"notice": model["notice"]} if "notice" in model else {}
+    return {**found, **notice, "provenance": provenance}

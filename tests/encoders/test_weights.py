@@ -1,0 +1,346 @@
+"""Checkpoints without torch: torch's own numbers; a planted or damaged file is one line."""
+
+import pickle
+import struct
+import warnings
+import zipfile
+
+import archives
+import numpy as np
+import pytest
+import small
+from conftest import assert_one_line_error
+from made_up import Planted
+
+from detector.base.errors import EncoderError
+from detector.encoders import weights
+
+ARRAYS = small.random_weights()
+VECTOR = "ln_pre.bias"
+
+
+def refusal(path):
+    """The one line with which a file is refused."""
+    with pytest.raises(EncoderError) as error:
+        weights.read_checkpoint(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and len(message) < 600
+    return message
+
+
+# ---- sound files ----
+
+
+def test_a_state_dict_written_by_hand_gives_its_arrays(tmp_path):
+    found = weights.read_checkpoint(archives.write(tmp_path / "c.pt", ARRAYS))
+    assert found.keys() == ARRAYS.keys()
+    assert all(np.array_equal(found[name], ARRAYS[name]) for name in found)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("form", ["state dict", "archive"])
+def test_both_forms_that_torch_writes_give_torchs_own_numbers(kind, form, photos, tmp_path):
+    torch = pytest.importorskip(
+        "torch", reason="torch writes these files: pip install -r requirements.txt"
+    )
+    import small_clip
+
+    tower = small_clip.SMALL[kind](small_clip.crops(photos))
+    found = weights.read_checkpoint(small_clip.FORMS[form](tower, tmp_path / "c.pt"))
+    state = {
+        name: tensor for name, tensor in tower.state_dict().items() if tensor.is_floating_point()
+    }
+    assert {name for name, array in found.items() if array.dtype.kind == "f"} == state.keys()
+    assert all(torch.equal(torch.from_numpy(found[name]).float(), state[name]) for name in state)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_any_precision_of_a_checkpoint_is_read_as_float16(dtype, tmp_path):
+    torch = pytest.importorskip(
+        "torch", reason="torch writes these files: pip install -r requirements.txt"
+    )
+    tensors = {
+        name: torch.from_numpy(array).to(getattr(torch, dtype)) for name, array in ARRAYS.items()
+    }
+    torch.save({f"visual.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "c.pt")
+    found = weights.read_checkpoint(tmp_path / "c.pt")
+    assert all(np.array_equal(found[name], tensors[name].half().numpy()) for name in tensors)
+
+
+def test_views_transposes_and_parameters_are_read_as_torch_means_them(tmp_path):
+    torch = pytest.importorskip(
+        "torch", reason="torch writes these files: pip install -r requirements.txt"
+    )
+    tensors = {f"visual.{name}": torch.from_numpy(array) for name, array in ARRAYS.items()}
+    shared = torch.zeros(3, 128, dtype=torch.float16)
+    shared[1] = tensors[f"visual.{VECTOR}"]
+    tensors[f"visual.{VECTOR}"] = shared[1]  # a part of a larger storage
+    tensors["visual.proj"] = torch.nn.Parameter(tensors["visual.proj"].T.contiguous().T)
+    torch.save(tensors, tmp_path / "c.pt")
+    found = weights.read_checkpoint(tmp_path / "c.pt")
+    assert all(np.array_equal(found[name], ARRAYS[name]) for name in found)
+
+
+def test_the_identity_is_that_which_torch_towers_had():
+    """Recorded from the tower in torch, before there was another way: prepared encoders stay
+    valid."""
+    arch = weights.architecture(ARRAYS)
+    assert arch == small.ARCH and all(type(n) is int for n in arch.values() if n != arch["kind"])
+    assert (
+        weights.identity_of(ARRAYS, arch)
+        == "81a56d8573d53de7904ee6c8c7a516c4078fcab2718b9a5e1d41bed3f2447c70"
+    )
+    assert (
+        weights.identity_of(ARRAYS, arch, "1,2,final")
+        == "b9d2f690e553c0d0de604cc6c4dbf8fa78c81f49d5bc9177a50705d38750d0ec"
+    )
+
+
+def test_the_identity_of_a_resnet_is_that_which_torch_towers_had():
+    torch = pytest.importorskip(
+        "torch", reason="a ResNet is made in torch: pip install -r requirements.txt"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import clip.model
+    state = clip.model.ModifiedResNet([1, 1, 1, 1], 32, 16, 96, 32).state_dict()
+    arrays = {}
+    for number, (name, tensor) in enumerate(sorted(state.items())):
+        rng = np.random.default_rng(number)
+        arrays[name] = (
+            rng.normal(0, 0.1, tuple(tensor.shape)).astype(np.float16)
+            if tensor.is_floating_point()
+            else tensor.numpy()
+        )
+    arch = weights.architecture(arrays)
+    assert arch == {
+        "kind": "ModifiedResNet",
+        "layers": [1, 1, 1, 1],
+        "output_dim": 32,
+        "heads": 16,
+        "input_resolution": 96,
+        "width": 32,
+    }
+    assert (
+        weights.identity_of(arrays, arch)
+        == "df1f095725e0445b607de87ab78db2d40a956fa8fbd9c79fed7cae7cb11517f8"
+    )
+    assert torch.is_tensor(state["conv1.weight"])
+
+
+# ---- planted and damaged ones ----
+
+
+def test_a_planted_pickle_is_refused_and_never_called(tmp_path):
+    marker = tmp_path / "called"
+    path = archives.write(
+        tmp_path / "c.pt", ARRAYS, root=pickle.dumps({"visual.proj": Planted(marker)}, protocol=2)
+    )
+    assert "names 'posix.mkdir'" in refusal(path) and not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        ("torch", "load"),
+        ("torch._utils", "_rebuild_tensor"),
+        ("builtins", "eval"),
+        ("torch.storage", "_load_from_bytes"),
+        ("numpy", "load"),
+    ],
+)
+def test_no_other_name_is_taken(module, name, tmp_path):
+    root = b"\x80\x02" + archives.named(module, name) + archives.plain("x") + b"\x85R."
+    assert f"names '{module}.{name}'" in refusal(archives.write(tmp_path / "c.pt", {}, root=root))
+
+
+def test_what_a_pickle_changes_about_its_functions_is_gone_with_it(tmp_path):
+    change = (
+        archives.named("torch._utils", "_rebuild_tensor_v2")
+        + archives.plain({"__defaults__": (1,)})
+        + b"b"
+    )
+    refusal(archives.write(tmp_path / "bad.pt", ARRAYS, root=b"\x80\x02" + change + b"."))
+    assert (
+        weights.read_checkpoint(archives.write(tmp_path / "good.pt", ARRAYS)).keys()
+        == ARRAYS.keys()
+    )
+
+
+BEYOND = "reaches beyond its storage"
+FAULTS = {
+    "offset beyond the storage": ({"offset": 1}, BEYOND),
+    "a far offset": ({"offset": 1 << 40}, BEYOND),
+    "a negative offset": ({"offset": -1}, "no sizes"),
+    "a long stride": ({"strides": (2,)}, BEYOND),
+    "a negative stride": ({"strides": (-1,)}, "no sizes"),
+    "a stride of zero over gigabytes": ({"shape": (1 << 40,), "strides": (0,)}, "has the shape"),
+    "a size that is no integer": ({"shape": (128.0,)}, "no sizes"),
+    "a size that is a truth": ({"offset": True}, "no sizes"),
+    "more strides than sizes": ({"strides": (1, 1)}, "no sizes"),
+    "a storage said to be longer": ({"numel": 1 << 30}, "not those of"),
+    "a storage said to be shorter": ({"numel": 127}, BEYOND),
+    "another type of number": (
+        {"storage": archives.named("torch", "FloatStorage")},
+        "not those of",
+    ),
+    "a quantised storage": (
+        {"storage": archives.named("torch", "QInt8Storage")},
+        "names 'torch.QInt8Storage'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_tensor_that_would_read_foreign_memory_is_refused(fault, tmp_path):
+    change, reason = FAULTS[fault]
+    assert reason in refusal(archives.write(tmp_path / "c.pt", ARRAYS, **{VECTOR: change}))
+
+
+def test_a_stride_of_zero_does_not_multiply_a_storage(tmp_path):
+    """The shape is right, the storage too short for it."""
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+    few = {**ARRAYS, name: ARRAYS[name][:1]}
+    path = archives.write(
+        tmp_path / "c.pt", few, **{name: {"shape": ARRAYS[name].shape, "strides": (0, 1)}}
+    )
+    assert BEYOND in refusal(path)
+
+
+def test_compressed_members_are_refused(tmp_path):
+    assert "compressed" in refusal(
+        archives.write(tmp_path / "c.pt", ARRAYS, compression=zipfile.ZIP_DEFLATED)
+    )
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own
+        path = archives.write(tmp_path / "c.pt", ARRAYS, more=[("archive/data/0", b"again")])
+    assert "same name" in refusal(path)
+
+
+def test_a_member_that_is_missing_is_told(tmp_path):
+    path = archives.write(tmp_path / "c.pt", {"proj": ARRAYS["proj"]})
+    root = archives.state_dict(
+        {f"visual.{name}": archives.tensor("99", array) for name, array in ARRAYS.items()}
+    )
+    assert "data/99" in refusal(archives.write(path, {}, root=root))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.999])
+def test_a_truncated_archive_is_told(share, tmp_path):
+    data = archives.write(tmp_path / "whole.pt", ARRAYS).read_bytes()
+    (tmp_path / "c.pt").write_bytes(data[: int(share * len(data))])
+    assert "truncated or damaged" in refusal(tmp_path / "c.pt")
+
+
+def test_a_bit_that_flipped_is_told(tmp_path):
+    path = archives.write(tmp_path / "c.pt", ARRAYS)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "CRC" in refusal(path) or "checksum" in refusal(path) or "damaged" in refusal(path)
+
+
+def test_torchs_old_format_is_told_with_the_way_out(tmp_path):
+    torch = pytest.importorskip(
+        "torch", reason="torch writes these files: pip install -r requirements.txt"
+    )
+    torch.save(
+        {"visual.proj": torch.zeros(2, 2)}, tmp_path / "c.pt", _use_new_zipfile_serialization=False
+    )
+    assert "old format; load it in torch and save it again" in refusal(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "not a zip file"),
+        (b"no checkpoint", "not a zip file"),
+        (b"PK\3\4 and no archive", "truncated or damaged"),
+    ],
+)
+def test_what_is_no_archive_is_told(content, reason, tmp_path):
+    (tmp_path / "c.pt").write_bytes(content)
+    assert reason in refusal(tmp_path / "c.pt")
+
+
+def test_numbers_with_the_high_byte_first_are_refused(tmp_path):
+    path = archives.write(tmp_path / "c.pt", ARRAYS, more=[("archive/byteorder", b"big")])
+    assert "high byte first" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_finite_numbers_are_refused(value, tmp_path):
+    arrays = {**ARRAYS, VECTOR: np.full_like(ARRAYS[VECTOR], value)}
+    assert "no finite numbers" in refusal(archives.write(tmp_path / "c.pt", arrays))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda arrays: arrays.pop("proj"), "no vision tower"),
+        (lambda arrays: arrays.pop("ln_pre.bias"), "visual.ln_pre.bias"),
+        (lambda arrays: arrays.update(extra=np.zeros(3, np.float16)), "visual.extra"),
+        (lambda arrays: arrays.update(proj=np.zeros((64, 32), np.float16)), "visual.proj"),
+    ],
+)
+def test_a_tower_that_is_not_whole_is_told_by_the_tensor(change, reason, tmp_path):
+    arrays = dict(ARRAYS)
+    change(arrays)
+    assert reason in refusal(archives.write(tmp_path / "c.pt", arrays))
+
+
+def test_parts_within_parts_do_not_multiply(tmp_path):
+    """Forty levels, each with the one below twice: a walk along every path would never end."""
+    parts = {}
+    for _ in range(40):
+        parts = {"a": parts, "b": parts}
+    path = archives.write(tmp_path / "c.pt", {}, root=pickle.dumps(parts, protocol=2))
+    assert "no vision tower" in refusal(path)
+
+
+def test_a_memo_that_would_take_gigabytes_is_refused(tmp_path):
+    root = b"\x80\x02}r" + struct.pack("<I", 1 << 31) + b"."
+    assert "LONG_BINPUT" in refusal(archives.write(tmp_path / "c.pt", {}, root=root))
+
+
+def test_a_pickle_that_contains_itself_ends(tmp_path):
+    root = b"\x80\x02}q\x00(" + archives.plain("visual") + b"h\x00u."
+    assert "no vision tower" in refusal(archives.write(tmp_path / "c.pt", {}, root=root))
+
+
+def test_random_damage_is_one_line_or_harmless(tmp_path):
+    """A hundred archives with a byte of their pickle changed: a refusal, or arrays of the right
+    shapes."""
+    whole = {
+        f"visual.{name}": archives.tensor(str(i), array)
+        for i, (name, array) in enumerate(ARRAYS.items())
+    }
+    root, rng = archives.state_dict(whole), np.random.default_rng(0)
+    read = 0
+    for _ in range(100):
+        data = bytearray(root)
+        data[rng.integers(len(data))] = rng.integers(256)
+        path = archives.write(tmp_path / "c.pt", ARRAYS, root=bytes(data))
+        try:
+            found = weights.read_checkpoint(path)
+            read += 1
+            weights.check_shapes({name: array.shape for name, array in found.items()})
+        except EncoderError as error:
+            assert "\n" not in str(error)
+    assert 0 < read < 100
+
+
+def test_a_file_that_cannot_be_read_is_told_with_the_reason(tmp_path):
+    assert "cannot read" in refusal(tmp_path / "nowhere.pt") and "cannot read" in refusal(tmp_path)
+
+
+def test_a_planted_checkpoint_ends_the_command_with_one_error(script, tmp_path):
+    marker = tmp_path / "called"
+    archives.write(tmp_path / "c.pt", ARRAYS, root=pickle.dumps(Planted(marker), protocol=2))
+    assert_one_line_error(
+        script("prepare_clip.py", "--clip_model", "c.pt"), "c.pt", "may be planted"
+    )
+    assert not marker.exists()

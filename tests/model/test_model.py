@@ -1,0 +1,379 @@
+"""The model file: numpy scores as scikit-learn does, what is saved comes back, and nothing planted in it ever runs."""
+import io
+import pickle
+import subprocess
+import sys
+
+import joblib
+import numpy as np
+import pytest
+from conftest import ROOT
+from made_up import BASELINE, Planted, build, make_columns
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from detector.base.errors import ModelError, UsageError
+from detector.features.file import load_features
+from detector.model.file import CLASSIFIERS, FIELDS, load_model, save_model
+from detector.model.score import DERIVED, decision, probability
+from detector.model.threshold import verdict
+from detector.training.classifiers import balanced_weights, fit, svc
+
+# Of each kind: a point of its grid, and the estimator that it stands for on `dim` features.
+KINDS = {"svm": ({"C": 3, "gamma": 0.3}, lambda dim: svc()(C=3, gamma=0.3 / dim)),
+         "linear-svm": ({"C": 0.1}, lambda dim: LinearSVC(C=0.1, dual="auto", max_iter=5000, random_state=0)),
+         "logistic": ({"C": 0.1}, lambda dim: LogisticRegression(C=0.1, max_iter=2000)),
+         "mlp": ({"alpha": 1}, lambda dim: MLPClassifier((64,), alpha=1, max_iter=40, random_state=0))}
+WHATEVER_KIND = set().union(*CLASSIFIERS.values())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(make_columns(gap=1.5))
+
+
+@pytest.fixture(scope="module")
+def of_kind(model):
+    """Function: the model with another kind of classifier in it."""
+    columns = make_columns(gap=1.5)
+    labels = columns["labels"].astype(int)
+    common_part = {name: value for name, value in model.items() if name not in WHATEVER_KIND}
+
+    def make(kind):
+        return common_part | fit(kind, columns["features"], labels, balanced_weights(labels), 0, **KINDS[kind][0])
+    return make
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """Function: the model, or another, with these fields changed (None: left out) -> file, written past every check."""
+    def save(model=model, **changes):
+        path = tmp_path / "model.joblib"
+        path.write_bytes(pickle.dumps({k: v for k, v in {**model, **changes}.items() if v is not None}, protocol=5))
+        return path
+    return save
+
+
+def refusal(path):
+    """The one line in which the file is refused; it names the file and the remedy."""
+    with pytest.raises(ModelError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert str(path) in message and "train it again with train_model.py" in message and len(message.splitlines()) == 1
+    return message
+
+
+# ---- the same numbers as scikit-learn ----
+
+def far_off_centre():
+    """Means twenty deviations from 0: what float32 forgives least."""
+    columns = make_columns(gap=1.0, dim=20)
+    columns["features"] = columns["features"] * np.float32(0.3) + np.linspace(-6, 6, 20, dtype=np.float32)
+    return columns
+
+
+def shipped_features():
+    columns = load_features(ROOT / "models" / "features.npz")
+    rows = np.flatnonzero(columns["labels"] >= 0)[::8]
+    return {name: column[rows] for name, column in columns.items() if name != "meta"}
+
+
+DATA = {"separable": make_columns, "noise": lambda: make_columns(gap=0), "1 to 5": lambda: make_columns(real=40, fake=200, gap=1),
+        "far off centre": far_off_centre, "the shipped features": shipped_features}
+
+
+def raw_scores(pipeline, rows):
+    """Decision values of a fitted pipeline; the network's, which has none, are its last sums before the sigmoid."""
+    network = pipeline[-1]
+    if not isinstance(network, MLPClassifier):
+        return pipeline.decision_function(rows)
+    network.out_activation_ = "identity"
+    return pipeline.predict_proba(rows)[:, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")  # so many rounds and no more, as the recipe has it
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_numpy_gives_the_decision_values_of_the_fitted_pipeline(data, kind):
+    columns, (point, estimator) = data(), KINDS[kind]
+    features, labels = columns["features"], columns["labels"].astype(int)
+    weight = balanced_weights(labels)
+    model = fit(kind, features, labels, weight, 0, **point)
+    pipeline = make_pipeline(StandardScaler(), estimator(features.shape[1]))
+    pipeline.fit(features, labels, **{f"{pipeline.steps[-1][0]}__sample_weight": weight})
+    new = features + np.float32(0.1)  # rows that it was not fitted on
+    for rows in (features, new, new[:1]):
+        ours, theirs = decision(model, rows), raw_scores(pipeline, rows.astype(float))  # in float32 it is the less exact of the two
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 if kind == "svm" else 1e-4, rtol=0)
+    assert np.ptp(decision(model, features)) > 0.1  # values to agree on
+
+
+def test_a_probability_rises_with_the_score_and_never_overflows(model):
+    p = probability(model, [-1e300, -1e6, -1, 0, 1, 1e6, 1e300])
+    assert (np.diff(p) >= 0).all() and p[0] == 0 and p[-1] == 1
+
+
+@pytest.mark.parametrize("p_fake, threshold, expected", [
+    (0.9, 0.5, ("fake", 0.9)), (0.1, 0.5, ("real", 0.9)), (0.5, 0.5, ("fake", 0.5)), (0.49996, 0.5, ("real", 0.5)),
+    (0.4, 0.3, ("fake", 0.4)), (0.6, 0.7, ("real", 0.4)), (1.0, 0.5, ("fake", 1.0)), (1 / 3, 0.5, ("real", 0.6667)),
+])
+def test_a_verdict_is_the_class_and_its_own_probability_to_four_places(model, p_fake, threshold, expected):
+    assert verdict({**model, "threshold": threshold}, np.float64(p_fake)) == expected
+    assert [type(v) for v in verdict(model, np.float64(p_fake))] == [str, float]
+
+
+# ---- the file ----
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return np.array_equal(a, b) and type(a) is type(b) and getattr(a, "dtype", None) == getattr(b, "dtype", None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_comes_back(of_kind, tmp_path, kind):
+    model = of_kind(kind)
+    save_model(tmp_path / "model.joblib", model)
+    back = load_model(tmp_path / "model.joblib")
+    assert len(back["sha256"]) == 64
+    assert equal({name: value for name, value in back.items() if name not in DERIVED}, model)
+    features = make_columns(seed=2)["features"]
+    assert np.array_equal(decision(back, features), decision(model, features))
+
+
+def test_joblib_reads_the_file_too(model, tmp_path):
+    save_model(tmp_path / "model.joblib", model)
+    assert equal(joblib.load(tmp_path / "model.joblib"), model)
+
+
+def test_a_model_that_would_not_load_is_not_saved(model, tmp_path):
+    with pytest.raises(ModelError, match="gamma"):
+        save_model(tmp_path / "model.joblib", {**model, "gamma": float("nan")})
+    assert not (tmp_path / "model.joblib").exists()
+
+
+def test_classifying_imports_no_sklearn_no_torch_no_joblib():
+    code = ("import sys, numpy as np; from detector.model import file, score, threshold; m = file.load_model(sys.argv[1]);"
+            "p = score.probability(m, score.decision(m, np.zeros((2, len(m['center'])), np.float32)));"
+            "threshold.verdict(m, p[0]); print(*sys.modules)")
+    result = subprocess.run([sys.executable, "-c", code, BASELINE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"sklearn", "torch", "joblib", "scipy", "openvino"} & set(result.stdout.split())
+
+
+# ---- refusals ----
+
+def in_a_field(model, bomb):
+    return {**model, "versions": {**model["versions"], "note": ["deep", {"in": (1, bomb)}]}}
+
+
+def in_an_object_array(model, bomb):
+    return {**model, "center": np.array([bomb, 1.0], dtype=object)}
+
+
+PLANTS = {"alone": lambda model, bomb: bomb, "beside the fields": lambda model, bomb: {**model, "more": bomb},
+          "deep in a field": in_a_field, "in an object array": in_an_object_array,
+          "as a key": lambda model, bomb: {**model, "metrics": {(bomb,): 1}}}
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
+def test_a_planted_pickle_is_refused_and_never_runs(model, tmp_path, plant, protocol):
+    bomb, marker = Planted(tmp_path / "ran"), tmp_path / "ran"
+    data = pickle.dumps(plant(model, bomb), protocol=protocol)
+    try:
+        pickle.loads(data)  # the payload is a live one
+    except TypeError:       # and what it leaves behind, None, may not fit where it stood
+        pass
+    assert marker.exists()
+    marker.rmdir()
+    (tmp_path / "model.joblib").write_bytes(data)
+    assert "may be planted" in refusal(tmp_path / "model.joblib")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("compress", [0, 3], ids=["plain", "compressed"])
+@pytest.mark.parametrize("plant", [PLANTS["alone"], PLANTS["beside the fields"], in_an_object_array],
+                         ids=["alone", "beside the fields", "in an object array"])
+def test_a_file_planted_through_joblib_is_refused_and_never_runs(model, tmp_path, plant, compress):
+    marker, path = tmp_path / "ran", tmp_path / "model.joblib"
+    joblib.dump(plant(model, Planted(marker)), path, compress=compress)
+    refusal(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins\neval", "builtins\nexec", "numpy\nload", "numpy._core.multiarray\n_reconstruct",
+                                  "os\nsystem", "model\nload_model"])
+def test_no_name_but_the_two_of_an_array_is_looked_up(tmp_path, name):
+    (tmp_path / "model.joblib").write_bytes(b"c" + name.encode() + b"\n(S'1'\ntR.")
+    assert repr(name.replace("\n", ".")) in refusal(tmp_path / "model.joblib")
+
+
+def test_a_planted_name_cannot_break_the_error_into_two_lines(tmp_path):
+    stack_global = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(s)]) + s for s in (b"os\nerror: all is well", b"system")) + b"\x93."
+    (tmp_path / "model.joblib").write_bytes(stack_global)
+    refusal(tmp_path / "model.joblib")
+
+
+JUNK = {"empty": b"", "text": b"not a model\n", "a picture": b"\x89PNG\r\n\x1a\n" + bytes(100), "a list": pickle.dumps([1, 2]),
+        "an empty dict": pickle.dumps({}), "a number": pickle.dumps(1), "zeros": bytes(1000)}
+
+
+@pytest.mark.parametrize("data", JUNK.values(), ids=JUNK)
+def test_what_is_no_model_file_is_refused(tmp_path, data):
+    (tmp_path / "model.joblib").write_bytes(data)
+    assert "is not a model file: " in refusal(tmp_path / "model.joblib")
+
+
+def npz():
+    buffer = io.BytesIO()
+    np.savez(buffer, features=np.zeros((2, 3)))
+    return buffer.getvalue()
+
+
+def estimator(compress):
+    buffer = io.BytesIO()
+    joblib.dump(LinearSVC(), buffer, compress=compress)
+    return buffer.getvalue()
+
+
+OTHER_FILES = {"text": (b"hello\n", "it is text"), "a page": (b"<html>404</html>", "it is text"), "empty": (b"", "it is empty"),
+               "an npz": (npz(), "zip archive, as .npz"), "an estimator": (estimator(0), "sklearn.svm._classes.LinearSVC"),
+               "a compressed estimator": (estimator(3), "of another kind"), "a truncated model": (BASELINE.read_bytes()[:-100], "cut off"),
+               "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+               "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "of another kind"), "a list": (pickle.dumps([1]), "something else")}
+
+
+@pytest.mark.parametrize("data, words", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_what_it_is_instead_is_told_in_plain_words(tmp_path, data, words):
+    (tmp_path / "model.joblib").write_bytes(data)
+    message = refusal(tmp_path / "model.joblib")
+    assert "is not a model file: " in message and words in message
+    assert "Error" not in message.replace(str(tmp_path), "") and "pickle" not in message.replace(str(tmp_path), "")
+
+
+def test_a_folder_is_told_as_a_folder(tmp_path):
+    with pytest.raises(ModelError, match="is not a model file: it is a folder; name a file from train_model.py"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0.001, 0.01, 0.1, 0.5, 0.9, 0.9999])
+def test_a_truncated_file_is_refused(saved, kept):
+    path = saved()
+    data = path.read_bytes()
+    path.write_bytes(data[:int(kept * len(data))])
+    refusal(path)
+
+
+def test_a_pickled_estimator_is_refused(tmp_path):
+    joblib.dump(make_pipeline(StandardScaler(), LinearSVC()), tmp_path / "model.joblib")
+    assert "sklearn" in refusal(tmp_path / "model.joblib")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 4, "3", 1.5])
+def test_another_format_is_refused_by_its_number(saved, number):
+    assert f"its format is {number!r}, this code reads 3" in refusal(saved(format=number))
+
+
+@pytest.mark.parametrize("kind", ["forest", "SVM", None, 5], ids=str)
+def test_an_unknown_kind_of_classifier_is_refused_with_those_that_are_known(saved, kind):
+    message = refusal(saved(classifier=kind))
+    assert f"its classifier is {kind!r}" in message and "svm, linear-svm, logistic, mlp" in message
+
+
+OF_KIND = [(kind, name) for kind in KINDS for name in {**(FIELDS if kind == "svm" else {}), **CLASSIFIERS[kind]}]
+ARRAYS = [(kind, name) for kind, name in OF_KIND if isinstance({**FIELDS, **CLASSIFIERS[kind]}[name], tuple)]
+
+
+@pytest.mark.parametrize("kind, field", [pair for pair in OF_KIND if pair[1] not in ("format", "classifier")])
+def test_a_missing_field_is_named(of_kind, saved, kind, field):
+    assert f"'{field}'" in refusal(saved(of_kind(kind), **{field: None}))
+
+
+@pytest.mark.parametrize("kind, field", ARRAYS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_array_with_a_nan_is_refused_by_name(of_kind, saved, kind, field, value):
+    model = of_kind(kind)
+    array = model[field].copy()
+    array.flat[-1] = value
+    assert f"'{field}'" in refusal(saved(model, **{field: array}))
+
+
+@pytest.mark.parametrize("changes", [{"gamma": float("nan")}, {"intercept": float("inf")}, {"threshold": "0.5"}, {"gamma": 1},
+                                     {"center": [0.0] * 6}, {"dual_coef": np.zeros((3, 1))}, {"scale": np.ones(6, int)},
+                                     {"encoder": "mine"}, {"threshold_rule": "0.5"}], ids=str)
+def test_a_field_of_another_kind_is_named(saved, changes):
+    assert f"'{next(iter(changes))}'" in refusal(saved(**changes))
+
+
+@pytest.mark.parametrize("kind, field", ARRAYS)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_arrays_that_do_not_fit_together_are_refused(of_kind, saved, kind, field, more):
+    model = of_kind(kind)
+    for axis in range(model[field].ndim):
+        shape = np.array(model[field].shape)
+        shape[axis] += more
+        path = saved(model, **{field: np.resize(model[field], shape)})
+        assert "do not fit together" in refusal(path)
+
+
+def test_a_network_with_its_weights_on_their_side_is_refused(of_kind, saved):
+    model = of_kind("mlp")
+    assert "do not fit together" in refusal(saved(model, hidden_weights=model["hidden_weights"].T))
+
+
+@pytest.mark.parametrize("version", ["v1 – test", "", "a b", "a" * 65, None, 1.5])
+def test_a_version_that_fits_into_no_header_is_refused(saved, version):
+    assert "its version" in refusal(saved(versions={"model": version}))
+
+
+@pytest.mark.parametrize("notice", ["not for use – yet", "", "two\nlines", "a" * 201, 1.5])
+def test_a_notice_that_fits_into_no_header_is_refused(saved, notice):
+    assert "its notice" in refusal(saved(notice=notice))
+
+
+def test_a_notice_is_kept_and_a_model_needs_none(saved):
+    assert load_model(saved(notice="not for use"))["notice"] == "not for use"
+    assert "notice" not in load_model(saved())
+
+
+@pytest.mark.parametrize("encoder", [{}, {"name": "mine"}, {"identity": "ab"}, {"name": "mine", "identity": 5},
+                                     {"name": "mine", "identity": "ab"}], ids=str)
+def test_a_model_must_say_which_encoder_it_was_trained_on(saved, encoder):
+    assert "which encoder" in refusal(saved(encoder=encoder))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 7), (6,), (0, 5)])
+def test_features_of_another_width_are_refused_with_both_widths_and_the_encoder(model, shape):
+    with pytest.raises(ModelError) as caught:
+        decision(model, np.zeros(shape, np.float32))
+    for words in (str(list(shape)), "[n, 6]", "made-up"):
+        assert words in str(caught.value)
+
+
+def test_a_missing_file_is_the_users_error(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        load_model(tmp_path / "nowhere.joblib")
+
+
+def dtype_with_state(code, state):
+    """A pickle that asks for numpy's type `code` and then sets its state, as only a crafted file does."""
+    class Crafted:
+        def __reduce__(self):
+            return np.dtype, (code, False, True), state
+    return Crafted()
+
+
+@pytest.mark.parametrize("code, state", [
+    ("O", (3, "|", None, None, None, -1, -1, 0)),                     # bytes of the file taken for object pointers
+    ("f8", (3, "<", ("<f8", (10**8,)), None, None, 8, 8, 0)),         # an element that claims to be 800 MB
+], ids=["object pointers", "oversized element"])
+def test_a_type_with_a_state_of_its_own_is_refused_before_memory_is_read(code, state, tmp_path):
+    class Array:
+        def __reduce__(self):
+            return np._core.numeric._frombuffer, (b"\1" * 64, dtype_with_state(code, state), (8,), "C")
+    (tmp_path / "model.joblib").write_bytes(pickle.dumps({"format": Array()}, protocol=5))
+    with pytest.raises(ModelError, match="refused|not a model file"):
+        load_model(tmp_path / "model.joblib")

@@ -1,0 +1,365 @@
+"""A registry that cannot be used is refused in one line, and two commands at once both count."""
+
+import contextlib
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_line_error
+from live import free_port
+from racing import one_of_two_is_promoted, one_of_two_is_registered, racers
+from standins import Stub
+from test_registry import address, place, server  # noqa: F401
+
+import registry
+from detector.base.errors import UsageError
+from detector.model.file import load_model, save_model
+from detector.model.signature import signature_path
+from detector.registry import champion, versions
+
+mlflow = pytest.importorskip("mlflow", reason="pip install -r requirements/mlflow.txt")
+pytestmark = [  # MLflow takes its time to start, and uses what SQLAlchemy will drop
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
+]
+BOUND = [
+    "--bounding-set=-dac_override,-dac_read_search",
+    "--inh-caps=-dac_override,-dac_read_search",
+]
+PLAIN_USER = ["setpriv", *BOUND] if not os.geteuid() else []  # the permissions of files hold for it
+
+
+@pytest.fixture(autouse=True)
+def here(address, monkeypatch, tmp_path):  # noqa: F811
+    """The registry is a file in a folder of this test's own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    use(monkeypatch, tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def server():  # noqa: F811
+    """No server here; the tests of one are in test_registry.py."""
+    return type("None", (), {"address": ""})
+
+
+def use(monkeypatch, folder):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture
+def refused(capfd):
+    """Function: the command ends with one line that says all of `words`, and logs nothing."""
+
+    def call(command, *words):
+        capfd.readouterr()
+        with pytest.raises(UsageError) as error:
+            registry.main(list(map(str, command)))
+        line = str(error.value)
+        assert len(line.splitlines()) == 1 and all(re.search(word, line) for word in words), line
+        assert capfd.readouterr().err == ""
+
+    return call
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+# ---- the address ----
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "./mlruns", "file:./mlruns", "file:///tmp/mlruns", "mlflow.db", "nonsense", "ftp://host/x", "databricks",
+        "sqlite:mlflow.db", "sqlite://mlflow.db", "sqlite:///", "sqlite:///:memory:", "sqlite:///a?b=c",
+        " sqlite:///mlflow.db", "SQLITE:///mlflow.db", "http://", "http://:5000", "http://host:port", "http://[::1",
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_hold_a_registry_is_refused_before_mlflow_sees_it(
+    uri, refused, monkeypatch, here
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    refused(
+        ["list"], re.escape(f"MLFLOW_TRACKING_URI={uri}: "), "sqlite:///mlflow.db", "http://HOST"
+    )
+    assert files(here) == []
+
+
+def test_a_database_without_its_driver_is_told_and_its_password_is_not(refused, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+nodriver://me:secret@127.0.0.1/x")
+    refused(["list"], r"registry mysql\+nodriver://me:\*\*\*@127.0.0.1/x: ")
+
+
+def test_nothing_listens_there(refused, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    refused(["list"], "Connection refused; is MLFLOW_TRACKING_URI right.$")
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_web_page_is_no_registry(refused, monkeypatch, status):
+    with Stub(lambda *_: (status, {"Content-Type": "text/html"}, b"<html>hello</html>")) as stub:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", stub.url)
+        refused(["list"], "web page", "no MLflow server")
+
+
+def test_a_dead_proxy_is_named_with_its_variable_and_the_remedy(refused, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.test")
+    for name in ("http_proxy", "ALL_PROXY"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, f"http://me:secret@127.0.0.1:{free_port()}")
+            refused(
+                ["list"],
+                rf"me:\*\*\*@127.0.0.1:\d+ of {name}",
+                f"unset {name}",
+                "NO_PROXY=mlflow.test",
+            )
+
+
+# ---- the file ----
+
+
+def test_reading_makes_no_registry_and_neither_does_a_model_that_is_not_there(refused, here):
+    for command in (
+        ["list"],
+        ["pull", "d@champion"],
+        ["rollback", "d"],
+        ["promote", "d", "1", "--force", "x"],
+    ):
+        refused(command, "no registry at .*mlflow.db yet", "register NAME model.joblib makes it")
+    refused(["register", "d", "nowhere.joblib"], "nowhere.joblib")
+    assert files(here) == []
+
+
+@pytest.fixture
+def filled(here, place):  # noqa: F811
+    """The folder with two versions of `d`, v1.0.0 the champion."""
+    for name in ("good", "better"):
+        registry.main(["register", "d", str(place / f"{name}.joblib")])
+    registry.main(["promote", "d", "v1.0.0", "--force", "a start"])
+    return here
+
+
+def damage(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:8192] + b"\xa5" * (len(data) - 8192))
+
+
+def other(path):
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE birds(name)")
+
+
+def newer(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda path: path.write_text("a text, and no database"), ["not a database", "damaged"]),
+        (damage, ["malformed", "put a copy of it back"]),
+        (lambda path: path.write_bytes(b""), ["no such table", "empty"]),
+        (lambda path: (path.unlink(), path.mkdir()), ["unable to open"]),
+        (other, ["no such table", "another program's"]),
+        (newer, ["ffffffffffff", "requirements/mlflow.txt"]),
+    ],
+    ids=["text", "damaged", "empty", "folder", "another's", "newer"],
+)
+def test_a_file_that_holds_no_registry_is_refused_and_left_alone(
+    filled, refused, tmp_path, monkeypatch, spoil, words
+):
+    copy = tmp_path / "copy"  # of an address that MLflow has not opened yet
+    shutil.copytree(filled, copy)
+    use(monkeypatch, copy)
+    spoil(copy / "mlflow.db")
+    before = (copy / "mlflow.db").is_file() and (copy / "mlflow.db").read_bytes()
+    refused(["list"], "mlflow.db: ", *words)
+    assert before == ((copy / "mlflow.db").is_file() and (copy / "mlflow.db").read_bytes())
+
+
+def test_a_file_that_another_program_holds_is_said_to_be(filled, refused):
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        refused(["list"], "mlflow.db: database is locked; another program holds it")
+
+
+def test_a_file_that_may_only_be_read_is_listed_and_nothing_else(filled, place):  # noqa: F811
+    Path("mlflow.db").chmod(0o444)
+    before = files(filled)
+
+    def run(*words):
+        return subprocess.run(
+            [*PLAIN_USER, sys.executable, ROOT / "registry.py", *words],
+            capture_output=True,
+            text=True,
+        )
+
+    assert run("list").returncode == 0
+    for words in (
+        ["register", "d", place / "worse.joblib"],
+        ["promote", "d", "v1.1.0", "--force", "x"],
+    ):
+        result = run(*words)
+        assert_one_line_error(
+            result, "readonly database; let this user write", "MLFLOW_TRACKING_URI"
+        )
+        assert len(result.stderr.splitlines()) == 1
+    assert files(filled) == before
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, place):  # noqa: F811
+    here.chmod(0o555)
+    command = [
+        *PLAIN_USER,
+        sys.executable,
+        ROOT / "registry.py",
+        "register",
+        "d",
+        place / "good.joblib",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert_one_line_error(result, "mlflow.db: Permission denied", "MLFLOW_TRACKING_URI")
+    assert len(result.stderr.splitlines()) == 1 and files(here) == []
+
+
+@pytest.mark.parametrize("limit, there", [(200_000, "new"), (20_000, "filled")])
+def test_where_space_ends_while_registering_nothing_is_registered(
+    here, place, request, limit, there
+):  # noqa: F811
+    before = files(request.getfixturevalue("filled")) if there == "filled" else []
+    code = (
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1)); sys.argv = sys.argv[1:]; "
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script, model = str(ROOT / "registry.py"), place / "worse.joblib"
+    result = subprocess.run(
+        [sys.executable, "-c", code, script, "register", "d", model], capture_output=True, text=True
+    )
+    assert_one_line_error(result, "the registry ", "mlflow.db")
+    assert len(result.stderr.splitlines()) == 1
+    assert [path for path in files(here) if path not in before and path != "mlruns"] == []
+
+
+# ---- users and places ----
+
+
+def test_a_user_of_no_name_is_recorded_by_number(monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
+    assert champion.who().startswith("uid4000000000@")
+
+
+def test_a_registry_that_was_moved_is_read_and_written_where_it_is_now(
+    filled, place, tmp_path, monkeypatch
+):  # noqa: F811
+    moved = tmp_path / "moved"
+    filled.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    use(monkeypatch, moved)
+    registry.main(["pull", "d@champion", "--out", "pulled.joblib"])
+    assert Path("pulled.joblib").read_bytes() == (place / "good.joblib").read_bytes()
+    registry.main(["register", "d", str(place / "worse.joblib")])
+    registry.main(["pull", "d@v1.2.0", "--out", "pulled.joblib"])
+    assert Path("pulled.joblib").read_bytes() == (place / "worse.joblib").read_bytes()
+    assert not filled.exists() and not Path("mlruns").exists()
+
+
+def test_a_registry_whose_files_are_gone_says_where_they_belong(filled, refused, here):
+    shutil.rmtree("mlruns")
+    refused(["pull", "d@champion"], str(here / "mlruns"), "put the folder mlruns back")
+    assert not Path("model.joblib").exists()
+
+
+def test_what_cannot_be_written_leaves_the_model_and_signature_that_were_there(
+    filled, refused, tmp_path
+):
+    Path("m.joblib").write_text("before")
+    signature_path("m.joblib").write_text("before")
+    Path("folder.joblib").mkdir()
+    refused(["pull", "d@champion", "--out", "folder.joblib"], "folder.joblib: it is a folder")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError):
+        patch.setattr(versions, "sha256", lambda data: "of another file")
+        registry.main(["pull", "d@champion", "--out", "m.joblib"])
+    assert Path("m.joblib").read_text() == signature_path("m.joblib").read_text() == "before"
+
+
+def test_a_reason_fits_into_a_record(refused):
+    refused(
+        ["promote", "d", "1", "--force", "x" * 501],
+        "--force: a reason of 501 characters; .* at most 500",
+    )
+
+
+# ---- two at once ----
+
+
+@pytest.fixture(scope="module")
+def race():
+    with racers() as call:
+        yield call
+
+
+def test_of_two_that_need_a_new_registry_both_are_registered(
+    race, place, tmp_path, monkeypatch
+):  # noqa: F811
+    for attempt in range(2):
+        (tmp_path / f"{attempt}").mkdir()
+        use(monkeypatch, tmp_path / f"{attempt}")
+        made = race(
+            tmp_path / f"{attempt}",
+            *(["register", "d", place / f"{name}.joblib"] for name in ("good", "better")),
+        )
+        assert [code for code, _ in made] == [0, 0], made
+        assert sorted(path.name for path in (tmp_path / f"{attempt}").iterdir()) == [
+            "mlflow.db",
+            "mlruns",
+        ]
+
+
+@pytest.fixture
+def twins(place, tmp_path):  # noqa: F811
+    """Two different files that both say v1.1.0."""
+    for name in ("a", "b"):
+        model = load_model(place / "better.joblib")
+        del model["sha256"]
+        shutil.copytree(place / "better_report", tmp_path / f"{name}_report")
+        save_model(
+            tmp_path / f"{name}.joblib",
+            {**model, "threshold_rule": {**model["threshold_rule"], "note": name}},
+        )
+    return [tmp_path / "a.joblib", tmp_path / "b.joblib"]
+
+
+def test_of_two_files_registered_as_one_version_at_once_one_is_refused(race, twins, filled):
+    for attempt in range(2):
+        one_of_two_is_registered(race, twins, filled, f"model{attempt}")
+    assert len(list(filled.glob("mlruns/model*/*"))) == 2
+
+
+@pytest.fixture
+def three(place):  # noqa: F811
+    def register(name):
+        for model in ("good", "better", "worse"):
+            registry.main(["register", name, str(place / f"{model}.joblib")])
+        registry.main(["promote", name, "v1.0.0", "--force", "a start"])
+
+    return register
+
+
+def test_of_two_promotions_at_once_one_is_refused_and_rollback_goes_one_step(race, three, here):
+    for attempt in range(2):
+        three(f"model{attempt}")
+        one_of_two_is_promoted(race, here, f"model{attempt}")

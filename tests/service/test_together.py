@@ -1,0 +1,85 @@
+"""Calls of several threads become one pass of the encoder: each gets its own rows, nobody waits without need, nobody is lost."""
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import numpy as np
+import pytest
+from engines import until
+from patience import PATIENCE
+
+from detector.service.together import TOGETHER, Together
+
+
+class Held:
+    """A function of rows that notes the size of each pass; the first one lasts until it is let go."""
+
+    def __init__(self):
+        self.sizes, self.begun, self.go = [], Event(), Event()
+
+    def __call__(self, rows):
+        self.sizes.append(len(rows))
+        self.begun.set()
+        assert self.go.wait(PATIENCE)
+        if (rows < 0).any():
+            raise ValueError("a negative row")
+        return rows * 2
+
+
+def rows(*values):
+    return np.array(values, float)[:, None]
+
+
+def waiting(together, pool, held, calls):
+    """One call is in its pass; `calls` wait for it. -> their futures in order."""
+    first = pool.submit(together, rows(1))
+    assert held.begun.wait(PATIENCE)
+    futures = [first]
+    for number, call in enumerate(calls, 1):
+        futures.append(pool.submit(together, call))
+        until(lambda: len(together._waiting) == number)
+    return futures
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(20) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("calls, sizes", [([], [1]), ([1], [1, 1]), ([1, 1, 1, 1], [1, 4]), ([1] * 9, [1, 4, 4, 1]),
+                                          ([3, 2, 2, 1], [1, 3, 4, 1]), ([16, 1], [1, 16, 1]), ([1, 16], [1, 1, 16])])
+def test_what_waits_goes_together_in_the_order_it_came_and_each_gets_its_own(pool, calls, sizes):
+    held = Held()
+    together = Together(held)
+    given = [rows(*range(10 * i, 10 * i + n)) for i, n in enumerate(calls)]
+    futures = waiting(together, pool, held, given)
+    held.go.set()
+    for call, future in zip([rows(1), *given], futures, strict=True):
+        found, waited = future.result(PATIENCE)
+        assert (found == call * 2).all() and waited >= 0
+    assert held.sizes == sizes and max(n for n in sizes if n != 16) <= TOGETHER
+
+
+def test_a_call_alone_starts_at_once():
+    held = Held()
+    held.go.set()
+    found, waited = Together(held)(rows(1, 2))
+    assert found.tolist() == [[2], [4]] and held.sizes == [2] and waited < 5
+
+
+def test_an_error_reaches_all_of_its_pass_and_nobody_else(pool):
+    held = Held()
+    together = Together(held)
+    first, *others, last = waiting(together, pool, held, [rows(5), rows(-1), rows(6), rows(7), rows(8)])
+    held.go.set()
+    assert first.result(PATIENCE)[0] == 2 and last.result(PATIENCE)[0] == 16
+    for future in others:
+        with pytest.raises(ValueError, match="a negative row"):
+            future.result(PATIENCE)
+
+
+def test_many_threads_lose_and_mix_up_nothing(pool):
+    together = Together(lambda rows: rows * 2)
+    values = np.random.default_rng(0).random((500, 3))
+    found = [found for found, _ in pool.map(lambda value: together(value[None]), values)]
+    assert (np.concatenate(found) == values * 2).all()

@@ -1,0 +1,92 @@
+"""train_model.py --export_sklearn: scikit-learn's own objects, with the model's numbers, read back without trust in any type."""
+import numpy as np
+import pytest
+import skops.io
+from conftest import assert_one_line_error
+from made_up import build, make_columns
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+from trained import command, train  # noqa: F401
+
+from detector.base.errors import UsageError
+from detector.model.score import decision
+from detector.training import classifiers, export
+
+OF_KIND = {"svm": SVC, "linear-svm": LinearSVC, "logistic": LogisticRegression, "mlp": MLPClassifier}
+NEW = make_columns(seed=2)["features"]
+
+
+def read(path):
+    """What skops gives back where the reader trusts nothing."""
+    assert skops.io.get_untrusted_types(file=path) == []
+    return skops.io.load(path)
+
+
+def decided(pipeline, features):
+    """Decision values; the network's, which has a probability alone, are what its sigmoid was taken of."""
+    if not isinstance(pipeline[-1], MLPClassifier):
+        return pipeline.decision_function(features)
+    p_real, p_fake = pipeline.predict_proba(features).T
+    return np.log(p_fake / p_real)
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_what_is_read_back_decides_as_the_model_does(train, tmp_path, kind):
+    model, *_ = train(make_columns(gap=1), classifier=kind, export_sklearn=tmp_path / "model.skops")
+    pipeline = read(tmp_path / "model.skops")
+    assert type(pipeline) is Pipeline and [type(step) for step in pipeline] == [StandardScaler, OF_KIND[kind]]
+    scores = decision(model, NEW)
+    np.testing.assert_allclose(decided(pipeline, NEW), scores, atol=5e-5 if kind == "svm" else 1e-5, rtol=0)
+    assert np.ptp(scores) > 0.1 and np.array_equal(pipeline.predict(NEW), scores > 0)
+    for name in ("C", "alpha"):
+        assert getattr(pipeline[-1], name, None) == model["hyperparameters"].get(name)
+
+
+@pytest.mark.parametrize("kind", ["linear-svm", "logistic", "mlp"])
+def test_its_parameters_are_those_it_was_trained_with(kind):
+    columns, seed = make_columns(gap=1), 5
+    model = build(columns, kind, seed)
+    expected = classifiers.estimator(kind, 6, seed, **model["hyperparameters"])
+    assert export.pipeline(model, seed)[-1].get_params() == expected.get_params()
+
+
+def test_an_svm_is_scikit_learns_to_the_last_attribute_whoever_trained_it(monkeypatch):
+    columns = make_columns(gap=1)
+    exported = export.pipeline(build(columns), 0)[-1]
+    monkeypatch.setattr(classifiers, "svc", lambda: SVC)
+    model = build(columns)
+    labels, weight = columns["labels"].astype(int), classifiers.row_weights(columns["labels"].astype(int), columns["sources"])
+    rows = StandardScaler().fit_transform(columns["features"])
+    fitted = SVC(C=model["hyperparameters"]["C"], gamma=model["gamma"]).fit(rows, labels, sample_weight=weight)
+    for ours, atol in ((exported, 1e-2), (export.pipeline(model, 0)[-1], 1e-6)):  # two solvers end a tolerance apart
+        assert type(ours) is SVC and ours.get_params() == fitted.get_params()
+        assert set(vars(fitted)) - set(vars(ours)) <= {"class_weight_", "_num_iter", "n_iter_", "_effective_probability"}
+        for name in ("support_vectors_", "n_support_", "dual_coef_", "intercept_", "classes_"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(fitted, name), atol=atol, rtol=0, err_msg=name)
+
+
+def test_nothing_is_exported_and_skops_is_not_imported_unless_asked(command, tmp_path):
+    result = command(PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0 and not list(tmp_path.glob("*.skops"))
+    assert "| export" in result.stderr.replace("  ", "") and "skops" not in result.stderr
+
+
+# ---- refusals, before the training ----
+
+def test_where_skops_is_missing_it_says_how_to_install_it(monkeypatch, train, tmp_path):
+    find = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "skops" else find(name))
+    with pytest.raises(UsageError, match="--export_sklearn .*a.skops: needs skops, .*pip install -r requirements.txt"):
+        train(make_columns(), export_sklearn=tmp_path / "a.skops")
+    assert not (tmp_path / "model.joblib").exists()
+
+
+@pytest.mark.parametrize("place, words", [("/proc/nowhere/a.skops", "cannot be written"), ("", "is a folder; name a file in it"),
+                                          ("out.joblib", "is the model file's place; name another")])
+def test_a_place_that_cannot_be_written_is_one_line(command, tmp_path, place, words):
+    result = command("--export_sklearn", tmp_path / place)
+    assert_one_line_error(result, f"--export_sklearn {tmp_path / place}", words)
+    assert "images to train" not in result.stderr and not (tmp_path / "out.joblib").exists()

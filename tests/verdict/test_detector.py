@@ -1,0 +1,40 @@
+"""A detector in this process: the same answers in one forward pass or another, alone or among others."""
+import numpy as np
+import pytest
+from made_up import BASELINE
+
+from detector.base.constants import MAX_PIXELS
+from detector.base.errors import UnsupportedImage
+from detector.base.files import read_bytes
+from detector.model.threshold import verdict
+from detector.verdict import Detector, classify_all
+
+
+@pytest.fixture(scope="module")
+def crops(make_folder, tmp_path_factory):
+    """Paths of 1,000 crops of photographs, half of them with their channels swapped."""
+    folder = make_folder(tmp_path_factory.mktemp("crops"), {"real": 500, "fake": 500}, seed=1)
+    return sorted(map(str, folder.rglob("*.jpg")))
+
+
+def test_an_image_alone_is_answered_as_among_others(crops):
+    # equal to the last bit but for the order of sums; 0.0001 is one step of the printed confidence
+    detector, some = Detector(BASELINE), crops[::20]
+    for path, (p_fake, _) in classify_all(detector, some, MAX_PIXELS):
+        classification, confidence = verdict(detector.model, p_fake)
+        alone = detector.classify(read_bytes(path))
+        assert alone[1] == pytest.approx(confidence, abs=1.01e-4)
+        assert alone[0] == classification or confidence < 0.5002
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_a_bad_image_does_not_shift_the_answers_of_the_others(crops, tmp_path, batch):
+    detector, bad = Detector(BASELINE), str(tmp_path / "bad.jpg")
+    (tmp_path / "bad.jpg").write_text("hello")
+    paths = [bad, *crops[:4], bad, *crops[4:7], bad]
+    found = dict(classify_all(detector, paths, MAX_PIXELS, batch))
+    assert isinstance(found.pop(bad), UnsupportedImage)
+    found = {path: p_fake for path, (p_fake, _) in found.items()}
+    alone = {path: p_fake for path, (p_fake, _) in classify_all(detector, crops[:7], MAX_PIXELS, 1)}
+    assert list(found) == list(alone) and list(found.values()) == pytest.approx(list(alone.values()), abs=1e-5)  # model.rbf
+    assert np.diff(sorted(alone.values())).min() > 3e-4  # so an answer at another's place would show

@@ -1,0 +1,30 @@
+"""Features as they ship: untouched images, rounded to float16. Part of `make ship`.
+
+    python -m tools.thin runs/ship/all.npz runs/ship/features.npz
+
+The columns stay what they are. Rounded numbers take half of the room in a compressed file.
+"""
+
+import json
+import sys
+
+import numpy as np
+
+from detector.base.console import run
+from detector.base.files import atomic_write
+from detector.features.columns import COLUMNS
+from detector.features.file import load_features
+
+
+def main(source, target):
+    columns = load_features(source)
+    whole = columns["view"] == 0
+    kept = {name: columns[name][whole] for name in COLUMNS}
+    kept["features"] = kept["features"].astype(np.float16).astype(np.float32)
+    meta = {**columns["meta"], "rounded": "float16"}
+    with atomic_write(target) as file:
+        np.savez_compressed(file, meta=np.array(json.dumps(meta)), **kept)
+
+
+if __name__ == "__main__":
+    run(lambda: main(*sys.argv[1:]))
