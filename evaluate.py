@@ -10,11 +10,9 @@ Images that trained the model or its encoder are left out, by their hashes. Tabl
 evaluation of a features file, and named.
 """
 import argparse
-from pathlib import Path
 
 from detector.base.console import Help, need_features, need_folder, run, say
 from detector.base.errors import UsageError
-from detector.base.files import check_folder
 
 
 def parse_args(argv):
@@ -46,42 +44,12 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    from detector.evaluation import feedback, report
-    from detector.evaluation.assess import PICTURES, assess_all, hardest, split_rows, stored_columns
-    from detector.evaluation.baseline import changes_table, compare, read_baseline
-    from detector.evaluation.pictures import contact_sheet, distorted, encode_folder
-    from detector.features.columns import without_repeats
-    from detector.model.file import load_model
-    from detector.verdict import Detector, choose_model
     if args.feedback:
-        return feedback.main(args)
-    check_folder(args.report_dir, f"--report_dir {args.report_dir}")
-    before = read_baseline(args.baseline, args.report_dir) if args.baseline else None
-    model_path, bad = choose_model(args.model_path), 0
-    detector = Detector(model_path, args.device) if args.data_dir else None
-    model, seen = (detector.model, detector.encoder.manifest.get("seen", [])) if detector else (load_model(model_path), [])
-    if args.features_file:
-        columns = stored_columns(args.features_file, model, args.data_dir)
-    else:
-        columns, bad = encode_folder(detector, args.data_dir)
-    columns = without_repeats(columns)
-    first, groups, p_fake, found = assess_all(model, columns, *split_rows(columns, model, seen))
-    rows = None if before is None else compare(found, before)
-    folder = Path(args.report_dir)
-    with report.staged(folder) as place:
-        if args.data_dir:
-            found |= distorted(detector, args.data_dir, first, groups, args.robustness_images)
-            found["hardest"] = hardest(first, p_fake, model["threshold"])
-            contact_sheet(args.data_dir, first, found["hardest"], place / "hardest.png")
-        else:
-            found["not_measured"] = list(PICTURES)
-        report.fill(place, found)
-    print(report.evaluation(found))
-    print(f"report in {folder}/")
-    if rows is None:
-        return 1 if bad else 0
-    print(changes_table(rows) if rows else f"every metric lies in the interval that {args.baseline} records")
-    worse = [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"]
+        from detector.evaluation.feedback import tell_feedback
+        return tell_feedback(args)
+    from detector.evaluation.assess import evaluate
+    text, worse, bad = evaluate(**{name: value for name, value in vars(args).items() if name != "feedback"})
+    print(text)
     if worse:
         say(f"worse than the baseline: {', '.join(worse)}")
     return 1 if worse or bad else 0

@@ -59,13 +59,12 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     from detector.encoders.prepare import ensure_encoder
-    from detector.encoders.quantize import ensure_int8
     if args.compare:
         from detector.encoders.closeness import compare
-
         return compare(args.clip_model, args.compare, args.weights)
     folder = ensure_encoder(args.clip_model, layers=args.layers, weights=args.weights)
     if args.precision == "int8":
+        from detector.encoders.quantize import ensure_int8
         folder = ensure_int8(folder, args)
     print(folder)
 

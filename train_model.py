@@ -10,7 +10,7 @@ Images that look alike stay on one side of every split; with ten sources or more
 import argparse
 from pathlib import Path
 
-from detector.base.console import Help, need_features, run, say
+from detector.base.console import Help, need_features, run
 from detector.base.constants import MAX_CROPS, NOTICE, VERSION
 from detector.base.errors import UsageError
 from detector.base.files import check_file, only_writer
@@ -38,7 +38,7 @@ def parse_args(argv):
     parser.add_argument("--export_sklearn", metavar="FILE",
                         help="also a scikit-learn Pipeline, for skops.io.load; calibrator and threshold are in the model alone")
     parser.add_argument("--max_rows", type=int, default=100_000, metavar="N",
-                        help="more rows than this are sampled; linear-svm takes all of a Parquet data set, in passes")
+                        help="more rows than this are sampled, even over class and source")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and folds")
     args = parser.parse_args(argv)
     if args.max_rows < 1:
@@ -60,92 +60,52 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    from detector.training.classifiers import one_thread
-    with one_thread(), only_writer(args.model_output_path, f"--model_output_path {args.model_output_path}"):
-        train_and_report(args)
-
-
-def train_and_report(args):
-    """All of it: rows, audit, classifiers, report, model."""
-    import numpy as np
-
-    from detector.features.file import crops_of, load_rows, open_files
+def check_outputs(args):
+    """Places that cannot be written, and a bad key, are told before the work -> the signing key or None."""
     from detector.model import signature
-    from detector.model.file import save_model
-    from detector.training import export, streaming
-    from detector.training.classifiers import GRIDS
-    from detector.training.rows import Rows, choose_rows
-    from detector.training.train import (
-        audit_labels_of,
-        audit_training,
-        build,
-        compare,
-        describe_training,
-        false_alarms,
-        leak,
-        leave_one_source_out,
-        left_out,
-        say_findings,
-        set_threshold,
-        training_data,
-        warn_of_few_reals,
-    )
+    from detector.training import export
     check_file(args.model_output_path, f"--model_output_path {args.model_output_path}")
     if args.export_sklearn:
         export.need_skops(args.export_sklearn)
         check_file(args.export_sklearn, f"--export_sklearn {args.export_sklearn}")
-    key = signature.read_key(args.sign, "--sign", "private") if args.sign else None
-    files, encoder = open_files(args.features_file, args.crops)
-    columns, numbers = load_rows(files, args.max_rows, args.seed)
-    train, test, groups, twins, how = choose_rows(columns, args, args.seed)
-    streams = numbers is not None and args.classifier == streaming.KIND and all(file.whole is None for file in files)
-    if streams and any(crops_of(file.meta) for file in files):
-        raise UsageError("--classifier linear-svm takes all rows of a large data set only without crops: extract without --crops, or "
-                         "raise --max_rows")
-    if numbers is not None:
-        how += (f"; {len(numbers)} of {sum(file.distinct.sum() for file in files)} rows, a draw even over class and source"
-                + (", and the others train as well" if streams else ""))
-    rows, whole = Rows(columns, train, groups, twins), columns["view"] == 0
-    copies = f", and {(~whole[train]).sum()} degraded copies" if not whole[train].all() else ""
-    say(f"{whole[train].sum()} images to train{copies}, {whole[test].sum()} to test ({how})")
-    if rest := left_out(columns, np.concatenate([train, test])):
-        say(f"left out: {rest}")
-    if args.crops:
-        say(f"each verdict will take {1 + args.crops} forward passes: the whole image and {args.crops} crops of it")
-    warn_of_few_reals(args.max_fpr, rows)
-    found = audit_training(columns, train, test, twins)
-    said = say_findings(found)
+    return signature.read_key(args.sign, "--sign", "private") if args.sign else None
 
-    if streams:
-        part, data = streaming.build(files, numbers, columns, rows, train, test, groups, args.seed)
-        parts = {streaming.KIND: part}
-    else:
-        data = training_data(rows)
-        parts = {kind: build(kind, rows, args.seed) for kind in (GRIDS if args.classifier == "all" else [args.classifier])}
-    models = {kind: set_threshold(part, args.max_fpr) for kind, part in parts.items()}
-    kinds = compare(models, rows, columns, test, groups)
-    model = models[max(kinds, key=lambda row: row["out_of_fold"]["value"])["classifier"]]  # never by the test images
-    model |= describe_training(data, encoder, args)
 
+def write(args, model, found, key):
+    """Model, report, signature and export land together -> the report's folder."""
     from detector.evaluation import report
-    found["labels"], assessed = audit_labels_of(model, rows), report.assess(model, columns, test, groups, twins)
-    found["detector"] = {"on_test": assessed["overall"]["auc"]}
-    say_findings(found, said)
-    found = {**report.about(model), "split": how, "audit": found, "leak": leak(model, columns, train, test, groups),
-             "false_alarms": false_alarms(model, rows), "classifiers": kinds, **assessed,
-             "leave_one_source_out": leave_one_source_out(model, rows, args.seed)}
-    model["metrics"] = {name: found[name] for name in ("split", "overall", "degraded", "calibration")}
+    from detector.model import signature
+    from detector.model.file import save_model
+    from detector.training import export
     folder = Path(args.model_output_path).with_suffix("").as_posix() + "_report"
-    with report.staged(folder) as place:  # the model and its report land together
+    with report.staged(folder) as place:
         report.fill(place, found)
         save_model(args.model_output_path, model)
         signature.sign(args.model_output_path, key)
         if args.export_sklearn:
             export.write(args.export_sklearn, model, args.seed)
+    return folder
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    from detector.evaluation import report
+    from detector.training.classifiers import one_thread
+    from detector.training.recipe import audit_training, describe_model, say_findings, train_best
+    from detector.training.rows import read_data, say_rows
+    place = args.model_output_path
+    with one_thread(), only_writer(place, f"--model_output_path {place}"):
+        key = check_outputs(args)
+        data = read_data(args)
+        say_rows(data, args)
+        audited = audit_training(data)
+        said = say_findings(audited)
+        model, kinds = train_best(data, args)
+        found = describe_model(model, kinds, data, audited, args.seed)
+        say_findings(audited, said)
+        folder = write(args, model, found, key)
     print(report.training(found))
-    print(f"{args.model_output_path} {args.model_version}, report in {folder}/")
+    print(f"{place} {args.model_version}, report in {folder}/")
 
 
 if __name__ == "__main__":

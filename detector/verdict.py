@@ -1,6 +1,7 @@
-"""`Detector`: pixels, features and verdicts of one model."""
+"""`Detector`: pixels, features and verdicts of one model. Nothing else puts these steps together."""
 import os
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 from detector.base.console import say
@@ -11,6 +12,9 @@ from detector.base.project import HERE
 from detector.encoders import catalogue, runtime
 
 SHIPPED_MODEL = HERE / "models" / "baseline.joblib"
+# classification: 'real' | 'fake'; confidence: calibrated probability of that class, four places;
+# p_fake: probability of fake; uncertain: does it lie in the model's band? score: decision value
+Verdict = namedtuple("Verdict", "classification confidence p_fake uncertain score")
 
 
 class Detector:
@@ -35,17 +39,43 @@ class Detector:
         pieces = normalise(in_pieces(image, self.encoder.resolution, self.crops))
         return pieces if self.crops else pieces[0]
 
-    def p_fake(self, pixels):
-        """`pixels` of n images, float32 [n, ...] -> calibrated probability of fake, float64 [n]."""
+    def features(self, pixels):
+        """`pixels` of n images, float32 [n, ...] -> float32 [n, d]; [n, 1 + crops, d] with crops."""
+        return unflatten(self.encoder.encode(flatten(pixels)), pixels)
+
+    def verdicts(self, features):
+        """`features` of n images -> [Verdict]."""
         from detector.model.score import decision, probability
-        features = self.encoder.encode(pixels.reshape(-1, *pixels.shape[-3:])).reshape(*pixels.shape[:-3], -1)
-        return probability(self.model, decision(self.model, features))
+        from detector.model.threshold import outside, verdict
+        scores = decision(self.model, features)
+        p_fake = probability(self.model, scores)
+        uncertain = ~outside(p_fake, self.model["band"])
+        return [Verdict(*verdict(self.model, p), float(p), bool(u), float(score))
+                for p, u, score in zip(p_fake, uncertain, scores, strict=True)]
+
+    def judge(self, pixels):
+        """`pixels` of n images -> [Verdict]."""
+        return self.verdicts(self.features(pixels))
+
+    def p_fake(self, pixels):
+        """`pixels` of n images -> calibrated probability of fake, float64 [n]."""
+        import numpy as np
+        return np.array([verdict.p_fake for verdict in self.judge(pixels)])
 
     def classify(self, data, max_pixels=MAX_PIXELS):
         """Image bytes -> (classification, confidence). Raises ImageError's kinds."""
         from detector.images.decoding import decode_image
-        from detector.model.threshold import verdict
-        return verdict(self.model, self.p_fake(self.pixels(decode_image(data, max_pixels))[None])[0])
+        return self.judge(self.pixels(decode_image(data, max_pixels))[None])[0][:2]
+
+
+def flatten(pixels):
+    """Pixels of images or of their pieces, float32 [n, ..., 3, r, r] -> [m, 3, r, r]."""
+    return pixels.reshape(-1, *pixels.shape[-3:])
+
+
+def unflatten(features, pixels):
+    """Features float32 [m, d] of `flatten(pixels)` -> [n, ..., d]."""
+    return features.reshape(*pixels.shape[:-3], -1)
 
 
 def encoder_folder(encoder, model_path, prepare=True):

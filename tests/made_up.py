@@ -18,7 +18,7 @@ from detector.images import preprocessing, samples
 from detector.images.facts import FACTS
 from detector.model.file import load_model, save_model
 from detector.model.score import decision, probability
-from detector.training import train
+from detector.training import recipe
 from detector.training.classifiers import calibrated, fit, fold_rows, out_of_fold
 from detector.training.rows import Rows
 
@@ -81,8 +81,8 @@ def training_rows(columns):
 def build(columns, kind="svm", seed=0, **changes):
     """Train on all rows -> the model, as train_model.py would save it."""
     args, rows = training_arguments(seed=seed, classifier=kind, **changes), training_rows(columns)
-    model = train.set_threshold(train.build(kind, rows, seed), args.max_fpr)
-    return {**model, **train.describe_training(train.training_data(rows), ENCODER, args), "metrics": {}}
+    model = recipe.set_threshold(recipe.build(kind, rows, seed), args.max_fpr)
+    return {**model, **recipe.describe_training(recipe.training_data(rows), ENCODER, args), "metrics": {}}
 
 
 def other_encoder(name="other", identity="cd" * 32, **changes):
@@ -134,9 +134,9 @@ def write_baseline(number=100):
     scores = out_of_fold("svm", rows.features, rows.labels, rows.weight,
                          fold_rows(rows.labels, pairs, 0), 0, **point)
     model = calibrated(fit("svm", rows.features, rows.labels, rows.weight, 0, **point), point, scores, rows)
-    model = train.set_threshold(model, None)
+    model = recipe.set_threshold(model, None)
     encoder = {name: runtime.read_manifest(small.ENCODER)[name] for name in ("name", "identity", "layers", "dim")}
-    model |= {**train.describe_training(train.training_data(rows), encoder, args), "notice": NOTICE}
+    model |= {**recipe.describe_training(recipe.training_data(rows), encoder, args), "notice": NOTICE}
     p_fake = probability(model, decision(model, columns["features"]))
     model["metrics"] = {"overall": metrics.measure(rows.labels, p_fake, model["threshold"], columns["sha256"])}
     save_model(BASELINE, model)

@@ -8,13 +8,13 @@ from threadpoolctl import threadpool_limits
 
 import train_model
 from detector.model.file import load_model
-from detector.training import classifiers, train
+from detector.training import classifiers, recipe
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
     """Function: columns or features files, and flags -> (model, metrics.json, stdout, stderr) of one training."""
-    monkeypatch.setattr(train, "code_commit", lambda: "0123abc")
+    monkeypatch.setattr(recipe, "code_commit", lambda: "0123abc")
 
     def run(*data, name="model", **flags):
         files = [write_features(tmp_path / f"{name}{i}.npz", part) if isinstance(part, dict) else part
@@ -41,5 +41,5 @@ def command(script, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """The search takes the first point of the grid: for tests that are not about what it finds."""
-    monkeypatch.setattr(train, "search", lambda kind, *_: classifiers.GRIDS[kind][0])
+    monkeypatch.setattr(recipe, "search", lambda kind, *_: classifiers.GRIDS[kind][0])
 

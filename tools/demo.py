@@ -148,7 +148,7 @@ def other_draws(photos):
 
     from detector.evaluation import metrics
     from detector.images import decoding
-    from detector.training.train import Rows, build, choose_rows, p_of, set_threshold
+    from detector.training.recipe import Rows, build, choose_rows, p_of, set_threshold
     pictures = [decoding.decode_image(path.read_bytes()) for path in photos]
     columns, found = dict(np.load(OUT / "trap.npz")), []
     picture = [Path(path).stem[:-3] for path in columns["paths"]]

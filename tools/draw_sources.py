@@ -15,7 +15,7 @@ from detector.base.files import atomic_write
 from detector.base.project import HERE
 from detector.features.file import load_features
 from detector.model.file import load_model
-from detector.model.score import decision, probability
+from detector.model.score import p_fake_of
 
 COLOURS = ("#2c7fb8", "#e6550d")
 # What the sources of `external` show, in words that people know: every one of them.
@@ -63,7 +63,7 @@ def rows_of(columns, p_fake):
 def main():
     models = HERE / "models"
     columns, model = load_features(models / "features.npz"), load_model(models / "baseline.joblib")
-    rows = rows_of(columns, probability(model, decision(model, columns["features"])))
+    rows = rows_of(columns, p_fake_of(model, columns["features"]))
     figure, ax = pyplot.subplots(figsize=(8, 0.26 * len(rows) + 1))
     rng = np.random.default_rng(0)
     for y, (name, label, values) in enumerate(rows):

@@ -20,7 +20,7 @@ from detector.evaluation.report import known_rows
 from detector.features.file import load_features
 from detector.images.distort import RESAVED, resaved
 from detector.images.facts import make_groups, twin_clusters
-from detector.model.score import decision, probability
+from detector.model.score import p_fake_of
 from detector.verdict import Detector
 
 MODELS = HERE / "models"
@@ -53,7 +53,7 @@ def main(argv=None):
     columns = {name: column[keep] for name, column in columns.items() if name != "meta"}
     groups, _ = make_groups(columns, twin_clusters(columns["thumb"], columns["sha256"]))
     known, threshold = known_rows(detector.model, columns["sources"]), detector.model["threshold"]
-    untouched = probability(detector.model, decision(detector.model, columns["features"]))
+    untouched = p_fake_of(detector.model, columns["features"])
     found = {
         "untouched": untouched,
         **{name: p_resaved(detector, args.data_dir, columns, how) for name, how in RESAVED.items()},

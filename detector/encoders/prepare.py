@@ -86,8 +86,8 @@ def require_torch(what):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # clip-anytorch: pkg_resources is deprecated
-            import clip  # noqa: E401, F401
-            import torch
+            import clip  # noqa: F401
+            import torch  # noqa: F401
     except ImportError as error:
         raise EncoderError(
             f"{what} needs torch and clip ({error}): pip install -r requirements.txt"

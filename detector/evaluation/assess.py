@@ -6,13 +6,17 @@ import numpy as np
 from detector.base.console import say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
-from detector.base.files import sha256
+from detector.base.files import check_folder, sha256
 from detector.evaluation import report
-from detector.features.columns import COLUMNS, SEEN, distinct, join_columns
+from detector.evaluation.baseline import changes_table, compare, read_baseline
+from detector.evaluation.pictures import contact_sheet, distorted, encode_folder
+from detector.features.columns import COLUMNS, SEEN, distinct, join_columns, without_repeats
 from detector.features.file import open_files
 from detector.images.facts import make_groups, twin_clusters
-from detector.model.score import decision, probability
+from detector.model.file import load_model
+from detector.model.score import p_fake_of
 from detector.model.threshold import stale_threshold
+from detector.verdict import Detector, choose_model
 
 SHOWN = 12  # hardest images of each class
 PICTURES = ("robustness under re-saving, shrinking, blur, noise and crops", "files made alike", "hardest images")
@@ -96,7 +100,7 @@ def assess_all(model, columns, rows, left_out):
     betrayed["detector"] = {"on_test": found["overall"] and found["overall"]["auc"]}
     whole = columns["view"] == 0
     first = {name: columns[name][whole] for name in COLUMNS}
-    p_fake = probability(model, decision(model, first["features"]))
+    p_fake = p_fake_of(model, first["features"])
     warnings = [stale_threshold(model), report.calibration_warning(found["calibration"])]
     return first, groups[whole], p_fake, {
         **report.about(model), **found, "audit": betrayed, "leak": cross_validated_leak(first, p_fake, groups[whole]),
@@ -108,3 +112,41 @@ def digest(columns, mask):
     """Hash of those images, views and labels, in whatever order: two metrics are compared only where it is the same."""
     rows = zip(*(columns[name][mask] for name in ("sha256", "view", "labels")))
     return sha256("".join(sorted(f"{s} {view} {label} " for s, view, label in rows)).encode())
+
+
+def evaluate(model_path=None, data_dir=None, features_file=None, report_dir="evaluation", baseline=None,
+             robustness_images=1000, device="auto"):
+    """The flags of evaluate.py -> (what there is to print, what got worse than `baseline`, number of unreadable files).
+
+    Writes the report. Raises DetectorError.
+    """
+    check_folder(report_dir, f"--report_dir {report_dir}")
+    before = read_baseline(baseline, report_dir) if baseline else None
+    model_path = choose_model(model_path)
+    detector = Detector(model_path, device) if data_dir else None
+    model = detector.model if detector else load_model(model_path)
+    columns, bad = columns_of(detector, model, data_dir, features_file)
+    seen = detector.encoder.manifest.get("seen", []) if detector else []
+    first, groups, p_fake, found = assess_all(model, columns, *split_rows(columns, model, seen))
+    rows = None if before is None else compare(found, before)
+    with report.staged(report_dir) as place:
+        if data_dir:
+            found |= distorted(detector, data_dir, first, groups, robustness_images)
+            found["hardest"] = hardest(first, p_fake, model["threshold"])
+            contact_sheet(data_dir, first, found["hardest"], place / "hardest.png")
+        else:
+            found["not_measured"] = list(PICTURES)
+        report.fill(place, found)
+    text = f"{report.evaluation(found)}\nreport in {Path(report_dir)}/"
+    if rows is None:
+        return text, [], bad
+    text += "\n" + (changes_table(rows) if rows else f"every metric lies in the interval that {baseline} records")
+    return text, [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"], bad
+
+
+def columns_of(detector, model, data_dir, features_file):
+    """Columns of a features file, else of a folder that is encoded now -> (they, number of unreadable files)."""
+    if features_file:
+        return without_repeats(stored_columns(features_file, model, data_dir)), 0
+    columns, bad = encode_folder(detector, data_dir)
+    return without_repeats(columns), bad

@@ -162,7 +162,7 @@ def remarks(counts, rows):
     return [f"{counts[name]:,} {words}" for name, words in told if counts[name]]
 
 
-def main(args):
+def tell_feedback(args):
     """evaluate.py --feedback LOG...: prints, loads no model and writes no report. Raises UsageError."""
     given = [f"--{name}" for name in ("data_dir", "features_file", "model_path", "baseline") if getattr(args, name)]
     if given:

@@ -1,7 +1,7 @@
 """Features files: an .npz of extract_features.py, or the Parquet data set that it writes with --ray.
 
     columns = load_features("features.npz")          # dict of arrays (columns.COLUMNS), and "meta" as a dict
-    columns, rows = load_rows(files, 100_000)        # of several FeaturesFiles, and no more rows than that
+    columns, total = load_rows(files, 100_000)       # of several FeaturesFiles, and no more rows than that
 """
 import json
 import os
@@ -38,7 +38,6 @@ class FeaturesFile:
     def __init__(self, path, crops=None):
         need_features(path)
         self.path, self.crops, self.whole = path, crops, None
-        self.distinct = None  # boolean [rows], once load_rows has looked for repeats among many rows
         if is_remote(path) or os.path.isdir(path):
             self.meta = storage.read_meta(path)
             self.rows = storage.count_rows(path, self.meta["parts"])
@@ -110,17 +109,17 @@ def check_columns(path, columns):
 # ---- more rows than memory holds ----
 
 def load_rows(files, most, seed=0):
-    """FeaturesFiles -> (columns of their distinct rows; numbers of these rows, None where all are there).
+    """FeaturesFiles -> (columns of at most `most` of their distinct rows, number of all of these).
 
-    Where the files have more than `most` rows, a sample of the labelled ones (see `sample_rows`).
+    More are sampled, see `sample_rows`.
     """
     if sum(file.rows for file in files) <= most:
-        return without_repeats(join_columns([part for file in files for part in file.parts()])), None
+        columns = without_repeats(join_columns([part for file in files for part in file.parts()]))
+        return columns, len(columns["labels"])
     light = light_columns(files)
     rows = distinct(light, np.arange(len(light["labels"])), (*IMAGE, "splits"))
-    mark_distinct(files, rows)
-    sampled = len(rows) > most
-    if sampled:
+    total = len(rows)
+    if total > most:
         _, first, image = np.unique(number_rows(light, ("sha256", "labels", "splits")), return_index=True, return_inverse=True)
         rows = rows[np.argsort(first[image[rows]], kind="stable")]  # an image's copies behind it, whatever file they are in
         rows = np.sort(rows[sample_rows(*(light[name][rows] for name in DRAWN_BY), most, seed)])
@@ -130,7 +129,7 @@ def load_rows(files, most, seed=0):
         mine = rows[np.searchsorted(rows, start):np.searchsorted(rows, end)] - start
         kept.append({name: part[name][mine] for name in COLUMNS})
         start = end
-    return join_columns(kept), rows if sampled else None
+    return join_columns(kept), total
 
 
 def light_columns(files):
@@ -138,14 +137,6 @@ def light_columns(files):
     parts = [{**part, "sha256": np.array([int(digest[:16], 16) - 2 ** 63 for digest in part["sha256"]], np.int64)}
              for file in files for part in file.parts(LIGHT)]
     return {name: np.concatenate([part[name] for part in parts]) for name in LIGHT}
-
-
-def mark_distinct(files, rows):
-    """Sets each file's `distinct` from the numbers of all rows that repeat nothing."""
-    mask = np.zeros(sum(file.rows for file in files), bool)
-    mask[rows] = True
-    for file, own in zip(files, np.split(mask, np.cumsum([file.rows for file in files])[:-1])):
-        file.distinct = own
 
 
 def sample_rows(labels, splits, sources, view, most, seed):

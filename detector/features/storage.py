@@ -210,16 +210,11 @@ def count_rows(folder, names):
 
 
 def iterate_parts(folder, names, wanted=COLUMNS):
-    """Columns of the parts, one after the other. Raises UsageError."""
-    return read_ahead(lambda name: read_part(folder, name, wanted), names)
-
-
-def read_ahead(read, places):
-    """read(place) of each, one after the other; the next is read meanwhile."""
+    """Columns of the parts, one after the other; the next is read meanwhile. Raises UsageError."""
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(read, places[0]) if places else None
-        for following in places[1:]:
-            found, coming = coming.result(), ahead.submit(read, following)
+        coming = ahead.submit(read_part, folder, names[0], wanted) if names else None
+        for following in names[1:]:
+            found, coming = coming.result(), ahead.submit(read_part, folder, following, wanted)
             yield found
         if coming:
             yield coming.result()

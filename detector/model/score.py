@@ -65,3 +65,8 @@ def probability(model, scores):
     """
     a, b = model["calibrator"]
     return 0.5 * (1 - np.tanh(0.5 * (a * np.asarray(scores) + b)))
+
+
+def p_fake_of(model, features):
+    """Features [n, d] or [n, pieces, d] -> probability of fake, float64 [n]."""
+    return probability(model, decision(model, features))

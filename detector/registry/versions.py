@@ -1,6 +1,5 @@
 """Versions of models in an MLflow registry: register, promote, roll back, pull, list."""
 import contextlib
-import io
 import json
 import re
 import shutil
@@ -10,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from detector.base.addresses import is_remote
-from detector.base.console import say
+from detector.base.console import need_features, say
 from detector.base.errors import UsageError
 from detector.base.files import atomic_write, read_bytes, sha256
 from detector.model.file import load_model
@@ -184,22 +183,26 @@ def fetch(client, version, place):
 
 
 def worse(client, candidate, champion, golden, place):
-    """`evaluate.py --baseline`: is the candidate worse on the golden images than the champion? What it found goes to stderr."""
-    import evaluate
-    baseline = []
+    """Is the candidate worse on the golden images than the champion? What was found goes to stderr."""
+    from detector.evaluation.assess import evaluate
+    images = {"data_dir" if Path(golden).is_dir() else "features_file": golden}
+    if "features_file" in images:
+        need_features(golden)
+    baseline, lost = None, []
     for version in filter(None, (champion, candidate)):
         folder = Path(place, number_of(version))
         folder.mkdir()
         say(f"evaluating {title(version)} on {golden}")
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            failed = evaluate.main(["--model_path", str(fetch(client, version, folder)), "--report_dir", str(folder / "report"),
-                                    "--data_dir" if Path(golden).is_dir() else "--features_file", golden, *baseline])
-        if failed and not baseline:
+        text, lost, bad = evaluate(str(fetch(client, version, folder)), baseline=baseline,
+                                   report_dir=str(folder / "report"), **images)
+        if bad:
             raise UsageError(f"--golden {golden}: holds images that cannot be read (see above); mend or remove them")
-        text = re.sub("report in .*\n", "", printed.getvalue()).rstrip()  # which goes with `place`
-        say(text.replace(baseline[-1], title(champion)) if baseline else text)
-        baseline = ["--baseline", str(folder / "report" / "metrics.json")]
-    return failed == 1
+        text = re.sub("report in .*\n?", "", text).rstrip()  # which goes with `place`
+        say(text.replace(baseline, title(champion)) if baseline else text)
+        baseline = str(folder / "report" / "metrics.json")
+    if lost:
+        say(f"worse than the baseline: {', '.join(lost)}")
+    return bool(lost)
 
 
 def promote(args):

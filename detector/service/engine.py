@@ -23,6 +23,7 @@ from detector.images import decoding, preprocessing, provenance
 from detector.service.settings import read_file, read_keys
 from detector.service.telemetry import say_event
 from detector.service.together import TOGETHER, Together
+from detector.verdict import Detector, encoder_folder, flatten, unflatten
 
 GOLDEN_COSINE, GOLDEN_SHIFT = 0.99, 0.05  # the golden picture's features and probability may differ from the record by this
 LARGE_PIXELS = 12_000_000                 # images above this are decoded one at a time: 50 megapixels take up to 750 MB
@@ -92,6 +93,22 @@ class Slots:
             turn, places = self._queue.popleft()
             self.busy += places
             turn.set()
+
+
+class SharedDetector(Detector):
+    """A detector in service: uploads that wait for its encoder share forward passes.
+
+    `passes`: those of a detector with the same encoder.
+    """
+
+    def __init__(self, *args, passes=None, **known):
+        super().__init__(*args, **known)
+        self.passes = passes or Together(lambda pixels: self.encoder.encode(pixels))
+
+    def shared_features(self, pixels):
+        """`pixels` of n images -> (their features as `features` has them, seconds waited for a pass)."""
+        features, waited = self.passes(flatten(pixels))
+        return unflatten(features, pixels), waited
 
 
 class Engine:
@@ -200,25 +217,20 @@ class Engine:
 
     def _score(self, detector, chunk):
         """[(facts, the encoder's input)] of one forward pass: verdict, probability of fake and seconds into each facts."""
-        from detector.model.score import decision, probability, whole_of
-        from detector.model.threshold import outside, verdict
-        model, started = detector.model, time.perf_counter()
-        pixels = np.stack([pixels for _, pixels in chunk])
-        features, waited = detector.encode(pixels.reshape(-1, *pixels.shape[-3:]))  # flat: a pass is shared with other models' uploads
-        features = features.reshape(*pixels.shape[:-3], -1)
+        from detector.model.score import whole_of
+        started = time.perf_counter()
+        features, waited = detector.shared_features(np.stack([pixels for _, pixels in chunk]))
         encoded = time.perf_counter()
-        scores = decision(model, features)
-        p_fake = probability(model, scores)
+        verdicts = detector.verdicts(features)
         seconds = {"encode": encoded - started - waited, "classify": time.perf_counter() - encoded}
         for stage, taken in seconds.items():
             self.telemetry.stage.labels(stage).observe(taken)
-        for (facts, _), p, value, row in zip(chunk, p_fake, scores, whole_of(features)):
-            classification, confidence = verdict(model, p)
+        for (facts, _), found, row in zip(chunk, verdicts, whole_of(features), strict=True):
             facts["turn_s"] += waited / len(chunk)
-            facts |= {"classification": classification, "confidence": confidence, "p_fake": float(p),
-                      "uncertain": not bool(outside(p, model["band"])),
+            facts |= {"classification": found.classification, "confidence": found.confidence,
+                      "p_fake": found.p_fake, "uncertain": found.uncertain,
                       **{f"{stage}_s": taken / len(chunk) for stage, taken in seconds.items()}}
-            self.telemetry.verdict(detector, facts, value, row)
+            self.telemetry.verdict(detector, facts, found.score, row)
 
 
 def named(detector):
@@ -264,7 +276,6 @@ def read_model(settings):
 
 def check_encoder(settings, model):
     """Raises EncoderError unless the model's encoder is prepared."""
-    from detector.verdict import encoder_folder
     encoder_folder(model["encoder"], settings["MODEL_PATH"], prepare=False)
 
 
@@ -278,25 +289,23 @@ def check_pin(pin_path, found, model_path):
 
 
 def load_detector(settings, current=None):
-    """-> Detector, warm and proved on the golden picture; `current` itself where it is of the same file. Its encoder is used
-    again where that is the same. `detector.encode` gives features and the seconds waited for a pass, which uploads share.
+    """-> SharedDetector, warm and proved on the golden picture; `current` itself where it is of the same file. Its encoder and
+    its passes are used again where the encoder is the same.
 
     Raises DetectorError.
     """
-    from detector.verdict import Detector
     model = read_model(settings)
     if current is not None and current.model["sha256"] == model["sha256"]:
         return current
     check_encoder(settings, model)
     same = current is not None and current.encoder.identity == model["encoder"]["identity"]
-    detector = Detector(settings["MODEL_PATH"], threads=settings["THREADS"] or runtime.processors(), model=model,
-                        encoder=current.encoder if same else None)
+    detector = SharedDetector(settings["MODEL_PATH"], threads=settings["THREADS"] or runtime.processors(), model=model,
+                              encoder=current.encoder if same else None, passes=current.passes if same else None)
     prove(detector)
-    encoder, side = detector.encoder, detector.encoder.resolution
-    detector.encode = current.encode if same else Together(lambda pixels: encoder.encode(pixels))
     if not same:
+        side = detector.encoder.resolution
         for n in range(1, TOGETHER + 1):  # the first pass of a size takes longer
-            encoder.encode(np.zeros((n, 3, side, side), np.float32))
+            detector.encoder.encode(np.zeros((n, 3, side, side), np.float32))
     return detector
 
 
@@ -306,7 +315,6 @@ def slots_of(settings):
 
 def prove(detector):
     """The golden picture, from bytes to probability, against what the encoder's record gives. Raises EncoderError."""
-    from detector.model.score import decision, probability
     recorded = detector.encoder.manifest.get("golden")
     if not recorded:
         raise EncoderError(f"the encoder '{detector.encoder.name}' has no golden features: remove its folder in "
@@ -314,7 +322,7 @@ def prove(detector):
     pixels = preprocessing.preprocess(decoding.decode_image(runtime.golden_image()), detector.encoder.resolution)
     features = np.stack([np.float32(recorded), detector.encoder.encode(pixels[None])[0]])
     cosine = float(features[0] @ features[1] / np.linalg.norm(features[0]) / np.linalg.norm(features[1]))
-    expected, found = probability(detector.model, decision(detector.model, features))
+    expected, found = (verdict.p_fake for verdict in detector.verdicts(features))
     if not (cosine >= GOLDEN_COSINE and abs(found - expected) <= GOLDEN_SHIFT):  # written so that NaN fails
         raise EncoderError(f"the golden picture's probability of fake is {found:.3f} on this machine, {expected:.3f} by the "
                            f"encoder's record (cosine {cosine:.4f}): verdicts here cannot be trusted; prepare the encoder again")

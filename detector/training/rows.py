@@ -3,12 +3,16 @@
     files, encoder = open_files(["features.npz", "more.parquet"], crops=0)
     train, test, groups, twins, words = choose_rows(columns, args, seed)
 """
+from collections import namedtuple
+
 import numpy as np
 
+from detector.base.console import say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.evaluation.probes import MIN_IMAGES
 from detector.features.columns import COLUMNS, distinct
+from detector.features.file import load_rows, open_files
 from detector.training.classifiers import fold_rows, row_weights
 
 MAX_CLUSTER = 0.05       # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
@@ -74,3 +78,44 @@ class Rows:
         self.groups, self.twins = groups[train], twins[train]
         self.images = np.unique(self.columns["sha256"], return_inverse=True)[1]
         self.weight = row_weights(self.labels, self.columns["sources"])
+
+
+# `split`: words on how train and test were chosen; `rows`: those that train, as `Rows`
+Data = namedtuple("Data", "encoder columns train test groups twins split rows")
+
+
+def read_data(args):
+    """The flags of train_model.py -> Data. Raises UsageError."""
+    files, encoder = open_files(args.features_file, args.crops)
+    columns, total = load_rows(files, args.max_rows, args.seed)
+    train, test, groups, twins, split = choose_rows(columns, args, args.seed)
+    if total > len(columns["labels"]):
+        split += f"; {len(columns['labels'])} of {total} rows, a draw even over class and source"
+    return Data(encoder, columns, train, test, groups, twins, split, Rows(columns, train, groups, twins))
+
+
+def say_rows(data, args):
+    """Which rows train, which test, which are left out; warns where the reals are too few for --max_fpr."""
+    whole = data.columns["view"] == 0
+    copies = f", and {(~whole[data.train]).sum()} degraded copies" if not whole[data.train].all() else ""
+    say(f"{whole[data.train].sum()} images to train{copies}, {whole[data.test].sum()} to test ({data.split})")
+    if rest := left_out(data.columns, np.concatenate([data.train, data.test])):
+        say(f"left out: {rest}")
+    if args.crops:
+        say(f"each verdict will take {1 + args.crops} forward passes: the whole image and {args.crops} crops of it")
+    warn_of_few_reals(args.max_fpr, data.rows)
+
+
+def left_out(columns, used):
+    """Splits that neither trained nor tested, with their numbers: '830 external' or ''."""
+    splits, n = np.unique(np.delete(columns["splits"], used), return_counts=True)
+    return ", ".join(f"{k} {s or 'without split'}" for s, k in zip(splits, n))
+
+
+def warn_of_few_reals(max_fpr, rows):
+    """Warns where the training reals are too few to certify the rate."""
+    if max_fpr is None:
+        return
+    n = int((rows.whole & (rows.labels == 0)).sum())
+    if n < 3 / max_fpr:  # the rule of three: with fewer, even no false alarm at all leaves the rate open
+        say(f"warning: {n} real training images are too few to certify a rate of {max_fpr:g}: it takes {int(np.ceil(3 / max_fpr))}")

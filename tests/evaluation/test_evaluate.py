@@ -18,7 +18,7 @@ from detector.images.distort import ARMS, CONDITIONS
 from detector.model.file import load_model, save_model
 from detector.model.score import probability
 from detector.model.threshold import choose_band
-from detector.training.train import BAND_ERROR
+from detector.training.recipe import BAND_ERROR
 
 COUNTS = {f"train/{label}/{source}": 12 for label in ("real", "fake") for source in ("a", "b")} | \
          {f"test/{label}/{source}": 5 for label in ("real", "fake") for source in ("a", "b", "new")}

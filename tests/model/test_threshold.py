@@ -7,7 +7,7 @@ from scipy.stats import beta
 from detector.evaluation.metrics import outside
 from detector.model.file import load_model, save_model
 from detector.model.threshold import choose_band, choose_threshold, stale_threshold, verdict
-from detector.training.train import BAND_ERROR, set_threshold
+from detector.training.recipe import BAND_ERROR, set_threshold
 
 
 def overlapping(real, fake, seed, digits=17):

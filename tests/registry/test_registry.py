@@ -23,7 +23,7 @@ from detector.base.errors import UsageError
 from detector.model.file import load_model, save_model
 from detector.model.signature import signature_path
 from detector.registry import champion, store
-from detector.training import classifiers, train
+from detector.training import classifiers, recipe
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install -r requirements/mlflow.txt")
 pytestmark = pytest.mark.long  # MLflow takes its time to start
@@ -74,8 +74,8 @@ def place(tmp_path_factory):
     write_features(folder / "other.npz", encoder={**ENCODER, "identity": "cd" * 32}, **GOLDEN)
     write_features(folder / "good.npz")
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(1):
-        patch.setattr(train, "code_commit", lambda: COMMIT)
-        patch.setattr(train, "search", lambda kind, *_: classifiers.GRIDS[kind][0])
+        patch.setattr(recipe, "code_commit", lambda: COMMIT)
+        patch.setattr(recipe, "search", lambda kind, *_: classifiers.GRIDS[kind][0])
         train_model.main(["--features_file", str(folder / "good.npz"), "--model_output_path", str(folder / "good.joblib"),
                           "--model_version", "v1.0.0", "--classifier", "linear-svm"])
     for name, version, commit in (("better", "v1.1.0", COMMIT), ("worse", "v1.2.0", COMMIT), ("dev", "v0.0.0-dev", COMMIT),

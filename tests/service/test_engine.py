@@ -1,5 +1,6 @@
 """The engine without HTTP: bounded work, bounded waiting, and verdicts as the detector gives them alone."""
 import contextlib
+import copy
 import threading
 import time
 from types import SimpleNamespace
@@ -244,7 +245,7 @@ def test_waiting_for_others_is_told_as_waiting_and_not_as_work(monkeypatch):
         for number in range(3):
             stack.enter_context(meanwhile(judge, number))
             assert begun.wait(PATIENCE)  # the first is encoded when the others come
-        until(lambda: len(engine.detector.encode._waiting) == 2)
+        until(lambda: len(engine.detector.passes._waiting) == 2)
         time.sleep(0.2)
         go_on.set()
     assert found[0][1]["encode_s"] >= 0.2, "the first worked"
@@ -352,8 +353,8 @@ def test_the_largest_image_taken_is_that_of_the_settings():
 
 @pytest.mark.parametrize("band, uncertain", [([0.0, 1.0], True), ([0.5, 0.5], False)])
 def test_a_verdict_is_uncertain_inside_the_models_band(engine, band, uncertain):
-    detector = SimpleNamespace(model={**engine.detector.model, "band": np.array(band)}, encoder=engine.detector.encoder, encode=engine.detector.encode,
-                               pixels=engine.detector.pixels)
+    detector = copy.copy(engine.detector)
+    detector.model = {**detector.model, "band": np.array(band)}
     _, (facts,) = engine.judge(detector, [picture()])
     assert facts["uncertain"] is uncertain
 

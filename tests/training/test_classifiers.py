@@ -25,7 +25,7 @@ from detector.base.errors import UsageError
 from detector.evaluation import metrics
 from detector.model.score import decision, probability
 from detector.model.threshold import verdict
-from detector.training import classifiers, train
+from detector.training import classifiers, recipe
 from detector.training.classifiers import (
     GRIDS,
     balanced_weights,
@@ -123,9 +123,9 @@ def test_the_search_sees_one_view_of_each_image_and_no_fold_a_group_on_both_side
             return out_of_fold(kind, features, labels, weight, folds, seed, **point)
         return run
     monkeypatch.setattr(classifiers, "out_of_fold", spy("search"))
-    monkeypatch.setattr(train, "out_of_fold", spy("calibration"))
+    monkeypatch.setattr(recipe, "out_of_fold", spy("calibration"))
     twins = np.repeat(np.arange(60), 8)  # two images each
-    train.build("linear-svm", Rows(columns, np.arange(480), twins, twins), 0)
+    recipe.build("linear-svm", Rows(columns, np.arange(480), twins, twins), 0)
 
     assert len(seen["search"]) == len(GRIDS["linear-svm"]) and len(seen["calibration"]) == 1
     for what, n in (("search", 120), ("calibration", 480)):
@@ -321,7 +321,7 @@ def test_labels_permuted_by_group_are_chance_for_who_cannot_remember_the_group(s
     columns = grouped(seed)
     rows, test, groups, _, how = choose_rows(columns, training_arguments(), 0)
     assert "our own split by sources" in how
-    model = train.build("svm", Rows(columns, rows, groups, groups), 0)
+    model = recipe.build("svm", Rows(columns, rows, groups, groups), 0)
     scores = model["out_of_fold"]
     assert abs(roc_auc_score(scores["labels"], scores["scores"]) - 0.5) < 0.15  # 1.0 where groups lie on both sides of a fold
     labels, p_fake = held_out({name: column[test] for name, column in columns.items()}, model)
@@ -357,10 +357,10 @@ def test_scores_worse_than_chance_do_not_turn_the_verdicts_round():
 TRAINED_BY_EVERY_KIND = """
 import sys
 import train_model
-from detector.training import train
+from detector.training import recipe
 from detector.training.classifiers import GRIDS
 for kind in GRIDS:
-    train.search = lambda kind, *_: GRIDS[kind][0]
+    recipe.search = lambda kind, *_: GRIDS[kind][0]
     train_model.main(["--features_file", sys.argv[1], "--classifier", kind, "--model_output_path", f"{sys.argv[2]}-{kind}.joblib"])
 """
 

@@ -25,9 +25,9 @@ from detector.evaluation.report import NAMES
 from detector.model.file import load_model
 from detector.model.score import decision, probability
 from detector.model.threshold import stale_threshold
-from detector.training import classifiers, train
-from detector.training import train as training_train
+from detector.training import classifiers, recipe
 from detector.training.classifiers import GRIDS
+from detector.training.rows import warn_of_few_reals
 
 # ---- what comes out ----
 
@@ -104,7 +104,7 @@ def changed(columns, what):
 def test_the_hash_of_the_training_data_changes_with_them_and_only_with_them(what, other):
     def digest(columns):
         trained = {name: column[columns["splits"] == "train"] for name, column in columns.items()}
-        return train.training_data(training_rows(trained))["sha256"]
+        return recipe.training_data(training_rows(trained))["sha256"]
     columns = make_columns()
     assert (digest(changed(columns, what)) != digest(columns)) == other
 
@@ -173,7 +173,7 @@ def test_the_rate_that_the_threshold_reaches_is_stated_and_is_at_most_the_one_as
 
 @pytest.mark.parametrize("rate", ["0", "1", "2", "nan", "-0.1", "inf"])
 def test_a_rate_that_is_none_is_refused_before_the_training(train, monkeypatch, rate):
-    monkeypatch.setattr(training_train, "build", lambda *_: pytest.fail("trained first"))
+    monkeypatch.setattr(recipe, "build", lambda *_: pytest.fail("trained first"))
     with pytest.raises(UsageError, match=f"^--max_fpr {rate}: must be between 0 and 1$"):
         train(make_columns(), max_fpr=rate)
 
@@ -191,7 +191,7 @@ def test_a_version_that_fits_into_no_header_is_one_line(command, version):
 @pytest.mark.parametrize("views", [0, 3])
 def test_too_few_reals_to_certify_a_rate_are_warned_of(capsys, rate, needed, views):
     rows = training_rows(with_views(make_columns(real=40, fake=200), views))  # copies certify nothing
-    train.warn_of_few_reals(rate, rows)
+    warn_of_few_reals(rate, rows)
     expected = f"warning: 40 real training images are too few to certify a rate of {rate:g}: it takes {needed}\n"
     assert capsys.readouterr().err == (expected if needed else "")
 
@@ -253,8 +253,8 @@ def test_each_source_is_answered_by_a_classifier_that_was_trained_without_it_and
         assert len(missing) == 1 and not set(rows.groups[used]) & set(rows.groups[rows.columns["sources"] == min(missing)])
         held_out.append(min(missing))
         return fit(kind, features, labels, weight, seed, **point)
-    monkeypatch.setattr(train, "fit", spy)
-    found = train.leave_one_source_out(model, rows, 0)
+    monkeypatch.setattr(recipe, "fit", spy)
+    found = recipe.leave_one_source_out(model, rows, 0)
     assert sorted(held_out) == sorted(row["source"] for row in found) == list("abxy")
     assert {row["source"]: (row["label"], row["n"]) for row in found} == {**dict.fromkeys("ab", ("real", 30)), **dict.fromkeys("xy", ("fake", 30))}
 

@@ -220,10 +220,10 @@ def test_a_draw_of_repeated_rows_is_a_draw_of_distinct_ones(tmp_path):
     columns, few = with_views(make_columns(real=300, fake=300), 1), with_views(make_columns(real=300, fake=300), 3)
     once, twice, grown = ([FeaturesFile(write_features(tmp_path / f"{name}{i}.npz", part)) for i, part in enumerate(parts)]
                           for name, parts in (("a", [columns]), ("b", [columns, columns]), ("c", [columns, few])))
-    (one, _), (two, rows) = load_rows(once, 400), load_rows(twice, 400)
-    assert 390 < len(rows) <= 400 and all(np.array_equal(one[name], two[name]) for name in COLUMNS)
-    whole, rows = load_rows(twice, 1200)
-    assert rows is None and len(whole["labels"]) == 1200
+    (one, _), (two, total) = load_rows(once, 400), load_rows(twice, 400)
+    assert 390 < len(two["labels"]) <= 400 and total == 1200 and all(np.array_equal(one[name], two[name]) for name in COLUMNS)
+    whole, total = load_rows(twice, 1200)
+    assert len(whole["labels"]) == total == 1200
     drawn, _ = load_rows(grown, 400)
     assert set(zip(drawn["sha256"], drawn["view"])) == {(digest, view) for digest in set(drawn["sha256"]) for view in range(4)}
 

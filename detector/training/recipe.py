@@ -5,12 +5,13 @@ from detector.base.console import all_printable, say
 from detector.base.constants import CLASSES
 from detector.base.files import sha256
 from detector.base.project import code_commit
-from detector.evaluation import metrics
+from detector.evaluation import metrics, report
 from detector.features.columns import COLUMNS
 from detector.model.file import FORMAT
-from detector.model.score import decision, probability
+from detector.model.score import decision, p_fake_of, probability
 from detector.model.threshold import choose_band, choose_threshold
 from detector.training.classifiers import (
+    GRIDS,
     calibrated,
     fit,
     fold_rows,
@@ -133,32 +134,19 @@ def compare(models, rows, columns, test, groups):
 
 
 def p_of(model, columns, rows):
-    return probability(model, decision(model, columns["features"][rows]))
+    return p_fake_of(model, columns["features"][rows])
 
 
 # ---- the command ----
 
-def left_out(columns, used):
-    """Splits that neither trained nor tested, with their numbers: '830 external' or ''."""
-    splits, n = np.unique(np.delete(columns["splits"], used), return_counts=True)
-    return ", ".join(f"{k} {s or 'without split'}" for s, k in zip(splits, n))
 
 
-def warn_of_few_reals(max_fpr, rows):
-    """Warns where the training reals are too few to certify the rate."""
-    if max_fpr is None:
-        return
-    n = int((rows.whole & (rows.labels == 0)).sum())
-    if n < 3 / max_fpr:  # the rule of three: with fewer, even no false alarm at all leaves the rate open
-        say(f"warning: {n} real training images are too few to certify a rate of {max_fpr:g}: it takes {int(np.ceil(3 / max_fpr))}")
-
-
-def audit_training(columns, train, test, twins):
+def audit_training(data):
     """What `audit.py` finds in the rows as they are used here. -> findings"""
     from detector.evaluation.audit import audit
-    used = np.concatenate([train, test])
-    return audit({**{name: columns[name][used] for name in COLUMNS},
-                  "splits": np.repeat(["train", "test"], [len(train), len(test)])}, twins[used])
+    used = np.concatenate([data.train, data.test])
+    return audit({**{name: data.columns[name][used] for name in COLUMNS},
+                  "splits": np.repeat(["train", "test"], [len(data.train), len(data.test)])}, data.twins[used])
 
 
 def say_findings(found, before=()):
@@ -170,3 +158,29 @@ def say_findings(found, before=()):
         if line not in before:
             say(line)
     return lines
+
+
+def train_best(data, args):
+    """Data -> (model with threshold, band and origin: of several kinds the best out of fold; rows of `compare`)."""
+    kinds = GRIDS if args.classifier == "all" else [args.classifier]
+    parts = {kind: build(kind, data.rows, args.seed) for kind in kinds}
+    models = {kind: set_threshold(part, args.max_fpr) for kind, part in parts.items()}
+    compared = compare(models, data.rows, data.columns, data.test, data.groups)
+    best = max(compared, key=lambda row: row["out_of_fold"]["value"])["classifier"]  # never by the test images
+    return models[best] | describe_training(training_data(data.rows), data.encoder, args), compared
+
+
+def describe_model(model, kinds, data, audited, seed):
+    """Model, rows of `compare`, Data, findings of `audit_training` -> what the report says.
+
+    Adds labels and the detector to the findings, and the test metrics to the model.
+    """
+    assessed = report.assess(model, data.columns, data.test, data.groups, data.twins)
+    audited["labels"] = audit_labels_of(model, data.rows)
+    audited["detector"] = {"on_test": assessed["overall"]["auc"]}
+    found = {**report.about(model), "split": data.split, "audit": audited,
+             "leak": leak(model, data.columns, data.train, data.test, data.groups),
+             "false_alarms": false_alarms(model, data.rows), "classifiers": kinds, **assessed,
+             "leave_one_source_out": leave_one_source_out(model, data.rows, seed)}
+    model["metrics"] = {name: found[name] for name in ("split", "overall", "degraded", "calibration")}
+    return found
