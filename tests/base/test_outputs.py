@@ -51,6 +51,15 @@ def test_an_existing_file_keeps_its_mode(tmp_path, before):
     assert mode(tmp_path / "m.joblib") == before and (tmp_path / "m.joblib").read_bytes() == b"new"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_an_existing_file_keeps_its_owner(tmp_path):
+    (tmp_path / "file").touch(0o600)
+    os.chown(tmp_path / "file", 12345, 12346)
+    write(tmp_path / "file")
+    after = os.stat(tmp_path / "file")
+    assert (after.st_uid, after.st_gid, after.st_mode & 0o777) == (12345, 12346, 0o600)
+
+
 @pytest.mark.parametrize("target", ["elsewhere/real.joblib", "elsewhere/not-there-yet.joblib"])
 def test_a_link_is_followed_and_stays(tmp_path, target):
     (tmp_path / "elsewhere").mkdir()
@@ -85,9 +94,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(path.parent) == ["m.joblib"] and path.read_bytes() == b"old"
 
 
-def test_a_name_as_long_as_the_system_takes_can_be_written(tmp_path):
-    write(tmp_path / "out" / ("n" * 255))
-    assert os.listdir(tmp_path / "out") == ["n" * 255]
+@pytest.mark.parametrize("name", ["n" * 255, "\u753b" * 85])
+def test_a_name_as_long_as_the_system_takes_can_be_written(tmp_path, name):
+    with only_writer(tmp_path / "out" / name, ""):
+        write(tmp_path / "out" / name)
+    assert os.listdir(tmp_path / "out") == [name]
 
 
 # ---- the commands ----
@@ -116,6 +127,11 @@ def test_a_device_stays_a_device(command, script, data, tmp_path):
     write_features(tmp_path / "f.npz", make_columns())
     assert_one_line_error(script(*command, CLIP_MODEL=str(small.CHECKPOINT)), "/dev/null", "device")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and not os.path.exists("/dev/null.parts")
+
+
+def test_a_pipe_behind_dev_stdout_is_called_one(script, data):
+    command = ["extract_features.py", "--data_dir", "data", "--output_file", "/dev/stdout"]
+    assert_one_line_error(script(*command), "--output_file /dev/stdout: it is a device or a pipe")
 
 
 # ---- what the system refuses ----
