@@ -119,6 +119,8 @@ def atomic_folder(folder, own=()):
                 put(scratch / name, folder / name)
             for name in set(own) - set(new):
                 (folder / name).unlink(missing_ok=True)
+    except UsageError as error:  # of a file in a folder that is gone when this is read
+        raise UsageError(str(error).replace(str(scratch), str(folder))) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -1,4 +1,5 @@
 """Where outputs land: links are followed, modes follow the umask, devices stay devices, nothing is half-written."""
+import errno
 import os
 import resource
 import stat
@@ -13,7 +14,7 @@ from made_up import BASELINE, make_columns, write_features
 
 from detector.base.console import printable
 from detector.base.errors import UsageError
-from detector.base.files import atomic_write, only_writer
+from detector.base.files import atomic_folder, atomic_write, only_writer
 
 
 def mode(path):
@@ -154,6 +155,13 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing_half_wri
     assert sorted((tmp_path / "home/.clip/encoders").iterdir()) == cache
     for path in (tmp_path / "out").rglob("*.*"):  # whole parts stay, for the run that resumes
         assert path.suffix == ".parts" or path.name == "key.json" or len(np.load(path)["paths"]), path
+
+
+def test_a_report_that_the_system_refuses_is_told_of_its_place_and_not_of_the_folder_before(tmp_path):
+    with pytest.raises(UsageError, match=f"cannot write {tmp_path}/report/a.png: No space left"):
+        with atomic_folder(tmp_path / "report") as place:
+            with atomic_write(place / "a.png"):
+                raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_the_same_command_resumes_after_a_refusal(script, data, tmp_path):
