@@ -73,7 +73,7 @@ def atomic_write(path, mode="wb"):
 
 
 def put(temporary, path):
-    """Rename a file to `path`; a file that was there leaves it its mode and, where it may, owner."""
+    """Rename a file to `path`; a file that was there leaves it its mode and its owner."""
     with suppress(FileNotFoundError):
         before = os.stat(path)
         with suppress(OSError):

@@ -58,7 +58,8 @@ def list_rows(args):
 
     A file whose header says that it is no image we take is left out and named.
     """
-    entries = [e for e in read_folder(args.data_dir).entries if e.split in args.train_splits.split(",")]
+    entries = [e for e in read_folder(args.data_dir).entries
+               if e.split in args.train_splits.split(",")]
     if len({e.label for e in entries}) < 2:
         raise UsageError(f"--data_dir {args.data_dir}: no images of both classes in the splits {args.train_splits}")
     held, rows = held_sources(entries, args.holdout, args.seed), {"seen": [], "kept": [], "held": []}

@@ -108,7 +108,8 @@ def arrange(files, special=(), unreadable=()):
     """Relative paths -> Listing: what is hidden, and the thumbnails of others, apart from the files."""
     def apart(path):
         parts = path.split("/")
-        if any(part.lower() in THUMBNAILS for part in parts) or parts[-1].lower().endswith(".thm"):  # a film's
+        film = parts[-1].lower().endswith(".thm")  # a camera's thumbnail of it
+        if film or any(part.lower() in THUMBNAILS for part in parts):
             return "thumbnails"
         return "hidden" if any(part.startswith(".") for part in parts) else "files"
     found = {"files": [], "hidden": [], "thumbnails": []}
@@ -127,14 +128,16 @@ def say_left_out(data_dir, listing):
         if paths:
             say(f"left out: {len(paths)} {what}, such as {paths[0]}")
     for folder, why in listing.unreadable:
-        remedy = "change its permissions" if why == os.strerror(errno.EACCES) else "look whether its disk is there"
+        closed = why == os.strerror(errno.EACCES)
+        remedy = "change its permissions" if closed else "look whether its disk is there"
         say(f"cannot be read: the folder {os.path.join(data_dir, folder)} ({why}); {remedy}")
 
 
 def list_images(data_dir, split_names=SPLITS, unlabelled=False, listing=None):
-    """`read_folder`'s entries, and behind them one for each folder that cannot be read, as a file that cannot."""
+    """`read_folder`'s entries; behind them, as files that cannot be read, folders that cannot."""
     found = read_folder(data_dir, split_names, unlabelled, listing)
-    closed = [describe(f"{folder}/", split_names, unlabelled) for folder, _ in found.listing.unreadable]
+    closed = [describe(f"{folder}/", split_names, unlabelled)
+              for folder, _ in found.listing.unreadable]
     return found.entries + [entry for entry in closed if unlabelled or entry.label >= 0]
 
 

@@ -157,7 +157,7 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing_half_wri
         assert path.suffix == ".parts" or path.name == "key.json" or len(np.load(path)["paths"]), path
 
 
-def test_a_report_that_the_system_refuses_is_told_of_its_place_and_not_of_the_folder_before(tmp_path):
+def test_a_report_that_the_system_refuses_is_told_of_its_own_place(tmp_path):
     with pytest.raises(UsageError, match=f"cannot write {tmp_path}/report/a.png: No space left"):
         with atomic_folder(tmp_path / "report") as place:
             with atomic_write(place / "a.png"):
