@@ -19,7 +19,7 @@ def parse_args(argv):
     group.add_argument("--features_file", metavar="FILE", help="or the facts stored by extract_features.py")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args(argv)
-    if args.data_dir:
+    if args.data_dir is not None:
         need_folder(args.data_dir)
     else:
         need_features(args.features_file)

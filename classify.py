@@ -37,7 +37,7 @@ def list_paths(given):
     it is. Raises UsageError."""
     paths, unreadable = [], False
     for path in given:
-        if path != "-" and Path(path).is_dir():
+        if path != "-" and os.path.isdir(path):
             from detector.images.folders import list_files, say_left_out
             listing = list_files(path)
             say_left_out(path, listing)
@@ -45,7 +45,7 @@ def list_paths(given):
                 raise UsageError(f"--image_path {path}: the folder {'cannot be read' if listing.unreadable else 'holds no images' if any(listing) else 'is empty'}")
             paths += [os.path.join(path, name) for name in listing.files]
             unreadable = unreadable or bool(listing.unreadable)
-        elif path != "-" and not Path(path).exists():
+        elif path != "-" and not os.path.exists(path):
             raise UsageError(f"--image_path {path}: no such file")
         else:
             paths.append(path)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from detector.base.console import Help, need_folder, run, say
 from detector.base.errors import UsageError
-from detector.base.files import check_folder
+from detector.base.files import check_file, only_writer
 from detector.encoders import catalogue
 
 LEARNING_RATES = {"blocks": 2e-5, "norms": 3e-4, "lora": 2e-4}
@@ -86,7 +86,8 @@ def check(args):
         raise UsageError(f"--lr {args.lr:g}: above 0")
     if Path(args.output).is_dir() or Path(args.output).suffix == ".json":  # the card's name
         raise UsageError(f"--output {args.output}: name a file that ends in .pt")
-    check_folder(Path(args.output).parent, f"--output {args.output}")
+    for path in (args.output, Path(args.output).with_suffix(".json")):
+        check_file(path, f"--output {args.output}")
 
 
 def main(argv=None):
@@ -98,7 +99,8 @@ def main(argv=None):
     from detector.finetuning.tuning import fine_tune
 
     try:
-        written = fine_tune(args)
+        with only_writer(args.output, f"--output {args.output}"):
+            written = fine_tune(args)
     except torch.OutOfMemoryError:
         raise UsageError(
             f"--batch_size {args.batch_size}: the GPU's memory does not suffice; "

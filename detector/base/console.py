@@ -50,7 +50,7 @@ def all_printable(value):
 
 def need_folder(path):
     """Raises UsageError unless --data_dir is a folder; of an object store that is seen when it is listed."""
-    if not is_remote(path) and not Path(path).is_dir():
+    if not is_remote(path) and not os.path.isdir(path):  # '' is none
         raise UsageError(f"--data_dir {path}: no such folder")
 
 

@@ -73,9 +73,12 @@ def atomic_write(path, mode="wb"):
 
 
 def put(temporary, path):
-    """Rename a file to `path`; a file that was there leaves it its mode."""
+    """Rename a file to `path`; a file that was there leaves it its mode and its owner."""
     with suppress(FileNotFoundError):
-        os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
+        before = os.stat(path)
+        with suppress(OSError):
+            os.chown(temporary, before.st_uid, before.st_gid)
+        os.chmod(temporary, stat.S_IMODE(before.st_mode))
     os.replace(temporary, path)
 
 
@@ -116,6 +119,8 @@ def atomic_folder(folder, own=()):
                 put(scratch / name, folder / name)
             for name in set(own) - set(new):
                 (folder / name).unlink(missing_ok=True)
+    except UsageError as error:  # of a file in a folder that is gone when this is read
+        raise UsageError(str(error).replace(str(scratch), str(folder))) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -130,8 +135,10 @@ def only_writer(path, given):
     if is_remote(path):
         yield
         return
+    if not os.path.isdir(path):  # which --ray writes
+        refuse_place(path, given)
     path = Path(os.path.realpath(path))
-    lock = path.with_name(f".{path.name[:200]}.lock")
+    lock = path.with_name(os.fsdecode(b".%s.lock" % os.fsencode(path.name)[:200]))
     with refusal(f"{given}: cannot be written"):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "a+")

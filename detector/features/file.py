@@ -87,7 +87,10 @@ def load_npz(path):
     except KeyError as error:
         raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file
-        raise UsageError(f"--features_file {path} is not a features file ({error}); extract again") from None
+        # numpy tells how to load it unsafely
+        why = "it is of another kind" if "pickle" in str(error) else error
+        raise UsageError(f"--features_file {path} is not a features file ({why}); "
+                         "extract again") from None
 
 
 def check_columns(path, columns):

@@ -59,8 +59,12 @@ def resume(args, of, parts):
     path = state_file(args)
     if not path.is_file():
         return 0
-    state = torch.load(path, map_location="cpu")
-    if state["of"] != of:
+    try:
+        state = torch.load(path, map_location="cpu")
+        others = state["of"] != of
+    except Exception:  # torch raises almost anything
+        raise UsageError(f"{path} is damaged, or no state of a training: remove it first") from None
+    if others:
         raise UsageError(f"{path} is the state of a training with other arguments or images: remove it first")
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -87,10 +91,10 @@ def clip_state_dict(tower):
 def save(args, tower, rows, card, seen_before=()):
     """Checkpoint and, beside it, the card: arguments, commit and which images the encoder has seen, now or before."""
     import torch
-    with atomic_write(args.output) as file:
-        torch.save(clip_state_dict(tower), file)
     card = {**card, "arguments": arguments(args), "commit": code_commit(), "torch": torch.__version__,
             "images": len(rows), "seen": sorted({row[3][:16] for row in rows} | set(seen_before))}
-    with atomic_write(Path(args.output).with_suffix(".json"), "w") as file:
-        json.dump(card, file, indent=1)
+    with atomic_write(Path(args.output).with_suffix(".json"), "w") as beside:  # both, or neither
+        print(json.dumps(card, indent=1), file=beside, flush=True)
+        with atomic_write(args.output) as file:
+            torch.save(clip_state_dict(tower), file)
     state_file(args).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from detector.base.errors import ImageError, UsageError
 from detector.base.files import read_bytes, sha256
 from detector.images import decoding, preprocessing
 from detector.images.distort import degrade, manageable, random_view
-from detector.images.folders import draw_evenly, list_images
+from detector.images.folders import draw_evenly, read_folder
 
 DEGRADED = 0.3  # share of the views that go through a chain of distort.py's degradations first
 SIDE = 1024     # of such a picture: a site shrinks it to as much, and a large one would take a second
@@ -58,7 +58,8 @@ def list_rows(args):
 
     A file whose header says that it is no image we take is left out and named.
     """
-    entries = [e for e in list_images(args.data_dir) if e.split in args.train_splits.split(",")]
+    entries = [e for e in read_folder(args.data_dir).entries
+               if e.split in args.train_splits.split(",")]
     if len({e.label for e in entries}) < 2:
         raise UsageError(f"--data_dir {args.data_dir}: no images of both classes in the splits {args.train_splits}")
     held, rows = held_sources(entries, args.holdout, args.seed), {"seen": [], "kept": [], "held": []}

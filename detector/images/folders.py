@@ -2,6 +2,7 @@
 
     entries = list_images("data")             # sorted, each (path, label, split, source)
 """
+import errno
 import os
 import re
 from collections import deque, namedtuple
@@ -85,7 +86,10 @@ def list_files(data_dir):
             continue
         for entry in found:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            {"folder": waiting, "file": files, "special": special}[kind_of(entry)].append(path)
+            if (kind := kind_of(entry)) == "folder" and not entry.is_symlink():
+                waiting.appendleft(path)  # before all links: its own place says what its label is
+            else:
+                {"folder": waiting, "file": files, "special": special}[kind].append(path)
     return arrange(files, special, unreadable)
 
 
@@ -104,7 +108,8 @@ def arrange(files, special=(), unreadable=()):
     """Relative paths -> Listing: what is hidden, and the thumbnails of others, apart from the files."""
     def apart(path):
         parts = path.split("/")
-        if any(part.lower() in THUMBNAILS for part in parts):
+        film = parts[-1].lower().endswith(".thm")  # a camera's thumbnail of it
+        if film or any(part.lower() in THUMBNAILS for part in parts):
             return "thumbnails"
         return "hidden" if any(part.startswith(".") for part in parts) else "files"
     found = {"files": [], "hidden": [], "thumbnails": []}
@@ -123,12 +128,17 @@ def say_left_out(data_dir, listing):
         if paths:
             say(f"left out: {len(paths)} {what}, such as {paths[0]}")
     for folder, why in listing.unreadable:
-        say(f"cannot be read: the folder {os.path.join(data_dir, folder)} ({why}); change its permissions")
+        closed = why == os.strerror(errno.EACCES)
+        remedy = "change its permissions" if closed else "look whether its disk is there"
+        say(f"cannot be read: the folder {os.path.join(data_dir, folder)} ({why}); {remedy}")
 
 
 def list_images(data_dir, split_names=SPLITS, unlabelled=False, listing=None):
-    """`read_folder`'s entries."""
-    return read_folder(data_dir, split_names, unlabelled, listing).entries
+    """`read_folder`'s entries; behind them, as files that cannot be read, folders that cannot."""
+    found = read_folder(data_dir, split_names, unlabelled, listing)
+    closed = [describe(f"{folder}/", split_names, unlabelled)
+              for folder, _ in found.listing.unreadable]
+    return found.entries + [entry for entry in closed if unlabelled or entry.label >= 0]
 
 
 def read_folder(data_dir, split_names=SPLITS, unlabelled=False, listing=None):

@@ -15,7 +15,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "HEIF")  # those
 TAKEN = ", ".join(FORMATS).replace("HEIF", "HEIC")  # as people know them
 PNG_START = b"\x89PNG\r\n\x1a\n"
 STARTS = (
-    (b"\xff\xd8\xff\xf7", "JPEG-LS"), (b"\xff\xd8\xff", "JPEG"), (PNG_START, "PNG"),
+    (b"\xff\xd8\xff\xf7", "JPEG-LS"), (b"\xff\xd8\xff", "JPEG"),
+    (PNG_START + b"\0\0\0\4CgBI", "Apple's own kind of PNG (CgBI)"), (PNG_START, "PNG"),
     (b"GIF8", "GIF"), (b"BM", "BMP"),
     (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"),
     # known and not taken
@@ -34,6 +35,8 @@ BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "camera raw (CR3)",
 MAX_PARTS = 100_000        # chunks beside the pixels: millions would take seconds
 MAX_TEXT = 1 << 20         # bytes that are unpacked of one text in a PNG, and of all of them
 MAX_TEXTS = 4 << 20
+# of a PNG, colour type: lengths that its chunk tRNS may have; readers pass over another
+TRANSPARENCY = {b"\0": (2,), b"\2": (6,), b"\3": range(257)}
 # inside a scan are stuffed bytes and restarts alone
 JPEG_MARKER = re.compile(rb"\xff+[\x02-\xcf\xd9-\xfe]")
 TIFF_TYPES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}  # unsigned numbers
@@ -73,7 +76,8 @@ def png_parts(data):
         if not name.isalpha():
             kept.append(data[at:])
             break
-        if (name[:1].isupper() or name == b"tRNS" and not pixels
+        if (name[:1].isupper()
+                or name == b"tRNS" and not pixels and length in TRANSPARENCY.get(data[25:26], ())
                 or name == b"eXIf" and checksum_fits(data[at:end])):
             kept.append(data[at:end])
         elif (others := others + 1) > MAX_PARTS:
@@ -136,6 +140,8 @@ def jpeg_parts(data, left_out=(0xE2,)):
 def webp_parts(data):
     """The picture, or an animation's first, and whole metadata, in a file of the right length."""
     kept, at, frames = [], 12, 0
+    if data[12:16] == b"VP8X" and len(data) > 20 and data[20] & 2:  # what no frame fills is clear
+        data = data[:20] + bytes([data[20] | 16]) + data[21:]
     for _ in range(MAX_PARTS):
         if at + 8 > len(data):
             break

@@ -11,7 +11,7 @@ values for 16-bit grey).
 import numpy as np
 from PIL import Image, ImagePalette, TiffImagePlugin
 
-from detector.base.errors import UnsupportedImage
+from detector.base.errors import BrokenImage, UnsupportedImage
 from detector.images.formats import tiff_tags
 
 STRIP_PIXELS = 1 << 20  # converted at a time: copies of a whole large image would double the memory
@@ -46,6 +46,8 @@ def declare_kind(image, data, known):
 
 def declare_png(image, data):
     """A transparent colour is in stored bits (PNG 11.3.2.1). Pillow takes it for 8 bits."""
+    if image.mode == "P" and not image.palette:
+        raise BrokenImage("the PNG lacks the palette that its pixels are numbers of")
     bits, colour = data[24], data[25]
     key = image.info.get("transparency")
     if colour == 0 and key is not None and bits < 16:

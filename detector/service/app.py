@@ -161,7 +161,10 @@ def http_error(exception):
     """What Flask itself refuses, in our shape and with its headers (a 405 must say what is allowed)."""
     if isinstance(exception, ClientDisconnected):
         telemetry().rejections.labels("slow_body").inc()
-        return error(408, f"the body did not arrive in full within {engine().settings['BODY_TIMEOUT_S']} s")
+        limit = engine().settings["BODY_TIMEOUT_S"]
+        late = time.perf_counter() - g.started >= limit
+        return error(408, f"the body did not arrive in full within {limit} s" if late
+                     else "the connection ended before the body had arrived in full")
     message = f"{request.method} {request.path[:100]!r}: {exception.name.lower()}; /openapi.json says what there is"
     if exception.code == 405:
         message = message.replace(";", f" (allowed: {', '.join(sorted(exception.valid_methods))});", 1)

@@ -1,4 +1,5 @@
 """Where outputs land: links are followed, modes follow the umask, devices stay devices, nothing is half-written."""
+import errno
 import os
 import resource
 import stat
@@ -13,7 +14,7 @@ from made_up import BASELINE, make_columns, write_features
 
 from detector.base.console import printable
 from detector.base.errors import UsageError
-from detector.base.files import atomic_write, only_writer
+from detector.base.files import atomic_folder, atomic_write, only_writer
 
 
 def mode(path):
@@ -51,6 +52,15 @@ def test_an_existing_file_keeps_its_mode(tmp_path, before):
     assert mode(tmp_path / "m.joblib") == before and (tmp_path / "m.joblib").read_bytes() == b"new"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_an_existing_file_keeps_its_owner(tmp_path):
+    (tmp_path / "file").touch(0o600)
+    os.chown(tmp_path / "file", 12345, 12346)
+    write(tmp_path / "file")
+    after = os.stat(tmp_path / "file")
+    assert (after.st_uid, after.st_gid, after.st_mode & 0o777) == (12345, 12346, 0o600)
+
+
 @pytest.mark.parametrize("target", ["elsewhere/real.joblib", "elsewhere/not-there-yet.joblib"])
 def test_a_link_is_followed_and_stays(tmp_path, target):
     (tmp_path / "elsewhere").mkdir()
@@ -85,9 +95,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(path.parent) == ["m.joblib"] and path.read_bytes() == b"old"
 
 
-def test_a_name_as_long_as_the_system_takes_can_be_written(tmp_path):
-    write(tmp_path / "out" / ("n" * 255))
-    assert os.listdir(tmp_path / "out") == ["n" * 255]
+@pytest.mark.parametrize("name", ["n" * 255, "\u753b" * 85])
+def test_a_name_as_long_as_the_system_takes_can_be_written(tmp_path, name):
+    with only_writer(tmp_path / "out" / name, ""):
+        write(tmp_path / "out" / name)
+    assert os.listdir(tmp_path / "out") == [name]
 
 
 # ---- the commands ----
@@ -118,6 +130,11 @@ def test_a_device_stays_a_device(command, script, data, tmp_path):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and not os.path.exists("/dev/null.parts")
 
 
+def test_a_pipe_behind_dev_stdout_is_called_one(script, data):
+    command = ["extract_features.py", "--data_dir", "data", "--output_file", "/dev/stdout"]
+    assert_one_line_error(script(*command), "--output_file /dev/stdout: it is a device or a pipe")
+
+
 # ---- what the system refuses ----
 
 def small_files():
@@ -138,6 +155,13 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing_half_wri
     assert sorted((tmp_path / "home/.clip/encoders").iterdir()) == cache
     for path in (tmp_path / "out").rglob("*.*"):  # whole parts stay, for the run that resumes
         assert path.suffix == ".parts" or path.name == "key.json" or len(np.load(path)["paths"]), path
+
+
+def test_a_report_that_the_system_refuses_is_told_of_its_own_place(tmp_path):
+    with pytest.raises(UsageError, match=f"cannot write {tmp_path}/report/a.png: No space left"):
+        with atomic_folder(tmp_path / "report") as place:
+            with atomic_write(place / "a.png"):
+                raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_the_same_command_resumes_after_a_refusal(script, data, tmp_path):

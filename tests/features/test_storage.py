@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 from conftest import assert_one_line_error
-from made_up import ENCODER, make_columns, with_views, write_features
+from made_up import BASELINE, ENCODER, make_columns, with_views, write_features
 
 from detector.base.errors import UsageError
 from detector.features import file, storage
@@ -125,3 +125,8 @@ def test_without_pyarrow_it_is_named(script, tmp_path):
     (tmp_path / "none" / "pyarrow" / "__init__.py").write_text("raise ImportError")
     done = script("train_model.py", "--features_file", write_dataset(tmp_path / "f", make_columns()), PYTHONPATH=str(tmp_path / "none"))
     assert_one_line_error(done, "pyarrow", "requirements/ray.txt")
+
+
+def test_of_a_file_of_another_kind_nobody_is_told_to_load_it_unsafely():
+    with pytest.raises(UsageError, match="not a features file .it is of another kind.; extract"):
+        load_features(BASELINE)

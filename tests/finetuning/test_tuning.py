@@ -2,7 +2,9 @@
 
 No image of a held-out source trains it.
 """
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -17,7 +19,7 @@ from small_clip import one_thread  # noqa: F401
 
 import finetune_clip
 from detector.base.errors import DetectorError
-from detector.base.files import sha256
+from detector.base.files import only_writer, sha256
 from detector.encoders import prepare, runtime
 from detector.features.file import load_features
 from detector.finetuning import images, tuning
@@ -177,6 +179,7 @@ def test_the_head_finds_the_swapped_channels_on_sources_never_trained_on(tune, c
     (["--clip_model", __file__], [__file__, "not a CLIP checkpoint"]),
     (["--clip_model", "START", "--output", "START"], ["--output", "another file"]),
     (["--clip_model", "START", "--output", "tuned.json"], ["tuned.json", ".pt"]),
+    (["--clip_model", "START", "--output", "/dev/null"], ["--output /dev/null", "device"]),
     (["--clip_model", "START", "--accumulate", "0"], ["--accumulate 0", "at least 1"]),
     (["--clip_model", "START", "--steps", "0"], ["--steps 0", "at least 1"]),
     (["--clip_model", "START", "--holdout", "2"], ["--holdout 2", "between 0 and 1"]),
@@ -194,6 +197,35 @@ def test_what_cannot_be_done_is_one_line_that_names_the_value(flags, words, star
         finetune_clip.main(["--data_dir", "data", "--batch_size", "2", *(str(start) if flag == "START" else flag for flag in flags)])
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
     assert {p.name for p in tmp_path.iterdir()} == {"data", "home"}
+
+
+@pytest.mark.parametrize("left", [b"", b"garbage", b"PK\3\4garbage"])
+def test_a_damaged_state_is_one_line(left, tune, tmp_path):
+    (tmp_path / "tuned.pt.state").write_bytes(left)
+    with pytest.raises(DetectorError, match="tuned.pt.state is damaged.*remove it first"):
+        tune("--holdout", 0)
+
+
+def test_another_file_of_torch_is_no_state(tune, tmp_path):
+    torch.save({"step": 1}, tmp_path / "tuned.pt.state")
+    with pytest.raises(DetectorError, match="no state of a training"):
+        tune("--holdout", 0)
+
+
+def test_the_second_training_with_an_output_says_who_holds_it(tune, tmp_path):
+    with only_writer(tmp_path / "tuned.pt", ""):
+        with pytest.raises(DetectorError, match=f"--output .*process {os.getpid()} is writing it"):
+            tune("--holdout", 0)
+
+
+def test_a_checkpoint_is_not_there_without_its_card(tune, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(json, "dumps", full)
+    with pytest.raises(DetectorError, match="cannot write .*tuned.json: No space left"):
+        tune("--holdout", 0)
+    assert [path.name for path in tmp_path.glob("tuned.*")] == ["tuned.pt.state"]
 
 
 @pytest.mark.long

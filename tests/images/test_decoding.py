@@ -162,7 +162,7 @@ def test_a_png_with_a_comment_is_read():
 @pytest.mark.parametrize("name", [b"tRNS", b"PLTE", b"IHDR"])
 def test_a_png_chunk_that_pixels_need_is_broken_with_a_wrong_checksum(name):
     with pytest.raises(BrokenImage):
-        decoding.decode_image(png(chunk(name, b"\0\0\1\0", checksum=12345)))
+        decoding.decode_image(png(chunk(name, b"\0\1", checksum=12345)))
 
 
 # ---- what no pixel needs ----
@@ -186,6 +186,7 @@ ANCILLARY = {
     **{f"PNG, {name.decode()} with a wrong checksum": ("PNG", lambda data, name=name: png(chunk(name, b"\0\0\1\0", checksum=12345)))
        for name in (b"tEXt", b"gAMA", b"eXIf", b"iCCP", b"zTXt", b"iTXt", b"acTL", b"prVt")},
     "PNG, a text that unpacks to 100 MB": ("PNG", lambda data: png(chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000))))),
+    "PNG, a transparent value of no right length": ("PNG", lambda data: png(chunk(b"tRNS", b"\1"))),
     "PNG, without its end": ("PNG", lambda data: data[:-12]), "PNG, with half of its end": ("PNG", lambda data: data[:-5]),
     "JPEG, a profile without a number": ("JPEG", lambda data: data[:2] + b"\xff\xe2\0\x0eICC_PROFILE\0" + data[2:]),
     "JPEG, half of JFIF": ("JPEG", lambda data: data[:2] + b"\xff\xe0\0\6JFIF" + data[2:]),
@@ -236,6 +237,7 @@ def test_a_jpeg_without_its_end_marker_is_read_where_it_is_complete_and_only_the
 OTHERS = {"JPEG XL": (b"\xff\x0a" + bytes(40), b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40)),
           "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(90), b"\xff\x4f\xff\x51" + bytes(40)),
           "camera raw": (b"\0\0\0\x18ftypcrx " + bytes(40), b"FUJIFILMCCD-RAW 0201", b"IIRO\x08\0\0\0", b"IIU\0\x18\0\0\0"),
+          "CgBI": (b"\x89PNG\r\n\x1a\n" + chunk(b"CgBI", bytes(4)) + png()[8:],),
           "Photoshop": (b"8BPS\0\1" + bytes(40),), "icon": (b"\0\0\1\0\1\0" + bytes(60),),
           "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"<?xml version='1.0'?>\n<svg/>")}
 

@@ -109,6 +109,27 @@ def test_an_unreadable_folder_is_named_and_ends_with_1(extract, data, make_folde
     assert "4 images" in result.stdout and "1 folders could not be read" in result.stdout
 
 
+def test_to_what_measures_an_unreadable_folder_is_a_file_that_cannot_be_read(script, data):
+    """evaluate.py and golden.py end with 1 for these."""
+    (data / "train/real/closed").mkdir(mode=0)
+    result = script("audit.py", "--data_dir", data, first=without_root)
+    assert "1 files cannot be read (1 real, 0 fake), such as train/real/closed/" in result.stdout
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_is_no_matter_of_permissions(data, capsys):
+    listing = list_files(data)._replace(unreadable=[("train/real/a", "No such file or directory")])
+    assert list_images(data, listing=listing)[-1] == describe("train/real/a/")
+    assert "train/real/a (No such file or directory); look whether" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, flag", [
+    ("audit.py", "--data_dir"), ("extract_features.py", "--data_dir"),
+    ("classify.py", "--image_path")])
+def test_an_empty_name_is_no_folder(script, command, flag):
+    """As of a variable that was never set."""
+    assert_one_line_error(script(command, flag, ""), flag, "no such f")
+
+
 def test_where_nothing_can_be_read_it_ends_with_2(extract, data):
     data.chmod(0)
     result = extract(first=without_root)
@@ -135,6 +156,12 @@ def test_thumbnails_and_thrown_away_files_are_left_out_and_counted(name, data, m
     make_folder(data, {f"train/real/{name}": 2})
     assert len(list_images(data)) == 4
     assert "left out: 2 thumbnails" in capsys.readouterr().err
+
+
+def test_the_thumbnail_that_a_camera_keeps_of_a_film_is_left_out(data, capsys):
+    (data / "train/real/GOPR0001.THM").write_bytes((data / "train/real/000.jpg").read_bytes())
+    assert len(list_images(data)) == 4
+    assert "left out: 1 thumbnails" in capsys.readouterr().err
 
 
 def test_hidden_files_are_counted(data, capsys):
@@ -169,6 +196,12 @@ def test_a_linked_folder_is_listed_once(data):
     (data / "train/real/again").symlink_to(data / "train/real")
     (data / "train/fake/other").symlink_to(data / "train/fake")
     assert len(list_files(data).files) == 4
+
+
+def test_a_folder_that_a_link_leads_to_keeps_the_label_of_its_own_place(data, make_folder):
+    make_folder(data, {"train/fake/a/b": 2})
+    (data / "train/real/link").symlink_to(data / "train/fake/a/b")
+    assert sorted(entry.label for entry in list_images(data)) == [0] * 2 + [1] * 4
 
 
 # ---- files that are meant to be images ----

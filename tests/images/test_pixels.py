@@ -16,7 +16,7 @@ import tifffile
 from PIL import Image
 from test_decoding import chunk
 
-from detector.base.errors import UnsupportedImage
+from detector.base.errors import BrokenImage, UnsupportedImage
 from detector.images import decoding
 
 HEIGHT, WIDTH = 24, 40
@@ -109,6 +109,11 @@ def test_a_wholly_transparent_picture_gets_no_verdict(kind):
     with pytest.raises(UnsupportedImage, match="wholly transparent") as error:
         decoding.decode_image(CLEAR[kind]())
     assert error.value.is_image
+
+
+def test_a_palette_png_without_its_palette_is_broken():
+    with pytest.raises(BrokenImage, match="lacks the palette"):
+        decoding.decode_image(png(8, 3, stored(RAMP, 4)))
 
 
 # ---- TIFF ----
@@ -304,3 +309,23 @@ def test_avif_and_webp_of_each_depth(alpha):
     assert_pixels(imagecodecs.avif_encode(stored(values, 8), level=100), right, 3)
     for bits in (10, 12):
         assert_pixels(imagecodecs.avif_encode(stored(values, bits), level=100, bitspersample=bits), right, 3)
+
+
+def webp_animation(frame, at, screen):
+    """An animated WebP of one frame, without the flag that says it has alpha."""
+    def part(name, body):
+        return name + struct.pack("<I", len(body)) + body
+    def numbers(*values):
+        return b"".join(value.to_bytes(3, "little") for value in values)
+    place = numbers(at[0] // 2, at[1] // 2, frame.shape[1] - 1, frame.shape[0] - 1, 100) + b"\0"
+    parts = [part(b"VP8X", b"\2\0\0\0" + numbers(screen[0] - 1, screen[1] - 1)),
+             part(b"ANIM", bytes(6)),
+             part(b"ANMF", place + imagecodecs.webp_encode(frame, lossless=True)[12:])]
+    body = b"WEBP" + b"".join(parts)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def test_the_first_frame_of_an_animated_webp_lies_on_white():
+    right = np.full((HEIGHT + 20, WIDTH + 20, 3), 255.0)
+    right[6:6 + HEIGHT, 4:4 + WIDTH] = 255 * COLOURS
+    assert_pixels(webp_animation(stored(COLOURS, 8), (4, 6), right.shape[1::-1]), right)

@@ -45,6 +45,13 @@ def test_a_body_that_trickles_in_is_cut_off_with_408_and_the_others_are_served(s
     assert metric(server, 'detector_rejections_total{reason="slow_body"}') == 1
 
 
+def test_a_body_whose_client_goes_is_not_told_to_be_late(serve):
+    with connect(serve()) as gone:
+        gone.sendall(HEAD)
+        gone.shutdown(socket.SHUT_WR)
+        assert b"the connection ended before the body" in answer_of(gone)
+
+
 def test_what_comes_of_a_body_after_it_was_cut_off_is_no_request(serve):
     server = serve(BODY_TIMEOUT_S="1")
     with connect(server) as slow:
