@@ -12,6 +12,8 @@ from detector.base.files import REMEDIES, reason
 
 SOON = 2                        # seconds after which a loop that may be quick shows its progress
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line, paragraph
+# bidirectional classes of the marks that turn what follows round: 'gpj.exe' shown as 'exe.jpg'
+TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def one_line(error):
@@ -34,9 +36,11 @@ def say(message):
 
 
 def printable(text):
-    """Text with control characters, line ends and bytes that are not UTF-8 as backslash escapes."""
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNPRINTABLE else c
-                   for c in str(text))
+    """Text with control characters, line ends, marks that turn the direction of writing, and bytes
+    that are not UTF-8 as backslash escapes."""
+    def bad(c):
+        return unicodedata.category(c) in UNPRINTABLE or unicodedata.bidirectional(c) in TURNING
+    return "".join(c.encode("unicode_escape").decode() if bad(c) else c for c in str(text))
 
 
 def all_printable(value):

@@ -214,7 +214,9 @@ def test_the_second_run_with_an_output_says_who_holds_it(script, data, tmp_path)
 # ---- names ----
 
 @pytest.mark.parametrize("name, shown", [("a\nb.jpg", r"a\nb.jpg"), ("a\x1b[31m.jpg", r"a\x1b[31m.jpg"), ("é 漢.jpg", "é 漢.jpg"),
-                                         ("a\udcff.jpg", r"a\udcff.jpg"), ("a\u2028b", r"a\u2028b")])
+                                         ("a\udcff.jpg", r"a\udcff.jpg"), ("a\u2028b", r"a\u2028b"), ("a\u2029b", r"a\u2029b"),
+                                         ("a\u202egpj.b", r"a\u202egpj.b"), ("a\u2067b", r"a\u2067b"),
+                                         ("👩\u200d🚀", "👩\u200d🚀")])
 def test_control_characters_and_bytes_that_are_no_utf_8_are_escaped(name, shown):
     assert printable(name) == shown
 

@@ -16,7 +16,7 @@ from check_image import read_dockerfile, read_env, read_stages, steps_of
 
 from detector.encoders.runtime import clip_model_of
 from detector.model.file import load_model
-from detector.service.app import SETTINGS
+from detector.service.settings import SETTINGS
 
 INSTRUCTIONS = read_dockerfile(ROOT / "Dockerfile")
 DEMO = steps_of(read_stages(INSTRUCTIONS))

@@ -71,7 +71,7 @@ FILES = {
     "packbits TIFF": lambda: saved(picture(), "TIFF", compression="packbits"),
     "fax TIFF": lambda: saved(picture("1"), "TIFF", compression="group4"),
 }
-FAULTS = Path(__file__).parent / "faults"
+FAULTS = ROOT / "tests" / "faults"
 MAGIC = 16  # bytes in which every format has announced itself
 
 

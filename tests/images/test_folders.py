@@ -56,6 +56,14 @@ def test_a_name_close_to_a_label_is_asked_about(name, label, data, capsys):
     assert f"did you mean '{label}'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["screens", "midjourney", "cats"])
+def test_a_name_like_no_label_is_not_asked_about(name, data, capsys):
+    (data / name).mkdir()
+    (data / name / "1.jpg").touch()
+    list_images(data)
+    assert f"ignored: {name} " in (said := capsys.readouterr().err) and "mean" not in said
+
+
 def test_with_one_class_missing_the_ignored_folders_are_in_the_error(extract, data):
     (data / "train/fake").rename(data / "train/midjourney")
     assert_one_line_error(extract(), "only one class", "'real'", "train/midjourney (2 files)", "accepted: ")

@@ -20,7 +20,7 @@ from live import Live, assert_error
 from patience import PATIENCE, costs_at_most
 from test_decoding import FILES, picture, saved
 
-from detector.service import upload
+from detector.service.upload import FIELD_BYTES
 
 LIMIT = 10_485_760
 PATHS = ("/classify", "/classify/batch")
@@ -68,7 +68,7 @@ def test_more_parts_than_a_batch_may_have_are_413_at_once(client, path, count):
         assert_error(form(client, *[part(f"n{i}", b"") for i in range(count)], path=path), 413)
 
 
-@pytest.mark.parametrize("size, status", [(upload.FIELD_BYTES - 100, 200), (upload.FIELD_BYTES + 100, 413), (9_000_000, 413)])
+@pytest.mark.parametrize("size, status", [(FIELD_BYTES - 100, 200), (FIELD_BYTES + 100, 413), (9_000_000, 413)])
 def test_a_text_field_may_be_so_long_and_no_longer(client, size, status):
     for parts in ([part("note", b"a" * size), file(photo())], [file(photo()), part("note", b"a" * size)]):
         response = form(client, *parts)

@@ -17,7 +17,7 @@ from PIL import Image
 from test_decoding import chunk
 
 from detector.base.errors import BrokenImage, UnsupportedImage
-from detector.images import decoding
+from detector.images import decoding, pixels
 
 HEIGHT, WIDTH = 24, 40
 Y, X = np.mgrid[:HEIGHT, :WIDTH]
@@ -77,6 +77,23 @@ def test_a_colour_png_with_a_transparent_colour():
     assert_pixels(png(8, 2, colours, chunk(b"tRNS", struct.pack(">3H", *key))), over_white(colours / 255, alpha))
     with pytest.raises(UnsupportedImage, match="16-bit colour PNG"):
         decoding.decode_image(png(16, 2, stored(COLOURS, 16), chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))))
+
+
+def test_bits_of_a_transparent_value_above_the_depth_do_not_count():
+    """PNG 11.3.2.1: only the low bits are used."""
+    grey, colours = stored(RAMP, 2), stored(COLOURS, 8).astype(int)
+    right = over_white(grey / 3, (grey != 1).astype(float))
+    assert_pixels(png(2, 0, grey, chunk(b"tRNS", struct.pack(">H", 4 + 1))), right)
+    clear = chunk(b"tRNS", struct.pack(">3H", *(colours[3, 5] + 256)))
+    seen = (colours != colours[3, 5]).any(axis=2).astype(float)
+    assert_pixels(png(8, 2, colours, clear), over_white(colours / 255, seen))
+
+
+def test_a_picture_that_ends_transparent_is_not_wholly_transparent(monkeypatch):
+    monkeypatch.setattr(pixels, "STRIP_PIXELS", 2 * WIDTH)
+    alpha = (Y < HEIGHT // 2).astype(float)
+    data = png(8, 6, stored(np.dstack([COLOURS, alpha]), 8))
+    assert_pixels(data, over_white(COLOURS, alpha))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -190,6 +207,39 @@ def test_a_tiff_is_what_its_tags_declare_or_refused_by_name(kind, layout):
         assert error.value.is_image
     else:
         assert_pixels(data, right, 2.01)
+
+
+def tagged(samples, tag, value, **options):
+    return tiff(samples, extratags=[(tag, 3, 1, value, True)], **options)
+
+
+def reversed_bits():
+    """Tag 266 is tifffile's own: another is written and renamed."""
+    data = tagged(stored(RAMP, 8), 265, 2, **BLACK)
+    return data.replace(struct.pack("<HHI", 265, 3, 1), struct.pack("<HHI", 266, 3, 1))
+
+
+def without_extra_samples():
+    data = tiff(stored(np.dstack([RAMP, ALPHA]), 8), **BLACK, **extras("unassalpha"))
+    return data.replace(struct.pack("<HH", 338, 3), struct.pack("<HH", 337, 3))
+
+
+def camera_raw():
+    """A TIFF with Canon's mark behind its header; its directory lies at the end."""
+    data = tiff(stored(COLOURS, 8), **COLOUR)
+    directory = data[8:14 + 12 * int.from_bytes(data[8:10], "little")]
+    return data[:4] + struct.pack("<I", len(data)) + b"CR" + data[10:] + directory
+
+
+@pytest.mark.parametrize("make, words", [
+    (reversed_bits, "reversed bits"),
+    (lambda: tagged(stored(INKS, 8), 332, 2, photometric="separated"), "inks other"),
+    (lambda: tagged(stored(COLOURS, 8), 255, 2, **COLOUR), "preview"),
+    (lambda: tiff(stored(COLOURS, 8), photometric="ycbcr"), "YCbCr that is not JPEG"),
+    (without_extra_samples, "2 samples a pixel"), (camera_raw, "camera raw")])
+def test_a_tiff_of_a_rare_kind_is_refused_by_name(make, words):
+    with pytest.raises(UnsupportedImage, match=words):
+        decoding.decode_image(make())
 
 
 # ---- BMP ----

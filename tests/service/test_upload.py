@@ -54,8 +54,10 @@ def test_without_a_name_the_limit_is_that_of_every_body(client):
     part(PICTURE, b'name="image"', b"a", b"Content-Type: image/png; charset=utf-16"),
     part(PICTURE, b'name="image"', b"a", b"Content-Transfer-Encoding: binary", b"Content-Length: 3"),
     b"a preamble\r\n" + part(PICTURE, filename=b"a"), part(b"my note", b'name="note"') + part(PICTURE, filename=b"a"),
-    part(PICTURE, b'name="file"', b"a") + part(PICTURE, filename=b"a")],
-    ids=["latin-1", "cp1251", "long", "no quotes", "encoded", "charset", "a length that lies", "preamble", "note", "two files"])
+    part(PICTURE, b'name="file"', b"a") + part(PICTURE, filename=b"a"),
+    part(LARGE, b'name="file"', b"a") + part(PICTURE, filename=b"a")],
+    ids=["latin-1", "cp1251", "long", "no quotes", "encoded", "charset", "a length that lies", "preamble", "note", "two files",
+         "a large file"])
 def test_the_names_types_and_company_of_a_file_do_not_matter(client, form):
     assert verdict_of(client, form + END) == verdict_of(client, part(PICTURE, filename=b"a") + END)
 
@@ -110,6 +112,11 @@ def test_what_arrived_and_what_to_send_is_told_and_counted_once(client, caplog, 
     assert counted(telemetry, "requests_total", route=path, status=400) == before + 1
     (line,) = lines(caplog)
     assert (line["event"], line["status"], line["error"]) == ("request", 400, response.json["error"])
+
+
+def test_a_file_of_text_is_no_image_and_not_a_missing_file(client):
+    body = part(b"hello", filename=b"a.txt") + END
+    assert_error(client.post("/classify", data=body, content_type=FORM), 415, "not an image")
 
 
 @pytest.mark.parametrize("text", ["photo.jpg", "SECRET"])

@@ -1,4 +1,5 @@
 """benchmarks/peers.py: figures from scores and verdicts; what a user gets wrong is one line."""
+import os
 import re
 import shlex
 import subprocess
@@ -121,5 +122,6 @@ def test_its_own_commands_are_taken_and_a_draw_is_even(make_folder, tmp_path, mo
 def test_wrong_flags(flags, words, make_folder, tmp_path):
     make_folder(tmp_path / "data", {"test/real": 2, "test/fake": 2})
     command = [sys.executable, "-m", "benchmarks.peers", *flags]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert_one_line_error(result, words)

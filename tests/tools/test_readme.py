@@ -127,7 +127,7 @@ def test_every_make_target_exists():
 
 
 def test_the_settings_table_is_the_code_s():
-    from detector.service.app import SETTINGS
+    from detector.service.settings import SETTINGS
     table = re.findall(r"^\| `([A-Z0-9_]+)` \| (.*?) \| (.*) \|$", README, re.MULTILINE)
     assert table == [(name, f"`{default}`" if default else "", text) for name, (default, text) in SETTINGS.items()]
 

@@ -98,7 +98,7 @@ def test_every_fit_has_the_weights_of_its_rows(monkeypatch):
     def spy(kind, features, labels, weight, *rest, **point):
         seen.append(np.array_equal(weight, expected[features[:, 5].astype(int)]))
         return fit(kind, features, labels, weight, *rest, **point)
-    for module in (classifiers, train_model):
+    for module in (classifiers, recipe):
         monkeypatch.setattr(module, "fit", spy)
     build(columns, "linear-svm")
     assert len(seen) == 5 * 5 + 5 + 1 and all(seen) and np.ptp(expected) > 0

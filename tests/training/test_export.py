@@ -71,7 +71,7 @@ def test_an_svm_is_scikit_learns_to_the_last_attribute_whoever_trained_it(monkey
 def test_nothing_is_exported_and_skops_is_not_imported_unless_asked(command, tmp_path):
     result = command(PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0 and not list(tmp_path.glob("*.skops"))
-    assert "| export" in result.stderr.replace("  ", "") and "skops" not in result.stderr
+    assert "| detector.training.export" in result.stderr.replace("  ", "") and "skops" not in result.stderr
 
 
 # ---- refusals, before the training ----
