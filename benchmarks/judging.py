@@ -16,15 +16,13 @@ from pathlib import Path
 def ours(model_path):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from detector.images.decoding import decode_image
-    from detector.model.threshold import outside, verdict
     from detector.verdict import Detector
     detector = Detector(model_path, device="cpu")
 
     def judge(path):
         pixels = detector.pixels(decode_image(Path(path).read_bytes()))
-        p_fake = float(detector.p_fake(pixels[None])[0])
-        called = verdict(detector.model, p_fake)[0]
-        return p_fake, called == "fake", not outside(p_fake, detector.model["band"])
+        (verdict,) = detector.judge(pixels[None])
+        return verdict.p_fake, verdict.classification == "fake", verdict.uncertain
     return judge
 
 

@@ -234,7 +234,7 @@ def test_anything_else_is_an_error_of_one_line_that_names_the_file(tmp_path, wri
 
 
 def test_reading_folders_and_features_needs_neither_torch_nor_scikit_learn():
-    code = "import sys, dataset; print([m for m in ('torch', 'sklearn', 'openvino') if m in sys.modules])"
+    code = "import sys; from detector.features import file; print([m for m in ('torch', 'sklearn', 'openvino') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
+from conftest import ROOT
 from PIL import Image, ImageFile
 
 from detector.base.errors import BrokenImage, ImageError, ImageTooLarge, UnsupportedImage

@@ -15,7 +15,7 @@ ENTRIES = [Entry(f"{i}.jpg", int(i >= 20), "test", f"s{i % 4}") for i in range(4
 KNOWN = f"""
 import sys
 sys.path.insert(0, {str(peers.JUDGING.parent)!r})
-from benchmarks.judging import judge_all
+from judging import judge_all
 answers = {{"a": (0.1, False, False), "b": (0.9, True, False), "c": (0.5, False, True)}}
 judge_all(answers.__getitem__, sys.argv[1])
 """
@@ -106,7 +106,7 @@ def test_its_own_commands_are_taken_and_a_draw_is_even(make_folder, tmp_path, mo
     cells = [f"{split}/{label}" for split in ("train", *peers.SPLITS) for label in ("real", "fake")]
     make_folder(tmp_path / "data", dict.fromkeys(cells, 3))
     monkeypatch.chdir(tmp_path)
-    flags = re.findall(r"^ *python benchmarks/peers\.py(.*?)(?: {2,}#.*)?$", peers.__doc__, re.M)
+    flags = re.findall(r"^ *python -m benchmarks\.peers(.*?)(?: {2,}#.*)?$", peers.__doc__, re.M)
     args = [peers.parse_args(shlex.split(own)) for own in flags]
     assert len(args) == 2 and len(peers.choose_images(args[0])) == 12
     args[1].limit = 8
