@@ -109,6 +109,7 @@ def pixels():
     )
 
 
+@pytest.mark.long
 def test_features_of_photographs_are_those_of_clip_load_on_the_same_weights(
     openai, pixels, arrays, tmp_path
 ):

@@ -125,7 +125,7 @@ def decode_all(examples, files):
     return found
 
 
-@pytest.mark.parametrize("examples", [pytest.param(3_000, marks=pytest.mark.slow), pytest.param(60_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [pytest.param(1_000, marks=pytest.mark.slow), pytest.param(60_000, marks=pytest.mark.long)])
 def test_whatever_the_bytes_decoding_gives_a_picture_or_one_of_our_errors(whole, examples):
     before = memory()
     found = decode_all(examples, whole)

@@ -236,7 +236,7 @@ def busiest(live):
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{worker}/status").read_text()).group(1)) / 1e3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_live_service_answers_all_bombs_at_once_stays_healthy_and_forgets_them(tmp_path, photos):
     """One upload of each, eight at a time, three times over. One bomb that goes off takes more than is allowed here for all;
     uploads that were kept would add up to it."""
