@@ -72,7 +72,7 @@ def stay_put(detector, photos):
 def never_seen():
     """Act 2: train on the shipped features as the shipped model was, then accuracy by source, known and unseen apart."""
     from detector.evaluation.audit import sentences
-    from detector.evaluation.report import words
+    from detector.evaluation.metrics import words
     title("2. Sources never seen: trained live on `train` of the shipped features (numbers; no picture ships)")
     features = FEATURES.relative_to(HERE)
     command("train_model.py", "--features_file", features, "--model_output_path", "demo/model.joblib",
@@ -148,7 +148,8 @@ def other_draws(photos):
 
     from detector.evaluation import metrics
     from detector.images import decoding
-    from detector.training.recipe import Rows, build, choose_rows, p_of, set_threshold
+    from detector.training.recipe import build, p_of, set_threshold
+    from detector.training.rows import Rows, choose_rows
     pictures = [decoding.decode_image(path.read_bytes()) for path in photos]
     columns, found = dict(np.load(OUT / "trap.npz")), []
     picture = [Path(path).stem[:-3] for path in columns["paths"]]

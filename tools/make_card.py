@@ -8,7 +8,8 @@ import json
 from detector.base.console import run
 from detector.base.constants import CLASSES
 from detector.base.project import HERE
-from detector.evaluation.report import elsewhere, words
+from detector.evaluation.metrics import words
+from detector.evaluation.report import elsewhere
 from detector.images.distort import RESAVED
 from detector.model.file import load_model
 

@@ -78,5 +78,30 @@ def test_a_command_parses_and_names_its_steps(name):
     assert not any(imports(name) & {*COMMANDS}), "a command imports no other"
 
 
+def names_of(path):
+    """What a file defines at its top level, without what it imports."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        found |= {name.id for name in ast.walk(node)
+                  if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    return found
+
+
+def borrowed(path):
+    """(module, name) of each import that names what the module itself does not define."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in FILES:
+            own = names_of(FILES[node.module])
+            yield from ((node.module, alias.name) for alias in node.names if alias.name not in own)
+
+
+@pytest.mark.parametrize("place", ["detector", "tools", "benchmarks", "."])
+def test_a_name_is_imported_from_where_it_is_defined(place):
+    paths = (ROOT / place).glob("*.py") if place == "." else (ROOT / place).rglob("*.py")
+    assert [(path.name, *pair) for path in paths for pair in borrowed(path)] == []
+
+
 def test_every_package_file_is_empty():
     assert all(path.read_text() == "" for path in (ROOT / "detector").rglob("__init__.py"))
