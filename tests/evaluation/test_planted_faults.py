@@ -7,6 +7,7 @@ from made_up import BASELINE
 from threadpoolctl import threadpool_limits
 
 from benchmarks import planted_faults
+from detector.images.decoding import decode_image
 from detector.verdict import Detector
 
 COUNTS = {f"{split}/{label}/source{k}": 10 for split in ("train", "test") for label in ("real", "fake") for k in range(10)}
@@ -53,5 +54,5 @@ def test_a_source_whose_labels_are_swapped_is_named_and_no_other(control):
 def test_twice_the_bytes_are_the_same_pixels(drawn):
     data = drawn["data"][0]
     padded = planted_faults.twice_the_bytes(data)
-    same = [planted_faults.imaging.decode_image(d).tobytes() for d in (data, padded)]
+    same = [decode_image(d).tobytes() for d in (data, padded)]
     assert same[0] == same[1] and len(padded) / len(data) == pytest.approx(2, abs=0.01)

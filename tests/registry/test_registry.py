@@ -22,7 +22,8 @@ import train_model
 from detector.base.errors import UsageError
 from detector.model.file import load_model, save_model
 from detector.model.signature import signature_path
-from detector.registry import champion, store
+from detector.registry import champion as records
+from detector.registry import store
 from detector.training import classifiers, recipe
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install -r requirements/mlflow.txt")
@@ -109,7 +110,7 @@ def run(request, place, capsys):
 
 
 def champion(run):
-    return champion.champion_number(store.connect(), run.name)
+    return records.champion_number(store.connect(), run.name)
 
 
 def refused(run, *words, says):
@@ -137,11 +138,11 @@ def test_a_model_is_registered_promoted_beaten_refused_forced_rolled_back_and_pu
     run("promote", "3", "--force", "by number")
     assert run("rollback")[1].startswith(f"{run.name} v1.0.0")
 
-    events = champion.events(store.connect(), run.name)
+    events = records.events(store.connect(), run.name)
     assert [(e["action"], e["version"]) for e in events] == [
         ("promote", "v1.0.0"), ("promote", "v1.1.0"), ("promote", "v1.2.0"), ("rollback", "v1.1.0"), ("rollback", "v1.0.0"),
         ("promote", "v1.2.0"), ("rollback", "v1.0.0")]
-    assert all(e["by"] == champion.who() for e in events) and events[2]["forced"] == "the others are withdrawn"
+    assert all(e["by"] == records.who() for e in events) and events[2]["forced"] == "the others are withdrawn"
     assert events[1]["checked"].endswith("golden.npz") and "forced" not in events[1]
 
     for ref, name in (("champion", "good"), ("v1.1.0", "better"), ("3", "worse")):
@@ -175,10 +176,10 @@ def test_models_that_others_keep_in_the_same_registry_are_passed_over(run, capsy
 def test_a_version_carries_what_its_file_and_report_say(run, place):
     run("register", "good")
     client = store.connect()
-    version, = champion.versions(client, run.name)
+    version, = records.versions(client, run.name)
     model, found = load_model(place / "good.joblib"), json.loads((place / "good_report" / "metrics.json").read_text())
     assert version.tags.items() >= {"version": "v1.0.0", "commit": COMMIT, "sha256": model["sha256"],
-                                    "training_data": model["training_data"]["sha256"], "registered_by": champion.who()}.items()
+                                    "training_data": model["training_data"]["sha256"], "registered_by": records.who()}.items()
     data = client.get_run(version.run_id).data
     assert data.params.items() >= {"classifier": "linear-svm", "encoder": "made-up", "split": found["split"], "real": "40", "fake": "40",
                                    **{k: str(v) for k, v in model["hyperparameters"].items()}}.items()
@@ -195,8 +196,8 @@ def test_a_version_carries_what_its_file_and_report_say(run, place):
 def test_a_model_of_uncommitted_code_is_registered_only_on_request_and_that_is_recorded(run):
     refused(run, "register", "dirty", says="uncommitted code .*-dirty.*: commit and train again, or register it with --allow_dirty")
     run("register", "dirty", "--allow_dirty")
-    version, = champion.versions(store.connect(), run.name)
-    assert version.tags["dirty"] == f"allowed by {champion.who()}" and version.tags["commit"] == f"{COMMIT}-dirty"
+    version, = records.versions(store.connect(), run.name)
+    assert version.tags["dirty"] == f"allowed by {records.who()}" and version.tags["commit"] == f"{COMMIT}-dirty"
 
 
 def test_a_version_that_is_not_semantic_is_refused(run):
@@ -219,7 +220,7 @@ def test_a_version_belongs_to_one_file(run, place, tmp_path):
     report = tmp_path / "twin_report" / "metrics.json"
     report.write_text(report.read_text().replace("v1.1.0", "v1.0.0"))
     refused(run, "register", str(tmp_path / "twin.joblib"), says="has a v1.0.0 of another file: train with another --model_version")
-    assert len(champion.versions(store.connect(), run.name)) == 1
+    assert len(records.versions(store.connect(), run.name)) == 1
 
 
 @pytest.mark.parametrize("spoil, says", [(lambda folder: shutil.rmtree(folder), "cannot be read: train the model again"),
@@ -248,7 +249,7 @@ def test_a_champion_is_compared_on_images_of_its_own_encoder_that_are_there(run,
 
 def test_a_file_that_was_changed_in_the_registry_is_not_pulled(run, server, tmp_path):
     run("register", "good")
-    version, = champion.versions(store.connect(), run.name)
+    version, = records.versions(store.connect(), run.name)
     stored, = server.artifacts.rglob(f"{version.run_id}/artifacts/model/model.joblib")
     stored.write_bytes(stored.read_bytes().replace(b"v1.0.0", b"v9.0.0"))
     (tmp_path / "model.joblib").write_bytes(b"as it was")
