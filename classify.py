@@ -52,12 +52,11 @@ def list_paths(given):
     return paths, unreadable
 
 
-def line(model, p_fake, provenance, args, path=None):
-    """One verdict as it is printed: text, or JSON with --json; `path` where several images are asked about."""
-    from detector.model.threshold import verdict
+def line(model, verdict, provenance, args, path=None):
+    """One Verdict as it is printed: text, or JSON with --json; `path` where several images are asked about."""
     from detector.verdict import answer, details
-    classification, confidence = verdict(model, p_fake)
-    more = details(model, p_fake, provenance) if args.details else {}
+    classification, confidence, p_fake, uncertain, _ = verdict
+    more = details(model, p_fake, uncertain, provenance) if args.details else {}
     if args.json:
         return json.dumps({**({} if path is None else {"path": path}), **answer(classification, confidence), **more})
     if more:
@@ -81,7 +80,7 @@ def main(argv=None):
             say(f"error: {paths[0]}: {found}")
             return 1
         pixels, provenance = found
-        print(line(detector.model, detector.p_fake(pixels[None])[0], provenance, args))
+        print(line(detector.model, *detector.judge(pixels[None]), provenance, args))
         return 0
 
     from tqdm import tqdm

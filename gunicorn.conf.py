@@ -10,7 +10,8 @@ from detector.service.worker import QuietLogger, Worker, load_settings, most_con
 
 # ---- a new model without a new process ----
 # gunicorn's own SIGHUP starts a second worker, and one that does not boot ends the master. So the master passes the
-# signal on, and the worker loads the file in a thread (engine.py).
+# signal on, and the worker loads the file in a thread (detector/service/engine.py).
+
 
 def when_ready(server):
     signal.signal(signal.SIGHUP, lambda *_: server.kill_workers(signal.SIGHUP))

@@ -16,7 +16,7 @@ import argparse
 import os
 
 from detector.base.console import need_folder, run
-from detector.base.constants import LEAST_IMAGES
+from detector.base.constants import LEAST_INT8_IMAGES
 from detector.base.errors import UsageError
 from detector.encoders import catalogue
 from detector.encoders.layers import layers_flag
@@ -46,8 +46,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.precision == "int8" and not args.data_dir:
         raise UsageError("--precision int8: name labelled images with --data_dir")
-    if args.limit < LEAST_IMAGES:
-        raise UsageError(f"--limit {args.limit}: at least {LEAST_IMAGES} images")
+    if args.limit < LEAST_INT8_IMAGES:
+        raise UsageError(f"--limit {args.limit}: at least {LEAST_INT8_IMAGES} images")
     if args.weights and args.clip_model not in catalogue.NAMES:
         raise UsageError(f"--weights {args.weights}: goes with a name, and --clip_model is "
                          f"{args.clip_model}; leave one of the two away")

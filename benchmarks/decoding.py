@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 from benchmarks.measure import ratios, spread
 from detector.encoders import runtime
 from detector.encoders.catalogue import EIGHT_BIT

@@ -14,7 +14,6 @@ import time
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 from benchmarks.measure import ratios, spread
 from detector.encoders import quantize, runtime
 from detector.encoders.catalogue import EIGHT_BIT

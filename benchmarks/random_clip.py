@@ -7,12 +7,10 @@
 What is trained on it knows nothing. Needs torch and clip.
 """
 import argparse
-from pathlib import Path
 
 import clip.model
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 from tests.small_clip import rounded, save_archive
 
 

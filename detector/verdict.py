@@ -121,8 +121,8 @@ def load(detector, path, max_pixels, details=False):
 
 
 def classify_all(detector, paths, max_pixels, batch=8, details=False):
-    """Yield (path, (probability of fake, with `details` what the file says of its making) or the error), in order; the next
-    batch is decoded while one is encoded."""
+    """Yield (path, (Verdict, with `details` what the file says of its making) or the error), in order; the next batch is
+    decoded while one is encoded."""
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
@@ -134,7 +134,7 @@ def classify_all(detector, paths, max_pixels, batch=8, details=False):
             loaded = [future.result() for future in waiting]
             ahead = [pool.submit(load, detector, path, max_pixels, details) for path in following]
             good = [found[0] for found in loaded if not isinstance(found, Exception)]
-            answers = iter(detector.p_fake(np.stack(good)) if good else ())
+            answers = iter(detector.judge(np.stack(good)) if good else ())
             for path, found in zip(chunk, loaded):
                 yield path, found if isinstance(found, Exception) else (next(answers), found[1])
 
@@ -144,13 +144,12 @@ def answer(classification, confidence):
     return {"classification": classification, "confidence": confidence}
 
 
-def details(model, p_fake, provenance):
+def details(model, p_fake, uncertain, provenance):
     """What stands behind a verdict, and beside it what the file says of its making, which plays no part in it. Never part of
     the documented JSON unless it is asked for."""
-    from detector.model.threshold import outside
-    uncertain, (low, high) = not bool(outside(p_fake, model["band"])), model["band"]
+    low, high = model["band"]
     reason = f"the probability of fake lies between {low:.2f} and {high:.2f}, where too many training images are on either side"
-    found = {"p_fake": round(float(p_fake), 4), "threshold": round(model["threshold"], 4), "uncertain": uncertain,
+    found = {"p_fake": round(p_fake, 4), "threshold": round(model["threshold"], 4), "uncertain": uncertain,
              "reason": reason if uncertain else None, "model_version": model["versions"]["model"]}
     notice = {"notice": model["notice"]} if "notice" in model else {}
     return {**found, **notice, "provenance": provenance}

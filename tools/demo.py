@@ -24,6 +24,7 @@ from detector.encoders.catalogue import EIGHT_BIT
 def parse_args(argv):
     return argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(argv)
 
+
 OUT = HERE / "demo"
 BASELINE = HERE / "models" / "baseline.joblib"
 FEATURES = HERE / "models" / "features.npz"
@@ -211,8 +212,8 @@ def post(url, photo):
 
 
 def main(argv=None):
-    from detector.images.samples import installed_photos
     parse_args(argv)
+    from detector.images.samples import installed_photos
     from detector.verdict import Detector
     OUT.mkdir(exist_ok=True)
     photos, detector = installed_photos(), Detector(BASELINE)

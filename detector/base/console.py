@@ -65,18 +65,13 @@ def need_features(path):
 
 
 def run(main):
-    """Call a script's main() and exit with what it returns."""
-    answered(lambda _: sys.exit(main()))
-
-
-def answered(function):
-    """Call function(None), a script's parse_args; what a user can mend becomes one line and exit
-    code 2."""
+    """Call a script's main() and exit with what it returns; what a user can mend becomes one line
+    and exit code 2."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            function(None)
+            sys.exit(main())
         finally:
             sys.stdout.flush()
     except DetectorError as error:

@@ -8,5 +8,4 @@ VERSION = re.compile(r"[!-~]{1,64}")  # of a model: it goes into a header of eve
 NOTICE = re.compile(r"[ -~]{1,200}")   # of a model: so does this
 MAX_VIEWS = 20                  # degraded copies of an image: those of three batches are in memory at a time
 MAX_CROPS = 32                  # squares of it in full resolution, each a forward pass more
-
-LEAST_IMAGES = 40  # that int8 is calibrated and proved on
+LEAST_INT8_IMAGES = 40          # that int8 is calibrated and proved on

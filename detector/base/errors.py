@@ -11,7 +11,6 @@
 """
 
 
-
 class DetectorError(Exception):
     """Something the user can mend; the message names the value and the remedy."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from detector.base.console import say
-from detector.base.constants import LEAST_IMAGES
+from detector.base.constants import LEAST_INT8_IMAGES
 from detector.base.errors import EncoderError, ImageError, UsageError
 from detector.base.files import read_bytes, sha256
 from detector.encoders.closeness import cosines
@@ -49,6 +49,7 @@ def ensure_int8(folder, args):
         say(words)
     return found
 
+
 LEAST_COSINE, LEAST_AGREEMENT = 0.99, 0.99  # to float32 features, on average; share of verdicts that stay
 BATCH = 8
 RANKED = 20         # images by which accuracy control ranks a hundred layers
@@ -75,9 +76,9 @@ def read_images(data_dir, limit, resolution):
             return preprocessing.preprocess(decoding.decode_image(read_bytes(Path(data_dir, entry.path))), resolution), entry.label
     with ThreadPoolExecutor() as pool:
         good = [row for row in pool.map(read, entries) if row is not None]
-    if min(np.bincount([label for _, label in good], minlength=2)) < LEAST_IMAGES // 2:
+    if min(np.bincount([label for _, label in good], minlength=2)) < LEAST_INT8_IMAGES // 2:
         raise UsageError(f"--data_dir {data_dir}: {len(good)} images can be read; int8 is calibrated and proved on at least "
-                         f"{LEAST_IMAGES}, half of them of each class")
+                         f"{LEAST_INT8_IMAGES}, half of them of each class")
     order = np.random.default_rng(0).permutation(len(good))
     return np.stack([good[i][0] for i in order]), np.array([good[i][1] for i in order])
 

@@ -1,7 +1,6 @@
 """When a fact of the files is a note, and when it is a leak."""
 
 
-
 MAX_REPEATED = 0.01     # share of test images with a twin in train: accuracy may be too high by as much;
                         # and share of all images that stand under both labels
 TELLING_AUC = 0.65      # lower end of the interval from which on a probe is told: pictures differ a little in any two pools

@@ -1,7 +1,7 @@
 """What a file says of its own making: marks of generators and cameras in its metadata, and a C2PA manifest.
 
-    image = imaging.open_image(data)
-    rgb = imaging.load_rgb(image)
+    image = open_image(data)
+    rgb = load_rgb(image)
     read_provenance(image, data)     # {"c2pa": {"state": "none"}, "metadata": [{"where": ..., "says": ..., "name": ...}]}
 
 All of it is claims: whoever has the file can write them or remove them, so no verdict is made of them. Only what names the

@@ -230,7 +230,7 @@ def body_of(detector, facts):
     """What is answered for one image: the documented keys, and with ?details=1 what stands behind them."""
     if "error" in facts:
         return {"error": facts["error"]}
-    more = details(detector.model, facts["p_fake"], facts["provenance"]) if g.details else {}
+    more = details(detector.model, facts["p_fake"], facts["uncertain"], facts["provenance"]) if g.details else {}
     return {**answer(facts["classification"], facts["confidence"]), **more}
 
 

@@ -140,7 +140,6 @@ def p_of(model, columns, rows):
 # ---- the command ----
 
 
-
 def audit_training(data):
     """What `audit.py` finds in the rows as they are used here. -> findings"""
     from detector.evaluation.audit import audit

@@ -75,7 +75,7 @@ def test_a_command_parses_and_names_its_steps(name):
     functions = [node for node in ast.parse(FILES[name].read_text()).body if isinstance(node, ast.FunctionDef)]
     (main,) = [node for node in functions if node.name == "main"]
     assert main.end_lineno - main.lineno < LONGEST_MAIN
-    assert not any(imports(name) & {*COMMANDS}), "a command imports no other"
+    assert imports(name).isdisjoint(COMMANDS), "a command imports no other"
 
 
 def names_of(path):

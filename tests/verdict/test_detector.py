@@ -6,7 +6,6 @@ from made_up import BASELINE
 from detector.base.constants import MAX_PIXELS
 from detector.base.errors import UnsupportedImage
 from detector.base.files import read_bytes
-from detector.model.threshold import verdict
 from detector.verdict import Detector, classify_all
 
 
@@ -20,11 +19,10 @@ def crops(make_folder, tmp_path_factory):
 def test_an_image_alone_is_answered_as_among_others(crops):
     # equal to the last bit but for the order of sums; 0.0001 is one step of the printed confidence
     detector, some = Detector(BASELINE), crops[::20]
-    for path, (p_fake, _) in classify_all(detector, some, MAX_PIXELS):
-        classification, confidence = verdict(detector.model, p_fake)
+    for path, (verdict, _) in classify_all(detector, some, MAX_PIXELS):
         alone = detector.classify(read_bytes(path))
-        assert alone[1] == pytest.approx(confidence, abs=1.01e-4)
-        assert alone[0] == classification or confidence < 0.5002
+        assert alone[1] == pytest.approx(verdict.confidence, abs=1.01e-4)
+        assert alone[0] == verdict.classification or verdict.confidence < 0.5002
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
@@ -34,7 +32,7 @@ def test_a_bad_image_does_not_shift_the_answers_of_the_others(crops, tmp_path, b
     paths = [bad, *crops[:4], bad, *crops[4:7], bad]
     found = dict(classify_all(detector, paths, MAX_PIXELS, batch))
     assert isinstance(found.pop(bad), UnsupportedImage)
-    found = {path: p_fake for path, (p_fake, _) in found.items()}
-    alone = {path: p_fake for path, (p_fake, _) in classify_all(detector, crops[:7], MAX_PIXELS, 1)}
+    found = {path: verdict.p_fake for path, (verdict, _) in found.items()}
+    alone = {path: verdict.p_fake for path, (verdict, _) in classify_all(detector, crops[:7], MAX_PIXELS, 1)}
     assert list(found) == list(alone) and list(found.values()) == pytest.approx(list(alone.values()), abs=1e-5)  # model.rbf
     assert np.diff(sorted(alone.values())).min() > 3e-4  # so an answer at another's place would show
