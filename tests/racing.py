@@ -1,4 +1,8 @@
-"""Processes that wait, warm, for commands of registry.py and begin them at the same moment."""
+"""Processes that wait, warm, for commands of registry.py and begin them at the same moment.
+
+A command that moves the champion waits after it read the history: only then is it a race that
+somebody loses, however slow the machine is.
+"""
 
 import json
 import os
@@ -16,12 +20,25 @@ sys.path.insert(0, sys.argv[1])
 import mlflow.entities, sqlalchemy
 import registry
 from detector.base.errors import UsageError
+from detector.registry import versions
 
+
+def wait():
+    print("waiting", file=sys.__stdout__, flush=True)
+    sys.stdin.readline()
+
+
+def move_together(*args, move=versions.move, **known):
+    wait()
+    move(*args, **known)
+
+
+versions.move = move_together
 for line in sys.stdin:
     words, folder, os.environ["MLFLOW_TRACKING_URI"] = json.loads(line)
     os.chdir(folder)
-    print("waiting", flush=True)
-    sys.stdin.readline()
+    if words[0] == "register":
+        wait()
     text, code = io.StringIO(), 0
     with contextlib.redirect_stdout(text):
         try:
