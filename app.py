@@ -6,6 +6,7 @@
 
 Settings come from environment variables: python app.py --help lists them.
 """
+
 import argparse
 import os
 import sys
@@ -16,11 +17,23 @@ from detector.service.settings import SETTINGS
 
 
 def main(argv=None):
-    lines = [f"  {name:{max(map(len, SETTINGS))}}  {text}" + (f" (default: {default})" if default else "")
-             for name, (default, text) in SETTINGS.items()]
-    argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="environment variables:\n" + "\n".join(lines),
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "MODEL_PUBLIC_KEY", "API_KEYS_FILE", "CLIP_CACHE"):
+    lines = [
+        f"  {name:{max(map(len, SETTINGS))}}  {text}"
+        + (f" (default: {default})" if default else "")
+        for name, (default, text) in SETTINGS.items()
+    ]
+    argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="environment variables:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(argv)
+    for name in (
+        "MODEL_PATH",
+        "MODEL_SHA256_FILE",
+        "MODEL_PUBLIC_KEY",
+        "API_KEYS_FILE",
+        "CLIP_CACHE",
+    ):
         if os.environ.get(name):
             os.environ[name] = os.path.abspath(os.environ[name])
     os.chdir(HERE)  # gunicorn looks for its settings and the app here
@@ -30,6 +43,7 @@ def main(argv=None):
 def create_app(config=None):
     """The Flask app, for gunicorn (detector.service.app.create_app)."""
     from detector.service.app import create_app
+
     return create_app(config)
 
 

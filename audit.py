@@ -5,6 +5,7 @@
 
 Needs no model. A LEAK makes a test figure worthless, and the exit code is then 1. A note is something to know.
 """
+
 import argparse
 import json
 
@@ -16,7 +17,9 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=RULES)
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
-    group.add_argument("--features_file", metavar="FILE", help="or the facts stored by extract_features.py")
+    group.add_argument(
+        "--features_file", metavar="FILE", help="or the facts stored by extract_features.py"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args(argv)
     if args.data_dir is not None:
@@ -31,7 +34,10 @@ def main(argv=None):
     from detector.evaluation.audit import audit, describe_folder, labels_of, report, sentences
     from detector.features.columns import without_repeats
     from detector.features.file import load_features
-    columns, unreadable = describe_folder(args.data_dir) if args.data_dir else (load_features(args.features_file), ())
+
+    columns, unreadable = (
+        describe_folder(args.data_dir) if args.data_dir else (load_features(args.features_file), ())
+    )
     columns = without_repeats(columns)
     found = audit(columns, unreadable=unreadable)
     if args.features_file:

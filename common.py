@@ -1,10 +1,11 @@
 """CLIP loading and preprocessing, for the scripts here and for those you write yourself.
 
-    from common import load_clip, preprocess, read_image
-    encoder = load_clip("ViT-B/16-8bit")                         # prepared at the first use
-    pixels = preprocess(read_image("photo.jpg"), encoder.resolution)
-    features = encoder.encode(pixels[None])                      # float32 [1, 768]
+from common import load_clip, preprocess, read_image
+encoder = load_clip("ViT-B/16-8bit")                         # prepared at the first use
+pixels = preprocess(read_image("photo.jpg"), encoder.resolution)
+features = encoder.encode(pixels[None])                      # float32 [1, 768]
 """
+
 from detector.base.files import read_bytes
 from detector.encoders.prepare import ensure_encoder
 from detector.encoders.runtime import Encoder

@@ -9,6 +9,7 @@
 Images that trained the model or its encoder are left out, by their hashes. Tables that need pictures are left out of an
 evaluation of a features file, and named.
 """
+
 import argparse
 
 from detector.base.console import Help, need_features, need_folder, run, say
@@ -17,17 +18,47 @@ from detector.base.errors import UsageError
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    parser.add_argument("--model_path", metavar="FILE",
-                        help="from train_model.py (default: model.joblib where there is one, else the shipped baseline)")
+    parser.add_argument(
+        "--model_path",
+        metavar="FILE",
+        help=(
+            "from train_model.py (default: model.joblib where there is one, else the shipped"
+            " baseline)"
+        ),
+    )
     parser.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
-    parser.add_argument("--features_file", metavar="FILE",
-                        help="features of the model's encoder: nothing is encoded again; with --data_dir, the folder they are of")
-    parser.add_argument("--report_dir", default="evaluation", metavar="DIR", help="folder to write the report to")
-    parser.add_argument("--baseline", metavar="FILE", help="metrics.json of an earlier evaluation of the same images: what got worse?")
-    parser.add_argument("--feedback", nargs="+", metavar="LOG", help="logs of the service, - for stdin: how right it is in production")
-    parser.add_argument("--robustness_images", type=int, default=1000, metavar="N",
-                        help="at most so many images go through the distortions (a seeded draw)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
+    parser.add_argument(
+        "--features_file",
+        metavar="FILE",
+        help=(
+            "features of the model's encoder: nothing is encoded again; with --data_dir, the folder"
+            " they are of"
+        ),
+    )
+    parser.add_argument(
+        "--report_dir", default="evaluation", metavar="DIR", help="folder to write the report to"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="FILE",
+        help="metrics.json of an earlier evaluation of the same images: what got worse?",
+    )
+    parser.add_argument(
+        "--feedback",
+        nargs="+",
+        metavar="LOG",
+        help="logs of the service, - for stdin: how right it is in production",
+    )
+    parser.add_argument(
+        "--robustness_images",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="at most so many images go through the distortions (a seeded draw)",
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode"
+    )
     args = parser.parse_args(argv)
     if args.robustness_images < 1:
         raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
@@ -46,9 +77,13 @@ def main(argv=None):
     args = parse_args(argv)
     if args.feedback:
         from detector.evaluation.feedback import tell_feedback
+
         return tell_feedback(args)
     from detector.evaluation.assess import evaluate
-    text, worse, bad = evaluate(**{name: value for name, value in vars(args).items() if name != "feedback"})
+
+    text, worse, bad = evaluate(
+        **{name: value for name, value in vars(args).items() if name != "feedback"}
+    )
     print(text)
     if worse:
         say(f"worse than the baseline: {', '.join(worse)}")

@@ -8,6 +8,7 @@
 Folders: train/real/..., train/fake/..., test/real/..., test/fake/... as in the Kaggle set; other folders on the path
 are the source (a generator, a camera). Interrupted runs go on; images added later are encoded alone.
 """
+
 import argparse
 import os
 
@@ -20,47 +21,116 @@ from detector.encoders.layers import layers_flag
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
-    parser.add_argument("--output_file", metavar="FILE", help="features to write (default: features.npz)")
-    parser.add_argument("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
-                        help="a name (docs/encoders.md) or a checkpoint; CLIP_MODEL sets the default")
-    parser.add_argument("--layers", type=layers_flag, default="final", metavar="L",
-                        help="final, penultimate, multi, or blocks (8,14,20) whose outputs are joined")
-    parser.add_argument("--limit", type=int, metavar="N", help="a draw of N images, even over class and split")
-    parser.add_argument("--views", type=int, default=0, metavar="N", help="degraded copies of each image beside it")
-    parser.add_argument("--crops", type=int, default=0, metavar="N", help="squares of it in full resolution, too")
+    parser.add_argument(
+        "--output_file", metavar="FILE", help="features to write (default: features.npz)"
+    )
+    parser.add_argument(
+        "--clip_model",
+        default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
+        metavar="NAME|FILE",
+        help="a name (docs/encoders.md) or a checkpoint; CLIP_MODEL sets the default",
+    )
+    parser.add_argument(
+        "--layers",
+        type=layers_flag,
+        default="final",
+        metavar="L",
+        help="final, penultimate, multi, or blocks (8,14,20) whose outputs are joined",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="a draw of N images, even over class and split"
+    )
+    parser.add_argument(
+        "--views", type=int, default=0, metavar="N", help="degraded copies of each image beside it"
+    )
+    parser.add_argument(
+        "--crops", type=int, default=0, metavar="N", help="squares of it in full resolution, too"
+    )
     parser.add_argument("--prune", action="store_true", help="drop the rows of files that are gone")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 where a folder is ignored")
-    parser.add_argument("--unlabelled", action="store_true", help="take any folder; all labels are -1")
-    parser.add_argument("--split_names", default=",".join(SPLITS), metavar="A,B", help="folder names that are splits")
-    parser.add_argument("--max_bad_fraction", type=float, default=0.05, metavar="X",
-                        help="share of unreadable images that fails the run")
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, metavar="N", help="largest image taken")
-    parser.add_argument("--batch_size", type=int, metavar="N", help="images in one forward pass (default: 16, on CUDA 256)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode")
-    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16", "int8"], default="auto",
-                        help="auto: the encoder's, else the fastest; int8: see prepare_clip.py")
-    parser.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster, into features.parquet; local starts one here; auto: the one we are on")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit code 1 where a folder is ignored"
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="take any folder; all labels are -1"
+    )
+    parser.add_argument(
+        "--split_names",
+        default=",".join(SPLITS),
+        metavar="A,B",
+        help="folder names that are splits",
+    )
+    parser.add_argument(
+        "--max_bad_fraction",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="share of unreadable images that fails the run",
+    )
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS, metavar="N", help="largest image taken"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help="images in one forward pass (default: 16, on CUDA 256)",
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16", "int8"],
+        default="auto",
+        help="auto: the encoder's, else the fastest; int8: see prepare_clip.py",
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help=(
+            "on a Ray cluster, into features.parquet; local starts one here; auto: the one we"
+            " are on"
+        ),
+    )
     args = parser.parse_args(argv)
     args.output_file = args.output_file or ("features.parquet" if args.ray else "features.npz")
-    for name, least, most in (("limit", 1, None), ("batch_size", 1, None), ("max_pixels", 1, None), ("views", 0, MAX_VIEWS),
-                              ("crops", 0, MAX_CROPS)):
+    for name, least, most in (
+        ("limit", 1, None),
+        ("batch_size", 1, None),
+        ("max_pixels", 1, None),
+        ("views", 0, MAX_VIEWS),
+        ("crops", 0, MAX_CROPS),
+    ):
         if (value := getattr(args, name)) is not None and not least <= value <= (most or value):
-            raise UsageError(f"--{name} {value}: must be at least {least}" + (f", at most {most}" if most else ""))
+            raise UsageError(
+                f"--{name} {value}: must be at least {least}"
+                + (f", at most {most}" if most else "")
+            )
     need_folder(args.data_dir)
     for flag in () if args.ray else ("data_dir", "output_file"):
-        if is_remote(value := getattr(args, flag)) or flag == "output_file" and value.endswith(".parquet"):
-            raise UsageError(f"--{flag} {value}: object stores and Parquet need --ray (--ray local starts Ray here)")
+        if (
+            is_remote(value := getattr(args, flag))
+            or flag == "output_file"
+            and value.endswith(".parquet")
+        ):
+            raise UsageError(
+                f"--{flag} {value}: object stores and Parquet need --ray (--ray local starts Ray"
+                " here)"
+            )
     if args.ray and args.output_file.endswith(".npz"):
-        raise UsageError(f"--output_file {args.output_file}: --ray writes a folder of Parquet files; name it features.parquet")
+        raise UsageError(
+            f"--output_file {args.output_file}: --ray writes a folder of Parquet files; name it"
+            " features.parquet"
+        )
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     from detector.features.extraction import extract
+
     if args.ray:
         from detector.features import cluster
     with only_writer(args.output_file, f"--output_file {args.output_file}"):

@@ -10,6 +10,7 @@ with them the threshold and the calibration. So `--keep` holds back a share of `
 ones are listed in
 tuned.json beside the checkpoint, and extract_features.py marks their rows as split 'seen'.
 """
+
 import argparse
 import math
 import os
@@ -25,37 +26,85 @@ LEARNING_RATES = {"blocks": 2e-5, "norms": 3e-4, "lora": 2e-4}
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=Help
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
-    add("--clip_model", default=os.environ.get("CLIP_MODEL") or "ViT-L/14", metavar="NAME|FILE",
-        help=f"CLIP to start from: {', '.join(catalogue.NAMES)}, or a checkpoint")
-    add("--data_dir", required=True, metavar="DIR",
-        help="labelled images, as for extract_features.py")
+    add(
+        "--clip_model",
+        default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
+        metavar="NAME|FILE",
+        help=f"CLIP to start from: {', '.join(catalogue.NAMES)}, or a checkpoint",
+    )
+    add(
+        "--data_dir",
+        required=True,
+        metavar="DIR",
+        help="labelled images, as for extract_features.py",
+    )
     add("--output", default="finetuned.pt", metavar="FILE", help="checkpoint to write")
     add("--train_splits", default="train,extra", metavar="A,B", help="splits to learn from")
-    add("--keep", type=float, default=0.5, metavar="SHARE",
-        help="share of 'train' that is kept from the encoder, for the classifier")
-    add("--train", default="lora:8", metavar="WHAT",
-        help="blocks:K (the last K and what follows them), norms, or lora:R (adapters of rank R on "
-             "all linear layers)")
+    add(
+        "--keep",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of 'train' that is kept from the encoder, for the classifier",
+    )
+    add(
+        "--train",
+        default="lora:8",
+        metavar="WHAT",
+        help=(
+            "blocks:K (the last K and what follows them), norms, or lora:R (adapters of rank R on "
+            "all linear layers)"
+        ),
+    )
     add("--steps", type=int, default=2000, metavar="N", help="optimiser steps")
-    add("--batch_size", type=int, default=32, metavar="N",
-        help="images a forward pass, on average half of each class")
+    add(
+        "--batch_size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images a forward pass, on average half of each class",
+    )
     add("--accumulate", type=int, default=1, metavar="N", help="forward passes a step")
     add("--checkpointing", action="store_true", help="less memory, about a third more time")
-    add("--lr", type=float, metavar="X", help="peak learning rate (AdamW, cosine; default: 2e-4 "
-                                              "for lora, 3e-4 for norms, 2e-5 for blocks)")
-    add("--holdout", type=float, default=0.2, metavar="SHARE",
-        help="share of each class's sources that is never trained on and says when to stop; "
-             "0: none")
-    add("--every", type=int, default=100, metavar="N",
-        help="steps between evaluations on them and stored states")
-    add("--patience", type=int, default=5, metavar="N",
-        help="evaluations without gain after which it stops")
-    add("--dry_run", action="store_true",
-        help="measure a few steps, print memory and time, and stop")
+    add(
+        "--lr",
+        type=float,
+        metavar="X",
+        help=(
+            "peak learning rate (AdamW, cosine; default: 2e-4 "
+            "for lora, 3e-4 for norms, 2e-5 for blocks)"
+        ),
+    )
+    add(
+        "--holdout",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help=(
+            "share of each class's sources that is never trained on and says when to stop; 0: none"
+        ),
+    )
+    add(
+        "--every",
+        type=int,
+        default=100,
+        metavar="N",
+        help="steps between evaluations on them and stored states",
+    )
+    add(
+        "--patience",
+        type=int,
+        default=5,
+        metavar="N",
+        help="evaluations without gain after which it stops",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="measure a few steps, print memory and time, and stop",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of weights and of every draw")
     args = parser.parse_args(argv)
     need_folder(args.data_dir)
@@ -67,6 +116,7 @@ def check(args):
     """Refuse values that cannot be, and fill in what follows from others. Raises UsageError,
     EncoderError."""
     from detector.encoders.prepare import source_of
+
     args.start = source_of(args.clip_model)
     if os.path.realpath(args.output) == os.path.realpath(args.clip_model):
         raise UsageError(
@@ -93,6 +143,7 @@ def check(args):
 def main(argv=None):
     args = parse_args(argv)
     from detector.encoders.prepare import require_torch
+
     require_torch("training an encoder")
     import torch
 

@@ -7,6 +7,7 @@ The token of a service with keys comes from the environment variable API_KEY: a 
 accuracy below its floor, images without a verdict, or a model that changed during the run; 2: the service or the
 Pushgateway cannot be used.
 """
+
 import argparse
 import os
 
@@ -15,9 +16,18 @@ from detector.base.console import need_folder, run, say
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--url", required=True, metavar="URL", help="the service, as http://127.0.0.1:8000")
-    parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of labelled images that trained no model")
-    parser.add_argument("--pushgateway", metavar="URL", help="send the figures to this Prometheus Pushgateway, too")
+    parser.add_argument(
+        "--url", required=True, metavar="URL", help="the service, as http://127.0.0.1:8000"
+    )
+    parser.add_argument(
+        "--data_dir",
+        required=True,
+        metavar="DIR",
+        help="folder of labelled images that trained no model",
+    )
+    parser.add_argument(
+        "--pushgateway", metavar="URL", help="send the figures to this Prometheus Pushgateway, too"
+    )
     args = parser.parse_args(argv)
     need_folder(args.data_dir)
     return args
@@ -33,6 +43,7 @@ def main(argv=None):
         run_through,
         table,
     )
+
     service = Service(args.url, os.environ.get("API_KEY", "").strip())
     images = read_golden(args.data_dir)
     before = service.model()
@@ -44,7 +55,11 @@ def main(argv=None):
     print(table(found, floors), flush=True)
     for version in found:
         if floors.get(version) is None:
-            why = "its model holds no test metrics" if version in floors else "it served only in between"
+            why = (
+                "its model holds no test metrics"
+                if version in floors
+                else "it served only in between"
+            )
             say(f"{version} is held against no floor: {why}")
     # another file under the same version is another model
     changed = len({*found, *floors}) > 1 or before.get("sha256") != after.get("sha256")

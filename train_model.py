@@ -7,6 +7,7 @@
 
 Images that look alike stay on one side of every split; with ten sources or more, whole sources do.
 """
+
 import argparse
 from pathlib import Path
 
@@ -17,28 +18,74 @@ from detector.base.files import check_file, only_writer
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=Help)
-    parser.add_argument("--features_file", nargs="+", default=["features.npz"], metavar="FILE",
-                        help="from extract_features.py (default: features.npz); several must be of one encoder")
-    parser.add_argument("--model_output_path", default="model.joblib", metavar="FILE", help="model to write")
-    parser.add_argument("--classifier", choices=["svm", "linear-svm", "logistic", "mlp", "all"], default="svm",
-                        help="kind; all: compare, train the best")
-    parser.add_argument("--crops", type=int, default=0, metavar="N",
-                        help="squares in full resolution scored beside the whole; extract with --crops, too")
-    parser.add_argument("--max_fpr", type=float, metavar="X",
-                        help="threshold at which at most this share of real images is called fake (default: 0.5 on the "
-                             "calibrated probability)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    parser.add_argument(
+        "--features_file",
+        nargs="+",
+        default=["features.npz"],
+        metavar="FILE",
+        help="from extract_features.py (default: features.npz); several must be of one encoder",
+    )
+    parser.add_argument(
+        "--model_output_path", default="model.joblib", metavar="FILE", help="model to write"
+    )
+    parser.add_argument(
+        "--classifier",
+        choices=["svm", "linear-svm", "logistic", "mlp", "all"],
+        default="svm",
+        help="kind; all: compare, train the best",
+    )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        default=0,
+        metavar="N",
+        help="squares in full resolution scored beside the whole; extract with --crops, too",
+    )
+    parser.add_argument(
+        "--max_fpr",
+        type=float,
+        metavar="X",
+        help=(
+            "threshold at which at most this share of real images is called fake (default: 0.5 on"
+            " the calibrated probability)"
+        ),
+    )
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
-    parser.add_argument("--resplit", action="store_true", help="split by group here, whatever the folders say")
-    parser.add_argument("--model_version", default="v0.0.0-dev", metavar="V", help="version stored in the model")
-    parser.add_argument("--notice", metavar="TEXT", help="what the model is not fit for: told beside every verdict; the service "
-                                                         "then takes it with ALLOW_DEMO_MODEL=1 alone")
-    parser.add_argument("--sign", metavar="KEY", help="private Ed25519 key in PEM: signs the model, for MODEL_PUBLIC_KEY")
-    parser.add_argument("--export_sklearn", metavar="FILE",
-                        help="also a scikit-learn Pipeline, for skops.io.load; calibrator and threshold are in the model alone")
-    parser.add_argument("--max_rows", type=int, default=100_000, metavar="N",
-                        help="more rows than this are sampled, even over class and source")
+    parser.add_argument(
+        "--resplit", action="store_true", help="split by group here, whatever the folders say"
+    )
+    parser.add_argument(
+        "--model_version", default="v0.0.0-dev", metavar="V", help="version stored in the model"
+    )
+    parser.add_argument(
+        "--notice",
+        metavar="TEXT",
+        help=(
+            "what the model is not fit for: told beside every verdict; the service "
+            "then takes it with ALLOW_DEMO_MODEL=1 alone"
+        ),
+    )
+    parser.add_argument(
+        "--sign",
+        metavar="KEY",
+        help="private Ed25519 key in PEM: signs the model, for MODEL_PUBLIC_KEY",
+    )
+    parser.add_argument(
+        "--export_sklearn",
+        metavar="FILE",
+        help=(
+            "also a scikit-learn Pipeline, for skops.io.load; calibrator and threshold are in the"
+            " model alone"
+        ),
+    )
+    parser.add_argument(
+        "--max_rows",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="more rows than this are sampled, even over class and source",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and folds")
     args = parser.parse_args(argv)
     if args.max_rows < 1:
@@ -48,13 +95,23 @@ def parse_args(argv):
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must be at least 0")
     if not VERSION.fullmatch(args.model_version):
-        raise UsageError(f"--model_version {args.model_version!r}: must be of 1 to 64 plain characters without spaces")
+        raise UsageError(
+            f"--model_version {args.model_version!r}: must be of 1 to 64 plain characters without"
+            " spaces"
+        )
     if args.notice is not None and not NOTICE.fullmatch(args.notice):
-        raise UsageError(f"--notice {args.notice!r}: must be of 1 to 200 plain characters in one line")
+        raise UsageError(
+            f"--notice {args.notice!r}: must be of 1 to 200 plain characters in one line"
+        )
     if args.max_fpr is not None and not 0 < args.max_fpr < 1:
         raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
-    if args.export_sklearn and Path(args.export_sklearn).resolve() == Path(args.model_output_path).resolve():
-        raise UsageError(f"--export_sklearn {args.export_sklearn}: that is the model file's place; name another")
+    if (
+        args.export_sklearn
+        and Path(args.export_sklearn).resolve() == Path(args.model_output_path).resolve()
+    ):
+        raise UsageError(
+            f"--export_sklearn {args.export_sklearn}: that is the model file's place; name another"
+        )
     for path in args.features_file:
         need_features(path)
     return args
@@ -64,6 +121,7 @@ def check_outputs(args):
     """Places that cannot be written, and a bad key, are told before the work -> the signing key or None."""
     from detector.model import signature
     from detector.training import export
+
     check_file(args.model_output_path, f"--model_output_path {args.model_output_path}")
     if args.export_sklearn:
         export.need_skops(args.export_sklearn)
@@ -77,6 +135,7 @@ def write(args, model, found, key):
     from detector.model import signature
     from detector.model.file import save_model
     from detector.training import export
+
     folder = Path(args.model_output_path).with_suffix("").as_posix() + "_report"
     with report.staged(folder) as place:
         report.fill(place, found)
@@ -93,6 +152,7 @@ def main(argv=None):
     from detector.training.classifiers import one_thread
     from detector.training.recipe import audit_training, describe_model, say_findings, train_best
     from detector.training.rows import read_data, say_rows
+
     place = args.model_output_path
     with one_thread(), only_writer(place, f"--model_output_path {place}"):
         key = check_outputs(args)

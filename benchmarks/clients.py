@@ -9,6 +9,7 @@
 Needs `hey` (apt-get install hey), on the same processors as the service. The encoder alone runs in this process while the
 service is idle, before and after each load; its rate is that of its better batch size. Prints Markdown.
 """
+
 import argparse
 import os
 import shutil
@@ -33,10 +34,19 @@ CLIENTS, BATCHES = (1, 2, 4, 8), (1, 4)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--image", required=True, help="photograph to send")
-    parser.add_argument("--model_path", default=str(ROOT / "models" / "baseline.joblib"), help="model to serve")
-    parser.add_argument("--requests", type=int, default=400, help="of each number of clients, in each run; a multiple of 8")
+    parser.add_argument(
+        "--model_path", default=str(ROOT / "models" / "baseline.joblib"), help="model to serve"
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=400,
+        help="of each number of clients, in each run; a multiple of 8",
+    )
     parser.add_argument("--runs", type=int, default=3, help="in turns")
     return parser.parse_args(argv)
 
@@ -58,7 +68,10 @@ def load(server, body, clients, requests):
     started, process = hey(server, body, "-n", requests, "-c", clients)
     rows = sent(started, process)
     if len(rows) != requests or any(status != 200 for status, *_ in rows):
-        sys.exit(f"{requests} requests of {clients} clients: {len(rows)} answers, statuses {sorted({status for status, *_ in rows})}")
+        sys.exit(
+            f"{requests} requests of {clients} clients: {len(rows)} answers, statuses"
+            f" {sorted({status for status, *_ in rows})}"
+        )
     return len(rows) / (max(when for *_, when in rows) - started), [taken for _, taken, _ in rows]
 
 
@@ -74,16 +87,32 @@ def main(argv=None):
     args = parse_args(argv)
     if not shutil.which("hey"):
         sys.exit("error: hey is not installed: apt-get install hey")
-    encoder = runtime.Encoder(encoder_folder(load_model(args.model_path)["encoder"], args.model_path), "cpu", threads=runtime.processors())
+    encoder = runtime.Encoder(
+        encoder_folder(load_model(args.model_path)["encoder"], args.model_path),
+        "cpu",
+        threads=runtime.processors(),
+    )
     data = Path(args.image).read_bytes()
-    one, pixels = decode_seconds(data, encoder.resolution), preprocess(decode_image(data), encoder.resolution)
+    one, pixels = (
+        decode_seconds(data, encoder.resolution),
+        preprocess(decode_image(data), encoder.resolution),
+    )
     found = {clients: [] for clients in CLIENTS}
     with tempfile.TemporaryDirectory() as folder:
-        server = Server([sys.executable, "app.py"], folder, None, MODEL_PATH=os.path.abspath(args.model_path), ALLOW_DEMO_MODEL="1",
-                        QUEUE_TIMEOUT_S="120")
+        server = Server(
+            [sys.executable, "app.py"],
+            folder,
+            None,
+            MODEL_PATH=os.path.abspath(args.model_path),
+            ALLOW_DEMO_MODEL="1",
+            QUEUE_TIMEOUT_S="120",
+        )
         try:
             if (served := server.ask("/model")["encoder"]["precision"]) != encoder.precision:
-                sys.exit(f"the service encodes in {served}, this process in {encoder.precision}: not to be compared")
+                sys.exit(
+                    f"the service encodes in {served}, this process in {encoder.precision}: not to"
+                    " be compared"
+                )
             body = multipart(args.image, folder)
             load(server, body, 8, 16)
             bare_rate(encoder, pixels, 1)
@@ -95,17 +124,31 @@ def main(argv=None):
                     found[clients].append((rate, bare, taken))
         finally:
             server.stop()
-    print(f"Encoder `{Path(encoder.name).stem}`, {encoder.precision}, {runtime.processors()} processors, "
-          f"{len(data) / 1000:.0f} kB, {1000 * one:.0f} ms of a processor to decode; "
-          f"{args.runs} runs of {args.requests} requests.\n\n| clients | verdicts/s | ms at 50 / 95 / 99% | encoder alone, images/s "
-          "| share of it | share of what arithmetic allows |\n|---|---|---|---|---|---|")
+    print(
+        f"Encoder `{Path(encoder.name).stem}`, {encoder.precision}, {runtime.processors()}"
+        f" processors, {len(data) / 1000:.0f} kB, {1000 * one:.0f} ms of a processor to decode;"
+        f" {args.runs} runs of {args.requests} requests.\n\n| clients | verdicts/s | ms at 50 / 95"
+        " / 99% | encoder alone, images/s | share of it | share of what arithmetic allows"
+        " |\n|---|---|---|---|---|---|"
+    )
     for clients, runs in found.items():
-        ms = [1000 * value for value in np.percentile([t for *_, taken in runs for t in taken], (50, 95, 99))]
+        ms = [
+            1000 * value
+            for value in np.percentile([t for *_, taken in runs for t in taken], (50, 95, 99))
+        ]
         shares = [100 * rate / bare for rate, bare, _ in runs]
         # a client alone waits for both; several keep all processors at both
-        allowed = [100 * rate * (1 / bare + one / min(clients, runtime.processors())) for rate, bare, _ in runs]
-        print(f"| {clients} | {spread([rate for rate, *_ in runs])} | {' / '.join(f'{value:.0f}' for value in ms)} "
-              f"| {statistics.median(bare for _, bare, _ in runs):.2f} | {spread(shares, 0)}% | {statistics.median(allowed):.0f}% |", flush=True)
+        allowed = [
+            100 * rate * (1 / bare + one / min(clients, runtime.processors()))
+            for rate, bare, _ in runs
+        ]
+        print(
+            f"| {clients} | {spread([rate for rate, *_ in runs])} |"
+            f" {' / '.join(f'{value:.0f}' for value in ms)} |"
+            f" {statistics.median(bare for _, bare, _ in runs):.2f} | {spread(shares, 0)}% |"
+            f" {statistics.median(allowed):.0f}% |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

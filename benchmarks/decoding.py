@@ -8,6 +8,7 @@ Pillow is what CLIP's README leads to: `Image.open`, CLIP's own transform, one a
 lets libjpeg decode at 1/2, 1/4 or 1/8; how far the features of --clip_model
 move is measured too. In turns; prints Markdown.
 """
+
 import argparse
 import io
 import os
@@ -30,18 +31,31 @@ from detector.images.folders import draw_evenly, list_images
 from detector.images.preprocessing import preprocess
 
 SIDE = 224
-TILE = 240    # pixels of each picture of a mosaic
-MARGIN = 2    # draft mode keeps at least this many times SIDE, so that the bicubic resize still has something to average
+TILE = 240  # pixels of each picture of a mosaic
+MARGIN = 2  # draft mode keeps at least this many times SIDE, so that the bicubic resize still has something to average
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_dir", required=True, metavar="DIR", help="labelled pictures that the mosaics are made of")
-    parser.add_argument("--megapixels", type=float, nargs="+", default=[2, 12, 24], help="of the mosaics")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--data_dir",
+        required=True,
+        metavar="DIR",
+        help="labelled pictures that the mosaics are made of",
+    )
+    parser.add_argument(
+        "--megapixels", type=float, nargs="+", default=[2, 12, 24], help="of the mosaics"
+    )
     parser.add_argument("--pictures", type=int, default=12, help="of each size")
     parser.add_argument("--runs", type=int, default=5, help="of each, in turns")
-    parser.add_argument("--clip_model", default=EIGHT_BIT, metavar="NAME|FILE",
-                        help="encoder that sees the difference of draft mode")
+    parser.add_argument(
+        "--clip_model",
+        default=EIGHT_BIT,
+        metavar="NAME|FILE",
+        help="encoder that sees the difference of draft mode",
+    )
     return parser.parse_args(argv)
 
 
@@ -49,9 +63,17 @@ def mosaics(data_dir, megapixels, n):
     """-> list of `n` JPEG files (bytes), 3:2, quality 90."""
     entries = list_images(data_dir)
     columns = max(1, round((megapixels * 1e6 * 1.5) ** 0.5 / TILE))
-    rows = max(1, round(megapixels * 1e6 / TILE ** 2 / columns))
-    chosen, found = draw_evenly([e.label for e in entries], min(len(entries), n * columns * rows)), []
-    tiles = [Image.open(Path(data_dir, entries[i].path)).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS) for i in chosen]
+    rows = max(1, round(megapixels * 1e6 / TILE**2 / columns))
+    chosen, found = (
+        draw_evenly([e.label for e in entries], min(len(entries), n * columns * rows)),
+        [],
+    )
+    tiles = [
+        Image.open(Path(data_dir, entries[i].path))
+        .convert("RGB")
+        .resize((TILE, TILE), Image.Resampling.LANCZOS)
+        for i in chosen
+    ]
     rng = np.random.default_rng(0)
     for _ in range(n):
         sheet, buffer = Image.new("RGB", (columns * TILE, rows * TILE)), io.BytesIO()
@@ -63,6 +85,7 @@ def mosaics(data_dir, megapixels, n):
 
 
 # ---- bytes -> float32 [3, 224, 224], each in its own way ----
+
 
 def plain(transform):
     return lambda data: transform(Image.open(io.BytesIO(data))).numpy()
@@ -87,6 +110,7 @@ def in_threads(function):
     def run(files):
         with ThreadPoolExecutor(runtime.processors()) as pool:
             return list(pool.map(function, files))
+
     return run
 
 
@@ -96,21 +120,36 @@ def one_by_one(function):
 
 def draft_cosines(encoder, files):
     """Features of draft mode to those of the exact pixels: float32 [n]."""
-    a, b = (encoder.encode(np.stack([way(data, encoder.resolution) for data in files])) for way in (ours, drafted))
+    a, b = (
+        encoder.encode(np.stack([way(data, encoder.resolution) for data in files]))
+        for way in (ours, drafted)
+    )
     return cosines(a, b)
 
 
 def main(argv=None):
     args = parse_args(argv)
     import clip
+
     transform = clip.clip._transform(SIDE)
     encoder = runtime.Encoder(ensure_encoder(args.clip_model), "cpu", "float32")
-    ways = {"plain Pillow, one by one": one_by_one(plain(transform)), "plain Pillow, in threads": in_threads(plain(transform)),
-            "ours": in_threads(ours), "ours, with hash and facts": in_threads(ours_described), "draft mode": in_threads(drafted)}
-    print(f"{os.cpu_count()} processors; images a second.\n\n| megapixels | {' | '.join(ways)} | ours to Pillow one by one, in threads "
-          f"| draft to ours | draft's cosine, mean and lowest |\n|---|{'---|' * len(ways)}---|---|---|")
+    ways = {
+        "plain Pillow, one by one": one_by_one(plain(transform)),
+        "plain Pillow, in threads": in_threads(plain(transform)),
+        "ours": in_threads(ours),
+        "ours, with hash and facts": in_threads(ours_described),
+        "draft mode": in_threads(drafted),
+    }
+    print(
+        f"{os.cpu_count()} processors; images a second.\n\n| megapixels | {' | '.join(ways)} | ours"
+        " to Pillow one by one, in threads | draft to ours | draft's cosine, mean and lowest"
+        f" |\n|---|{'---|' * len(ways)}---|---|---|"
+    )
     for megapixels in args.megapixels:
-        files, rates = mosaics(args.data_dir, megapixels, args.pictures), {name: [] for name in ways}
+        files, rates = (
+            mosaics(args.data_dir, megapixels, args.pictures),
+            {name: [] for name in ways},
+        )
         for turn in range(args.runs + 1):
             for name, way in ways.items():
                 started = time.perf_counter()
@@ -119,10 +158,15 @@ def main(argv=None):
                     rates[name].append(len(files) / (time.perf_counter() - started))
         cosine = draft_cosines(encoder, files)
         width, height = Image.open(io.BytesIO(files[0])).size
-        print(f"| {megapixels:g} ({width} x {height}, {statistics.mean(map(len, files)) / 1e6:.1f} MB) "
-              f"| {' | '.join(spread(values, 1) for values in rates.values())} | {ratios(rates['ours'], rates['plain Pillow, one by one'], 2)}, "
-              f"{ratios(rates['ours'], rates['plain Pillow, in threads'], 2)} "
-              f"| {ratios(rates['draft mode'], rates['ours'], 2)} | {cosine.mean():.4f}, {cosine.min():.4f} |", flush=True)
+        print(
+            f"| {megapixels:g} ({width} x {height}, {statistics.mean(map(len, files)) / 1e6:.1f}"
+            f" MB) | {' | '.join(spread(values, 1) for values in rates.values())} |"
+            f" {ratios(rates['ours'], rates['plain Pillow, one by one'], 2)},"
+            f" {ratios(rates['ours'], rates['plain Pillow, in threads'], 2)} |"
+            f" {ratios(rates['draft mode'], rates['ours'], 2)} | {cosine.mean():.4f},"
+            f" {cosine.min():.4f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 Prints a line of JSON for each image, [answer or why there is none, seconds], then its peak MB. An
 answer is [probability of fake, called fake, uncertain]. Imports nothing that a peer lacks.
 """
+
 import json
 import resource
 import sys
@@ -17,22 +18,26 @@ def ours(model_path):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from detector.images.decoding import decode_image
     from detector.verdict import Detector
+
     detector = Detector(model_path, device="cpu")
 
     def judge(path):
         pixels = detector.pixels(decode_image(Path(path).read_bytes()))
         (verdict,) = detector.judge(pixels[None])
         return verdict.p_fake, verdict.classification == "fake", verdict.uncertain
+
     return judge
 
 
 def sahu65():
     import sahu65
+
     sahu65.warm()  # weights that cannot be loaded end the process here
 
     def judge(path):
         answer = sahu65.detect(path)
         return answer.ai_probability, answer.is_ai, answer.is_inconclusive
+
     return judge
 
 

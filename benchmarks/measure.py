@@ -1,4 +1,5 @@
 """Whole processes in turns, and how the tables say it: for the benchmarks beside this file."""
+
 import os
 import statistics
 import subprocess
@@ -8,7 +9,12 @@ import time
 def run(name, command, **env):
     """A process of its own -> (seconds, peak MB). One that fails ends the benchmark with what it said."""
     started = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env={**os.environ, **env},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     said = process.stderr.read()
     _, status, used = os.wait4(process.pid, 0)
     if status:
@@ -30,7 +36,10 @@ def in_turns(commands, runs, **env):
 
 def spread(values, digits=2):
     """'median (lowest to highest)'."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return (
+        f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to"
+        f" {max(values):.{digits}f})"
+    )
 
 
 def ratios(values, others, digits=1):

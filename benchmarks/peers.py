@@ -10,6 +10,7 @@ counts as not called fake, as in its README. Ours always answers, and is uncerta
 says so. The peer computes in as many threads as there are processors: with its own default of 8 it
 took ten times as long on 2. Prints Markdown.
 """
+
 import argparse
 import json
 import os
@@ -102,8 +103,12 @@ def judge(command, paths, home, *more):
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         with subprocess.Popen(
-            [*command, given, *more], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=home,
-            env={**os.environ, **settings}
+            [*command, given, *more],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=home,
+            env={**os.environ, **settings},
         ) as process:
             for line in process.stdout:
                 first = first or time.perf_counter() - started
@@ -170,8 +175,11 @@ def main(argv=None):
         size[name] = megabytes(*packages, *([home / "clip"] if name == "ours" else []))
     sources, fakes = len({e.source for e in entries}), sum(e.label for e in entries)
     machine = f"{runtime.processors()} processors of {processor()}"
-    print(f"{len(entries)} images of {sources} sources, {fakes} fake. 95% intervals over sources. "
-          f"{machine}.\n{HEADER}", flush=True)
+    print(
+        f"{len(entries)} images of {sources} sources, {fakes} fake. 95% intervals over sources. "
+        f"{machine}.\n{HEADER}",
+        flush=True,
+    )
     for split in args.splits:
         chosen = [e for e in entries if e.split == split]
         paths = [Path(args.data_dir, e.path).absolute() for e in chosen]

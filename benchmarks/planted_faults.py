@@ -6,6 +6,7 @@ often nothing is said where nothing is wrong.
 The clean control: every picture of both classes cropped to one square of 224 pixels and saved as JPEG 90, twins removed;
 of these a new draw for each seed, divided at random into train and test.
 """
+
 import argparse
 import io
 import sys
@@ -34,27 +35,43 @@ from detector.training.classifiers import fit, fit_sigmoid, fold_rows, out_of_fo
 from detector.verdict import SHIPPED_MODEL, Detector
 
 DOSES = (0.01, 0.05, 0.2)
-DRAWN = 1500       # images of one draw
+DRAWN = 1500  # images of one draw
 TEST = 0.25
 
 
 # ---- the clean control ----
+
 
 def control(data_dir, detector):
     """-> columns of the control pictures, beside them their JPEG bytes; one of each group of twins."""
     entries = list_images(data_dir)
 
     def one(entry):
-        data = jpeg_bytes(square(decoding.decode_image(Path(data_dir, entry.path).read_bytes())), 90)
+        data = jpeg_bytes(
+            square(decoding.decode_image(Path(data_dir, entry.path).read_bytes())), 90
+        )
         image, row = describe_image(data)
         return data, detector.pixels(image), row
+
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(one, entries))
     pixels = [one for _, one, _ in rows]
-    features = np.concatenate([detector.encoder.encode(np.stack(pixels[i:i + 16])) for i in range(0, len(pixels), 16)])
-    columns = {"features": features, "data": np.array([data for data, _, _ in rows], object), "view": np.zeros(len(rows), np.int8),
-               **{f"{name}s": np.array([getattr(e, name) for e in entries]) for name in ("label", "split", "path", "source")},
-               **{name: np.array([row[name] for _, _, row in rows]) for name in ("sha256", "facts", "thumb")}}
+    features = np.concatenate(
+        [detector.encoder.encode(np.stack(pixels[i : i + 16])) for i in range(0, len(pixels), 16)]
+    )
+    columns = {
+        "features": features,
+        "data": np.array([data for data, _, _ in rows], object),
+        "view": np.zeros(len(rows), np.int8),
+        **{
+            f"{name}s": np.array([getattr(e, name) for e in entries])
+            for name in ("label", "split", "path", "source")
+        },
+        **{
+            name: np.array([row[name] for _, _, row in rows])
+            for name in ("sha256", "facts", "thumb")
+        },
+    }
     _, first = np.unique(twin_clusters(columns["thumb"], columns["sha256"]), return_index=True)
     return {name: values[first] for name, values in columns.items()}
 
@@ -80,10 +97,11 @@ def replaced(columns, rows, change):
 
 
 def dosed(rng, rows, dose):
-    return rng.permutation(rows)[:max(1, round(dose * len(rows)))]
+    return rng.permutation(rows)[: max(1, round(dose * len(rows)))]
 
 
 # ---- faults of a data set: (columns, dose, rng) -> columns ----
+
 
 def as_png(data):
     buffer = io.BytesIO()
@@ -97,23 +115,29 @@ def as_multiple_of_64(data):
 
 def twice_the_bytes(data):
     """The same picture with as many bytes again in comments, as generators that store their prompt in the file."""
-    body = b"".join(b"\xff\xfe" + (n + 2).to_bytes(2, "big") + b" " * n for n in
-                    (min(60000, len(data) - start) for start in range(0, len(data), 60000)))
+    body = b"".join(
+        b"\xff\xfe" + (n + 2).to_bytes(2, "big") + b" " * n
+        for n in (min(60000, len(data) - start) for start in range(0, len(data), 60000))
+    )
     return data[:2] + body + data[2:]
 
 
 def fakes(change):
-    return lambda columns, dose, rng: replaced(columns, dosed(rng, np.flatnonzero(columns["labels"] == 1), dose), change)
+    return lambda columns, dose, rng: replaced(
+        columns, dosed(rng, np.flatnonzero(columns["labels"] == 1), dose), change
+    )
 
 
 def repeated(change):
     """Test images again in train, their bytes changed."""
+
     def plant(columns, dose, rng):
         rows = dosed(rng, np.flatnonzero(columns["splits"] == "test"), dose)
         copies = replaced(take(columns, rows), range(len(rows)), change)
         copies["splits"] = np.full(len(rows), "train")
         copies["paths"] = np.char.add(copies["paths"], "-again")
         return {name: np.concatenate([columns[name], copies[name]]) for name in columns}
+
     return plant
 
 
@@ -122,8 +146,14 @@ def resaved(data):
 
 
 DATA_FAULTS = {
-    "fakes saved as PNG": (fakes(as_png), ("PNG", "format", "bytes per pixel", "quantisation", "blockiness", "all file facts")),
-    "fakes at multiples of 64": (fakes(as_multiple_of_64), ("multiples of 64", "256x256", "pixels", "all file facts")),
+    "fakes saved as PNG": (
+        fakes(as_png),
+        ("PNG", "format", "bytes per pixel", "quantisation", "blockiness", "all file facts"),
+    ),
+    "fakes at multiples of 64": (
+        fakes(as_multiple_of_64),
+        ("multiples of 64", "256x256", "pixels", "all file facts"),
+    ),
     "fakes at twice the bytes per pixel": (fakes(twice_the_bytes), ("bytes", "all file facts")),
     "test images also in train, byte-identical": (repeated(lambda data: data), ("twin in train",)),
     "test images also in train, re-saved": (repeated(resaved), ("twin in train",)),
@@ -138,21 +168,30 @@ def lines_of(columns):
 
 # ---- swapped labels ----
 
+
 def label_lines(columns):
     labels = columns["labels"].astype(int)
     _, groups = np.unique(columns["sources"], return_inverse=True)
     p_fake = linear_scores(columns["features"], labels, groups)
-    return audit_labels(labels, p_fake, columns["sources"], columns["paths"], True)["doubtful_sources"]
+    return audit_labels(labels, p_fake, columns["sources"], columns["paths"], True)[
+        "doubtful_sources"
+    ]
 
 
 def swap(columns, dose, rng, least):
     """`least` images of one source with both classes have their labels swapped; of the others so many are kept that these
     are the share `dose` of the data, as far as they go. -> (columns, its name, its true share)"""
     names, counts = np.unique(columns["sources"], return_counts=True)
-    both = [s for s, n in zip(names, counts) if n >= least and len(np.unique(columns["labels"][columns["sources"] == s])) == 2]
+    both = [
+        s
+        for s, n in zip(names, counts)
+        if n >= least and len(np.unique(columns["labels"][columns["sources"] == s])) == 2
+    ]
     source = both[rng.integers(len(both))]
     own = rng.permutation(np.flatnonzero(columns["sources"] == source))[:least]
-    others = rng.permutation(np.flatnonzero(columns["sources"] != source))[:round(least / dose) - least]
+    others = rng.permutation(np.flatnonzero(columns["sources"] != source))[
+        : round(least / dose) - least
+    ]
     drawn = take(columns, np.concatenate([own, others]))
     drawn["labels"] = np.where(drawn["sources"] == source, 1 - drawn["labels"], drawn["labels"])
     return drawn, source, least / len(drawn["labels"])
@@ -162,6 +201,7 @@ def strong(columns, auc=0.97):
     """The same images with made-up features that tell the labels apart at this AUC on any source, as a strong encoder's
     would: ViT-B/16 was once measured at 0.97 on known sources. They show what can be found."""
     from scipy.stats import norm
+
     rng, apart = np.random.default_rng(0), np.sqrt(2) * norm.ppf(auc)
     features = rng.normal(size=(len(columns["labels"]), 16)).astype(np.float32)
     features[:, 0] += apart * columns["labels"]
@@ -170,21 +210,38 @@ def strong(columns, auc=0.97):
 
 # ---- faults of a model ----
 
+
 def small_model(columns, rng):
     """A calibrated logistic regression on half of the images -> (model dict, labels, decision
     values and groups of the other half)."""
     order = rng.permutation(len(columns["labels"]))
     train, test = np.array_split(order, 2)
     features, labels = columns["features"][train], columns["labels"][train].astype(int)
-    weight, folds = row_weights(labels, columns["sources"][train]), fold_rows(labels, np.arange(len(labels)), 0)
+    weight, folds = (
+        row_weights(labels, columns["sources"][train]),
+        fold_rows(labels, np.arange(len(labels)), 0),
+    )
     scores = out_of_fold("logistic", features, labels, weight, folds, 0, C=0.001)
-    model = {**fit("logistic", features, labels, weight, 0, C=0.001), "format": FORMAT, "calibrator": fit_sigmoid(scores, labels),
-             "out_of_fold": {"scores": scores.astype(np.float32), "labels": labels}}
+    model = {
+        **fit("logistic", features, labels, weight, 0, C=0.001),
+        "format": FORMAT,
+        "calibrator": fit_sigmoid(scores, labels),
+        "out_of_fold": {"scores": scores.astype(np.float32), "labels": labels},
+    }
     p_fake = probability(model, scores.astype(np.float32).astype(float))
     rule = {"max_fpr": 0.05, "band_error": 0.1}
     threshold = choose_threshold(p_fake, labels, 0.05)
-    model |= {"threshold": threshold, "threshold_rule": rule, "band": choose_band(p_fake, labels, threshold, 0.1)}
-    return model, columns["labels"][test].astype(int), decision(model, columns["features"][test]), np.arange(len(test))
+    model |= {
+        "threshold": threshold,
+        "threshold_rule": rule,
+        "band": choose_band(p_fake, labels, threshold, 0.1),
+    }
+    return (
+        model,
+        columns["labels"][test].astype(int),
+        decision(model, columns["features"][test]),
+        np.arange(len(test)),
+    )
 
 
 def sure_lines(model, labels, scores, groups, times):
@@ -193,6 +250,7 @@ def sure_lines(model, labels, scores, groups, times):
 
 
 # ---- the table ----
+
 
 def data_rows(columns, seeds):
     """-> table rows of the faults of a data set."""
@@ -216,11 +274,15 @@ def swap_row(name, columns, seeds, least):
     for dose in DOSES:
         found = 0
         for seed in range(seeds):
-            drawn, source, part = swap(columns, dose, np.random.default_rng([seed, round(dose * 100)]), least)
+            drawn, source, part = swap(
+                columns, dose, np.random.default_rng([seed, round(dose * 100)]), least
+            )
             doubted = [row["source"] for row in label_lines(drawn)]
             found += source in doubted
             others += len(set(doubted) - {source})
-        cells.append(f"{found} of {seeds}" + (f" (at {part:.1%})" if abs(part - dose) > 0.002 else ""))
+        cells.append(
+            f"{found} of {seeds}" + (f" (at {part:.1%})" if abs(part - dose) > 0.002 else "")
+        )
     print(name, cells, "other sources accused:", others, file=sys.stderr, flush=True)
     return (f"{name} (other sources accused: {others})", *cells)
 
@@ -232,21 +294,32 @@ def model_rows(columns, seeds):
         for dose, times in (*((d, 1 + d) for d in DOSES), ("doubled", 2)):
             sure[dose] = sure.get(dose, 0) + bool(sure_lines(model, labels, scores, groups, times))
         for dose in DOSES:
-            moved[dose] = moved.get(dose, 0) + bool(stale_threshold({**model, "threshold": model["threshold"] * (1 + dose)}))
-    return [("logits multiplied by 1.01, 1.05, 1.2", *(f"{sure[d]} of {seeds}" for d in DOSES)),
-            ("logits doubled (all of them: no dose)", f"{sure['doubled']} of {seeds}", "", ""),
-            ("threshold moved by 1, 5, 20%", *(f"{moved[d]} of {seeds}" for d in DOSES))]
+            moved[dose] = moved.get(dose, 0) + bool(
+                stale_threshold({**model, "threshold": model["threshold"] * (1 + dose)})
+            )
+    return [
+        ("logits multiplied by 1.01, 1.05, 1.2", *(f"{sure[d]} of {seeds}" for d in DOSES)),
+        ("logits doubled (all of them: no dose)", f"{sure['doubled']} of {seeds}", "", ""),
+        ("threshold moved by 1, 5, 20%", *(f"{moved[d]} of {seeds}" for d in DOSES)),
+    ]
 
 
 def clean_rows(columns, resamples):
     """-> [(what, accusations)] over clean draws, and the lines themselves on stderr."""
-    said = {"files and twins": 0, "labels of whole sources": 0, "calibration": 0, "threshold and band": 0}
+    said = {
+        "files and twins": 0,
+        "labels of whole sources": 0,
+        "calibration": 0,
+        "threshold and band": 0,
+    }
     for seed in range(1000, 1000 + resamples):
         rng = np.random.default_rng(seed)
         lines, doubted = lines_of(draw(columns, rng)), label_lines(draw(columns, rng))
         model, labels, scores, groups = small_model(columns, rng)
         sure, moved = sure_lines(model, labels, scores, groups, 1), stale_threshold(model)
-        for what, lines in zip(said, (lines, doubted, [sure] if sure else [], [moved] if moved else [])):
+        for what, lines in zip(
+            said, (lines, doubted, [sure] if sure else [], [moved] if moved else [])
+        ):
             said[what] += bool(lines)
             for line in lines:
                 print("accused:", what, line, file=sys.stderr, flush=True)
@@ -267,22 +340,47 @@ Accusations in {clean} clean draws: {accused}.
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="development images")
-    parser.add_argument("--seeds", type=int, default=10, metavar="N", help="draws of each fault and dose (default: %(default)s)")
-    parser.add_argument("--clean", type=int, default=20, metavar="N", help="clean draws (default: %(default)s)")
-    parser.add_argument("--output", default=str(HERE / "planted_faults.md"), metavar="FILE", help="table to write")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=10,
+        metavar="N",
+        help="draws of each fault and dose (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clean", type=int, default=20, metavar="N", help="clean draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", default=str(HERE / "planted_faults.md"), metavar="FILE", help="table to write"
+    )
     args = parser.parse_args()
     detector = Detector(SHIPPED_MODEL)
     encoder, everything = detector.encoder.name, control(args.data_dir, detector)
-    columns = take(everything, everything["splits"] != "extra")  # kept for a second look: two bars were moved after a look at the others
+    columns = take(
+        everything, everything["splits"] != "extra"
+    )  # kept for a second look: two bars were moved after a look at the others
     rows = data_rows(columns, args.seeds)
-    rows.append(swap_row("labels of 50 images of one source swapped, features of AUC 0.97", strong(everything), args.seeds, 50))
+    rows.append(
+        swap_row(
+            "labels of 50 images of one source swapped, features of AUC 0.97",
+            strong(everything),
+            args.seeds,
+            50,
+        )
+    )
     name = f"labels of 50 images of one source swapped, features of `{encoder}`"
     rows.append(swap_row(name, everything, args.seeds, 50))
     rows += model_rows(columns, args.seeds)
     said = clean_rows(columns, args.clean)
-    table = TABLE.format(seeds=args.seeds, drawn=DRAWN, control=len(columns["labels"]),
-                         clean=args.clean, encoder=encoder,
-                         rows="\n".join(f"| {' | '.join(row)} |" for row in rows), accused=", ".join(f"{k} {n}" for k, n in said.items()))
+    table = TABLE.format(
+        seeds=args.seeds,
+        drawn=DRAWN,
+        control=len(columns["labels"]),
+        clean=args.clean,
+        encoder=encoder,
+        rows="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        accused=", ".join(f"{k} {n}" for k, n in said.items()),
+    )
     with atomic_write(args.output, "w") as file:
         file.write(table)
     print(table)

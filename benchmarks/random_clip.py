@@ -6,6 +6,7 @@
 
 What is trained on it knows nothing. Needs torch and clip.
 """
+
 import argparse
 
 import clip.model
@@ -16,14 +17,18 @@ from tests.small_clip import rounded, save_archive
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", required=True, metavar="FILE", help="checkpoint to write (0.6 GB)")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="checkpoint to write (0.6 GB)"
+    )
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     tower = clip.model.VisionTransformer(224, 14, 1024, 24, 16, 768)
     with torch.no_grad():
         for weight in tower.transformer.parameters():
             if weight.ndim > 1:
-                weight.mul_(1.5)  # as torch initialises them all images get nearly the same features
+                weight.mul_(
+                    1.5
+                )  # as torch initialises them all images get nearly the same features
     save_archive(rounded(tower), args.output)
 
 

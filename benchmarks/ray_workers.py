@@ -10,6 +10,7 @@ processes on it (ray.cluster_utils.Cluster), so two workers of one processor sta
 command, which has both. Each runs on a quarter of the images and on all: the difference is the rate, what remains is the start.
 Prints Markdown.
 """
+
 import argparse
 import os
 import shutil
@@ -42,7 +43,9 @@ cluster.shutdown()
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--clip_model", default=EIGHT_BIT, metavar="NAME|FILE", help="what encodes")
     parser.add_argument("--images", type=int, default=2000, help="how many")
     parser.add_argument("--image", required=True, help="a photograph to cut them from")
@@ -65,7 +68,17 @@ def cut(folder, image, count, side):
 def extract(folder, place, clip_model, *flags):
     """Seconds of the command."""
     output = place / ("f.parquet" if flags else "f.npz")
-    command = [sys.executable, ROOT / "extract_features.py", "--data_dir", folder, "--output_file", output, "--clip_model", clip_model, *flags]
+    command = [
+        sys.executable,
+        ROOT / "extract_features.py",
+        "--data_dir",
+        folder,
+        "--output_file",
+        output,
+        "--clip_model",
+        clip_model,
+        *flags,
+    ]
     seconds, _ = run("extract_features.py", command)
     shutil.rmtree(output) if output.is_dir() else output.unlink()
     return seconds
@@ -76,17 +89,32 @@ def main():
     ensure_encoder(args.clip_model)  # not in the first row's time
     cut(place / "few", args.image, args.images // 4, args.side)
     cut(place / "many", args.image, args.images, args.side)
-    print(f"| {args.images} images, `{args.clip_model}` | seconds | of these starting | rows/s then |\n|---|---|---|---|", flush=True)
+    print(
+        f"| {args.images} images, `{args.clip_model}` | seconds | of these starting | rows/s then"
+        " |\n|---|---|---|---|",
+        flush=True,
+    )
 
     def row(name, *flags):
-        few, many = (extract(place / folder, place, args.clip_model, *flags) for folder in ("few", "many"))
+        few, many = (
+            extract(place / folder, place, args.clip_model, *flags) for folder in ("few", "many")
+        )
         rate = (args.images - args.images // 4) / (many - few)
         print(f"| {name} | {many:.1f} | {many - args.images / rate:.1f} | {rate:.2f} |", flush=True)
+
     row("without Ray, two processors")
     row("`--ray local`: one worker of two processors", "--ray", "local")
-    for nodes, words in ((1, "a node of one processor: one worker"), (2, "two nodes of one processor: two workers")):
-        process = subprocess.Popen([sys.executable, "-c", NODES, str(nodes), "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)
+    for nodes, words in (
+        (1, "a node of one processor: one worker"),
+        (2, "two nodes of one processor: two workers"),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-c", NODES, str(nodes), "1"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         address = next(line.split()[1] for line in process.stdout if line.startswith("at "))
         row(words, "--ray", address)
         process.stdin.close()

@@ -8,6 +8,7 @@ how many pods that makes.
 Needs `hey` (apt-get install hey), which sends the requests. Beside ours stands what a first try looks like: Flask's own
 threaded server around the same `Detector`, no queue. Both in one run, in turns. Writes nothing; prints Markdown.
 """
+
 import argparse
 import csv
 import io
@@ -30,8 +31,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 UPLOADS = (1, 10, 100)  # a second: how many pods
-PLACES, HEYS = 22, 8    # requests in work and waiting, of the defaults on two processors; processes that send
-FILL = 0.7              # of a pod's capacity that is planned with: the autoscaler's target in deploy/scaling.yaml
+PLACES, HEYS = (
+    22,
+    8,
+)  # requests in work and waiting, of the defaults on two processors; processes that send
+FILL = (
+    0.7  # of a pod's capacity that is planned with: the autoscaler's target in deploy/scaling.yaml
+)
 NAIVE = """
 import sys
 from flask import Flask, request, jsonify
@@ -49,15 +55,38 @@ app.run(port=int(sys.argv[2]), threaded=True)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--image", required=True, help="photograph to send")
-    parser.add_argument("--model_path", default=str(ROOT / "models" / "baseline.joblib"), help="model to serve")
+    parser.add_argument(
+        "--model_path", default=str(ROOT / "models" / "baseline.joblib"), help="model to serve"
+    )
     parser.add_argument("--seconds", type=int, default=20, help="of each load")
-    parser.add_argument("--loads", type=float, nargs="*", default=[0.5, 1, 4], metavar="N",
-                        help="in capacities; a slow encoder wants more --seconds for each, or none")
-    parser.add_argument("--server_cpus", type=int, nargs="+", metavar="N",
-                        help="processors of the servers; the load then comes from the others (default: all share all)")
-    parser.add_argument("--memory_requests", type=int, default=2200, help="requests over which memory is watched; 0: not at all")
+    parser.add_argument(
+        "--loads",
+        type=float,
+        nargs="*",
+        default=[0.5, 1, 4],
+        metavar="N",
+        help="in capacities; a slow encoder wants more --seconds for each, or none",
+    )
+    parser.add_argument(
+        "--server_cpus",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=(
+            "processors of the servers; the load then comes from the others (default: all share"
+            " all)"
+        ),
+    )
+    parser.add_argument(
+        "--memory_requests",
+        type=int,
+        default=2200,
+        help="requests over which memory is watched; 0: not at all",
+    )
     return parser.parse_args(argv)
 
 
@@ -68,11 +97,20 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.url, log = f"http://127.0.0.1:{self.port}", open(Path(folder) / f"log{self.port}", "wb")
+        self.url, log = (
+            f"http://127.0.0.1:{self.port}",
+            open(Path(folder) / f"log{self.port}", "wb"),
+        )
         pin = ["taskset", "-c", ",".join(map(str, cpus))] if cpus else []
         command = pin + [part.replace("PORT", str(self.port)) for part in command]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                                        env={**os.environ, **env, "PORT": str(self.port)})
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, **env, "PORT": str(self.port)},
+        )
         log.close()
         path = "/readyz" if "app.py" in str(command) else "/healthz"
         for _ in range(600):
@@ -88,8 +126,13 @@ class Server:
     def memory(self):
         """Resident MB of the process and its children."""
         kilobytes = 0
-        for pid in [self.process.pid, *Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]:
-            kilobytes += int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1))
+        for pid in [
+            self.process.pid,
+            *Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split(),
+        ]:
+            kilobytes += int(
+                re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)
+            )
         return kilobytes / 1024
 
     def ask(self, path):
@@ -112,15 +155,35 @@ def multipart(path, folder):
 def hey(server, body, *limits):
     """Start sending; `sent` reads what came of it."""
     path, content_type = body
-    command = ["hey", *map(str, limits), "-t", "120", "-m", "POST", "-T", content_type, "-D", path, "-o", "csv", f"{server.url}/classify"]
+    command = [
+        "hey",
+        *map(str, limits),
+        "-t",
+        "120",
+        "-m",
+        "POST",
+        "-T",
+        content_type,
+        "-D",
+        path,
+        "-o",
+        "csv",
+        f"{server.url}/classify",
+    ]
     return time.perf_counter(), subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def sent(started, process):
     """-> [(status, seconds, when it was answered)]. hey tells nothing of requests that got no answer."""
     rows = list(csv.DictReader(io.StringIO(process.communicate()[0])))
-    return [(int(row["status-code"]), float(row["response-time"]), started + float(row["offset"]) + float(row["response-time"]))
-            for row in rows]
+    return [
+        (
+            int(row["status-code"]),
+            float(row["response-time"]),
+            started + float(row["offset"]) + float(row["response-time"]),
+        )
+        for row in rows
+    ]
 
 
 def together(server, body, **limit):
@@ -143,12 +206,17 @@ def paced(server, body, rate, seconds):
     between, each = clients * HEYS / rate, math.ceil(rate * seconds / HEYS / clients)
     running = []
     for _ in range(HEYS):
-        running.append(hey(server, body, "-n", each * clients, "-c", clients, "-q", f"{1 / between:.6f}"))
+        running.append(
+            hey(server, body, "-n", each * clients, "-c", clients, "-q", f"{1 / between:.6f}")
+        )
         time.sleep(between / HEYS)
     begin, end = time.perf_counter(), running[0][0] + each * between
     rows = [row for started, process in running for row in sent(started, process)]
-    return ([(status, taken) for status, taken, when in rows if begin <= when <= end], end - begin,
-            each * clients * HEYS - len(rows))
+    return (
+        [(status, taken) for status, taken, when in rows if begin <= when <= end],
+        end - begin,
+        each * clients * HEYS - len(rows),
+    )
 
 
 class HealthWatch(threading.Thread):
@@ -180,11 +248,20 @@ def row(name, factor, server, body, seconds, capacity):
     busy = sorted(taken for status, taken in rows if status == 503)
 
     def ms(values, share):
-        return f"{1000 * values[min(len(values) - 1, int(share * len(values)))]:.0f}" if values else "-"
+        return (
+            f"{1000 * values[min(len(values) - 1, int(share * len(values)))]:.0f}"
+            if values
+            else "-"
+        )
+
     health = sorted(watch.seconds)
-    print(f"| {name} | {factor:g} | {len(rows) / window:.1f} | {len(good) / window:.1f} | {ms(good, .5)} / {ms(good, .95)} / {ms(good, .99)} "
-          f"| {len(busy)} | {ms(busy, .5)} / {ms(busy, .99)} | {len(rows) - len(good) - len(busy)} | {unanswered} "
-          f"| {ms(health, .99)} / {ms(health, 1)} | {server.memory():.0f} |", flush=True)
+    print(
+        f"| {name} | {factor:g} | {len(rows) / window:.1f} | {len(good) / window:.1f} |"
+        f" {ms(good, 0.5)} / {ms(good, 0.95)} / {ms(good, 0.99)} | {len(busy)} | {ms(busy, 0.5)} /"
+        f" {ms(busy, 0.99)} | {len(rows) - len(good) - len(busy)} | {unanswered} | {ms(health, 0.99)}"
+        f" / {ms(health, 1)} | {server.memory():.0f} |",
+        flush=True,
+    )
 
 
 def capacities(servers, body, seconds):
@@ -200,10 +277,16 @@ def capacities(servers, body, seconds):
 
 def sizing(server, capacity, cpus):
     """The README's row: what one pod takes, and how many it takes."""
-    encoder, pods = server.ask("/model")["encoder"], [math.ceil(n / (FILL * capacity)) for n in UPLOADS]
-    print(f"\n| encoder | images/s a processor | MB a pod | pods of {cpus} processors for {', '.join(map(str, UPLOADS))} uploads/s |\n"
-          f"|---|---|---|---|\n| `{Path(encoder['name']).stem}`, {encoder['precision']} | {capacity / cpus:.2g} | {server.memory():.0f} "
-          f"| {', '.join(map(str, pods))} |")
+    encoder, pods = (
+        server.ask("/model")["encoder"],
+        [math.ceil(n / (FILL * capacity)) for n in UPLOADS],
+    )
+    print(
+        f"\n| encoder | images/s a processor | MB a pod | pods of {cpus} processors for"
+        f" {', '.join(map(str, UPLOADS))} uploads/s |\n|---|---|---|---|\n|"
+        f" `{Path(encoder['name']).stem}`, {encoder['precision']} | {capacity / cpus:.2g} |"
+        f" {server.memory():.0f} | {', '.join(map(str, pods))} |"
+    )
 
 
 def main(argv=None):
@@ -217,15 +300,26 @@ def main(argv=None):
         body = multipart(args.image, folder)
         env = {"MODEL_PATH": os.path.abspath(args.model_path), "ALLOW_DEMO_MODEL": "1"}
         ours = Server([sys.executable, "app.py"], folder, args.server_cpus, **env)
-        naive = Server([sys.executable, "-c", NAIVE, env["MODEL_PATH"], "PORT"], folder, args.server_cpus)
+        naive = Server(
+            [sys.executable, "-c", NAIVE, env["MODEL_PATH"], "PORT"], folder, args.server_cpus
+        )
         try:
             rates = capacities((ours, naive), body, args.seconds / 2)
-            capacity, cpus = statistics.median(rates[ours]), len(args.server_cpus or range(os.cpu_count()))
-            print(f"{Path(args.image).stat().st_size / 1000:.0f} kB photograph, {cpus} processors, load from "
-                  f"{'others' if args.server_cpus else 'the same'}. Four clients at once, medians of three: ours {capacity:.3g} "
-                  f"verdicts a second ({min(rates[ours]):.3g} to {max(rates[ours]):.3g}), naive {statistics.median(rates[naive]):.3g}.\n")
-            print("| server | load | answers/s | verdicts/s | ms at 50 / 95 / 99% | 503 | ms of a 503 at 50 / 99% | other answers | no answer "
-                  "| /healthz ms at 99 / 100% | MB |\n|---|---|---|---|---|---|---|---|---|---|---|")
+            capacity, cpus = (
+                statistics.median(rates[ours]),
+                len(args.server_cpus or range(os.cpu_count())),
+            )
+            print(
+                f"{Path(args.image).stat().st_size / 1000:.0f} kB photograph, {cpus} processors,"
+                f" load from {'others' if args.server_cpus else 'the same'}. Four clients at once,"
+                f" medians of three: ours {capacity:.3g} verdicts a second ({min(rates[ours]):.3g}"
+                f" to {max(rates[ours]):.3g}), naive {statistics.median(rates[naive]):.3g}.\n"
+            )
+            print(
+                "| server | load | answers/s | verdicts/s | ms at 50 / 95 / 99% | 503 | ms of a 503"
+                " at 50 / 99% | other answers | no answer | /healthz ms at 99 / 100% | MB"
+                " |\n|---|---|---|---|---|---|---|---|---|---|---|"
+            )
             for factor in args.loads:
                 for name, server in (("ours", ours), ("naive", naive)):
                     row(name, factor, server, body, args.seconds, capacity)
@@ -244,8 +338,10 @@ def memory_curve(server, body, requests):
     for _ in range(10):
         together(server, body, requests=(requests - 200) // 10)
         curve.append(server.memory())
-    print(f"\nMemory after 200 requests and at every tenth of {requests - 200} more: {', '.join(f'{mb:.0f}' for mb in curve)} MB "
-          f"({100 * (curve[-1] / curve[0] - 1):+.1f}%)")
+    print(
+        f"\nMemory after 200 requests and at every tenth of {requests - 200} more:"
+        f" {', '.join(f'{mb:.0f}' for mb in curve)} MB ({100 * (curve[-1] / curve[0] - 1):+.1f}%)"
+    )
 
 
 if __name__ == "__main__":

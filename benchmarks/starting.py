@@ -6,6 +6,7 @@
 Naive: `clip.load`, one image, and a calibrated scikit-learn SVC from joblib. Both were trained on the same made-up features:
 what they say is worth nothing, how long they take is. The page cache is warm. Prints Markdown.
 """
+
 import argparse
 import json
 import os
@@ -40,10 +41,19 @@ model.create_infer_request().infer([np.random.default_rng(0).standard_normal((1,
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--clip_model", required=True, metavar="FILE", help="checkpoint, as random_clip.py writes one")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--clip_model",
+        required=True,
+        metavar="FILE",
+        help="checkpoint, as random_clip.py writes one",
+    )
     parser.add_argument("--image", required=True, metavar="IMG", help="photograph to classify")
-    parser.add_argument("--rows", type=int, default=4000, help="that both classifiers are trained on")
+    parser.add_argument(
+        "--rows", type=int, default=4000, help="that both classifiers are trained on"
+    )
     parser.add_argument("--runs", type=int, default=5, help="of each command, in turns")
     return parser.parse_args(argv)
 
@@ -55,14 +65,22 @@ def train_both(folder, encoder, rows):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
+
     features, labels = made_up(rows + 400, d=encoder["dim"])
     write_features(folder / "features.npz", features, labels, rows)
     with np.load(folder / "features.npz") as file:
         columns = dict(file)
     named = {name: encoder[name] for name in ("name", "identity", "dim", "layers")}
-    np.savez(folder / "features.npz", **columns | {"meta": np.array(json.dumps({"encoder": named}))})
-    subprocess.run([sys.executable, ROOT / "train_model.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    theirs = make_pipeline(StandardScaler(), CalibratedClassifierCV(SVC(C=10, gamma="scale", cache_size=1000), ensemble=False))
+    np.savez(
+        folder / "features.npz", **columns | {"meta": np.array(json.dumps({"encoder": named}))}
+    )
+    subprocess.run(
+        [sys.executable, ROOT / "train_model.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL
+    )
+    theirs = make_pipeline(
+        StandardScaler(),
+        CalibratedClassifierCV(SVC(C=10, gamma="scale", cache_size=1000), ensemble=False),
+    )
     joblib.dump(theirs.fit(features[:rows], labels[:rows]), folder / "naive.joblib")
     return folder / "model.joblib", folder / "naive.joblib"
 
@@ -71,17 +89,44 @@ def main(argv=None):
     args = parse_args(argv)
     image, checkpoint = os.path.abspath(args.image), os.path.abspath(args.clip_model)
     # as a process: a child's peak memory counts from what its parent held when it was born
-    prepared = subprocess.run([sys.executable, ROOT / "prepare_clip.py", "--clip_model", checkpoint], check=True, stdout=subprocess.PIPE)
+    prepared = subprocess.run(
+        [sys.executable, ROOT / "prepare_clip.py", "--clip_model", checkpoint],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     encoder = Path(prepared.stdout.decode().strip())
     with tempfile.TemporaryDirectory() as folder:
         ours, naive = train_both(Path(folder), runtime.read_manifest(encoder), args.rows)
-        found = in_turns({"`classify.py`": [sys.executable, ROOT / "classify.py", "--image_path", image, "--model_path", ours],
-                          "naive": [sys.executable, "-c", NAIVE, checkpoint, image, naive],
-                          "the encoder alone, no cache": [sys.executable, "-c", BARE, encoder / "encoder.xml"]}, args.runs)
-    print("\n| one image, whole process | seconds | naive's seconds to its own, pair by pair | peak MB |\n|---|---|---|---|")
+        found = in_turns(
+            {
+                "`classify.py`": [
+                    sys.executable,
+                    ROOT / "classify.py",
+                    "--image_path",
+                    image,
+                    "--model_path",
+                    ours,
+                ],
+                "naive": [sys.executable, "-c", NAIVE, checkpoint, image, naive],
+                "the encoder alone, no cache": [
+                    sys.executable,
+                    "-c",
+                    BARE,
+                    encoder / "encoder.xml",
+                ],
+            },
+            args.runs,
+        )
+    print(
+        "\n| one image, whole process | seconds | naive's seconds to its own, pair by pair | peak"
+        " MB |\n|---|---|---|---|"
+    )
     for name, pairs in found.items():
         seconds = [s for s, _ in pairs]
-        print(f"| {name} | {spread(seconds)} | {ratios([s for s, _ in found['naive']], seconds)} | {max(mb for _, mb in pairs):.0f} |")
+        print(
+            f"| {name} | {spread(seconds)} | {ratios([s for s, _ in found['naive']], seconds)} |"
+            f" {max(mb for _, mb in pairs):.0f} |"
+        )
 
 
 if __name__ == "__main__":

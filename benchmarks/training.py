@@ -8,6 +8,7 @@ The features are made up: two classes of twenty clusters each in a space of 64 d
 so that an SVM errs on a few per cent and keeps a quarter of the rows as support vectors. What is measured is time and
 agreement, not how well anything detects. Prints Markdown.
 """
+
 import argparse
 import json
 import os
@@ -28,16 +29,44 @@ from detector.training import classifiers
 
 HELD_OUT = 12_000
 POINT = {"C": 10.0, "gamma": 1.0}  # what the search finds on these rows
-COMPONENTS = 2000                  # of the Nystroem map
+COMPONENTS = 2000  # of the Nystroem map
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="*", default=[3000, 6000, 12000, 24000, 48000], help="of the table of fits")
-    parser.add_argument("--stock_rows", type=int, default=12000, help="largest fit by scikit-learn's own SVC: 48,000 take an hour")
-    parser.add_argument("--runs", type=int, default=3, help="of each fit up to 12,000 rows, in turns; larger ones run once")
-    parser.add_argument("--whole", type=int, default=0, metavar="N", help="also train_model.py on N rows, as a process")
-    parser.add_argument("--stock", action="store_true", help="fit scikit-learn's SVC at the point that train_model.py chose")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="*",
+        default=[3000, 6000, 12000, 24000, 48000],
+        help="of the table of fits",
+    )
+    parser.add_argument(
+        "--stock_rows",
+        type=int,
+        default=12000,
+        help="largest fit by scikit-learn's own SVC: 48,000 take an hour",
+    )
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=3,
+        help="of each fit up to 12,000 rows, in turns; larger ones run once",
+    )
+    parser.add_argument(
+        "--whole",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also train_model.py on N rows, as a process",
+    )
+    parser.add_argument(
+        "--stock",
+        action="store_true",
+        help="fit scikit-learn's SVC at the point that train_model.py chose",
+    )
     return parser.parse_args(argv)
 
 
@@ -49,26 +78,51 @@ def made_up(n, d=768, clusters=40, dimensions=64, apart=0.55, seed=0):
     centres = fixed.standard_normal((clusters, dimensions)).astype(np.float32) * apart
     cluster = rng.integers(0, clusters, n)
     latent = (centres[cluster] + rng.standard_normal((n, dimensions)).astype(np.float32)) * scale
-    return (latent @ mix + 0.2 * rng.standard_normal((n, d)).astype(np.float32)).astype(np.float32), cluster % 2
+    return (latent @ mix + 0.2 * rng.standard_normal((n, d)).astype(np.float32)).astype(
+        np.float32
+    ), cluster % 2
 
 
 def write_features(path, features, labels, train):
     """A features file of the Kaggle set's layout: train and test, two classes, no sources."""
     n, facts, rng = len(labels), np.zeros(len(labels), FACTS), np.random.default_rng(2)
-    facts["width"], facts["height"], facts["bytes"], facts["format"] = 640, 480, rng.integers(40_000, 60_000, n), "JPEG"
+    facts["width"], facts["height"], facts["bytes"], facts["format"] = (
+        640,
+        480,
+        rng.integers(40_000, 60_000, n),
+        "JPEG",
+    )
     facts["density"] = rng.uniform(0.1, 0.3, n)
-    encoder = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": features.shape[1]}
-    np.savez(path, features=features, labels=labels.astype(np.int8), facts=facts, view=np.zeros(n, np.int8),
-             paths=np.array([f"{i:06d}.jpg" for i in range(n)]), splits=np.where(np.arange(n) < train, "train", "test"),
-             sources=np.full(n, ""), sha256=np.array([sha256(str(i).encode()) for i in range(n)]),
-             thumb=rng.integers(0, 256, (n, 64)).astype(np.uint8), meta=np.array(json.dumps({"encoder": encoder})))
+    encoder = {
+        "name": "made-up",
+        "identity": "ab" * 32,
+        "layers": "final",
+        "dim": features.shape[1],
+    }
+    np.savez(
+        path,
+        features=features,
+        labels=labels.astype(np.int8),
+        facts=facts,
+        view=np.zeros(n, np.int8),
+        paths=np.array([f"{i:06d}.jpg" for i in range(n)]),
+        splits=np.where(np.arange(n) < train, "train", "test"),
+        sources=np.full(n, ""),
+        sha256=np.array([sha256(str(i).encode()) for i in range(n)]),
+        thumb=rng.integers(0, 256, (n, 64)).astype(np.uint8),
+        meta=np.array(json.dumps({"encoder": encoder})),
+    )
 
 
 # ---- one fit each: function of (x, y) -> function of rows -> scores ----
 
+
 def stock(x, y):
     from sklearn.svm import SVC
-    fitted = SVC(C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=classifiers.kernel_cache_mb()).fit(x, y)
+
+    fitted = SVC(
+        C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=classifiers.kernel_cache_mb()
+    ).fit(x, y)
     return fitted.decision_function, len(fitted.dual_coef_[0])
 
 
@@ -87,8 +141,13 @@ def nystroem(x, y):
     from sklearn.kernel_approximation import Nystroem
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
-    fitted = make_pipeline(Nystroem(gamma=POINT["gamma"] / x.shape[1], n_components=min(COMPONENTS, len(x)), random_state=0),
-                           LinearSVC(C=1.0, dual="auto", max_iter=5000, random_state=0)).fit(x, y)
+
+    fitted = make_pipeline(
+        Nystroem(
+            gamma=POINT["gamma"] / x.shape[1], n_components=min(COMPONENTS, len(x)), random_state=0
+        ),
+        LinearSVC(C=1.0, dual="auto", max_iter=5000, random_state=0),
+    ).fit(x, y)
     return fitted.decision_function, 0
 
 
@@ -97,10 +156,17 @@ def growth(args):
     most = max(args.rows)
     features, labels = made_up(most + HELD_OUT)
     held, truth = features[most:], labels[most:]
-    print("| rows | fit | seconds | against scikit-learn's | support vectors | accuracy on 12,000 others | ms a verdict |\n"
-          "|---|---|---|---|---|---|---|")
+    print(
+        "| rows | fit | seconds | against scikit-learn's | support vectors | accuracy on 12,000"
+        " others | ms a verdict |\n|---|---|---|---|---|---|---|"
+    )
     for n in args.rows:
-        fits = {"scikit-learn `SVC`": stock, "ours, `svm`": ours, "`linear-svm`": linear, f"Nystroem of {COMPONENTS}": nystroem}
+        fits = {
+            "scikit-learn `SVC`": stock,
+            "ours, `svm`": ours,
+            "`linear-svm`": linear,
+            f"Nystroem of {COMPONENTS}": nystroem,
+        }
         if n > args.stock_rows:
             del fits["scikit-learn `SVC`"]
         center, scale = features[:n].mean(0), features[:n].std(0)
@@ -112,10 +178,18 @@ def growth(args):
                 seconds[name].append(time.perf_counter() - started)
         for name, (score, vectors) in result.items():
             accuracy = ((score((held - center) / scale) > 0) == truth).mean()
-            one = np.median([timed(score, (held[i:i + 1] - center) / scale) for i in range(50)])
-            base = np.median(seconds["scikit-learn `SVC`"]) / np.median(seconds[name]) if "scikit-learn `SVC`" in seconds else None
-            print(f"| {n:,} | {name} | {words(seconds[name])} | {'-' if base is None else f'{base:.1f} x'} | {vectors or '-'} "
-                  f"| {accuracy:.4f} | {1000 * one:.2f} |", flush=True)
+            one = np.median([timed(score, (held[i : i + 1] - center) / scale) for i in range(50)])
+            base = (
+                np.median(seconds["scikit-learn `SVC`"]) / np.median(seconds[name])
+                if "scikit-learn `SVC`" in seconds
+                else None
+            )
+            print(
+                f"| {n:,} | {name} | {words(seconds[name])} |"
+                f" {'-' if base is None else f'{base:.1f} x'} | {vectors or '-'} | {accuracy:.4f} |"
+                f" {1000 * one:.2f} |",
+                flush=True,
+            )
 
 
 def timed(function, *arguments):
@@ -125,7 +199,9 @@ def timed(function, *arguments):
 
 
 def words(seconds):
-    return f"{np.median(seconds):.2f}" + (f" ({min(seconds):.2f} to {max(seconds):.2f})" if len(seconds) > 1 else "")
+    return f"{np.median(seconds):.2f}" + (
+        f" ({min(seconds):.2f} to {max(seconds):.2f})" if len(seconds) > 1 else ""
+    )
 
 
 def whole(n, compare):
@@ -141,25 +217,41 @@ def whole(n, compare):
             sys.exit("train_model.py failed")
         model = load_model(Path(folder, "model.joblib"))
     point = model["hyperparameters"]
-    print(f"\nThe whole command on {n:,} training and {HELD_OUT:,} test rows: {seconds:.0f} s, peak memory {used.ru_maxrss / 1e6:.1f} GB; "
-          f"{point}, {len(model['dual_coef']):,} support vectors, solver {model['versions']['svm']}.")
+    print(
+        f"\nThe whole command on {n:,} training and {HELD_OUT:,} test rows: {seconds:.0f} s, peak"
+        f" memory {used.ru_maxrss / 1e6:.1f} GB; {point}, {len(model['dual_coef']):,} support"
+        f" vectors, solver {model['versions']['svm']}."
+    )
     score = decision(model, features[n:])
-    alone = np.median([timed(decision, model, features[i:i + 1]) for i in range(50)])
+    alone = np.median([timed(decision, model, features[i : i + 1]) for i in range(50)])
     print(f"A verdict's score: {1000 * alone:.2f} ms.", flush=True)
     if compare:
         from sklearn.svm import SVC
+
         weight = classifiers.balanced_weights(labels[:n])
         x = standardise(model, features[:n])
         started = time.perf_counter()
-        fitted = SVC(C=point["C"], gamma=point["gamma"] / x.shape[1], cache_size=classifiers.kernel_cache_mb()).fit(x, labels[:n], sample_weight=weight)
-        seconds, theirs = time.perf_counter() - started, fitted.decision_function(standardise(model, features[n:]))
-        print(f"scikit-learn's SVC, one fit: {seconds:.0f} s. Verdicts at score 0 that differ on {HELD_OUT:,} held-out rows: "
-              f"{((score > 0) != (theirs > 0)).sum()}; scores differ by at most {np.abs(score - theirs).max():.1e}.")
+        fitted = SVC(
+            C=point["C"],
+            gamma=point["gamma"] / x.shape[1],
+            cache_size=classifiers.kernel_cache_mb(),
+        ).fit(x, labels[:n], sample_weight=weight)
+        seconds, theirs = (
+            time.perf_counter() - started,
+            fitted.decision_function(standardise(model, features[n:])),
+        )
+        print(
+            f"scikit-learn's SVC, one fit: {seconds:.0f} s. Verdicts at score 0 that differ on"
+            f" {HELD_OUT:,} held-out rows: {((score > 0) != (theirs > 0)).sum()}; scores differ by"
+            f" at most {np.abs(score - theirs).max():.1e}."
+        )
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.whole:  # first, since a child's peak memory counts from what its parent held when it was born
+    if (
+        args.whole
+    ):  # first, since a child's peak memory counts from what its parent held when it was born
         whole(args.whole, args.stock)
     if args.rows:
         growth(args)

@@ -5,6 +5,7 @@
 What to install, copy, set, start and probe is read from the Dockerfile, for the image that a plain `docker build .`
 gives. Then: a photograph is posted, the answer, its header and the log are looked at, and SIGTERM must end it with 0.
 """
+
 import json
 import os
 import re
@@ -23,19 +24,26 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---- the Dockerfile ----
 
+
 def read_dockerfile(path):
     """Dockerfile -> [(keyword, value)] in order; comments out, continued lines joined."""
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [
+        line
+        for line in Path(path).read_text().splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
     return [tuple(line.split(None, 1)) for line in joined]
 
 
 def expand(text, values):
     """${NAME}, ${NAME:-word} and ${NAME:+word}: the three forms that our Dockerfile uses."""
+
     def replace(match):
         name, kind, word = match.groups()
         value = values.get(name, "")
         return {":-": value or word, ":+": word if value else "", None: value}[kind]
+
     return re.sub(r"\$\{(\w+)(?:(:-|:\+)([^}]*))?\}", replace, text)
 
 
@@ -68,13 +76,17 @@ def read_env(value):
 
 # ---- doing it ----
 
+
 def build(stages, name, venv, root, args):
     """Carry out a stage's steps below `root`, with `venv` for the image's Python: -> (environment, working directory).
 
     A path that only an image has, such as /cache, is one below `root` here.
     """
     env, workdir = {}, root
-    steps = [(keyword, value.replace("/cache", f"{root}/cache")) for keyword, value in steps_of(stages, name)]
+    steps = [
+        (keyword, value.replace("/cache", f"{root}/cache"))
+        for keyword, value in steps_of(stages, name)
+    ]
     for keyword, value in steps:
         if keyword == "ARG":
             name, _, default = value.partition("=")
@@ -91,10 +103,18 @@ def build(stages, name, venv, root, args):
             workdir.mkdir(parents=True, exist_ok=True)
         elif keyword == "COPY":
             copy(value.split(), workdir)
-        elif keyword == "RUN":  # with the caller's environment: pip's settings, proxies, certificates
+        elif (
+            keyword == "RUN"
+        ):  # with the caller's environment: pip's settings, proxies, certificates
             print(f"RUN {value}", flush=True)
-            subprocess.run(value, shell=True, check=True, cwd=workdir, stdout=subprocess.DEVNULL,
-                           env={**os.environ, **args, **env, "PATH": path_with(venv)})
+            subprocess.run(
+                value,
+                shell=True,
+                check=True,
+                cwd=workdir,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **args, **env, "PATH": path_with(venv)},
+            )
     return env, workdir
 
 
@@ -131,7 +151,10 @@ def ask(request, timeout=60):
 
 def post(url, data):
     """One multipart field `image`, as curl -F image=@photo.jpg sends it."""
-    head = b'--cut\r\nContent-Disposition: form-data; name="image"; filename="photo.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+    head = (
+        b'--cut\r\nContent-Disposition: form-data; name="image";'
+        b' filename="photo.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+    )
     headers = {"Content-Type": "multipart/form-data; boundary=cut"}
     return urllib.request.Request(url, head + data + b"\r\n--cut--\r\n", headers)
 
@@ -157,7 +180,9 @@ def probe(url, photo, healthcheck, env, workdir):
     assert "demonstration" in headers["X-Model-Notice"]
     assert ask(post(f"{url}/classify", b"no image"))[0] == 415
     subprocess.run(healthcheck, env=env, cwd=workdir, check=True)
-    dead = subprocess.run(healthcheck, env={**env, "PORT": str(free_port())}, cwd=workdir, capture_output=True)
+    dead = subprocess.run(
+        healthcheck, env={**env, "PORT": str(free_port())}, cwd=workdir, capture_output=True
+    )
     assert dead.returncode == 1, "the health check passes where nothing listens"
 
 
@@ -175,21 +200,33 @@ def main():
         healthcheck = json.loads(said["HEALTHCHECK"].split("CMD", 1)[1])
 
         def python(code):
-            return subprocess.check_output(["python", "-c", code], env=env, cwd=workdir, text=True).strip()
+            return subprocess.check_output(
+                ["python", "-c", code], env=env, cwd=workdir, text=True
+            ).strip()
+
         assert python("import importlib.util as u; print(u.find_spec('torch'))") == "None"
-        assert python("from detector.base.project import code_commit; print(code_commit())") == "0123abc"
-        photo = Path(python("import sklearn; print(sklearn.__path__[0])")) / "datasets/images/china.jpg"
+        assert (
+            python("from detector.base.project import code_commit; print(code_commit())")
+            == "0123abc"
+        )
+        photo = (
+            Path(python("import sklearn; print(sklearn.__path__[0])")) / "datasets/images/china.jpg"
+        )
 
         started = time.monotonic()
         with log.open("wb") as file:
-            process = subprocess.Popen(json.loads(said["CMD"]), env=env, cwd=workdir, stdout=file, stderr=file)
+            process = subprocess.Popen(
+                json.loads(said["CMD"]), env=env, cwd=workdir, stdout=file, stderr=file
+            )
         url = f"http://127.0.0.1:{env['PORT']}"
         wait_until_ready(url, process)
         print(f"ready after {time.monotonic() - started:.1f} s")
         probe(url, photo, healthcheck, env, workdir)
         process.terminate()
         assert process.wait(30) == 0, f"SIGTERM ended it with {process.returncode}"
-        assert "demonstration" in log.read_text(), "the log does not say that this is a demonstration"
+        assert "demonstration" in log.read_text(), (
+            "the log does not say that this is a demonstration"
+        )
         assert not list(home.rglob("*")), "something was written into the home"
         print("the image's steps work")
     except Exception:

@@ -1,4 +1,5 @@
 """`Detector`: pixels, features and verdicts of one model. Nothing else puts these steps together."""
+
 import os
 import sys
 from collections import namedtuple
@@ -29,13 +30,17 @@ class Detector:
 
     def __init__(self, model_path, device="auto", threads=0, model=None, encoder=None):
         from detector.model.file import load_model
+
         self.model = model or load_model(model_path)
         self.crops = self.model.get("crops", 0)
-        self.encoder = encoder or runtime.Encoder(encoder_folder(self.model["encoder"], model_path), device, threads=threads)
+        self.encoder = encoder or runtime.Encoder(
+            encoder_folder(self.model["encoder"], model_path), device, threads=threads
+        )
 
     def pixels(self, image):
         """PIL RGB image -> float32 [3, r, r], as the encoder takes it; [1 + crops, 3, r, r] for a model that looks at crops."""
         from detector.images.preprocessing import in_pieces, normalise
+
         pieces = normalise(in_pieces(image, self.encoder.resolution, self.crops))
         return pieces if self.crops else pieces[0]
 
@@ -47,11 +52,14 @@ class Detector:
         """`features` of n images -> [Verdict]."""
         from detector.model.score import decision, probability
         from detector.model.threshold import outside, verdict
+
         scores = decision(self.model, features)
         p_fake = probability(self.model, scores)
         uncertain = ~outside(p_fake, self.model["band"])
-        return [Verdict(*verdict(self.model, p), float(p), bool(u), float(score))
-                for p, u, score in zip(p_fake, uncertain, scores, strict=True)]
+        return [
+            Verdict(*verdict(self.model, p), float(p), bool(u), float(score))
+            for p, u, score in zip(p_fake, uncertain, scores, strict=True)
+        ]
 
     def judge(self, pixels):
         """`pixels` of n images -> [Verdict]."""
@@ -60,11 +68,13 @@ class Detector:
     def p_fake(self, pixels):
         """`pixels` of n images -> calibrated probability of fake, float64 [n]."""
         import numpy as np
+
         return np.array([verdict.p_fake for verdict in self.judge(pixels)])
 
     def classify(self, data, max_pixels=MAX_PIXELS):
         """Image bytes -> (classification, confidence). Raises ImageError's kinds."""
         from detector.images.decoding import decode_image
+
         return self.judge(self.pixels(decode_image(data, max_pixels))[None])[0][:2]
 
 
@@ -81,17 +91,24 @@ def unflatten(features, pixels):
 def encoder_folder(encoder, model_path, prepare=True):
     """The prepared folder that a model's encoder entry names; one that has a name of its own is prepared where it is missing,
     unless a service asks: the memory that takes would stay in its process. Raises EncoderError."""
-    folder, clip_model = runtime.find_encoder(identity=encoder["identity"]), runtime.clip_model_of(encoder)
+    folder, clip_model = (
+        runtime.find_encoder(identity=encoder["identity"]),
+        runtime.clip_model_of(encoder),
+    )
     if folder is None and prepare and clip_model in catalogue.NAMES:
         from detector.encoders.prepare import ensure_encoder
+
         ensure_encoder(clip_model, layers=encoder["layers"])
         folder = runtime.find_encoder(identity=encoder["identity"])
     if folder is None:
         checkpoint = clip_model if clip_model in catalogue.NAMES else "with its checkpoint"
         if encoder["layers"] != "final":
             checkpoint += f" --layers {encoder['layers']}"
-        raise EncoderError(f"{model_path} was trained on encoder '{encoder['name']}' ({encoder['identity'][:12]}), which is "
-                           f"not in {runtime.cache_dir()}: run python prepare_clip.py --clip_model {checkpoint}")
+        raise EncoderError(
+            f"{model_path} was trained on encoder '{encoder['name']}' ({encoder['identity'][:12]}),"
+            f" which is not in {runtime.cache_dir()}: run python prepare_clip.py --clip_model"
+            f" {checkpoint}"
+        )
     return folder
 
 
@@ -108,6 +125,7 @@ def choose_model(model_path):
 def load(detector, path, max_pixels, details=False):
     """One file -> (the encoder's input, with `details` what the file says of its making), or the error that says why not."""
     from detector.images.decoding import load_rgb, open_image
+
     try:
         data = sys.stdin.buffer.read() if path == "-" else read_bytes(path)
         image = open_image(data, max_pixels)
@@ -115,6 +133,7 @@ def load(detector, path, max_pixels, details=False):
         if not details:
             return pixels, None
         from detector.images.provenance import read_provenance
+
         return pixels, read_provenance(image, data)
     except (ImageError, UsageError) as error:
         return error
@@ -126,11 +145,14 @@ def classify_all(detector, paths, max_pixels, batch=8, details=False):
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = [paths[i:i + batch] for i in range(0, len(paths), batch)]
+        chunks = [paths[i : i + batch] for i in range(0, len(paths), batch)]
         ahead = None
         for chunk, following in zip(chunks, [*chunks[1:], []]):
-            waiting = ahead or [pool.submit(load, detector, path, max_pixels, details) for path in chunk]
+            waiting = ahead or [
+                pool.submit(load, detector, path, max_pixels, details) for path in chunk
+            ]
             loaded = [future.result() for future in waiting]
             ahead = [pool.submit(load, detector, path, max_pixels, details) for path in following]
             good = [found[0] for found in loaded if not isinstance(found, Exception)]
@@ -148,8 +170,16 @@ def details(model, p_fake, uncertain, provenance):
     """What stands behind a verdict, and beside it what the file says of its making, which plays no part in it. Never part of
     the documented JSON unless it is asked for."""
     low, high = model["band"]
-    reason = f"the probability of fake lies between {low:.2f} and {high:.2f}, where too many training images are on either side"
-    found = {"p_fake": round(p_fake, 4), "threshold": round(model["threshold"], 4), "uncertain": uncertain,
-             "reason": reason if uncertain else None, "model_version": model["versions"]["model"]}
+    reason = (
+        f"the probability of fake lies between {low:.2f} and {high:.2f}, where too many training"
+        " images are on either side"
+    )
+    found = {
+        "p_fake": round(p_fake, 4),
+        "threshold": round(model["threshold"], 4),
+        "uncertain": uncertain,
+        "reason": reason if uncertain else None,
+        "model_version": model["versions"]["model"],
+    }
     notice = {"notice": model["notice"]} if "notice" in model else {}
     return {**found, **notice, "provenance": provenance}

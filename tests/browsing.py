@@ -1,8 +1,17 @@
 """For tests of the page: what a visitor does in it, and what it must then say."""
+
 import pytest
 
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-breakpad"]  # asks nobody but the page
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-breakpad",
+]  # asks nobody but the page
 # a file made inside the page, handed over as the system's clipboard or file manager would
 HAND_OVER = """([how, name, data]) => {
   const transfer = new DataTransfer();
@@ -21,8 +30,17 @@ COUNT = """() => {
 }"""
 # what the page asks, and an answer of the documented shape
 CLASSIFY = "**/classify?details=1"
-VERDICT = {"classification": "real", "confidence": 0.9, "p_fake": 0.1, "threshold": 0.5, "uncertain": False, "reason": None,
-           "model_version": "v9", "provenance": {"c2pa": {"state": "none"}, "metadata": []}, "timings": {"encode_s": 0.07}}
+VERDICT = {
+    "classification": "real",
+    "confidence": 0.9,
+    "p_fake": 0.1,
+    "threshold": 0.5,
+    "uncertain": False,
+    "reason": None,
+    "model_version": "v9",
+    "provenance": {"c2pa": {"state": "none"}, "metadata": []},
+    "timings": {"encode_s": 0.07},
+}
 
 
 def pick(page, *files):
@@ -32,7 +50,9 @@ def pick(page, *files):
 
 def card(page, name, state="done"):
     """The card of that image, once it is in that state."""
-    found = page.locator(f".card[data-state={state}]", has=page.get_by_role("heading", name=name, exact=True))
+    found = page.locator(
+        f".card[data-state={state}]", has=page.get_by_role("heading", name=name, exact=True)
+    )
     found.wait_for()
     return found
 
@@ -47,7 +67,12 @@ def assert_shows(found, known):
     """The card says what this ?details=1 (or `classify.py --details --json`) says."""
     percent = f"{known['confidence']:.0%}"
     if known["uncertain"]:
-        assert_says(found, "Uncertain", f"leaning to {known['classification']}, {percent}", known["reason"][1:])
+        assert_says(
+            found,
+            "Uncertain",
+            f"leaning to {known['classification']}, {percent}",
+            known["reason"][1:],
+        )
     else:
         assert_says(found, known["classification"].title(), f"{percent} confidence")
     bar = found.locator(".bar")
@@ -57,7 +82,9 @@ def assert_shows(found, known):
 
 def answer(**changes):
     """A handler for page.route: this verdict, without asking the service."""
-    return lambda route: route.fulfill(json={**VERDICT, **changes}, headers={"X-Request-ID": "from-the-test"})
+    return lambda route: route.fulfill(
+        json={**VERDICT, **changes}, headers={"X-Request-ID": "from-the-test"}
+    )
 
 
 def fill(page, photos):
@@ -65,11 +92,24 @@ def fill(page, photos):
     page.route(CLASSIFY, answer(uncertain=True, reason="its sides are short"))
     pick(page, photos["china.jpg"])
     card(page, "china.jpg")
-    for name, handler in (("chelsea.png", answer()), ("flower.jpg", answer(classification="fake")),
-                          ("rocket.jpg", lambda route: route.fulfill(status=500, json={"error": "internal error"})),
-                          ("camera.png", lambda route: route.fulfill(status=401, json={"error": "a token is needed"}))):
+    for name, handler in (
+        ("chelsea.png", answer()),
+        ("flower.jpg", answer(classification="fake")),
+        ("rocket.jpg", lambda route: route.fulfill(status=500, json={"error": "internal error"})),
+        (
+            "camera.png",
+            lambda route: route.fulfill(status=401, json={"error": "a token is needed"}),
+        ),
+    ):
         page.route(CLASSIFY, handler)
-        pick(page, {"name": f"{'long_name_' * 12}{name}", "mimeType": "image/jpeg", "buffer": photos[name].read_bytes()})
+        pick(
+            page,
+            {
+                "name": f"{'long_name_' * 12}{name}",
+                "mimeType": "image/jpeg",
+                "buffer": photos[name].read_bytes(),
+            },
+        )
         card(page, f"{'long_name_' * 12}{name}", "waiting" if name == "camera.png" else "done")
     for summary in page.locator("summary").all():
         summary.click()

@@ -1,4 +1,5 @@
 """Fixtures: real photographs that installed packages bring, a labelled folder made of them, the scripts as subprocesses."""
+
 import ctypes
 import importlib.util
 import os
@@ -63,9 +64,15 @@ def openai(clean_environment, wheel, monkeypatch):
 def photos():
     """Paths of photographs that scikit-image, scikit-learn and matplotlib install, {name: path}."""
     found = {}
-    for package, folder, names in (("skimage", "data", ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"]),
-                                   ("sklearn", "datasets/images", ["china.jpg", "flower.jpg"]),
-                                   ("matplotlib", "mpl-data/sample_data", ["grace_hopper.jpg"])):
+    for package, folder, names in (
+        (
+            "skimage",
+            "data",
+            ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"],
+        ),
+        ("sklearn", "datasets/images", ["china.jpg", "flower.jpg"]),
+        ("matplotlib", "mpl-data/sample_data", ["grace_hopper.jpg"]),
+    ):
         spec = importlib.util.find_spec(package)
         if spec is None:
             pytest.skip(f"{package} is not installed: pip install -r requirements/dev.txt")
@@ -79,6 +86,7 @@ def make_folder(photos):
 
     Crops under a fake label have their channels swapped: something simple to learn, real pictures all the same.
     """
+
     def make(folder, counts, seed=0):
         rng = np.random.default_rng(seed)
         sources = [Image.open(path).convert("RGB") for path in photos.values()]
@@ -88,11 +96,14 @@ def make_folder(photos):
                 image = sources[rng.integers(len(sources))]
                 side = int(rng.integers(80, 200))
                 left, top = rng.integers(image.width - side), rng.integers(image.height - side)
-                crop = image.crop((left, top, left + side, top + side)).rotate(90 * int(rng.integers(4)))
+                crop = image.crop((left, top, left + side, top + side)).rotate(
+                    90 * int(rng.integers(4))
+                )
                 if "fake" in below:
                     crop = Image.merge("RGB", crop.split()[::-1])
                 crop.save(Path(folder) / below / f"{i:03d}.jpg", quality=int(rng.integers(60, 95)))
         return Path(folder)
+
     return make
 
 
@@ -103,15 +114,34 @@ def script(tmp_path):
 
     `first`: called in the process before it starts. A variable that is None is taken away.
     """
-    def run(name, *args, cwd=tmp_path, stdin=None, timeout=300, first=None, stdout=subprocess.PIPE, **env):
+
+    def run(
+        name,
+        *args,
+        cwd=tmp_path,
+        stdin=None,
+        timeout=300,
+        first=None,
+        stdout=subprocess.PIPE,
+        **env,
+    ):
         env = {key: value for key, value in {**os.environ, **env}.items() if value is not None}
         command = [str(ROOT / name)]
         if name.startswith("tools."):
             command = ["-m", name]
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-        return subprocess.run([sys.executable, *command, *map(str, args)], cwd=cwd, env=env, input=stdin,
-                              stdout=stdout, stderr=subprocess.PIPE, text=not isinstance(stdin, bytes), timeout=timeout,
-                              preexec_fn=first)
+        return subprocess.run(
+            [sys.executable, *command, *map(str, args)],
+            cwd=cwd,
+            env=env,
+            input=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=not isinstance(stdin, bytes),
+            timeout=timeout,
+            preexec_fn=first,
+        )
+
     return run
 
 
@@ -133,12 +163,22 @@ def assert_one_line_error(result, *words, code=2):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fail-on-skip", action="store_true", help="a skipped test counts as failed (make test uses this)")
+    parser.addoption(
+        "--fail-on-skip",
+        action="store_true",
+        help="a skipped test counts as failed (make test uses this)",
+    )
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and item.config.getoption("--fail-on-skip") and "this processor has no" not in str(report.longrepr):
-        report.outcome = "failed"  # something to install is missing; another processor cannot be installed
+    if (
+        report.skipped
+        and item.config.getoption("--fail-on-skip")
+        and "this processor has no" not in str(report.longrepr)
+    ):
+        report.outcome = (  # something to install is missing; another processor cannot be installed
+            "failed"
+        )

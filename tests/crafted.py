@@ -1,7 +1,8 @@
 """Files made to do harm: a few hundred bytes to 10 MB each, that ask for gigabytes, for hours, or for a wrong decoder.
 
-    status, data = BOMBS["a TIFF of one strip listed a hundred thousand times"]()
+status, data = BOMBS["a TIFF of one strip listed a hundred thousand times"]()
 """
+
 import functools
 import io
 import struct
@@ -13,36 +14,56 @@ from PIL import Image
 from test_decoding import FILES, chunk, picture, saved
 
 FULL = 9_900_000  # bytes: as much as fits into an upload
-LONG = 4          # TIFF's name for an unsigned 32-bit number
+LONG = 4  # TIFF's name for an unsigned 32-bit number
 
 
 # ---- parts ----
 
+
 def png(*chunks, size=(60, 44)):
     """A grey PNG of this declared size with `chunks` before its pixels, which are those of 60 x 44."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0))
-    return (b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", zlib.compress((b"\0" + bytes(range(60))) * 44))
-            + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(chunks)
+        + chunk(b"IDAT", zlib.compress((b"\0" + bytes(range(60))) * 44))
+        + chunk(b"IEND", b"")
+    )
 
 
 def segments(marker, body, size=FULL):
     """A JPEG whose header is filled up with copies of one segment."""
-    data, segment = FILES["JPEG"](), b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
+    data, segment = (
+        FILES["JPEG"](),
+        b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body,
+    )
     return data[:2] + segment * (size // len(segment)) + data[2:]
 
 
 def gif(size, frame=None, extra=b""):
     """A GIF of one colour with this logical screen, and a frame of that size."""
-    return (b"GIF89a" + struct.pack("<HHBBB", *size, 0x80, 0, 0) + bytes(6) + extra + b","
-            + struct.pack("<HHHHB", 0, 0, *(frame or size), 0) + b"\2\2\x44\1\0;")
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", *size, 0x80, 0, 0)
+        + bytes(6)
+        + extra
+        + b","
+        + struct.pack("<HHHHB", 0, 0, *(frame or size), 0)
+        + b"\2\2\x44\1\0;"
+    )
 
 
 def tiff(tags, body, at=None):
     """A TIFF of {tag: value, or (type, count, bytes)}, with `body` at offset `at` (default: 2,000)."""
     outside, entries, end = bytearray(), bytearray(), 14 + 12 * len(tags)
     for tag, value in sorted(tags.items()):
-        kind, count, stored = value if isinstance(value, tuple) else (LONG, 1, struct.pack("<I", value))
-        entries += struct.pack("<HHI", tag, kind, count) + (stored if len(stored) <= 4 else struct.pack("<I", end + len(outside)))
+        kind, count, stored = (
+            value if isinstance(value, tuple) else (LONG, 1, struct.pack("<I", value))
+        )
+        entries += struct.pack("<HHI", tag, kind, count) + (
+            stored if len(stored) <= 4 else struct.pack("<I", end + len(outside))
+        )
         outside += stored if len(stored) > 4 else b""
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + bytes(entries) + bytes(4) + bytes(outside)
     assert len(head) <= (at or 2000)
@@ -59,36 +80,56 @@ def grid(width, height, compression, bits=8, **more):
 
 
 def riff(*chunks):
-    body = b"WEBP" + b"".join(name + struct.pack("<I", len(part)) + part + b"\0" * (len(part) & 1) for name, part in chunks)
+    body = b"WEBP" + b"".join(
+        name + struct.pack("<I", len(part)) + part + b"\0" * (len(part) & 1)
+        for name, part in chunks
+    )
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def canvas(width, height):
     """An animated WebP: this canvas, and one frame of 16 x 16."""
+
     def small(number):
         return struct.pack("<I", number)[:3]
-    frame = bytes(6) + small(15) + small(15) + small(100) + b"\0" + saved(Image.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
-    return riff((b"VP8X", b"\2\0\0\0" + small(width - 1) + small(height - 1)), (b"ANIM", bytes(6)), (b"ANMF", frame))
+
+    frame = (
+        bytes(6)
+        + small(15)
+        + small(15)
+        + small(100)
+        + b"\0"
+        + saved(Image.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
+    )
+    return riff(
+        (b"VP8X", b"\2\0\0\0" + small(width - 1) + small(height - 1)),
+        (b"ANIM", bytes(6)),
+        (b"ANMF", frame),
+    )
 
 
 def avif(declared):
     """A small AVIF whose header declares another size than its pixels have."""
     data = bytearray(FILES["AVIF"]())
     at = data.index(b"ispe") + 8
-    data[at:at + 8] = struct.pack(">II", *declared)
+    data[at : at + 8] = struct.pack(">II", *declared)
     return bytes(data)
 
 
 def jpeg(width, height):
     data = bytearray(FILES["JPEG"]())
     at = data.index(b"\xff\xc0") + 5
-    data[at:at + 4] = struct.pack(">HH", height, width)
+    data[at : at + 4] = struct.pack(">HH", height, width)
     return bytes(data)
 
 
 def bmp(width, height, body=bytes(100), compression=0, bits=24):
-    return (b"BM" + struct.pack("<IHHI", 54 + len(body), 0, 0, 54)
-            + struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, 0, 0, 0, 0, 0) + body)
+    return (
+        b"BM"
+        + struct.pack("<IHHI", 54 + len(body), 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, 0, 0, 0, 0, 0)
+        + body
+    )
 
 
 @functools.cache
@@ -99,7 +140,9 @@ def hundred_megabytes():
 def hidden_tile():
     """Tile sides of 32,768, in a type of number that libtiff reads and Pillow passes over."""
     sides = {tag: (17, 1, struct.pack("<q", 32768)) for tag in (322, 323)}
-    return tiff(grid(64, 64, 8, t324=2000, t325=len(hundred_megabytes())) | sides, hundred_megabytes())
+    return tiff(
+        grid(64, 64, 8, t324=2000, t325=len(hundred_megabytes())) | sides, hundred_megabytes()
+    )
 
 
 def tiles(width, height, tile, body):
@@ -113,83 +156,183 @@ def tiles(width, height, tile, body):
 def strips(width, height, rows, count):
     """A TIFF of one bit a pixel whose strips all lie in the same bytes."""
     at = 2000 + 4 * count
-    return tiff(grid(width, height, 1, bits=1, t273=listed(at, count), t278=rows), bytes(width // 8 * rows), at)
+    return tiff(
+        grid(width, height, 1, bits=1, t273=listed(at, count), t278=rows),
+        bytes(width // 8 * rows),
+        at,
+    )
 
 
 # ---- {what: function -> (HTTP status, bytes)} ----
 
+
 def declared(width, height):
     """The same lie in every format: a header of billions of pixels."""
-    return {"PNG": lambda: png(size=(width, height)), "JPEG": lambda: jpeg(width, height), "BMP": lambda: bmp(width, height),
-            "GIF": lambda: gif((width, height)), "animated WebP": lambda: canvas(width, height),
-            "HEIC": lambda: heif_boxes.heic(  # pi-heif itself takes no more
-                [(1, b"hvc1", b"")], [heif_boxes.coded_picture(picture())[1], heif_boxes.size(min(width, 32768), height)], {1: [1, 2]}),
-            "AVIF": lambda: avif((16384, 16384)),  # libavif itself takes no more
-            "WebP": lambda: riff((b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(100))),
-            "TIFF": lambda: tiff(grid(width, height, 1, t273=2000, t278=height, t279=width * height), bytes(100)),
-            "deflated TIFF": lambda: tiff(grid(width, height, 8, t273=2000, t279=99), zlib.compress(bytes(9999)))}
+    return {
+        "PNG": lambda: png(size=(width, height)),
+        "JPEG": lambda: jpeg(width, height),
+        "BMP": lambda: bmp(width, height),
+        "GIF": lambda: gif((width, height)),
+        "animated WebP": lambda: canvas(width, height),
+        "HEIC": lambda: heif_boxes.heic(  # pi-heif itself takes no more
+            [(1, b"hvc1", b"")],
+            [heif_boxes.coded_picture(picture())[1], heif_boxes.size(min(width, 32768), height)],
+            {1: [1, 2]},
+        ),
+        "AVIF": lambda: avif((16384, 16384)),  # libavif itself takes no more
+        "WebP": lambda: riff(
+            (b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(100))
+        ),
+        "TIFF": lambda: tiff(
+            grid(width, height, 1, t273=2000, t278=height, t279=width * height), bytes(100)
+        ),
+        "deflated TIFF": lambda: tiff(
+            grid(width, height, 8, t273=2000, t279=99), zlib.compress(bytes(9999))
+        ),
+    }
 
 
 TOO_LARGE = {
-    **{f"a {name} of 40,000 x 40,000 pixels": make for name, make in declared(40_000, 40_000).items()},
-    **{f"a {name} of 14,000 x 14,000 pixels": make for name, make in declared(14_000, 14_000).items()},
-    "a HEIC of 200 x 200 pixels in 256 tiles of 4 million":
-        lambda: heif_boxes.tiled(Image.new("RGB", (2048, 2048), "red"), 16, 16, 200, 200),
+    **{
+        f"a {name} of 40,000 x 40,000 pixels": make
+        for name, make in declared(40_000, 40_000).items()
+    },
+    **{
+        f"a {name} of 14,000 x 14,000 pixels": make
+        for name, make in declared(14_000, 14_000).items()
+    },
+    "a HEIC of 200 x 200 pixels in 256 tiles of 4 million": lambda: heif_boxes.tiled(
+        Image.new("RGB", (2048, 2048), "red"), 16, 16, 200, 200
+    ),
     "a GIF with a frame larger than its screen": lambda: gif((10, 10), (65000, 65000)),
-    "a TIFF of 64 x 64 pixels in a tile of 65,536 x 65,536":
-        lambda: tiff(grid(64, 64, 1, t322=65536, t323=65536, t324=2000, t325=4096), bytes(4096)),
-    "a TIFF of a thousand tiles, each far longer than the picture":
-        lambda: tiles(20_000, 2400, (16, 3_000_000), zlib.compress(bytes(48_000_000))),
-    "a TIFF of five thousand rows of tiles ten megabytes wide":
-        lambda: tiff(grid(10_000, 5000, 1, bits=1, t322=80_000_000, t323=1, t324=listed(30_000, 5000)), bytes(FULL), 30_000),
+    "a TIFF of 64 x 64 pixels in a tile of 65,536 x 65,536": lambda: tiff(
+        grid(64, 64, 1, t322=65536, t323=65536, t324=2000, t325=4096), bytes(4096)
+    ),
+    "a TIFF of a thousand tiles, each far longer than the picture": lambda: tiles(
+        20_000, 2400, (16, 3_000_000), zlib.compress(bytes(48_000_000))
+    ),
+    "a TIFF of five thousand rows of tiles ten megabytes wide": lambda: tiff(
+        grid(10_000, 5000, 1, bits=1, t322=80_000_000, t323=1, t324=listed(30_000, 5000)),
+        bytes(FULL),
+        30_000,
+    ),
 }
 BROKEN = {
     "a PNG of eight hundred thousand empty chunks": lambda: png(chunk(b"prVt", b"") * (FULL // 12)),
     "a JPEG of half a million pieces of EXIF": lambda: segments(0xE1, b"Exif\0\0" + bytes(10)),
     "a JPEG of two million empty segments": lambda: segments(0xE5, b""),
     "a JPEG of two million empty comments": lambda: segments(0xFE, b""),
-    "a JPEG header of ten million fill bytes": lambda: b"\xff\xd8" + b"\xff" * FULL + FILES["JPEG"]()[2:],
-    "a JPEG of ten thousand scans":
-        lambda: FILES["JPEG"]()[:-2] + b"\xff\xda\0\x0c\3\1\0\2\x11\3\x11\0\x3f\0" * 10_000 + b"\xff\xd9",
+    "a JPEG header of ten million fill bytes": (
+        lambda: b"\xff\xd8" + b"\xff" * FULL + FILES["JPEG"]()[2:]
+    ),
+    "a JPEG of ten thousand scans": (
+        lambda: (
+            FILES["JPEG"]()[:-2]
+            + b"\xff\xda\0\x0c\3\1\0\2\x11\3\x11\0\x3f\0" * 10_000
+            + b"\xff\xd9"
+        )
+    ),
     "a GIF of two million comments": lambda: gif((60, 44), extra=b"!\xfe\1x\0" * (FULL // 5)),
-    "a GIF comment of five million pieces": lambda: gif((60, 44), extra=b"!\xfe" + b"\1x" * (FULL // 2) + b"\0"),
-    "a GIF of a million empty extensions": lambda: gif((60, 44), extra=b"!\xf9\4\0\0\0\0\0" * (FULL // 8)),
-    "a TIFF of one strip listed a hundred thousand times": lambda: strips(10_000, 5000, 2500, 100_000),
+    "a GIF comment of five million pieces": lambda: gif(
+        (60, 44), extra=b"!\xfe" + b"\1x" * (FULL // 2) + b"\0"
+    ),
+    "a GIF of a million empty extensions": lambda: gif(
+        (60, 44), extra=b"!\xf9\4\0\0\0\0\0" * (FULL // 8)
+    ),
+    "a TIFF of one strip listed a hundred thousand times": lambda: strips(
+        10_000, 5000, 2500, 100_000
+    ),
     "a TIFF of two million strips": lambda: strips(16, 16, 8, 2_000_000),
-    "a TIFF of ten thousand tiles that are the same megabyte":
-        lambda: tiles(1600, 1600, (16, 16), b"\x78\x9c" + b"\0\0\0\xff\xff" * 200_000 + zlib.compress(bytes(256))[2:]),
+    "a TIFF of ten thousand tiles that are the same megabyte": lambda: tiles(
+        1600,
+        1600,
+        (16, 16),
+        b"\x78\x9c" + b"\0\0\0\xff\xff" * 200_000 + zlib.compress(bytes(256))[2:],
+    ),
     "a TIFF with a tile size that only its decoder would see": hidden_tile,
-    "a TIFF with strips of four gigabytes": lambda: tiff(grid(64, 64, 8, t273=2000, t279=0xFFFFFFFF), zlib.compress(bytes(99))),
+    "a TIFF with strips of four gigabytes": lambda: tiff(
+        grid(64, 64, 8, t273=2000, t279=0xFFFFFFFF), zlib.compress(bytes(99))
+    ),
     "a TIFF of sixty thousand tags": lambda: tiff(
-        grid(64, 64, 1, t273=2000) | {tag: (1, 140, bytes(140)) for tag in range(400, 60_400)}, bytes(4096), 9_200_000),
+        grid(64, 64, 1, t273=2000) | {tag: (1, 140, bytes(140)) for tag in range(400, 60_400)},
+        bytes(4096),
+        9_200_000,
+    ),
     "a HEIC made of grids of grids": lambda: heif_boxes.nested(picture(), b"grid"),
     "a HEIC made of overlays of overlays": lambda: heif_boxes.nested(picture(), b"iovl"),
     "a HEIC of five thousand pictures": lambda: heif_boxes.heic(
-        [(i, b"hvc1", b"") for i in range(1, 5000)], [heif_boxes.size(64, 64)], {i: [1] for i in range(1, 5000)}),
+        [(i, b"hvc1", b"") for i in range(1, 5000)],
+        [heif_boxes.size(64, 64)],
+        {i: [1] for i in range(1, 5000)},
+    ),
     "a HEIC that declares less than it holds": lambda: heif_boxes.heic(
-        *(lambda coded, head: ([(1, b"hvc1", coded)], [head, heif_boxes.size(64, 64)], {1: [1, 2]}))(
-            *heif_boxes.coded_picture(Image.new("RGB", (4096, 4096), "red")))),
-    "half of a JPEG of 49 million pixels": lambda: saved(Image.new("L", (7000, 7000), 99), "JPEG")[:-9000],
-    "a BMP of runs that never reach the picture's end": lambda: bmp(7000, 7000, bytes(1024) + b"\0\2\1\0" * 200_000, 1, 8),
-    "a BMP with a header of four gigabytes": lambda: b"BM" + struct.pack("<IHHII", 99, 0, 0, 54, 0xFFFFFFFF) + bytes(99),
+        *(
+            lambda coded, head: (
+                [(1, b"hvc1", coded)],
+                [head, heif_boxes.size(64, 64)],
+                {1: [1, 2]},
+            )
+        )(*heif_boxes.coded_picture(Image.new("RGB", (4096, 4096), "red")))
+    ),
+    "half of a JPEG of 49 million pixels": lambda: saved(Image.new("L", (7000, 7000), 99), "JPEG")[
+        :-9000
+    ],
+    "a BMP of runs that never reach the picture's end": lambda: bmp(
+        7000, 7000, bytes(1024) + b"\0\2\1\0" * 200_000, 1, 8
+    ),
+    "a BMP with a header of four gigabytes": (
+        lambda: b"BM" + struct.pack("<IHHII", 99, 0, 0, 54, 0xFFFFFFFF) + bytes(99)
+    ),
 }
 HARMLESS = {  # what they ask for is never needed for the first picture, so they are pictures like others
-    "a PNG comment that unpacks to 100 MB": lambda: png(chunk(b"zTXt", b"k\0\0" + hundred_megabytes())),
-    "a PNG comment in another chunk that unpacks to 100 MB": lambda: png(chunk(b"iTXt", b"k\0\1\0\0\0" + hundred_megabytes())),
-    "a PNG profile that unpacks to 100 MB": lambda: png(chunk(b"iCCP", b"k\0\0" + hundred_megabytes())),
-    "a PNG of nine thousand profiles of 1 MB": lambda: png(chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1_000_000))) * 9000),
-    "a PNG whose pixels go on for 100 MB": lambda: FILES["PNG"]()[:33] + chunk(b"IDAT", zlib.compress(bytes(8000)))
-    + chunk(b"IDAT", hundred_megabytes()) + chunk(b"IEND", b""),
-    "a PNG that announces two billion frames":
-        lambda: FILES["PNG"]()[:33] + chunk(b"acTL", struct.pack(">II", 0x7FFFFFFF, 0))
-    + FILES["PNG"]()[33:],
-    "a TIFF whose directories point at themselves":
-        lambda: tiff(grid(64, 64, 1, t273=2000, t279=4096, t330=8, t34665=8, t34853=8), bytes(4096)),
-    "a JPEG whose EXIF points at itself": lambda: saved(picture(), "JPEG", exif=b"Exif\0\0II*\0" + struct.pack(
-        "<IHHHIIHHIII", 8, 2, 0x8769, LONG, 1, 8, 0x0112, 3, 1, 1, 8)),
-    "a raw TIFF with a strip of four gigabytes": lambda: tiff(grid(64, 64, 1, t273=2000, t279=0xFFFFFFFF), bytes(4096)),
-    "a GIF of ten thousand frames":
-        lambda: FILES["GIF"]()[:-1] + (b"," + struct.pack("<HHHHB", 0, 0, 9, 9, 0) + b"\2\2\x44\1\0") * 10_000 + b";",
+    "a PNG comment that unpacks to 100 MB": (
+        lambda: png(chunk(b"zTXt", b"k\0\0" + hundred_megabytes()))
+    ),
+    "a PNG comment in another chunk that unpacks to 100 MB": (
+        lambda: png(chunk(b"iTXt", b"k\0\1\0\0\0" + hundred_megabytes()))
+    ),
+    "a PNG profile that unpacks to 100 MB": (
+        lambda: png(chunk(b"iCCP", b"k\0\0" + hundred_megabytes()))
+    ),
+    "a PNG of nine thousand profiles of 1 MB": (
+        lambda: png(chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1_000_000))) * 9000)
+    ),
+    "a PNG whose pixels go on for 100 MB": (
+        lambda: (
+            FILES["PNG"]()[:33]
+            + chunk(b"IDAT", zlib.compress(bytes(8000)))
+            + chunk(b"IDAT", hundred_megabytes())
+            + chunk(b"IEND", b"")
+        )
+    ),
+    "a PNG that announces two billion frames": (
+        lambda: (
+            FILES["PNG"]()[:33]
+            + chunk(b"acTL", struct.pack(">II", 0x7FFFFFFF, 0))
+            + FILES["PNG"]()[33:]
+        )
+    ),
+    "a TIFF whose directories point at themselves": (
+        lambda: tiff(grid(64, 64, 1, t273=2000, t279=4096, t330=8, t34665=8, t34853=8), bytes(4096))
+    ),
+    "a JPEG whose EXIF points at itself": (
+        lambda: saved(
+            picture(),
+            "JPEG",
+            exif=b"Exif\0\0II*\0"
+            + struct.pack("<IHHHIIHHIII", 8, 2, 0x8769, LONG, 1, 8, 0x0112, 3, 1, 1, 8),
+        )
+    ),
+    "a raw TIFF with a strip of four gigabytes": (
+        lambda: tiff(grid(64, 64, 1, t273=2000, t279=0xFFFFFFFF), bytes(4096))
+    ),
+    "a GIF of ten thousand frames": (
+        lambda: (
+            FILES["GIF"]()[:-1]
+            + (b"," + struct.pack("<HHHHB", 0, 0, 9, 9, 0) + b"\2\2\x44\1\0") * 10_000
+            + b";"
+        )
+    ),
 }
 
 
@@ -207,11 +350,23 @@ POLYGLOTS = {  # {what: (HTTP status, function)}: the first bytes decide, and on
     "a PNG that is a page too": (200, lambda: png(chunk(b"tEXt", b"c\0" + HTML)) + HTML),
     "a JPEG with a page in its comment": (200, lambda: segments(0xFE, HTML, 500)),
     "an archive with a JPEG inside": (415, lambda: zipped() + FILES["JPEG"]()),
-    "a PDF that shows a JPEG": (415, lambda: b"%PDF-1.7\n1 0 obj <</Filter /DCTDecode>> stream\n" + FILES["JPEG"]()),
+    "a PDF that shows a JPEG": (
+        415,
+        lambda: b"%PDF-1.7\n1 0 obj <</Filter /DCTDecode>> stream\n" + FILES["JPEG"](),
+    ),
     "a page that ends in a PNG": (415, lambda: HTML + FILES["PNG"]()),
     "a script that starts like a GIF": (422, lambda: b"GIF89a=0;alert(1)//"),
-    "PostScript that starts like a program": (415, lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run"),
-    "an SVG that includes a file": (415, lambda: b'<?xml version="1.0"?><svg><image href="file:///etc/passwd"/></svg>'),
+    "PostScript that starts like a program": (
+        415,
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run",
+    ),
+    "an SVG that includes a file": (
+        415,
+        lambda: b'<?xml version="1.0"?><svg><image href="file:///etc/passwd"/></svg>',
+    ),
 }
-BOMBS = {what: functools.partial(lambda status, make: (status, make()), status, make)
-         for status, group in ((413, TOO_LARGE), (422, BROKEN), (200, HARMLESS)) for what, make in group.items()}
+BOMBS = {
+    what: functools.partial(lambda status, make: (status, make()), status, make)
+    for status, group in ((413, TOO_LARGE), (422, BROKEN), (200, HARMLESS))
+    for what, make in group.items()
+}

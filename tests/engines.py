@@ -1,4 +1,5 @@
 """What tests of the service share: pictures made up, models that differ, an engine without HTTP, log lines, metrics."""
+
 import hashlib
 import io
 import json
@@ -37,6 +38,7 @@ def compiled_once():
         if key not in COMPILED:
             COMPILED[key] = compile_anew(folder, *options)
         return COMPILED[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "openvino_forward", compile_once)
         yield
@@ -87,7 +89,10 @@ def contrary(path, name):
 
 def engine_on(**settings):
     """An engine once its first attempt to load is over; by default on the small model."""
-    engine = Engine(read_settings({**DEMO, **{name: str(value) for name, value in settings.items()}}), Telemetry())
+    engine = Engine(
+        read_settings({**DEMO, **{name: str(value) for name, value in settings.items()}}),
+        Telemetry(),
+    )
     until(lambda: engine.detector or engine.error)
     return engine
 
@@ -99,13 +104,23 @@ def client_on(**settings):
 
 def counted(telemetry, name, **labels):
     """A metric's value; 0 where there is none yet."""
-    return telemetry.registry.get_sample_value(f"detector_{name}", {k: str(v) for k, v in labels.items()}) or 0
+    return (
+        telemetry.registry.get_sample_value(
+            f"detector_{name}", {k: str(v) for k, v in labels.items()}
+        )
+        or 0
+    )
 
 
 def reload(engine):
     """Ask for it and wait for its end -> 'ok' or 'failed'."""
+
     def done():
-        return {result: counted(engine.telemetry, "reloads_total", result=result) for result in ("ok", "failed")}
+        return {
+            result: counted(engine.telemetry, "reloads_total", result=result)
+            for result in ("ok", "failed")
+        }
+
     before = done()
     engine.reload()
     until(lambda: done() != before)
@@ -129,8 +144,12 @@ def serve(telemetry, detector):
 
 def give(telemetry, detector, score=0.0, classification="real", uncertain=False, row=None):
     """Count a made-up verdict of its."""
-    telemetry.verdict(detector, {"classification": classification, "confidence": 0.7, "uncertain": uncertain}, score,
-                      detector.model["center"].astype("f4") if row is None else row)
+    telemetry.verdict(
+        detector,
+        {"classification": classification, "confidence": 0.7, "uncertain": uncertain},
+        score,
+        detector.model["center"].astype("f4") if row is None else row,
+    )
 
 
 def lines(caplog, event=None):
@@ -142,8 +161,14 @@ def lines(caplog, event=None):
 def upload(client, path, *images, headers=None, field="image"):
     """Multipart post of these bytes to any path."""
     files = [(field, (f"{i}.bin", data)) for i, data in enumerate(images)]
-    ready = requests.Request("POST", "http://x", files=files or [("text", (None, "no file"))]).prepare()
-    return client.post(path, data=ready.body, headers={**(headers or {}), "Content-Type": ready.headers["Content-Type"]})
+    ready = requests.Request(
+        "POST", "http://x", files=files or [("text", (None, "no file"))]
+    ).prepare()
+    return client.post(
+        path,
+        data=ready.body,
+        headers={**(headers or {}), "Content-Type": ready.headers["Content-Type"]},
+    )
 
 
 @contextmanager
@@ -155,6 +180,7 @@ def held(monkeypatch, telemetry, work):
         there.set()
         assert go_on.wait(PATIENCE)
         return pixels(self, image)
+
     monkeypatch.setattr(Detector, "pixels", slow)
     with meanwhile(work):
         try:
@@ -167,5 +193,10 @@ def held(monkeypatch, telemetry, work):
 
 def keys_file(path, **tokens):
     """API_KEYS_FILE for {name: token} -> its path, as text."""
-    Path(path).write_text("".join(f"{name} {hashlib.sha256(token.encode()).hexdigest()}\n" for name, token in tokens.items()))
+    Path(path).write_text(
+        "".join(
+            f"{name} {hashlib.sha256(token.encode()).hexdigest()}\n"
+            for name, token in tokens.items()
+        )
+    )
     return str(path)

@@ -1,4 +1,5 @@
 """For the tests of extract_features.py: folders of images, the command in this process, what it wrote."""
+
 import hashlib
 import json
 import os
@@ -43,7 +44,9 @@ def own(few, tmp_path):
 
 def extract(data_dir, output, *flags):
     """The command, in this process; -> the columns it wrote."""
-    extract_features.main(["--data_dir", str(data_dir), "--output_file", str(output), *map(str, flags)])
+    extract_features.main(
+        ["--data_dir", str(data_dir), "--output_file", str(output), *map(str, flags)]
+    )
     return load_features(output)
 
 
@@ -55,6 +58,7 @@ def encoded(monkeypatch):
     def count(self, pixels):
         sizes.append(len(pixels))
         return encode(self, pixels)
+
     monkeypatch.setattr(runtime.Encoder, "encode", count)
     return sizes
 
@@ -79,21 +83,45 @@ def another_encoder(**changes):
 
 def rows(columns, keep=slice(None)):
     """Columns -> {path: the row's values}, to compare rows whatever their place."""
-    return {columns["paths"][i]: [columns[name][i].tobytes() if name in ("features", "facts", "thumb") else columns[name][i]
-                                  for name in COLUMNS] for i in range(len(columns["paths"]))[keep]}
+    return {
+        columns["paths"][i]: [
+            (
+                columns[name][i].tobytes()
+                if name in ("features", "facts", "thumb")
+                else columns[name][i]
+            )
+            for name in COLUMNS
+        ]
+        for i in range(len(columns["paths"]))[keep]
+    }
 
 
 # ---- as a process ----
 
+
 def command(data_dir, output, *flags):
-    return [sys.executable, str(ROOT / "extract_features.py"), "--data_dir", str(data_dir), "--output_file", str(output),
-            "--batch_size", "2", *flags]
+    return [
+        sys.executable,
+        str(ROOT / "extract_features.py"),
+        "--data_dir",
+        str(data_dir),
+        "--output_file",
+        str(output),
+        "--batch_size",
+        "2",
+        *flags,
+    ]
 
 
 def finish(data_dir, output, *flags):
     """The same command once more, left in peace; -> its stderr."""
-    done = subprocess.run(command(data_dir, output, *flags), env={**os.environ, **SETTINGS}, capture_output=True, text=True,
-                          timeout=PATIENCE)
+    done = subprocess.run(
+        command(data_dir, output, *flags),
+        env={**os.environ, **SETTINGS},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -101,14 +129,26 @@ def finish(data_dir, output, *flags):
 # Each plants one fatal blow, at a moment that is too short to be met from outside; N is how often it lets pass.
 BLOWS = {
     "before anything is stored": "runtime.Encoder = die",
-    "in the middle of a part": "np.savez = lambda file, **columns: count() and half(file) or savez(file, **columns)",
-    "between a part's last byte and its name": "os.replace = lambda a, b: count() and die() or replace(a, b)",
+    "in the middle of a part": (
+        "np.savez = lambda file, **columns: count() and half(file) or savez(file, **columns)"
+    ),
+    "between a part's last byte and its name": (
+        "os.replace = lambda a, b: count() and die() or replace(a, b)"
+    ),
     "in the middle of the file": "np.savez_compressed = lambda file, **columns: half(file)",
-    "before the file gets its name": "os.replace = lambda a, b: Path(b).name == 'f.npz' and die() or replace(a, b)",
-    "when the file has its name": "os.replace = lambda a, b: (replace(a, b), Path(b).name == 'f.npz' and die())",
-    "while the parts are removed":
-        "Path.unlink = lambda path, **k: path.suffix == '.npz' and count() and die() or unlink(path, **k)",
-    "when all parts are removed": "shutil.rmtree = lambda parts: (os.unlink(parts / 'key.json'), die())",
+    "before the file gets its name": (
+        "os.replace = lambda a, b: Path(b).name == 'f.npz' and die() or replace(a, b)"
+    ),
+    "when the file has its name": (
+        "os.replace = lambda a, b: (replace(a, b), Path(b).name == 'f.npz' and die())"
+    ),
+    "while the parts are removed": (
+        "Path.unlink = lambda path, **k: path.suffix == '.npz' and count() and die() or"
+        " unlink(path, **k)"
+    ),
+    "when all parts are removed": (
+        "shutil.rmtree = lambda parts: (os.unlink(parts / 'key.json'), die())"
+    ),
 }
 
 
@@ -129,6 +169,11 @@ count = lambda: next(calls) == {after}
 {blow}
 run(extract_features.main)
 """
-    done = subprocess.run([sys.executable, "-c", code, *command(data_dir, output, *flags)[2:]], env={**os.environ, **SETTINGS},
-                          capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(data_dir, output, *flags)[2:]],
+        env={**os.environ, **SETTINGS},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == ends_with, done.stderr

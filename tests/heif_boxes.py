@@ -1,8 +1,9 @@
 """HEIC files put together box by box (ISO 14496-12 and 23008-12), around pictures that pillow-heif has coded.
 
-    coded, configuration = coded_picture(image)     # the bits of one picture, and how to decode them
-    data = heic([(1, b"hvc1", coded)], [configuration, size(64, 48)], {1: [1, 2]})
+coded, configuration = coded_picture(image)     # the bits of one picture, and how to decode them
+data = heic([(1, b"hvc1", coded)], [configuration, size(64, 48)], {1: [1, 2]})
 """
+
 import io
 import struct
 
@@ -36,7 +37,7 @@ def coded_picture(image, **options):
     pillow_heif.from_pillow(image).save(file, **options)
     data = file.getvalue()
     at = data.index(b"hvcC") - 4
-    return data[data.index(b"mdat") + 4:], data[at:at + struct.unpack_from(">I", data, at)[0]]
+    return data[data.index(b"mdat") + 4 :], data[at : at + struct.unpack_from(">I", data, at)[0]]
 
 
 def heic(items, properties, of_item, made_of=()):
@@ -46,22 +47,47 @@ def heic(items, properties, of_item, made_of=()):
         if body not in places:
             places[body], stored = len(stored), stored + body
         locations += struct.pack(">IHHHII", item, 1, 0, 1, places[body], len(body))
-    infos = [full_box(b"infe", 3, struct.pack(">IH", item, 0), kind, b"\0") for item, kind, _ in items]
-    references = [box(b"dimg", struct.pack(f">IH{len(parts)}I", item, len(parts), *parts)) for item, parts in made_of]
-    links = [struct.pack(">IB", item, len(numbers)) + bytes(numbers) for item, numbers in of_item.items()]
+    infos = [
+        full_box(b"infe", 3, struct.pack(">IH", item, 0), kind, b"\0") for item, kind, _ in items
+    ]
+    references = [
+        box(b"dimg", struct.pack(f">IH{len(parts)}I", item, len(parts), *parts))
+        for item, parts in made_of
+    ]
+    links = [
+        struct.pack(">IB", item, len(numbers)) + bytes(numbers) for item, numbers in of_item.items()
+    ]
     return box(b"ftyp", b"heic\0\0\0\0mif1heic") + full_box(
-        b"meta", 0, full_box(b"hdlr", 0, bytes(4), b"pict", bytes(13)), full_box(b"pitm", 1, struct.pack(">I", 1)),
+        b"meta",
+        0,
+        full_box(b"hdlr", 0, bytes(4), b"pict", bytes(13)),
+        full_box(b"pitm", 1, struct.pack(">I", 1)),
         full_box(b"iloc", 2, struct.pack(">HI", 0x4400, len(items)), locations),
-        full_box(b"iinf", 1, struct.pack(">I", len(items)), *infos), *([full_box(b"iref", 1, *references)] if references else []),
-        box(b"iprp", box(b"ipco", *properties), full_box(b"ipma", 1, struct.pack(">I", len(links)), *links)), box(b"idat", stored))
+        full_box(b"iinf", 1, struct.pack(">I", len(items)), *infos),
+        *([full_box(b"iref", 1, *references)] if references else []),
+        box(
+            b"iprp",
+            box(b"ipco", *properties),
+            full_box(b"ipma", 1, struct.pack(">I", len(links)), *links),
+        ),
+        box(b"idat", stored),
+    )
 
 
 def tiled(image, rows, columns, width, height, **options):
     """One picture as all tiles of a grid, of which this much is shown."""
     coded, configuration = coded_picture(image, **options)
     tiles = list(range(2, 2 + rows * columns))
-    items = [(1, b"grid", grid(rows, columns, width, height)), *((tile, b"hvc1", coded) for tile in tiles)]
-    return heic(items, [configuration, size(*image.size), size(width, height)], {1: [3], **{tile: [1, 2] for tile in tiles}}, [(1, tiles)])
+    items = [
+        (1, b"grid", grid(rows, columns, width, height)),
+        *((tile, b"hvc1", coded) for tile in tiles),
+    ]
+    return heic(
+        items,
+        [configuration, size(*image.size), size(width, height)],
+        {1: [3], **{tile: [1, 2] for tile in tiles}},
+        [(1, tiles)],
+    )
 
 
 def nested(image, kind, levels=12):
@@ -74,4 +100,9 @@ def nested(image, kind, levels=12):
         items += [(item, kind, body) for item in ids]
         made_of += [(item, below) for item in ids]
         below = ids
-    return heic(items, [configuration, size(*image.size)], {item: [1, 2] if item in (100, 101) else [2] for item, *_ in items}, made_of)
+    return heic(
+        items,
+        [configuration, size(*image.size)],
+        {item: [1, 2] if item in (100, 101) else [2] for item, *_ in items},
+        made_of,
+    )

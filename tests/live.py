@@ -1,4 +1,5 @@
 """The service under test: Flask's test client with a model loaded, and the service as a process of its own."""
+
 import fcntl
 import json
 import os
@@ -20,7 +21,9 @@ from patience import PATIENCE
 from detector.service import app
 
 DEMO = {"MODEL_PATH": str(BASELINE), "ALLOW_DEMO_MODEL": "1"}
-PATIENT = f"--timeout {PATIENCE} --graceful-timeout {PATIENCE}"  # of gunicorn: a machine may be slow to start and to stop
+PATIENT = (  # of gunicorn: a machine may be slow to start and to stop
+    f"--timeout {PATIENCE} --graceful-timeout {PATIENCE}"
+)
 # The service's own gunicorn.conf.py, and images that wait for the lock on a file before they are made the encoder's input.
 HELD = """
 exec(compile(open({conf!r}).read(), {conf!r}, "exec"))
@@ -43,9 +46,14 @@ def post_worker_init(worker):
 def assert_error(response, status, *words):
     """The one shape of every error, of flask's test client and of requests alike: {"error": one line that says `words`}."""
     body = json.loads(response.text)
-    assert (response.status_code, response.headers["Content-Type"]) == (status, "application/json"), response.text
+    assert (response.status_code, response.headers["Content-Type"]) == (
+        status,
+        "application/json",
+    ), response.text
     assert list(body) == ["error"] and isinstance(body["error"], str)
-    assert body["error"] and len(body["error"].splitlines()) == 1 and "Traceback" not in body["error"]
+    assert (
+        body["error"] and len(body["error"].splitlines()) == 1 and "Traceback" not in body["error"]
+    )
     for word in words:
         assert word in body["error"]
 
@@ -84,8 +92,19 @@ class Live:
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen([sys.executable, ROOT / "app.py"], cwd=folder, stdout=log, stderr=log,
-                                            env={**os.environ, **DEMO, "GUNICORN_CMD_ARGS": PATIENT, "PORT": str(port), **settings})
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / "app.py"],
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                env={
+                    **os.environ,
+                    **DEMO,
+                    "GUNICORN_CMD_ARGS": PATIENT,
+                    "PORT": str(port),
+                    **settings,
+                },
+            )
         self.session = requests.Session()
         self.session.trust_env = False  # no proxy of the host
         wait_until_ready(self.status)
@@ -118,6 +137,7 @@ def serve(tmp_path):
         shutil.copy(BASELINE, tmp_path / "model.joblib")
         started.append(Live(tmp_path, MODEL_PATH="model.joblib", **settings))
         return started[-1]
+
     yield start
     for server in started:
         server.stop()
@@ -135,7 +155,11 @@ def held(serve, tmp_path):
         with open(gate) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-    return lambda **settings: (serve(GUNICORN_CMD_ARGS=f"{PATIENT} --config {conf}", **settings), stand_still())
+
+    return lambda **settings: (
+        serve(GUNICORN_CMD_ARGS=f"{PATIENT} --config {conf}", **settings),
+        stand_still(),
+    )
 
 
 @pytest.fixture(scope="module")

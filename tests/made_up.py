@@ -1,4 +1,5 @@
 """Features made up with numpy, for tests that need a features file or a model but no images."""
+
 import json
 import os
 import shutil
@@ -23,7 +24,9 @@ from detector.training.classifiers import calibrated, fit, fold_rows, out_of_fol
 from detector.training.rows import Rows
 
 ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": 6}
-BASELINE = small.FOLDER / "small.joblib"  # a model of photographs and the same with red and blue exchanged
+BASELINE = (
+    small.FOLDER / "small.joblib"
+)  # a model of photographs and the same with red and blue exchanged
 SHIPPED = HERE / "models" / "baseline.joblib"
 NOTICE = "this model is a demonstration on random weights: not a detector to rely on"
 DIM = small.ARCH["output_dim"]
@@ -42,12 +45,19 @@ def make_columns(real=60, fake=60, gap=3.0, dim=6, seed=0, splits=True):
     facts = np.zeros(n, FACTS)
     facts["width"], facts["height"], facts["bytes"], facts["format"] = 640, 480, 50_000, "JPEG"
     facts["density"] = 0.2
-    return {"features": features, "labels": labels, "facts": facts, "view": np.zeros(n, np.int8),
-            "paths": np.array([f"{seed}/{i:05d}.jpg" for i in range(n)]),
-            "splits": (np.where(place < 2 / 3, "train", "test") if splits else np.full(n, "")).astype("U8"),
-            "sources": np.full(n, "", "U20"),
-            "sha256": np.array([sha256(f"{seed} {i}".encode()) for i in range(n)]),
-            "thumb": rng.integers(0, 256, (n, 64)).astype(np.uint8)}
+    return {
+        "features": features,
+        "labels": labels,
+        "facts": facts,
+        "view": np.zeros(n, np.int8),
+        "paths": np.array([f"{seed}/{i:05d}.jpg" for i in range(n)]),
+        "splits": (
+            (np.where(place < 2 / 3, "train", "test") if splits else np.full(n, "")).astype("U8")
+        ),
+        "sources": np.full(n, "", "U20"),
+        "sha256": np.array([sha256(f"{seed} {i}".encode()) for i in range(n)]),
+        "thumb": rng.integers(0, 256, (n, 64)).astype(np.uint8),
+    }
 
 
 def write_features(path, columns=None, encoder=ENCODER, **arguments):
@@ -68,7 +78,10 @@ def with_views(columns, views, noise=0.1, seed=0):
     rows = np.repeat(np.arange(len(columns["labels"])), 1 + views)
     many = {name: column[rows] for name, column in columns.items()}
     many["view"] = np.tile(np.arange(1 + views, dtype=np.int8), len(columns["labels"]))
-    shift = np.random.default_rng(seed).normal(0, noise, many["features"].shape) * (many["view"] > 0)[:, None]
+    shift = (
+        np.random.default_rng(seed).normal(0, noise, many["features"].shape)
+        * (many["view"] > 0)[:, None]
+    )
     return many | {"features": (many["features"] + shift).astype(np.float32)}
 
 
@@ -82,7 +95,11 @@ def build(columns, kind="svm", seed=0, **changes):
     """Train on all rows -> the model, as train_model.py would save it."""
     args, rows = training_arguments(seed=seed, classifier=kind, **changes), training_rows(columns)
     model = recipe.set_threshold(recipe.build(kind, rows, seed), args.max_fpr)
-    return {**model, **recipe.describe_training(recipe.training_data(rows), ENCODER, args), "metrics": {}}
+    return {
+        **model,
+        **recipe.describe_training(recipe.training_data(rows), ENCODER, args),
+        "metrics": {},
+    }
 
 
 def other_encoder(name="other", identity="cd" * 32, **changes):
@@ -120,7 +137,9 @@ def crop_features(number):
         crops.append(photo.crop((left, top, left + side, top + side)))
     crops += [Image.merge("RGB", crop.split()[::-1]) for crop in crops]
     side = small.ARCH["input_resolution"]
-    return runtime.Encoder(small.ENCODER, "cpu").encode(np.stack([preprocessing.preprocess(crop, side) for crop in crops]))
+    return runtime.Encoder(small.ENCODER, "cpu").encode(
+        np.stack([preprocessing.preprocess(crop, side) for crop in crops])
+    )
 
 
 def write_baseline(number=100):
@@ -131,14 +150,25 @@ def write_baseline(number=100):
     args, rows = training_arguments(), training_rows(columns)
     point = {"C": 10.0, "gamma": 0.3}
     pairs = np.tile(np.arange(number), 2)  # a crop and its copy stay in the same fold
-    scores = out_of_fold("svm", rows.features, rows.labels, rows.weight,
-                         fold_rows(rows.labels, pairs, 0), 0, **point)
-    model = calibrated(fit("svm", rows.features, rows.labels, rows.weight, 0, **point), point, scores, rows)
+    scores = out_of_fold(
+        "svm", rows.features, rows.labels, rows.weight, fold_rows(rows.labels, pairs, 0), 0, **point
+    )
+    model = calibrated(
+        fit("svm", rows.features, rows.labels, rows.weight, 0, **point), point, scores, rows
+    )
     model = recipe.set_threshold(model, None)
-    encoder = {name: runtime.read_manifest(small.ENCODER)[name] for name in ("name", "identity", "layers", "dim")}
-    model |= {**recipe.describe_training(recipe.training_data(rows), encoder, args), "notice": NOTICE}
+    encoder = {
+        name: runtime.read_manifest(small.ENCODER)[name]
+        for name in ("name", "identity", "layers", "dim")
+    }
+    model |= {
+        **recipe.describe_training(recipe.training_data(rows), encoder, args),
+        "notice": NOTICE,
+    }
     p_fake = probability(model, decision(model, columns["features"]))
-    model["metrics"] = {"overall": metrics.measure(rows.labels, p_fake, model["threshold"], columns["sha256"])}
+    model["metrics"] = {
+        "overall": metrics.measure(rows.labels, p_fake, model["threshold"], columns["sha256"])
+    }
     save_model(BASELINE, model)
 
 

@@ -1,4 +1,5 @@
 """Store what the shipped encoder sees in the installed photographs: python -m tests.make_golden (part of `make ship`)."""
+
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ GOLDEN = Path(__file__).with_name("golden_photos.npz")
 def features_of(photos):
     """Paths -> float32 [n, d] by the shipped encoder."""
     detector = Detector(SHIPPED_MODEL)
-    return detector.encoder.encode(np.stack([detector.pixels(decode_image(p.read_bytes())) for p in photos]))
+    return detector.encoder.encode(
+        np.stack([detector.pixels(decode_image(p.read_bytes())) for p in photos])
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """The OpenAPI document as tests use it: where things stand in it, and whether an answer is as it says."""
+
 import json
 
 import jsonschema
 from conftest import ROOT
 
 DOCUMENT = json.loads((ROOT / "detector" / "service" / "openapi.json").read_text())
-OPERATIONS = {(method, path): operation for path, item in DOCUMENT["paths"].items() for method, operation in item.items()}
+OPERATIONS = {
+    (method, path): operation
+    for path, item in DOCUMENT["paths"].items()
+    for method, operation in item.items()
+}
 
 
 def resolve(part):
@@ -20,7 +25,9 @@ def resolve(part):
 
 def faults(schema, value):
     """What is wrong with a value by a schema of the document: [message]."""
-    rules = jsonschema.Draft202012Validator({"allOf": [schema], "components": DOCUMENT["components"]})
+    rules = jsonschema.Draft202012Validator(
+        {"allOf": [schema], "components": DOCUMENT["components"]}
+    )
     return [error.message for error in rules.iter_errors(value)]
 
 
@@ -35,13 +42,21 @@ def typed(schema, text):
 
 def assert_as_documented(response, described):
     """Flask's or requests' response against a response of the document: type, body, every header that must be there."""
-    (kind, content), = described["content"].items()
+    ((kind, content),) = described["content"].items()
     assert response.headers["Content-Type"].split(";")[0] == kind
-    assert faults(content["schema"], json.loads(response.text) if kind == "application/json" else response.text) == []
+    assert (
+        faults(
+            content["schema"],
+            json.loads(response.text) if kind == "application/json" else response.text,
+        )
+        == []
+    )
     for name, header in described["headers"].items():
         header = resolve(header)
         if header.get("required") or name in response.headers:
-            assert faults(header["schema"], typed(header["schema"], response.headers[name])) == [], name
+            assert (
+                faults(header["schema"], typed(header["schema"], response.headers[name])) == []
+            ), name
 
 
 def examples(part, where="document"):

@@ -1,4 +1,5 @@
 """Time in tests: how long to wait for what must happen, and what work may cost, on a machine of any speed."""
+
 import time
 from contextlib import contextmanager
 

@@ -1,4 +1,5 @@
 """What a PromQL expression names: enough of its grammar to hold rules, panels and queries against a service's /metrics."""
+
 import re
 
 GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
@@ -15,20 +16,33 @@ def selectors(expression):
     def keep(match):  # strings outside of braces (label_replace's) name no metric
         kept.append(match[0])
         return f"{{{len(kept) - 1}}}"
+
     text = re.sub(r'"[^"]*"', " ", re.sub(r"\{[^}]*\}", keep, text))
-    return [(name, MATCHER.findall(kept[int(number)]) if number else []) for name, number in SELECTOR.findall(text)
-            if name not in WORDS]
+    return [
+        (name, MATCHER.findall(kept[int(number)]) if number else [])
+        for name, number in SELECTOR.findall(text)
+        if name not in WORDS
+    ]
 
 
 def groupings(expression):
     """Labels named in by (...), on (...) and the like."""
-    return {label for names in GROUPING.findall(expression) for label in re.split(r"[\s,]+", names) if label}
+    return {
+        label
+        for names in GROUPING.findall(expression)
+        for label in re.split(r"[\s,]+", names)
+        if label
+    }
 
 
 def resolve(expression):
     """Placeholders of Grafana and of prometheus-adapter put in place -> PromQL that promtool can check."""
-    values = {"$__rate_interval": "5m", "$namespace": "detector", "<<.GroupBy>>": "namespace, pod",
-              "<<.LabelMatchers>>": 'namespace="detector",pod="a"'}
+    values = {
+        "$__rate_interval": "5m",
+        "$namespace": "detector",
+        "<<.GroupBy>>": "namespace, pod",
+        "<<.LabelMatchers>>": 'namespace="detector",pod="a"',
+    }
     for name, value in values.items():
         expression = expression.replace(name, value)
     return expression

@@ -4,6 +4,7 @@ Random weights hide mistakes: as torch initialises them, all images get nearly t
 or a wrong number of heads change next to nothing. So the weights are scaled and the batch-norm statistics come from
 photographs, until most different images fall below cosine 0.5; and comparisons subtract the mean over the images.
 """
+
 import warnings
 
 import numpy as np
@@ -31,7 +32,10 @@ def one_thread():
 def crops(photos):
     """Sixteen different pictures: each photograph as it is, and a turned corner of it."""
     images = [Image.open(path).convert("RGB") for path in photos.values()]
-    return images + [i.crop((0, 0, i.width // 3, i.height // 2)).transpose(Image.Transpose.ROTATE_90) for i in images]
+    return images + [
+        i.crop((0, 0, i.width // 3, i.height // 2)).transpose(Image.Transpose.ROTATE_90)
+        for i in images
+    ]
 
 
 def pixels_of(images, resolution):
@@ -56,12 +60,18 @@ def small_resnet(images, seed=0, resolution=96):
     with torch.no_grad():
         for name, weight in tower.named_parameters():
             if name.endswith("bn3.weight") and name.startswith("layer"):
-                weight.fill_(0.1)  # the shortcuts dominate: else bfloat16's roundings grow from layer to layer
+                weight.fill_(
+                    0.1
+                )  # the shortcuts dominate: else bfloat16's roundings grow from layer to layer
             if name.startswith("attnpool") and weight.ndim > 1:
-                weight.mul_(4 if "q_proj" in name or "k_proj" in name else 2)  # attention that depends on the heads
+                weight.mul_(
+                    4 if "q_proj" in name or "k_proj" in name else 2
+                )  # attention that depends on the heads
         for module in tower.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = None  # statistics are those of the images, with no share of the initial ones
+                module.momentum = (
+                    None  # statistics are those of the images, with no share of the initial ones
+                )
         tower.train()(torch.from_numpy(pixels_of(images, resolution)))
     return rounded(tower)
 
@@ -88,13 +98,24 @@ def save_archive(tower, path):
     if hasattr(tower, "transformer"):
         shape = tower.transformer.layers, tower.conv1.out_channels, tower.conv1.kernel_size[0]
     else:
-        shape = tuple(len(getattr(tower, f"layer{i}")) for i in (1, 2, 3, 4)), 2 * tower.conv1.out_channels, None
+        shape = (
+            tuple(len(getattr(tower, f"layer{i}")) for i in (1, 2, 3, 4)),
+            2 * tower.conv1.out_channels,
+            None,
+        )
     model = clip.model.CLIP(tower.output_dim, tower.input_resolution, *shape, 1, 1, 64, 1, 1)
     model.load_state_dict(clip_state_dict(tower))
-    for name, value in (("input_resolution", tower.input_resolution), ("context_length", 1), ("vocab_size", 1)):
+    for name, value in (
+        ("input_resolution", tower.input_resolution),
+        ("context_length", 1),
+        ("vocab_size", 1),
+    ):
         vars(model).pop(name, None)
         model.register_buffer(name, torch.tensor(value))
-    example = torch.zeros(1, 3, tower.input_resolution, tower.input_resolution), torch.zeros(1, 1, dtype=torch.long)
+    example = (
+        torch.zeros(1, 3, tower.input_resolution, tower.input_resolution),
+        torch.zeros(1, 1, dtype=torch.long),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer doubts the asserts in multi-head attention
         torch.jit.trace(model.eval(), example).half().save(path)
@@ -104,7 +125,10 @@ def save_archive(tower, path):
 def arrays_of(tower):
     """A tower -> {name: array}, as weights.read_checkpoint reads its checkpoint."""
     state = tower.state_dict().items()
-    return {name: (value.half() if value.is_floating_point() else value).numpy() for name, value in state}
+    return {
+        name: (value.half() if value.is_floating_point() else value).numpy()
+        for name, value in state
+    }
 
 
 FORMS = {"state dict": save_state_dict, "archive": save_archive}

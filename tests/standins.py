@@ -1,4 +1,5 @@
 """What golden.py is tried on: models that keep their promise or do not, a service that misbehaves, an installed Pushgateway."""
+
 import contextlib
 import http.server
 import io
@@ -40,18 +41,45 @@ def make_models(place, make_folder):
     """The folder with three models in it: one as good as it says, the same with every verdict turned round, the same without
     test metrics."""
     import extract_features
-    tinted(make_folder(place / "data", {f"{split}/{label}": n for split, n in (("train", 40), ("test", 20)) for label in CLASSES}))
+
+    tinted(
+        make_folder(
+            place / "data",
+            {
+                f"{split}/{label}": n
+                for split, n in (("train", 40), ("test", 20))
+                for label in CLASSES
+            },
+        )
+    )
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setenv("CLIP_MODEL", str(small.CHECKPOINT))
-        extract_features.main(["--data_dir", str(place / "data"), "--output_file", str(place / "f.npz")])
+        extract_features.main(
+            ["--data_dir", str(place / "data"), "--output_file", str(place / "f.npz")]
+        )
     columns = load_features(place / "f.npz")
-    train, test = ({name: columns[name][columns["splits"] == split] for name in COLUMNS} for split in ("train", "test"))
+    train, test = (
+        {name: columns[name][columns["splits"] == split] for name in COLUMNS}
+        for split in ("train", "test")
+    )
     model = build(train)
-    overall = measure(test["labels"], probability(model, decision(model, test["features"])), model["threshold"], test["sha256"])
+    overall = measure(
+        test["labels"],
+        probability(model, decision(model, test["features"])),
+        model["threshold"],
+        test["sha256"],
+    )
     model |= {"encoder": columns["meta"]["encoder"], "metrics": {"overall": overall}}
     turned = {"dual_coef": -model["dual_coef"], "intercept": -model["intercept"]}
-    for name, version, changes in (("good", "v1.0.0", {}), ("worse", "v1.1.0", turned), ("untested", "v0.9.0", {"metrics": {}})):
-        save_model(place / f"{name}.joblib", {**model, **changes, "versions": {**model["versions"], "model": version}})
+    for name, version, changes in (
+        ("good", "v1.0.0", {}),
+        ("worse", "v1.1.0", turned),
+        ("untested", "v0.9.0", {"metrics": {}}),
+    ):
+        save_model(
+            place / f"{name}.joblib",
+            {**model, **changes, "versions": {**model["versions"], "model": version}},
+        )
     return place
 
 
@@ -73,15 +101,19 @@ class Stub(http.server.ThreadingHTTPServer):
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
             do_GET = do_POST = reply
 
             def log_message(self, *_):
                 pass
+
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked, self.url = {}, f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):
@@ -93,10 +125,14 @@ class Stub(http.server.ThreadingHTTPServer):
 def pushgateway(folder):
     """A Pushgateway as Debian installs it -> its URL; the test is skipped where there is none."""
     if (program := shutil.which("prometheus-pushgateway")) is None:
-        pytest.skip("prometheus-pushgateway is not installed: apt-get install prometheus-pushgateway")
+        pytest.skip(
+            "prometheus-pushgateway is not installed: apt-get install prometheus-pushgateway"
+        )
     address = f"127.0.0.1:{free_port()}"
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen([program, f"--web.listen-address={address}"], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [program, f"--web.listen-address={address}"], stdout=log, stderr=log
+        )
     try:
         deadline, session = time.monotonic() + PATIENCE, requests.Session()
         session.trust_env = False
@@ -105,7 +141,9 @@ def pushgateway(folder):
                 with contextlib.suppress(requests.RequestException):
                     if session.get(f"http://{address}/-/ready", timeout=5).ok:
                         break
-                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                assert process.poll() is None and time.monotonic() < deadline, (
+                    folder / "log"
+                ).read_text()
                 time.sleep(0.05)
         yield f"http://{address}"
     finally:
@@ -117,5 +155,9 @@ def pushed(gateway):
     """{(metric, model version): value} of the golden job."""
     with requests.get(f"{gateway}/metrics", timeout=PATIENCE) as response:
         families = list(text_string_to_metric_families(response.text))
-    return {(sample.name, sample.labels["model_version"]): sample.value for family in families for sample in family.samples
-            if sample.name.startswith("detector_") and sample.labels["job"] == "detector-golden"}
+    return {
+        (sample.name, sample.labels["model_version"]): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith("detector_") and sample.labels["job"] == "detector-golden"
+    }

@@ -1,4 +1,5 @@
 """Photographs, and the bytes of the files that they are written to."""
+
 import io
 
 import pytest

@@ -3,7 +3,6 @@
 python -m tools.draw_sources        # writes docs/sources.png
 """
 
-
 import matplotlib
 import numpy as np
 

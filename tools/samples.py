@@ -3,6 +3,7 @@
 python -m tools.samples
 python classify.py --image_path samples
 """
+
 import argparse
 from pathlib import Path
 
@@ -12,9 +13,7 @@ from detector.base.files import atomic_write, check_folder
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=Help
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument(
         "--output_dir", default="samples", metavar="DIR", help="folder to copy them to"
     )
@@ -24,6 +23,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     from detector.images.samples import installed_photos
+
     photos = installed_photos()
     if not photos:
         raise UsageError(

@@ -1,4 +1,5 @@
 """Addresses of object stores, registries and proxies."""
+
 import os
 import re
 
@@ -20,11 +21,20 @@ def behind_proxy(url, *also):
     """
     from urllib.parse import urlsplit
     from urllib.request import getproxies, proxy_bypass
+
     parts, proxies = urlsplit(url), getproxies()
     kinds = [kind for kind in (parts.scheme, *also) if kind in proxies]
-    if parts.scheme not in ("http", "https") or not kinds or proxy_bypass(parts.netloc.rpartition("@")[2]):
+    if (
+        parts.scheme not in ("http", "https")
+        or not kinds
+        or proxy_bypass(parts.netloc.rpartition("@")[2])
+    ):
         return ""
-    names = [name for name in (f"{kinds[0]}_proxy", f"{kinds[0]}_PROXY".upper()) if name in os.environ]
+    names = [
+        name for name in (f"{kinds[0]}_proxy", f"{kinds[0]}_PROXY".upper()) if name in os.environ
+    ]
     name = names[0] if names else "the system's settings"
-    return (f"; the proxy {masked(proxies[kinds[0]])} of {name} lies between: unset {name}, or set NO_PROXY={parts.hostname}, "
-            "where it is not needed")
+    return (
+        f"; the proxy {masked(proxies[kinds[0]])} of {name} lies between: unset {name}, or set"
+        f" NO_PROXY={parts.hostname}, where it is not needed"
+    )

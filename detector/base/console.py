@@ -1,4 +1,5 @@
 """What a command prints, and how it ends."""
+
 import argparse
 import os
 import sys
@@ -10,7 +11,7 @@ from detector.base.addresses import is_remote
 from detector.base.errors import DetectorError, UsageError
 from detector.base.files import REMEDIES, reason
 
-SOON = 2                        # seconds after which a loop that may be quick shows its progress
+SOON = 2  # seconds after which a loop that may be quick shows its progress
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line, paragraph
 # bidirectional classes of the marks that turn what follows round: 'gpj.exe' shown as 'exe.jpg'
 TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
@@ -38,8 +39,10 @@ def say(message):
 def printable(text):
     """Text with control characters, line ends, marks that turn the direction of writing, and bytes
     that are not UTF-8 as backslash escapes."""
+
     def bad(c):
         return unicodedata.category(c) in UNPRINTABLE or unicodedata.bidirectional(c) in TURNING
+
     return "".join(c.encode("unicode_escape").decode() if bad(c) else c for c in str(text))
 
 
@@ -61,7 +64,9 @@ def need_folder(path):
 def need_features(path):
     """Raises UsageError unless --features_file is there; of an object store that is seen when it is read."""
     if not is_remote(path) and not Path(path).exists():
-        raise UsageError(f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR")
+        raise UsageError(
+            f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR"
+        )
 
 
 def run(main):

@@ -1,13 +1,13 @@
 """Errors that a user can cause, each told in one line with exit code 2 (the service: a fitting status).
 
-    DetectorError
-     |- UsageError         a flag, a folder, a file or a setting
-     |- EncoderError       CLIP weights or a prepared encoder
-     |- ModelError         a model file
-     |- ImageError         one image; `status` is the HTTP status that fits
-          |- UnsupportedImage   415: not a format we take
-          |- BrokenImage        422: truncated or corrupt
-          |- ImageTooLarge      413: too many pixels
+DetectorError
+ |- UsageError         a flag, a folder, a file or a setting
+ |- EncoderError       CLIP weights or a prepared encoder
+ |- ModelError         a model file
+ |- ImageError         one image; `status` is the HTTP status that fits
+      |- UnsupportedImage   415: not a format we take
+      |- BrokenImage        422: truncated or corrupt
+      |- ImageTooLarge      413: too many pixels
 """
 
 
@@ -29,6 +29,7 @@ class ModelError(DetectorError):
 
 class ImageError(DetectorError):
     """`is_image`: the bytes are an image's, by what they announce, and not a caption's or a program's."""
+
     status = 422
     is_image = True
 

@@ -1,4 +1,5 @@
 """Reading and writing files, and what the system refuses."""
+
 import errno
 import fcntl
 import hashlib
@@ -18,16 +19,33 @@ from detector.base.errors import UsageError
 ANOTHER_PLACE = "name another place"
 # What the user can do about a refusal of the system's; the same command then works, or resumes.
 REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and run the same command again"),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "free some space, and run the same command again"
+    ),
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), and run the same command again",
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
     errno.ENOMEM: "free some memory, and run the same command again",
-    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV),
-                    "check the disk or network drive, and run the same command again"),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV),
+        "check the disk or network drive, and run the same command again",
+    ),
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.ENOENT: "check the path",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-                     errno.EBUSY, errno.ETXTBSY, errno.ENXIO, errno.EINVAL), ANOTHER_PLACE),
+    **dict.fromkeys(
+        (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.ELOOP,
+            errno.EBUSY,
+            errno.ETXTBSY,
+            errno.ENXIO,
+            errno.EINVAL,
+        ),
+        ANOTHER_PLACE,
+    ),
 }
 
 
@@ -147,8 +165,10 @@ def only_writer(path, given):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UsageError(f"{given}: process {file.read() or 'of another machine'} is writing it; "
-                             "wait until it ends, or name another place") from None
+            raise UsageError(
+                f"{given}: process {file.read() or 'of another machine'} is writing it; "
+                "wait until it ends, or name another place"
+            ) from None
         except OSError:
             pass
         try:
@@ -182,6 +202,7 @@ def check_folder(path, given):
 
 
 # ---- what every script does ----
+
 
 def read_bytes(path):
     """The bytes of a file; UsageError where it cannot be read."""

@@ -5,6 +5,7 @@
 
 Every file is checked against the SHA-256 that is stated here or in requirements/encoder.txt.
 """
+
 import hashlib
 import importlib.util
 import re
@@ -97,7 +98,9 @@ def ways_out(clip_model):
 def suggestion(clip_model):
     """'ViT-L-14' or 'openai/clip-vit-large-patch14' -> '; did you mean ViT-L/14?', or ''."""
     name = re.sub(
-        "clip-vit-(base|large)-patch", lambda found: f"ViT-{found[1][0]}", clip_model.removeprefix("openai/")
+        "clip-vit-(base|large)-patch",
+        lambda found: f"ViT-{found[1][0]}",
+        clip_model.removeprefix("openai/"),
     )
     plain = {re.sub("[^a-z0-9]", "", known.lower()): known for known in NAMES}
     close = get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, 1, 0.5)
@@ -129,7 +132,7 @@ def download(clip_model, url):
         if "hash of downloaded file" in reason:
             reason = "what arrived does not have the SHA-256 that is stated for it"
         raise EncoderError(
-            f"cannot download {clip_model} from {url} ({reason}): " f"{ways_out(clip_model)}"
+            f"cannot download {clip_model} from {url} ({reason}): {ways_out(clip_model)}"
         ) from None
 
 

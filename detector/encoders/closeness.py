@@ -1,4 +1,5 @@
 """How far two forms of the same encoder are apart: `prepare_clip.py --compare FILE`."""
+
 import numpy as np
 
 from detector.base.errors import EncoderError
@@ -21,9 +22,7 @@ def compare(clip_model, checkpoint, weights=None):
 
     Raises EncoderError unless both are vision transformers of one shape.
     """
-    ours, theirs = prepare.read_weights(clip_model, weights), prepare.read_weights(
-        checkpoint
-    )
+    ours, theirs = prepare.read_weights(clip_model, weights), prepare.read_weights(checkpoint)
     arch = architecture(ours)
     if architecture(theirs) != arch or arch["kind"] != "VisionTransformer":
         raise EncoderError(

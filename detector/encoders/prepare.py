@@ -1,4 +1,5 @@
 """CLIP weights -> a vision-only encoder folder in the cache, once."""
+
 import json
 import os
 import re
@@ -207,8 +208,9 @@ def write_folder(arrays, arch, layers, manifest, folder, progress):
         folder / "vision.safetensors",
     )
     if arch["kind"] == "VisionTransformer":
-        model, golden = openvino_model(arrays, arch, layers), numpy_forward(
-            arrays, arch, layers, pixels
+        model, golden = (
+            openvino_model(arrays, arch, layers),
+            numpy_forward(arrays, arch, layers, pixels),
         )
     else:
         model, golden = resnet_model(arrays, arch, layers, pixels)

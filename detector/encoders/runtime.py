@@ -1,8 +1,9 @@
 """CLIP's input -> features: prepared encoders, where they are found, and how they are run.
 
-    encoder = Encoder(find_encoder(source="ViT-L/14"))   # a folder that prepare_clip.py wrote
-    features = encoder.encode(pixels)                    # float32 [n, 3, r, r] -> float32 [n, d]
+encoder = Encoder(find_encoder(source="ViT-L/14"))   # a folder that prepare_clip.py wrote
+features = encoder.encode(pixels)                    # float32 [n, 3, r, r] -> float32 [n, d]
 """
+
 import ctypes
 import importlib.util
 import io
@@ -18,7 +19,9 @@ from pathlib import Path
 
 from detector.base.errors import EncoderError
 
-PREPROCESSING = "clip-1"  # changes whenever the same bytes would become other pixels; part of an encoder's identity
+PREPROCESSING = (  # changes whenever the same bytes would become other pixels; part of an encoder's identity
+    "clip-1"
+)
 
 # Intel's usage statistics: with this entry OpenVINO takes its silent stand-in. A detector phones nobody.
 sys.modules.setdefault("openvino_telemetry", None)
@@ -29,7 +32,9 @@ def cache_dir():
     try:
         return Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
     except RuntimeError:  # no HOME, and a user id without an entry
-        raise EncoderError("no folder for encoders: neither HOME nor CLIP_CACHE is set; set CLIP_CACHE to a folder") from None
+        raise EncoderError(
+            "no folder for encoders: neither HOME nor CLIP_CACHE is set; set CLIP_CACHE to a folder"
+        ) from None
 
 
 def read_manifest(folder):
@@ -38,7 +43,9 @@ def read_manifest(folder):
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError:
-        raise EncoderError(f"{path} is damaged: remove that folder and prepare the encoder again") from None
+        raise EncoderError(
+            f"{path} is damaged: remove that folder and prepare the encoder again"
+        ) from None
 
 
 def prepared(**wanted):
@@ -48,7 +55,10 @@ def prepared(**wanted):
     """
     wanted["preprocessing"] = PREPROCESSING
     for folder in sorted((cache_dir() / "encoders").glob("*")):
-        if wanted.items() <= {k: v for k, v in read_manifest(folder).items() if k in wanted}.items():
+        if (
+            wanted.items()
+            <= {k: v for k, v in read_manifest(folder).items() if k in wanted}.items()
+        ):
             yield folder
 
 
@@ -74,9 +84,11 @@ def processors(cgroup="/sys/fs/cgroup"):
 
 def golden_image():
     """A made-up picture, the same on every machine: PNG bytes, 320 x 240. Its features are recorded in encoder.json when
-    an encoder is prepared, so that a service can tell whether this machine computes what it should."""
+    an encoder is prepared, so that a service can tell whether this machine computes what it should.
+    """
     import numpy as np
     from PIL import Image
+
     rng = np.random.default_rng(0)
     blocks = np.kron(rng.integers(0, 160, (6, 8, 3)), np.ones((40, 40, 1), int))
     ramp = (np.arange(320)[None, :, None] + np.arange(240)[:, None, None]) // 12
@@ -90,7 +102,11 @@ def cuda_visible():
     """Is there a CUDA device? Asked of the driver, because importing torch to ask takes over a second."""
     try:
         driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
-        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+        return (
+            driver.cuInit(0) == 0
+            and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+            and count.value > 0
+        )
     except OSError:
         return False
 
@@ -115,7 +131,9 @@ class Encoder:
     def __init__(self, folder, device="auto", precision="auto", threads=0, compile=False):
         self.manifest = read_manifest(folder)
         if not self.manifest:
-            raise EncoderError(f"{folder} holds no prepared encoder: prepare one with prepare_clip.py")
+            raise EncoderError(
+                f"{folder} holds no prepared encoder: prepare one with prepare_clip.py"
+            )
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
         if precision == "auto":
@@ -124,12 +142,25 @@ class Encoder:
         if device == "cuda" and not cuda_visible():
             raise EncoderError("--device cuda: no CUDA device is visible here; use --device cpu")
         if device == "cuda" and not weights.is_file():
-            raise EncoderError(f"--device cuda: '{self.name}' has no weights for CUDA here, vision.safetensors; use --device cpu")
+            raise EncoderError(
+                f"--device cuda: '{self.name}' has no weights for CUDA here, vision.safetensors;"
+                " use --device cpu"
+            )
         if device == "cuda" and not has_torch():
-            raise EncoderError("--device cuda: torch and clip are not installed: pip install -r requirements.txt")
-        if device == "cuda" or device == "auto" and weights.is_file() and has_torch() and cuda_visible():
+            raise EncoderError(
+                "--device cuda: torch and clip are not installed: pip install -r requirements.txt"
+            )
+        if (
+            device == "cuda"
+            or device == "auto"
+            and weights.is_file()
+            and has_torch()
+            and cuda_visible()
+        ):
             self.device = "cuda"
-            self._forward, self.precision = torch_forward(weights, self.manifest, "cuda", precision, compile)
+            self._forward, self.precision = torch_forward(
+                weights, self.manifest, "cuda", precision, compile
+            )
         else:
             self.device = "cpu"
             self._forward, self.precision = openvino_forward(folder, precision, threads)
@@ -147,6 +178,7 @@ def openvino_core():
     With two plugins and the wrong order a signal, a child's end even, was then handled on memory that others use.
     """
     import openvino as ov
+
     return ov.Core()
 
 
@@ -161,29 +193,45 @@ def openvino_forward(folder, precision, threads):
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
     if precision == "bfloat16" and not has_bfloat16():
-        raise EncoderError("--precision bfloat16: this processor has no bfloat16; use --precision float32")
-    fastest = "bfloat16" if has_bfloat16() else "float32"  # also of those layers of int8 that stay float
+        raise EncoderError(
+            "--precision bfloat16: this processor has no bfloat16; use --precision float32"
+        )
+    fastest = (
+        "bfloat16" if has_bfloat16() else "float32"
+    )  # also of those layers of int8 that stay float
     precision = fastest if precision == "auto" else precision
-    config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[fastest if precision == "int8" else precision]
-    with suppress(OSError):  # where nothing can be written OpenVINO compiles each time, which takes a second for a ViT-L/14
+    config["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[
+        fastest if precision == "int8" else precision
+    ]
+    with suppress(
+        OSError
+    ):  # where nothing can be written OpenVINO compiles each time, which takes a second for a ViT-L/14
         (cache_dir() / "compiled").mkdir(parents=True, exist_ok=True)
-        config |= {"CACHE_DIR": str(cache_dir() / "compiled"), "CACHE_MODE": "OPTIMIZE_SIZE"}  # weights stay in encoder.bin
+        config |= {
+            "CACHE_DIR": str(cache_dir() / "compiled"),
+            "CACHE_MODE": "OPTIMIZE_SIZE",
+        }  # weights stay in encoder.bin
     try:
         compiled = openvino_core().compile_model(Path(folder) / "encoder.xml", "CPU", config)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise EncoderError(f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it again") from None
+        raise EncoderError(
+            f"the encoder in {folder} cannot be read ({reason}): remove that folder and prepare it"
+            " again"
+        ) from None
     request, one_at_a_time = compiled.create_infer_request(), threading.Lock()
 
     def forward(pixels):
         with one_at_a_time:
             return request.infer([pixels])[0].copy()
+
     return forward, precision
 
 
 def vision_tower(arch, weights):
     """`architecture`'s answer and {name: torch tensor} -> the torch module, float32, eval mode."""
     import clip.model
+
     arguments = dict(arch)
     tower = getattr(clip.model, arguments.pop("kind"))(**arguments)
     tower.load_state_dict(weights)
@@ -202,13 +250,20 @@ def torch_forward(weights, manifest, device, precision, compile=False):
     from safetensors.torch import load_file
 
     from detector.encoders.layers import with_layers
+
     if precision == "bfloat16":
-        raise EncoderError("--precision bfloat16 is for processors; on CUDA use auto (float16) or float32")
+        raise EncoderError(
+            "--precision bfloat16 is for processors; on CUDA use auto (float16) or float32"
+        )
     dtype = torch.float32 if precision == "float32" else torch.float16
     tower = vision_tower(manifest["arch"], load_file(weights))
     if dtype == torch.float16:
-        convert_weights(tower)  # as clip.load on CUDA: the norms stay float32, their code wants it so
-    tower = tower.to(device, memory_format=torch.channels_last)  # of the convolutions, as cuDNN wants them for float16
+        convert_weights(
+            tower
+        )  # as clip.load on CUDA: the norms stay float32, their code wants it so
+    tower = tower.to(
+        device, memory_format=torch.channels_last
+    )  # of the convolutions, as cuDNN wants them for float16
     if compile:
         for part in tower.transformer.resblocks if hasattr(tower, "transformer") else [tower]:
             part.compile()
@@ -228,7 +283,13 @@ def torch_forward(weights, manifest, device, precision, compile=False):
             with torch.cuda.stream(stream):  # of None: does nothing
                 if device == "cuda":
                     batch = batch.pin_memory().to(device, non_blocking=True)
-                return module(batch.contiguous(memory_format=torch.channels_last))[:n].float().cpu().numpy()
+                return (
+                    module(batch.contiguous(memory_format=torch.channels_last))[:n]
+                    .float()
+                    .cpu()
+                    .numpy()
+                )
         finally:
             free.put(stream)
+
     return forward, str(dtype).removeprefix("torch.")

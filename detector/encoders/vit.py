@@ -5,6 +5,7 @@
 
 `Tower` follows clip/model.py (VisionTransformer, ResidualAttentionBlock, QuickGELU).
 """
+
 import numpy as np
 
 EPSILON = 1e-5  # of torch's LayerNorm

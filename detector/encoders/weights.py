@@ -9,6 +9,7 @@ OpenAI ships it, and a saved state dict. A pickle in them names the tensors, the
 members of their own. Nothing that a file says is called, and no number is read from outside of
 its member.
 """
+
 import hashlib
 import io
 import pickle
@@ -321,7 +322,7 @@ def identity_of(weights, arch, layers="final"):
     """SHA-256 over the tower's fp16 tensors in name order, layers and preprocessing: the same for
     every file form. `arch` is printed into it: its numbers must be plain ints."""
     digest = hashlib.sha256(
-        f"layers={layers} preprocessing={PREPROCESSING} " f"{sorted(arch.items())}".encode()
+        f"layers={layers} preprocessing={PREPROCESSING} {sorted(arch.items())}".encode()
     )
     for name, array in sorted(weights.items()):
         if array.dtype.kind == "f":

@@ -1,4 +1,5 @@
 """A model's scores on labelled images it has not seen -> everything a report says of them."""
+
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,11 @@ from detector.model.threshold import stale_threshold
 from detector.verdict import Detector, choose_model
 
 SHOWN = 12  # hardest images of each class
-PICTURES = ("robustness under re-saving, shrinking, blur, noise and crops", "files made alike", "hardest images")
+PICTURES = (
+    "robustness under re-saving, shrinking, blur, noise and crops",
+    "files made alike",
+    "hardest images",
+)
 
 
 def stored_columns(path, model, data_dir):
@@ -27,12 +32,17 @@ def stored_columns(path, model, data_dir):
     (file,), encoder = open_files([path], model.get("crops", 0))
     columns = join_columns(list(file.parts()))
     if encoder["identity"] != model["encoder"]["identity"]:
-        raise UsageError(f"{path} is of encoder '{encoder['name']}' ({encoder['identity'][:12]}), the model "
-                         f"needs '{model['encoder']['name']}' ({model['encoder']['identity'][:12]}): extract with that one")
+        raise UsageError(
+            f"{path} is of encoder '{encoder['name']}' ({encoder['identity'][:12]}), the model"
+            f" needs '{model['encoder']['name']}' ({model['encoder']['identity'][:12]}): extract"
+            " with that one"
+        )
     missing = [name for name in columns["paths"] if data_dir and not Path(data_dir, name).is_file()]
     if missing:
-        raise UsageError(f"--data_dir {data_dir}: '{missing[0]}' of {path} is not there; name the folder that was extracted, or "
-                         f"where files were removed since, remove {path} and extract again")
+        raise UsageError(
+            f"--data_dir {data_dir}: '{missing[0]}' of {path} is not there; name the folder that"
+            f" was extracted, or where files were removed since, remove {path} and extract again"
+        )
     return columns
 
 
@@ -41,9 +51,11 @@ def split_rows(columns, model, seen):
 
     -> (their row numbers, row numbers of those left out). Raises UsageError where none is left.
     """
-    trained = {f"{int(number) + 2 ** 63:016x}" for number in model["training_data"]["images"]}
+    trained = {f"{int(number) + 2**63:016x}" for number in model["training_data"]["images"]}
     own = np.array([digest[:16] in trained for digest in columns["sha256"]], bool)
-    by_encoder = np.isin([digest[:16] for digest in columns["sha256"]], seen) | (columns["splits"] == SEEN)
+    by_encoder = np.isin([digest[:16] for digest in columns["sha256"]], seen) | (
+        columns["splits"] == SEEN
+    )
     labelled = columns["labels"] >= 0
     whole = columns["view"] == 0
     for mask, why in ((own, "trained the model"), (by_encoder & ~own, "trained its encoder")):
@@ -51,7 +63,10 @@ def split_rows(columns, model, seen):
             say(f"left out: {n} images that {why}")
     keep = distinct(columns, np.flatnonzero(labelled & ~own & ~by_encoder))
     if not len(keep):
-        raise UsageError("no labelled image is left that trained neither the model nor its encoder: name other images")
+        raise UsageError(
+            "no labelled image is left that trained neither the model nor its encoder: name other"
+            " images"
+        )
     return keep, np.flatnonzero(labelled & (own | by_encoder))
 
 
@@ -60,12 +75,19 @@ def hardest(columns, p_fake, threshold):
     labels, found = columns["labels"], []
     for label, sign in ((0, -1), (1, 1)):
         rows = np.flatnonzero((labels == label) & ((p_fake >= threshold) != label))
-        found += [{"path": str(columns["paths"][i]), "label": CLASSES[label], "p_fake": round(float(p_fake[i]), 4)}
-                  for i in rows[np.argsort(sign * p_fake[rows], kind="stable")][:SHOWN]]
+        found += [
+            {
+                "path": str(columns["paths"][i]),
+                "label": CLASSES[label],
+                "p_fake": round(float(p_fake[i]), 4),
+            }
+            for i in rows[np.argsort(sign * p_fake[rows], kind="stable")][:SHOWN]
+        ]
     return found
 
 
 # ---- the report ----
+
 
 def cross_validated_leak(columns, p_fake, groups):
     """The detector against probes cross-validated on these images (`probes.detector_minus_leak`), or None."""
@@ -76,19 +98,26 @@ def cross_validated_leak(columns, p_fake, groups):
         detector_minus_leak,
         probes_of,
     )
+
     labels = columns["labels"].astype(int)
     if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
         return None
-    leaks = {what: cross_validated(boosted, values, labels, groups) for what, values in probes_of(columns["facts"], columns["thumb"])[-2:]}
+    leaks = {
+        what: cross_validated(boosted, values, labels, groups)
+        for what, values in probes_of(columns["facts"], columns["thumb"])[-2:]
+    }
     if any(p is None for p in leaks.values()):
         return None
-    return detector_minus_leak(p_fake, leaks, labels, groups) | {"how": "cross-validated on these images"}
+    return detector_minus_leak(p_fake, leaks, labels, groups) | {
+        "how": "cross-validated on these images"
+    }
 
 
 def assess_all(model, columns, rows, left_out):
     """Everything that scores alone give on those rows, what the files betray (of the images left out, too: a test image may
     have a twin among them), and what is wrong with the model itself."""
     from detector.evaluation.audit import audit
+
     split = np.full(len(columns["labels"]), "train")
     split[rows] = "test"
     both = np.sort(np.concatenate([rows, left_out]))
@@ -102,10 +131,25 @@ def assess_all(model, columns, rows, left_out):
     first = {name: columns[name][whole] for name in COLUMNS}
     p_fake = p_fake_of(model, first["features"])
     warnings = [stale_threshold(model), report.calibration_warning(found["calibration"])]
-    return first, groups[whole], p_fake, {
-        **report.about(model), **found, "audit": betrayed, "leak": cross_validated_leak(first, p_fake, groups[whole]),
-        "data": {"groups": kind, **{part: digest(columns, mask) for part, mask in report.parts_of(model, columns).items()}},
-        "warnings": [line for line in warnings if line]}
+    return (
+        first,
+        groups[whole],
+        p_fake,
+        {
+            **report.about(model),
+            **found,
+            "audit": betrayed,
+            "leak": cross_validated_leak(first, p_fake, groups[whole]),
+            "data": {
+                "groups": kind,
+                **{
+                    part: digest(columns, mask)
+                    for part, mask in report.parts_of(model, columns).items()
+                },
+            },
+            "warnings": [line for line in warnings if line],
+        },
+    )
 
 
 def digest(columns, mask):
@@ -114,8 +158,15 @@ def digest(columns, mask):
     return sha256("".join(sorted(f"{s} {view} {label} " for s, view, label in rows)).encode())
 
 
-def evaluate(model_path=None, data_dir=None, features_file=None, report_dir="evaluation", baseline=None,
-             robustness_images=1000, device="auto"):
+def evaluate(
+    model_path=None,
+    data_dir=None,
+    features_file=None,
+    report_dir="evaluation",
+    baseline=None,
+    robustness_images=1000,
+    device="auto",
+):
     """The flags of evaluate.py -> (what there is to print, what got worse than `baseline`, number of unreadable files).
 
     Writes the report. Raises DetectorError.
@@ -140,8 +191,16 @@ def evaluate(model_path=None, data_dir=None, features_file=None, report_dir="eva
     text = f"{report.evaluation(found)}\nreport in {Path(report_dir)}/"
     if rows is None:
         return text, [], bad
-    text += "\n" + (changes_table(rows) if rows else f"every metric lies in the interval that {baseline} records")
-    return text, [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"], bad
+    text += "\n" + (
+        changes_table(rows)
+        if rows
+        else f"every metric lies in the interval that {baseline} records"
+    )
+    return (
+        text,
+        [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"],
+        bad,
+    )
 
 
 def columns_of(detector, model, data_dir, features_file):

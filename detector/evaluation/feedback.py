@@ -6,6 +6,7 @@
 A `feedback` line names the request of a `verdict` line. Files are read twice, line by line, and only requests that have
 feedback are kept; what can be read only once (a pipe) is copied to a temporary file first (TMPDIR says where).
 """
+
 import json
 import shutil
 import sys
@@ -19,7 +20,9 @@ from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.evaluation import metrics
 
-LINE_BYTES = 1 << 20  # the service's are below 1,000; a longer one is none of its lines, and read in pieces
+LINE_BYTES = (
+    1 << 20
+)  # the service's are below 1,000; a longer one is none of its lines, and read in pieces
 READING = """How to read this: feedback is what users chose to report, not a random sample of what was asked. Verdicts that look
 wrong tend to be reported more often than others, and users may be wrong themselves; the intervals know of neither. A
 fall from one version to the next is a reason to look. What all images get is measured on a labelled set of one's own:
@@ -29,6 +32,7 @@ Joined = namedtuple("Joined", "label classification version sha256")
 
 
 # ---- logs ----
+
 
 def open_log(path, stack):
     """A log that can be read twice: the file, or of stdin and other pipes a copy. Raises UsageError."""
@@ -40,7 +44,10 @@ def open_log(path, stack):
         shutil.copyfileobj(log, copy)
         return copy
     except OSError as error:
-        raise UsageError(f"--feedback {path}: cannot be read ({error.strerror}); name logs of the service, or - for stdin") from None
+        raise UsageError(
+            f"--feedback {path}: cannot be read ({error.strerror}); name logs of the service, or -"
+            " for stdin"
+        ) from None
 
 
 def lines_of(logs):
@@ -68,6 +75,7 @@ def texts(event, *names):
 
 # ---- the join ----
 
+
 def read_feedback(logs, counts):
     """First pass -> {request id: label}. Of several for one request the last one counts, by its time: the logs of several
     pods come in no order."""
@@ -91,7 +99,8 @@ def read_feedback(logs, counts):
 
 def read_verdicts(logs, labels, counts):
     """Second pass -> [Joined] of the requests in `labels`. One that several verdicts bear (clients may choose
-    their ids) could mean any of them and is left out; the same line twice, from logs that overlap, is one verdict."""
+    their ids) could mean any of them and is left out; the same line twice, from logs that overlap, is one verdict.
+    """
     first, ambiguous = {}, set()
     for line in lines_of(logs):
         event = parse(line)
@@ -112,7 +121,11 @@ def read_verdicts(logs, labels, counts):
         if first.setdefault(request_id, (verdict, time)) != (verdict, time):
             ambiguous.add(request_id)
     counts["ambiguous"], counts["without_verdict"] = len(ambiguous), len(labels) - len(first)
-    return [Joined(labels[name], *verdict) for name, (verdict, _) in first.items() if name not in ambiguous]
+    return [
+        Joined(labels[name], *verdict)
+        for name, (verdict, _) in first.items()
+        if name not in ambiguous
+    ]
 
 
 def join(logs, counts):
@@ -120,6 +133,7 @@ def join(logs, counts):
 
 
 # ---- what it says ----
+
 
 def measure(rows):
     """[Joined] -> [accuracy, reals right, fakes right, balanced accuracy], each {'value', 'interval', 'n'}; copies of one
@@ -136,11 +150,15 @@ def table(rows):
     for version in sorted({row.version for row in rows}):
         versions[f"  {version}"] = [row for row in rows if row.version == version]
     width = max(map(len, [*versions, "version"]))
-    head = "  ".join(f"{name:18}" for name in ("accuracy", "reals right", "fakes right", "balanced accuracy"))
+    head = "  ".join(
+        f"{name:18}" for name in ("accuracy", "reals right", "fakes right", "balanced accuracy")
+    )
     lines = [f"{'version':{width}}  verdicts  images  {head}".rstrip()]
     for name, own in versions.items():
         shares = "  ".join(f"{metrics.words(share):18}" for share in measure(own)).rstrip()
-        lines.append(f"{name:{width}}  {len(own):8}  {len({row.sha256 for row in own}):6}  {shares}")
+        lines.append(
+            f"{name:{width}}  {len(own):8}  {len({row.sha256 for row in own}):6}  {shares}"
+        )
     return "\n".join(lines)
 
 
@@ -152,31 +170,51 @@ def disputed(rows):
 
 def remarks(counts, rows):
     """What was counted and not used, or used with doubt, a line each; nothing where there was none."""
-    told = (("ambiguous", "requests left out: their ids stand on more than one verdict (clients chose them)"),
-            ("without_verdict", "requests with feedback whose verdict is not in these logs"),
-            ("contradicted", "requests with contradicting feedback: the last one counts"),
-            ("disputed", "images reported as real in one request and as fake in another"),
-            ("skipped", "lines skipped: torn, or not JSON"),
-            ("damaged", "feedback or verdict lines skipped: a field is missing or not what it should be"))
+    told = (
+        (
+            "ambiguous",
+            "requests left out: their ids stand on more than one verdict (clients chose them)",
+        ),
+        ("without_verdict", "requests with feedback whose verdict is not in these logs"),
+        ("contradicted", "requests with contradicting feedback: the last one counts"),
+        ("disputed", "images reported as real in one request and as fake in another"),
+        ("skipped", "lines skipped: torn, or not JSON"),
+        (
+            "damaged",
+            "feedback or verdict lines skipped: a field is missing or not what it should be",
+        ),
+    )
     counts["disputed"] = disputed(rows)
     return [f"{counts[name]:,} {words}" for name, words in told if counts[name]]
 
 
 def tell_feedback(args):
     """evaluate.py --feedback LOG...: prints, loads no model and writes no report. Raises UsageError."""
-    given = [f"--{name}" for name in ("data_dir", "features_file", "model_path", "baseline") if getattr(args, name)]
+    given = [
+        f"--{name}"
+        for name in ("data_dir", "features_file", "model_path", "baseline")
+        if getattr(args, name)
+    ]
     if given:
-        raise UsageError(f"--feedback goes without {', '.join(given)}: logs hold the verdicts already, no model is run")
+        raise UsageError(
+            f"--feedback goes without {', '.join(given)}: logs hold the verdicts already, no model"
+            " is run"
+        )
     counts = Counter()
     with ExitStack() as stack:
         rows = join([open_log(path, stack) for path in dict.fromkeys(args.feedback)], counts)
     if not rows:
-        raise UsageError(f"--feedback {' '.join(args.feedback)}: no feedback line has its verdict line there ({counts['feedback']:,} and "
-                         f"{counts['verdicts']:,}; {counts['ambiguous']:,} ambiguous, {counts['skipped']:,} lines that are not JSON): "
-                         "name logs of the service that hold both")
+        raise UsageError(
+            f"--feedback {' '.join(args.feedback)}: no feedback line has its verdict line there"
+            f" ({counts['feedback']:,} and {counts['verdicts']:,}; {counts['ambiguous']:,}"
+            f" ambiguous, {counts['skipped']:,} lines that are not JSON): name logs of the service"
+            " that hold both"
+        )
     share = 1 - counts["without_feedback"] / counts["verdicts"]
-    print(f"accuracy in production, as reported: {counts['verdicts']:,} verdicts, feedback on {share:.1%}, "
-          f"none on {counts['without_feedback']:,}")
+    print(
+        f"accuracy in production, as reported: {counts['verdicts']:,} verdicts, feedback on"
+        f" {share:.1%}, none on {counts['without_feedback']:,}"
+    )
     print(table(rows))
     print(*remarks(counts, rows), READING, sep="\n")
     return 0

@@ -6,25 +6,34 @@ Both classes weigh the same in everything that their numbers would move (average
 in the probability itself. Images of one group (a source, copies of one picture) are not independent: shares get Wilson's
 interval with the number of images that they are worth, everything else a bootstrap that draws whole groups.
 """
+
 import numpy as np
 
 from detector.base.console import SOON
 from detector.base.constants import CLASSES
 from detector.model.threshold import outside
 
-RESAMPLES = 1000         # of a bootstrap; fewer where there are many images, but never below 200: their intervals are narrow
-BINS = 10        # of equal numbers of images, for the calibration error
+RESAMPLES = 1000  # of a bootstrap; fewer where there are many images, but never below 200: their intervals are narrow
+BINS = 10  # of equal numbers of images, for the calibration error
 PREVALENCES = (0.01, 0.1, 0.5)
 # name -> (words, is higher better). The order is that of every table.
-METRICS = {"accuracy_real": ("accuracy on reals", True), "accuracy_fake": ("accuracy on fakes", True),
-           "balanced_accuracy": ("balanced accuracy", True), "auc": ("AUC", True),
-           "average_precision": ("average precision", True), "tpr_at_1": ("TPR at 1% FPR", True),
-           "tpr_at_5": ("TPR at 5% FPR", True), "fpr_at_95": ("FPR at 95% TPR", False),
-           "calibration_error": ("calibration error", False), "log_loss": ("log-loss", False)}
+METRICS = {
+    "accuracy_real": ("accuracy on reals", True),
+    "accuracy_fake": ("accuracy on fakes", True),
+    "balanced_accuracy": ("balanced accuracy", True),
+    "auc": ("AUC", True),
+    "average_precision": ("average precision", True),
+    "tpr_at_1": ("TPR at 1% FPR", True),
+    "tpr_at_5": ("TPR at 5% FPR", True),
+    "fpr_at_95": ("FPR at 95% TPR", False),
+    "calibration_error": ("calibration error", False),
+    "log_loss": ("log-loss", False),
+}
 DRAWN = tuple(METRICS)[3:]  # those whose interval is a bootstrap's
 
 
 # ---- intervals ----
+
 
 def wilson(successes, n):
     """95% interval of a share (Wilson 1927): [low, high]; [0, 1] where n is 0. Numbers need not be whole."""
@@ -33,12 +42,16 @@ def wilson(successes, n):
     z, p = 1.959964, successes / n
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return [0.0 if successes == 0 else float(low), 1.0 if successes == n else float(high)]  # exact, without rounding
+    return [
+        0.0 if successes == 0 else float(low),
+        1.0 if successes == n else float(high),
+    ]  # exact, without rounding
 
 
 def few(number):
     """How much wider than a normal one an interval from `number` groups is: Student's t, inf below two of them."""
     from scipy.special import stdtrit
+
     return float(stdtrit(number - 1, 0.975) / 1.959964) if number > 1 else np.inf
 
 
@@ -59,7 +72,12 @@ def effective(mask, groups):
 def between_groups(mask, group):
     """Variance of the share of boolean [n] that the spread between group numbers [n] alone gives."""
     number = group.max() + 1
-    return (np.bincount(group, mask - np.mean(mask)) ** 2).sum() * number / max(1, number - 1) / len(mask) ** 2
+    return (
+        (np.bincount(group, mask - np.mean(mask)) ** 2).sum()
+        * number
+        / max(1, number - 1)
+        / len(mask) ** 2
+    )
 
 
 def share(mask, groups=None):
@@ -75,7 +93,9 @@ def draw_groups(groups, seed=0, block=50):
     _, group = np.unique(groups, return_inverse=True)
     number, rng = int(group.max()) + 1, np.random.default_rng(seed)
     for _ in range(0, min(RESAMPLES, max(200, RESAMPLES * 5000 // len(group))), block):
-        yield rng.multinomial(number, np.full(number, 1 / number), size=block).astype(float)[:, group]
+        yield rng.multinomial(number, np.full(number, 1 / number), size=block).astype(float)[
+            :, group
+        ]
 
 
 def interval(value, drawn, number, bottom=0.0, top=1.0):
@@ -89,11 +109,17 @@ def interval(value, drawn, number, bottom=0.0, top=1.0):
     if value is None or number < 2 or not len(drawn):
         return None
     low, high = np.percentile(drawn, [2.5, 97.5])
-    low, high = min(low, value), max(high, value)  # a bootstrap of calibration errors lies above most of them
+    low, high = (
+        min(low, value),
+        max(high, value),
+    )  # a bootstrap of calibration errors lies above most of them
     if high - low < 1e-9 and (bottom, top) == (0, 1) and value in (0, 1):
         return wilson(value * number, number)
     stretch = np.sqrt(number / (number - 1)) * few(number)
-    return [float(max(bottom, value - stretch * (value - low))), float(min(top, value + stretch * (high - value)))]
+    return [
+        float(max(bottom, value - stretch * (value - low))),
+        float(min(top, value + stretch * (high - value))),
+    ]
 
 
 def groups_of_rarer_class(labels, groups):
@@ -106,23 +132,31 @@ def words(metric, digits=2):
     if metric is None or metric["value"] is None:
         return "n/a"
     ends = metric.get("interval")
-    return f"{metric['value']:z.{digits}f}" + (f" [{ends[0]:z.{digits}f}, {ends[1]:z.{digits}f}]" if ends else "")
+    return f"{metric['value']:z.{digits}f}" + (
+        f" [{ends[0]:z.{digits}f}, {ends[1]:z.{digits}f}]" if ends else ""
+    )
 
 
 # ---- metrics ----
+
 
 def curve(labels, scores, weight):
     """Labels, scores [n] sorted by falling score; weight [b, n] -> (FPR, TPR [b, thresholds], weight of each row within
     its class [2] of [b, n]). Ties move together; NaN where a class has no weight."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        of_class = [w / w.sum(axis=1, keepdims=True) for w in (weight * (labels == label) for label in (0, 1))]
+        of_class = [
+            w / w.sum(axis=1, keepdims=True)
+            for w in (weight * (labels == label) for label in (0, 1))
+        ]
     last = np.flatnonzero(np.append(np.diff(scores) != 0, True))
     return *(np.cumsum(w, axis=1)[:, last] for w in of_class), of_class
 
 
 def area(fpr, tpr):
     """Area under curves [b, thresholds] -> [b]; ties count half."""
-    return (np.diff(fpr, axis=1, prepend=0) * (tpr - np.diff(tpr, axis=1, prepend=0) / 2)).sum(axis=1)
+    return (np.diff(fpr, axis=1, prepend=0) * (tpr - np.diff(tpr, axis=1, prepend=0) / 2)).sum(
+        axis=1
+    )
 
 
 def drawn_auc(labels, scores, groups):
@@ -154,15 +188,23 @@ def drawn_metrics(labels, p_fake, weight):
         precision = tpr / (tpr + fpr)
     half = (of_class[0] + of_class[1]) / 2
     p = np.clip(p_fake, 1e-15, 1 - 1e-15)
-    first = np.flatnonzero(np.insert(np.diff(p_fake) != 0, 0, True))  # no bin ends between equal probabilities
-    edges = np.unique(first[np.searchsorted(first, np.arange(BINS) * len(labels) // BINS, side="right") - 1])
-    found = {"auc": area(fpr, tpr),
-             "average_precision": np.nansum(np.where(step_tpr > 0, step_tpr * precision, 0), axis=1),
-             "tpr_at_1": np.where(fpr <= 0.01 + 1e-9, tpr, 0).max(axis=1),
-             "tpr_at_5": np.where(fpr <= 0.05 + 1e-9, tpr, 0).max(axis=1),
-             "fpr_at_95": np.where(tpr >= 0.95 - 1e-9, fpr, 1).min(axis=1),
-             "calibration_error": np.abs(np.add.reduceat(half * (labels - p_fake), edges, axis=1)).sum(axis=1),
-             "log_loss": -(half * np.where(labels == 1, np.log(p), np.log1p(-p))).sum(axis=1)}
+    first = np.flatnonzero(
+        np.insert(np.diff(p_fake) != 0, 0, True)
+    )  # no bin ends between equal probabilities
+    edges = np.unique(
+        first[np.searchsorted(first, np.arange(BINS) * len(labels) // BINS, side="right") - 1]
+    )
+    found = {
+        "auc": area(fpr, tpr),
+        "average_precision": np.nansum(np.where(step_tpr > 0, step_tpr * precision, 0), axis=1),
+        "tpr_at_1": np.where(fpr <= 0.01 + 1e-9, tpr, 0).max(axis=1),
+        "tpr_at_5": np.where(fpr <= 0.05 + 1e-9, tpr, 0).max(axis=1),
+        "fpr_at_95": np.where(tpr >= 0.95 - 1e-9, fpr, 1).min(axis=1),
+        "calibration_error": (
+            np.abs(np.add.reduceat(half * (labels - p_fake), edges, axis=1)).sum(axis=1)
+        ),
+        "log_loss": -(half * np.where(labels == 1, np.log(p), np.log1p(-p))).sum(axis=1),
+    }
     empty = ~np.isfinite(half.sum(axis=1))
     return {name: np.where(empty, np.nan, values) for name, values in found.items()}
 
@@ -175,8 +217,14 @@ def of_both(real, fake):
     if real["value"] is None or fake["value"] is None:
         return {"value": None, "interval": None, "n": real["n"] + fake["n"]}
     value = (real["value"] + fake["value"]) / 2
-    below, above = (np.hypot(*(m["value"] - m["interval"][side] for m in (real, fake))) / 2 for side in (0, 1))
-    return {"value": value, "interval": [float(value - below), float(value + above)], "n": real["n"] + fake["n"]}
+    below, above = (
+        np.hypot(*(m["value"] - m["interval"][side] for m in (real, fake))) / 2 for side in (0, 1)
+    )
+    return {
+        "value": value,
+        "interval": [float(value - below), float(value + above)],
+        "n": real["n"] + fake["n"],
+    }
 
 
 def measure(labels, p_fake, threshold, groups):
@@ -187,8 +235,12 @@ def measure(labels, p_fake, threshold, groups):
     """
     labels, p_fake, groups = np.asarray(labels), np.asarray(p_fake, float), np.asarray(groups)
     fake, n = p_fake >= threshold, len(labels)
-    found = {"n": n, "threshold": threshold, "accuracy": share(fake == labels, groups),
-             "confusion": [[int(((labels == i) & (fake == j)).sum()) for j in (0, 1)] for i in (0, 1)]}
+    found = {
+        "n": n,
+        "threshold": threshold,
+        "accuracy": share(fake == labels, groups),
+        "confusion": [[int(((labels == i) & (fake == j)).sum()) for j in (0, 1)] for i in (0, 1)],
+    }
     for i, name in enumerate(CLASSES):
         found[f"accuracy_{name}"] = share(fake[labels == i] == i, groups[labels == i])
         found[f"precision_{name}"] = share(labels[fake == i] == i, groups[fake == i])
@@ -198,12 +250,19 @@ def measure(labels, p_fake, threshold, groups):
     order = np.argsort(-p_fake, kind="stable")
     labels, p_fake, groups = labels[order], p_fake[order], groups[order]
     # rounded, so that 1 is 1 and not 2e-16 beside it: `interval` asks
-    values = {name: round(float(v[0]), 12) for name, v in drawn_metrics(labels, p_fake, np.ones((1, n))).items()}
+    values = {
+        name: round(float(v[0]), 12)
+        for name, v in drawn_metrics(labels, p_fake, np.ones((1, n))).items()
+    }
     blocks = [drawn_metrics(labels, p_fake, weight) for weight in draw_groups(groups)]
     number = groups_of_rarer_class(labels, groups)
     for name, value in values.items():
         drawn = np.concatenate([block[name] for block in blocks])
-        found[name] = {"value": value, "interval": interval(value, drawn, number, 0.0, np.inf if name == "log_loss" else 1.0), "n": n}
+        found[name] = {
+            "value": value,
+            "interval": interval(value, drawn, number, 0.0, np.inf if name == "log_loss" else 1.0),
+            "n": n,
+        }
     return found
 
 
@@ -216,15 +275,24 @@ def base_rates(found):
 
     def precision(prevalence, recall, alarms):
         return prevalence * recall / max(prevalence * recall + (1 - prevalence) * alarms, 1e-12)
+
     if real["value"] is None or fake["value"] is None:
         return {}
     alarms = fake["value"] > 0 or real["value"] < 1
-    return {str(share): {"value": precision(share, fake["value"], 1 - real["value"]) if alarms else None, "n": found["n"],
-                         "interval": [precision(share, fake["interval"][i], 1 - real["interval"][i]) for i in (0, 1)]}
-            for share in PREVALENCES}
+    return {
+        str(share): {
+            "value": precision(share, fake["value"], 1 - real["value"]) if alarms else None,
+            "n": found["n"],
+            "interval": [
+                precision(share, fake["interval"][i], 1 - real["interval"][i]) for i in (0, 1)
+            ],
+        }
+        for share in PREVALENCES
+    }
 
 
 # ---- sources ----
+
 
 def by_source(labels, p_fake, threshold, sources, clusters, known=None):
     """-> list of rows {source, label, known, paired, n, own, **metrics}, worst first by 'own', its own share right.
@@ -233,17 +301,24 @@ def by_source(labels, p_fake, threshold, sources, clusters, known=None):
     accuracy of its class, or balanced over both) are its own. Groups are copies of one picture. `known`: the sources that the model was trained on.
     """
     from tqdm import tqdm
+
     rows = []
     for source in tqdm(np.unique(sources), desc="measuring each source", delay=SOON):
         own = sources == source
         classes = np.unique(labels[own])
         chosen = own if len(classes) == 2 else own | (labels != classes[0])
         found = measure(labels[chosen], p_fake[chosen], threshold, clusters[chosen])
-        row = {"source": str(source), "label": CLASSES[classes[0]] if len(classes) == 1 else "both",
-               "known": known is None or source == "" or str(source) in known, "n": int(own.sum()),
-               "paired": "" if len(classes) == 2 else f"with all {CLASSES[1 - classes[0]]} images"}
+        row = {
+            "source": str(source),
+            "label": CLASSES[classes[0]] if len(classes) == 1 else "both",
+            "known": known is None or source == "" or str(source) in known,
+            "n": int(own.sum()),
+            "paired": "" if len(classes) == 2 else f"with all {CLASSES[1 - classes[0]]} images",
+        }
         row |= {name: found[name] for name in METRICS}
-        row["own"] = row["balanced_accuracy" if row["label"] == "both" else f"accuracy_{row['label']}"]
+        row["own"] = row[
+            "balanced_accuracy" if row["label"] == "both" else f"accuracy_{row['label']}"
+        ]
         rows.append(row)
     return sorted(rows, key=lambda r: (r["own"]["value"], -r["n"]))
 
@@ -255,23 +330,44 @@ def over_sources(rows):
     """
     found = {}
     for name, (_, higher) in METRICS.items():
-        have = [(r[name]["value"], r[name]["interval"], r["source"]) for r in rows if r[name]["value"] is not None
-                and not (r["paired"] and name.startswith("accuracy_") and not name.endswith(r["label"]))]
+        have = [
+            (r[name]["value"], r[name]["interval"], r["source"])
+            for r in rows
+            if r[name]["value"] is not None
+            and not (r["paired"] and name.startswith("accuracy_") and not name.endswith(r["label"]))
+        ]
         if not have:
             continue
         values = np.array([value for value, _, _ in have])
         worst = have[int(values.argmin() if higher else values.argmax())]
         spread = float(values.std(ddof=1)) if len(values) > 1 else None
         paired = not name.startswith("accuracy") and any(r["paired"] for r in rows)
-        half = None if spread is None or paired else 1.959964 * few(len(values)) * spread / np.sqrt(len(values))
-        ends = None if half is None else np.clip([values.mean() - half, values.mean() + half], 0, None if name == "log_loss" else 1).tolist()
-        found[name] = {"mean": float(values.mean()), "deviation": spread, "n": len(values), "worst": worst[0],
-                       "worst_interval": worst[1], "worst_source": worst[2],
-                       "interval": ends}
+        half = (
+            None
+            if spread is None or paired
+            else 1.959964 * few(len(values)) * spread / np.sqrt(len(values))
+        )
+        ends = (
+            None
+            if half is None
+            else np.clip(
+                [values.mean() - half, values.mean() + half], 0, None if name == "log_loss" else 1
+            ).tolist()
+        )
+        found[name] = {
+            "mean": float(values.mean()),
+            "deviation": spread,
+            "n": len(values),
+            "worst": worst[0],
+            "worst_interval": worst[1],
+            "worst_source": worst[2],
+            "interval": ends,
+        }
     return found
 
 
 # ---- calibration ----
+
 
 def logit(p):
     p = np.clip(p, 1e-15, 1 - 1e-15)
@@ -284,8 +380,13 @@ def slopes(labels, z, weight):
     1: as sure as it should be; below 1: too sure (Cox 1958).
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        even = sum(w / w.sum(axis=1, keepdims=True) for w in (weight * (labels == label) for label in (0, 1)))
-        a, b = np.zeros((2, len(weight)))  # from 1 the steps diverge where the logits are far too large
+        even = sum(
+            w / w.sum(axis=1, keepdims=True)
+            for w in (weight * (labels == label) for label in (0, 1))
+        )
+        a, b = np.zeros(
+            (2, len(weight))
+        )  # from 1 the steps diverge where the logits are far too large
         for _ in range(25):  # Newton's steps
             before = a
             p = 0.5 * (1 + np.tanh(0.5 * (a[:, None] * z + b[:, None])))
@@ -294,7 +395,9 @@ def slopes(labels, z, weight):
             haa, hab, hbb = (curve * z * z).sum(1), (curve * z).sum(1), curve.sum(1)
             det = haa * hbb - hab * hab
             a, b = a + (hbb * ga - hab * gb) / det, b + (haa * gb - hab * ga) / det
-        return np.where(np.abs(a - before) <= 1e-6 * np.abs(a), a, np.nan)  # without overlap of the classes they never end
+        return np.where(
+            np.abs(a - before) <= 1e-6 * np.abs(a), a, np.nan
+        )  # without overlap of the classes they never end
 
 
 def calibration(labels, p_fake, groups, seed=0):
@@ -310,21 +413,43 @@ def calibration(labels, p_fake, groups, seed=0):
     order, rng = np.argsort(-p_fake, kind="stable"), np.random.default_rng(seed)
     p, fakes = p_fake[order], labels.sum()
     here = 0.5 * (1 + np.tanh(0.5 * (logit(p) + np.log(fakes / (n - fakes)))))
-    perfect = [drawn_metrics((rng.random(n) < here).astype(int), p, np.ones((1, n)))["calibration_error"][0] for _ in range(400)]
-    return {"slope": {"value": value, "interval": interval(value, drawn, groups_of_rarer_class(labels, groups), -np.inf, np.inf), "n": n},
-            "error": float(drawn_metrics(labels[order], p, np.ones((1, n)))["calibration_error"][0]),
-            "expected_95": float(np.nanpercentile(perfect, 95)), "n": n}
+    perfect = [
+        drawn_metrics((rng.random(n) < here).astype(int), p, np.ones((1, n)))["calibration_error"][
+            0
+        ]
+        for _ in range(400)
+    ]
+    return {
+        "slope": {
+            "value": value,
+            "interval": interval(
+                value, drawn, groups_of_rarer_class(labels, groups), -np.inf, np.inf
+            ),
+            "n": n,
+        },
+        "error": float(drawn_metrics(labels[order], p, np.ones((1, n)))["calibration_error"][0]),
+        "expected_95": float(np.nanpercentile(perfect, 95)),
+        "n": n,
+    }
 
 
 # ---- abstention ----
+
 
 def abstention(labels, p_fake, threshold, band, groups):
     """What the band does: share with a verdict, accuracy of those, and coverage of each class (the share that is not
     answered wrongly outside the band: what the stated error rate promises)."""
     sure, fake = outside(p_fake, band), p_fake >= threshold
     wrong = np.where(labels == 1, p_fake < band[0], p_fake > band[1])
-    return {"band": list(band), "answered": share(sure, groups), "accuracy_answered": share(fake[sure] == labels[sure], groups[sure]),
-            **{f"coverage_{name}": share(~wrong[labels == i], groups[labels == i]) for i, name in enumerate(CLASSES)}}
+    return {
+        "band": list(band),
+        "answered": share(sure, groups),
+        "accuracy_answered": share(fake[sure] == labels[sure], groups[sure]),
+        **{
+            f"coverage_{name}": share(~wrong[labels == i], groups[labels == i])
+            for i, name in enumerate(CLASSES)
+        },
+    }
 
 
 def risk_coverage(labels, p_fake, threshold):
@@ -336,16 +461,31 @@ def risk_coverage(labels, p_fake, threshold):
     order = np.argsort(-np.abs(logit(p_fake) - logit(np.float64(threshold))), kind="stable")
     answered = np.arange(1, len(order) + 1)
     keep = np.unique(np.linspace(0, len(order) - 1, 200).astype(int))
-    return (answered / len(order))[keep].round(4).tolist(), (np.cumsum(wrong[order]) / answered)[keep].round(4).tolist()
+    return (answered / len(order))[keep].round(4).tolist(), (np.cumsum(wrong[order]) / answered)[
+        keep
+    ].round(4).tolist()
 
 
 # ---- two sets of metrics ----
+
 
 def left_interval(now, before):
     """Metrics now and recorded -> rows (name, words, now, recorded interval, better | worse) of those that left it."""
     rows = []
     for name, (words, higher) in METRICS.items():
         value, recorded = now[name]["value"], before.get(name, {}).get("interval")
-        if value is not None and recorded is not None and not recorded[0] - 1e-9 <= value <= recorded[1] + 1e-9:
-            rows.append((name, words, value, recorded, "better" if (value > recorded[1]) == higher else "worse"))
+        if (
+            value is not None
+            and recorded is not None
+            and not recorded[0] - 1e-9 <= value <= recorded[1] + 1e-9
+        ):
+            rows.append(
+                (
+                    name,
+                    words,
+                    value,
+                    recorded,
+                    "better" if (value > recorded[1]) == higher else "worse",
+                )
+            )
     return rows

@@ -6,6 +6,7 @@ Images are dealt out in parts. A worker keeps an encoder; it reads the images of
 or not at all, under a name that follows from the names, sizes and times of its images. So whatever is killed, a worker, a node or
 this command: a part that is stored is not made again, one made twice is one file, and _meta.json, written last, says which count.
 """
+
 import json
 import logging
 import os
@@ -43,23 +44,30 @@ from detector.features.extraction import (
 )
 from detector.images.folders import Entry
 
-PART_BATCHES = 16        # batches in a part: what is lost where a worker is killed, a few minutes at most
-CPUS_OF_A_WORKER = 8     # on larger nodes there are several: an encoder takes half as long on twice the processors, up to there
-REPORT_ROWS = 1_000_000  # up to so many rows a run that adds images looks for look-alikes among them
+PART_BATCHES = 16  # batches in a part: what is lost where a worker is killed, a few minutes at most
+CPUS_OF_A_WORKER = 8  # on larger nodes there are several: an encoder takes half as long on twice the processors, up to there
+REPORT_ROWS = (
+    1_000_000  # up to so many rows a run that adds images looks for look-alikes among them
+)
 
 
 # ---- the cluster ----
+
 
 @contextmanager
 def connected(address):
     """Ray, connected to a cluster or ('local') started here, and ended afterwards. Raises UsageError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a detector phones nobody
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # and says nothing of a variable that we do not use
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # and says nothing of a variable that we do not use
     try:
         import ray
         import ray.data
     except ImportError:
-        raise UsageError("--ray needs Ray, which is not installed: pip install -r requirements/ray.txt") from None
+        raise UsageError(
+            "--ray needs Ray, which is not installed: pip install -r requirements/ray.txt"
+        ) from None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if re.fullmatch(r"[^/]+:\d+", address):  # Ray itself would ask there for minutes
@@ -70,11 +78,15 @@ def connected(address):
         else:
             ray.init(address, **quiet)
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
-        raise UsageError(f"--ray {address}: no cluster answers ({one_line(error)}); 'auto' on one of its nodes, HOST:PORT "
-                         "or 'local'") from None
+        raise UsageError(
+            f"--ray {address}: no cluster answers ({one_line(error)}); 'auto' on one of its nodes,"
+            " HOST:PORT or 'local'"
+        ) from None
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it tells comes as an exception, too
+    logging.getLogger("ray.data").setLevel(
+        logging.CRITICAL
+    )  # what it tells comes as an exception, too
     with redirect_stdout(sys.stderr):  # there Ray tells of workers that died, and goes on
         try:
             yield ray
@@ -86,10 +98,20 @@ def plan(nodes, device, folder):
     """Ray's nodes -> (device, processors of a worker, GPUs of a worker, workers that there is room for)."""
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     with_gpu = [(r.get("CPU", 0), r["GPU"]) for r in resources if r.get("GPU", 0) >= 1]
-    if device == "cuda" or device == "auto" and with_gpu and (Path(folder) / "vision.safetensors").is_file():
+    if (
+        device == "cuda"
+        or device == "auto"
+        and with_gpu
+        and (Path(folder) / "vision.safetensors").is_file()
+    ):
         if not with_gpu:
             raise UsageError("--device cuda: no node of the cluster has a GPU; use --device cpu")
-        return "cuda", max(1, int(min(cpu / gpu for cpu, gpu in with_gpu))), 1, int(sum(gpu for _, gpu in with_gpu))
+        return (
+            "cuda",
+            max(1, int(min(cpu / gpu for cpu, gpu in with_gpu))),
+            1,
+            int(sum(gpu for _, gpu in with_gpu)),
+        )
     cpus = [int(r.get("CPU", 0)) for r in resources]
     share = min(CPUS_OF_A_WORKER, max(cpus))
     if share < 1:
@@ -108,9 +130,14 @@ class Worker:
         for flag in ("data_dir", "output_file"):
             place = getattr(args, flag)
             if not is_remote(place) and not Path(place).is_dir():
-                raise UsageError(f"--{flag} {place}: not there on {socket.gethostname()}; every node must see it, as with NFS or s3://")
+                raise UsageError(
+                    f"--{flag} {place}: not there on {socket.gethostname()}; every node must see"
+                    " it, as with NFS or s3://"
+                )
         self.args = args
-        self.encoder = runtime.Encoder(unpack(encoder), device, args.precision, cpus if device == "cpu" else 0)
+        self.encoder = runtime.Encoder(
+            unpack(encoder), device, args.precision, cpus if device == "cpu" else 0
+        )
         self.readers = reader_pool(device, cpus)
 
     def __call__(self, part):
@@ -128,10 +155,24 @@ class Worker:
 
     def make(self, name, images):
         entries = [Entry(*entry) for entry, _ in images]
-        columns, bad = join_parts(list(encode_ahead(self.args.data_dir, entries, self.encoder, self.args.batch_size, self.readers,
-                                                    self.args.max_pixels, self.args.views, self.args.crops)))
+        columns, bad = join_parts(
+            list(
+                encode_ahead(
+                    self.args.data_dir,
+                    entries,
+                    self.encoder,
+                    self.args.batch_size,
+                    self.readers,
+                    self.args.max_pixels,
+                    self.args.views,
+                    self.args.crops,
+                )
+            )
+        )
         columns |= labels_of(columns, entries, self.encoder)
-        about = describe(columns, [(entry.path, stamp) for entry, (_, stamp) in zip(entries, images)])
+        about = describe(
+            columns, [(entry.path, stamp) for entry, (_, stamp) in zip(entries, images)]
+        )
         about |= {"bad": bad, "precision": self.encoder.precision}
         storage.write_part(self.args.output_file, name, columns, about)
         return about
@@ -140,8 +181,11 @@ class Worker:
 def describe(columns, stamps):
     """What the footer of a part says: its images and their stamps, and how many rows it has of what."""
     kept = set(columns["paths"].tolist())
-    return {"stamps": [[path, stamp] for path, stamp in stamps if path in kept], "rows": len(columns["paths"]),
-            "cells": count_cells(columns)}
+    return {
+        "stamps": [[path, stamp] for path, stamp in stamps if path in kept],
+        "rows": len(columns["paths"]),
+        "cells": count_cells(columns),
+    }
 
 
 def pack(ray, folder, address):
@@ -157,6 +201,7 @@ def unpack(encoder):
     import ray
 
     from detector.encoders.prepare import keep
+
     manifest, files = encoder
     folder = runtime.find_encoder(identity=manifest["identity"])
     if folder:
@@ -173,11 +218,12 @@ def unpack(encoder):
 
 # ---- parts ----
 
+
 def deal(entries, stamps, size, first):
     """Entries -> {name of part: [[entry, stamp], ...]}, `size` images each, numbered from `first` on. In order."""
     parts = {}
     for number, start in enumerate(range(0, len(entries), size), first):
-        batch = entries[start:start + size]
+        batch = entries[start : start + size]
         name = part_name(number, [(e.path, stamps[e.path]) for e in batch])
         parts[f"part-{name}.parquet"] = [[e, stamps[e.path]] for e in batch]
     return parts
@@ -190,9 +236,12 @@ def number_of(name):
 def encode_missing(ray, parts, args, folder, workers):
     """Have every part made that is not stored yet, by `plan`'s workers; -> {name: `about_part`} of all of them."""
     from tqdm import tqdm
+
     files = storage.list_stamps(args.output_file)
     abouts = storage.about_parts(args.output_file, [name for name in parts if name in files])
-    missing = [{"name": name, "images": json.dumps(parts[name])} for name in parts if name not in abouts]
+    missing = [
+        {"name": name, "images": json.dumps(parts[name])} for name in parts if name not in abouts
+    ]
     for about in abouts.values():
         tell_skipped(about["bad"])
     if abouts:
@@ -200,10 +249,21 @@ def encode_missing(ray, parts, args, folder, workers):
     if not missing:
         return abouts
     device, cpus, gpus, room = workers
-    say(f"{len(missing)} parts of {len(parts[missing[0]['name']])} images; room for {room} workers of {cpus} processors{' and a GPU' * gpus}")
-    pool = ray.data.ActorPoolStrategy(min_size=max(1, min(room, len(missing))), max_size=len(missing))
+    say(
+        f"{len(missing)} parts of {len(parts[missing[0]['name']])} images; room for {room} workers"
+        f" of {cpus} processors{' and a GPU' * gpus}"
+    )
+    pool = ray.data.ActorPoolStrategy(
+        min_size=max(1, min(room, len(missing))), max_size=len(missing)
+    )
     made = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
-        Worker, batch_size=1, compute=pool, num_cpus=cpus, num_gpus=gpus, fn_constructor_args=(pack(ray, folder, args.ray), args, device, cpus))
+        Worker,
+        batch_size=1,
+        compute=pool,
+        num_cpus=cpus,
+        num_gpus=gpus,
+        fn_constructor_args=(pack(ray, folder, args.ray), args, device, cpus),
+    )
     with tqdm(total=sum(map(len, parts.values())), unit="image") as progress:
         progress.update(sum(len(parts[name]) for name in abouts))
         progress.initial = progress.n
@@ -218,15 +278,21 @@ def encode_missing(ray, parts, args, folder, workers):
 
 # ---- the data set ----
 
+
 def check_output(output):
     """A place that cannot be written, or that holds other things, is told before anything is started. Raises UsageError."""
     if not is_remote(output):
         if Path(output).is_file():
-            raise UsageError(f"--output_file {output}: is a file; --ray writes a folder of Parquet files, name another")
+            raise UsageError(
+                f"--output_file {output}: is a file; --ray writes a folder of Parquet files, name"
+                " another"
+            )
         check_folder(output, f"--output_file {output}")
     files = storage.list_stamps(output)
     if files and "_key.json" not in files:
-        raise UsageError(f"--output_file {output}: is a folder of other things; name one that is not there yet")
+        raise UsageError(
+            f"--output_file {output}: is a folder of other things; name one that is not there yet"
+        )
 
 
 def open_output(output, key):
@@ -235,11 +301,18 @@ def open_output(output, key):
     files = storage.list_stamps(output)
     if files and json.loads(storage.read_bytes(output, "_key.json")) != key:
         if is_remote(output):
-            raise UsageError(f"--output_file {output}: was made with other flags or another encoder; name another place")
+            raise UsageError(
+                f"--output_file {output}: was made with other flags or another encoder; name"
+                " another place"
+            )
         growing.set_aside(output, "was made with other flags or another encoder")
         files = {}
     storage.write_bytes(output, "_key.json", json.dumps(key).encode())
-    return storage.about_parts(output, storage.read_meta(output)["parts"]) if "_meta.json" in files else {}
+    return (
+        storage.about_parts(output, storage.read_meta(output)["parts"])
+        if "_meta.json" in files
+        else {}
+    )
 
 
 def changes(abouts, stamps, prune, listing):
@@ -254,9 +327,23 @@ def changes(abouts, stamps, prune, listing):
     if stored:
         told = [f"{len(stored) - len(changed) - len(gone)} images are there and stay as they are"]
         told += [f"{len(changed)} have changed"] if changed else []
-        told += [f"{len(gone)} are gone and dropped" if prune else f"{len(gone)} are gone; --prune drops their rows"] if gone else []
+        told += (
+            [
+                (
+                    f"{len(gone)} are gone and dropped"
+                    if prune
+                    else f"{len(gone)} are gone; --prune drops their rows"
+                )
+            ]
+            if gone
+            else []
+        )
         say(f"{', '.join(told)}")
-    return set(stored) - changed - gone, changed | (gone if prune else set()), set() if prune else gone
+    return (
+        set(stored) - changed - gone,
+        changed | (gone if prune else set()),
+        set() if prune else gone,
+    )
 
 
 def rewrite(args, abouts, drop, gone, new):
@@ -264,7 +351,12 @@ def rewrite(args, abouts, drop, gone, new):
 
     -> {name: `about_part`}, in order; parts that lose nothing as they are.
     """
-    moved = {digest for name in new if gone for digest in storage.read_part(args.output_file, name, ["sha256"])["sha256"]}
+    moved = {
+        digest
+        for name in new
+        if gone
+        for digest in storage.read_part(args.output_file, name, ["sha256"])["sha256"]
+    }
     gone = gone if moved else set()
     kept = {}
     for name, about in abouts.items():
@@ -274,7 +366,9 @@ def rewrite(args, abouts, drop, gone, new):
             continue
         columns = storage.read_part(args.output_file, name)
         stay = ~np.isin(columns["paths"], list(paths & drop))
-        stay &= ~(np.isin(columns["paths"], list(paths & gone)) & np.isin(columns["sha256"], list(moved)))
+        stay &= ~(
+            np.isin(columns["paths"], list(paths & gone)) & np.isin(columns["sha256"], list(moved))
+        )
         if stay.all():
             kept[name] = about
         elif stay.any():
@@ -292,14 +386,25 @@ def add_up(abouts):
     for about in abouts.values():
         for cell, n in about["cells"].items():
             cells[cell] = cells.get(cell, 0) + n
-    order = sorted(cells, key=lambda cell: (cell.rpartition("/")[0], (*CLASSES, "unlabelled").index(cell.rpartition("/")[2])))
+    order = sorted(
+        cells,
+        key=lambda cell: (
+            cell.rpartition("/")[0],
+            (*CLASSES, "unlabelled").index(cell.rpartition("/")[2]),
+        ),
+    )
     return {cell: cells[cell] for cell in order}, sum(about["rows"] for about in abouts.values())
 
 
 def images_of(output, names):
     """All columns but the features, of a data set's parts."""
     wanted = [name for name in COLUMNS if name != "features"]
-    return join_columns([{**part, "features": np.empty((len(part["paths"]), 0))} for part in storage.iterate_parts(output, names, wanted)])
+    return join_columns(
+        [
+            {**part, "features": np.empty((len(part["paths"]), 0))}
+            for part in storage.iterate_parts(output, names, wanted)
+        ]
+    )
 
 
 def tell_new(output, before, after):
@@ -316,7 +421,11 @@ def tell_new(output, before, after):
 
 def finish(args, meta, abouts):
     """_meta.json: from here on these parts are the data set; all others go."""
-    storage.write_bytes(args.output_file, "_meta.json", json.dumps({**meta, "parts": list(abouts)}, sort_keys=True).encode())
+    storage.write_bytes(
+        args.output_file,
+        "_meta.json",
+        json.dumps({**meta, "parts": list(abouts)}, sort_keys=True).encode(),
+    )
     for name in storage.list_stamps(args.output_file):
         if name.endswith(".parquet") and name not in abouts:
             storage.delete_file(args.output_file, name)
@@ -324,6 +433,7 @@ def finish(args, meta, abouts):
 
 def extract(args):
     from detector.encoders.prepare import ensure_encoder
+
     check_output(args.output_file)
     listing, stamps = storage.list_folder(args.data_dir)
     found = find_images(args, listing)
@@ -337,7 +447,12 @@ def extract(args):
         before = open_output(args.output_file, key)
         stay, drop, gone = changes(before, stamps, args.prune, listing)
         todo = [e for e in entries if e.path not in stay]
-        parts = deal(todo, stamps, PART_BATCHES * args.batch_size, max(map(number_of, before), default=-1) + 1)
+        parts = deal(
+            todo,
+            stamps,
+            PART_BATCHES * args.batch_size,
+            max(map(number_of, before), default=-1) + 1,
+        )
         made = encode_missing(ray, parts, args, folder, workers)
     skipped = [is_image for about in made.values() for _, _, is_image in about["bad"]]
     check_skipped(skipped, len(entries), args)
@@ -347,10 +462,16 @@ def extract(args):
     if not rows:
         raise UsageError("not one image could be read (see the lines above)")
     if seen := sum(n for cell, n in cells.items() if cell.startswith(f"{SEEN}/")):
-        say(f"{seen} images were used to train this encoder: split '{SEEN}', not for training a classifier")
+        say(
+            f"{seen} images were used to train this encoder: split '{SEEN}', not for training a"
+            " classifier"
+        )
     tell_new(args.output_file, before, after)
-    counts = {"images": sum(cells.values()), "bad": len(skipped),
-              **{c: sum(n for cell, n in cells.items() if cell.endswith(f"/{c}")) for c in CLASSES}}
+    counts = {
+        "images": sum(cells.values()),
+        "bad": len(skipped),
+        **{c: sum(n for cell, n in cells.items() if cell.endswith(f"/{c}")) for c in CLASSES},
+    }
     finish(args, {**meta_of(key, encoder), "counts": counts}, after)
     print(f"{args.output_file}: {summary(cells, rows, encoder['dim'], len(skipped), found)}")
     return exit_code(args, found)

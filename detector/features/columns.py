@@ -1,10 +1,13 @@
 """The columns of a features file: joined, counted, and freed of repeats."""
+
 import numpy as np
 
 from detector.base.console import say
 from detector.base.constants import CLASSES
 
-SEEN = "seen"  # split of the images that the encoder itself was trained on: good for nothing any more
+SEEN = (  # split of the images that the encoder itself was trained on: good for nothing any more
+    "seen"
+)
 COLUMNS = ("features", "labels", "paths", "splits", "sources", "sha256", "view", "facts", "thumb")
 IMAGE = ("sha256", "view", "labels")  # rows that agree in these are one image, or one copy of it
 
@@ -12,9 +15,13 @@ IMAGE = ("sha256", "view", "labels")  # rows that agree in these are one image, 
 def count_cells(columns):
     """Images by split and class, degraded copies left out: {'test/real': 4, ...}."""
     whole = columns["view"] == 0
-    counts = {f"{s or 'no split'}/{CLASSES[label] if label >= 0 else 'unlabelled'}":
-              int((whole & (columns["splits"] == s) & (columns["labels"] == label)).sum())
-              for s in np.unique(columns["splits"]) for label in np.unique(columns["labels"])}
+    counts = {
+        f"{s or 'no split'}/{CLASSES[label] if label >= 0 else 'unlabelled'}": int(
+            (whole & (columns["splits"] == s) & (columns["labels"] == label)).sum()
+        )
+        for s in np.unique(columns["splits"])
+        for label in np.unique(columns["labels"])
+    }
     return {cell: n for cell, n in counts.items() if n}
 
 
@@ -24,6 +31,7 @@ def join_columns(several):
 
 
 # ---- distinct images ----
+
 
 def number_rows(columns, by):
     """A number for each row, int [n], the same where all of the named columns agree."""

@@ -1,8 +1,9 @@
 """Features files: an .npz of extract_features.py, or the Parquet data set that it writes with --ray.
 
-    columns = load_features("features.npz")          # dict of arrays (columns.COLUMNS), and "meta" as a dict
-    columns, total = load_rows(files, 100_000)       # of several FeaturesFiles, and no more rows than that
+columns = load_features("features.npz")          # dict of arrays (columns.COLUMNS), and "meta" as a dict
+columns, total = load_rows(files, 100_000)       # of several FeaturesFiles, and no more rows than that
 """
+
 import json
 import os
 import zipfile
@@ -45,8 +46,10 @@ class FeaturesFile:
             self.whole = check_columns(path, load_npz(path))
             self.meta, self.rows = self.whole["meta"], len(self.whole["labels"])
         if (crops or 0) > crops_of(self.meta):
-            raise UsageError(f"--features_file {path}: holds {crops_of(self.meta)} crops of an image, {crops} are needed: extract again "
-                             f"with --crops {crops}")
+            raise UsageError(
+                f"--features_file {path}: holds {crops_of(self.meta)} crops of an image, {crops}"
+                f" are needed: extract again with --crops {crops}"
+            )
 
     def parts(self, wanted=COLUMNS):
         """Some columns of a part after the other; an .npz is one."""
@@ -69,8 +72,10 @@ def crops_of(meta):
 
 def take_crops(features, there, wanted):
     """Features as stored, float32 [n, (1 + there) * d] -> [n, d], or with crops wanted [n, 1 + wanted, d]."""
-    pieces = features.reshape(len(features), 1 + there, features.shape[1] // (1 + there))  # of no rows -1 could be anything
-    return pieces[:, :1 + wanted] if wanted else pieces[:, 0]
+    pieces = features.reshape(
+        len(features), 1 + there, features.shape[1] // (1 + there)
+    )  # of no rows -1 could be anything
+    return pieces[:, : 1 + wanted] if wanted else pieces[:, 0]
 
 
 def load_features(path):
@@ -85,31 +90,48 @@ def load_npz(path):
             columns = {name: file[name] for name in (*COLUMNS, "meta")}
         return columns | {"meta": json.loads(str(columns["meta"]))}
     except KeyError as error:
-        raise UsageError(f"--features_file {path}: column {error} is missing; extract again") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy file
+        raise UsageError(
+            f"--features_file {path}: column {error} is missing; extract again"
+        ) from None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # TypeError: a .npy file
         # numpy tells how to load it unsafely
         why = "it is of another kind" if "pickle" in str(error) else error
-        raise UsageError(f"--features_file {path} is not a features file ({why}); "
-                         "extract again") from None
+        raise UsageError(
+            f"--features_file {path} is not a features file ({why}); extract again"
+        ) from None
 
 
 def check_columns(path, columns):
     """The columns, where they are what the code that reads them takes for granted. Raises UsageError."""
     lengths = {len(columns[name]) for name in COLUMNS}
     if len(lengths) != 1 or columns["features"].ndim != 2:
-        raise UsageError(f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again")
+        raise UsageError(
+            f"--features_file {path}: the columns differ in length {sorted(lengths)}; extract again"
+        )
     bad = ~np.isfinite(columns["features"]).all(axis=1)
     if bad.any():
-        raise UsageError(f"--features_file {path}: {bad.sum()} rows hold NaN or infinite features (first: "
-                         f"{columns['paths'][bad][0]}); extract again")
+        raise UsageError(
+            f"--features_file {path}: {bad.sum()} rows hold NaN or infinite features (first: "
+            f"{columns['paths'][bad][0]}); extract again"
+        )
     if not np.isin(columns["labels"], (-1, 0, 1)).all():
         raise UsageError(f"--features_file {path}: labels other than -1, 0 and 1; extract again")
     if columns["facts"].dtype != FACTS:
-        raise UsageError(f"--features_file {path}: its facts are not those that this code reads; extract again")
+        raise UsageError(
+            f"--features_file {path}: its facts are not those that this code reads; extract again"
+        )
     return columns
 
 
 # ---- more rows than memory holds ----
+
 
 def load_rows(files, most, seed=0):
     """FeaturesFiles -> (columns of at most `most` of their distinct rows, number of all of these).
@@ -123,13 +145,19 @@ def load_rows(files, most, seed=0):
     rows = distinct(light, np.arange(len(light["labels"])), (*IMAGE, "splits"))
     total = len(rows)
     if total > most:
-        _, first, image = np.unique(number_rows(light, ("sha256", "labels", "splits")), return_index=True, return_inverse=True)
-        rows = rows[np.argsort(first[image[rows]], kind="stable")]  # an image's copies behind it, whatever file they are in
+        _, first, image = np.unique(
+            number_rows(light, ("sha256", "labels", "splits")),
+            return_index=True,
+            return_inverse=True,
+        )
+        rows = rows[
+            np.argsort(first[image[rows]], kind="stable")
+        ]  # an image's copies behind it, whatever file they are in
         rows = np.sort(rows[sample_rows(*(light[name][rows] for name in DRAWN_BY), most, seed)])
     kept, start = [], 0
     for part in (part for file in files for part in file.parts()):
         end = start + len(part["labels"])
-        mine = rows[np.searchsorted(rows, start):np.searchsorted(rows, end)] - start
+        mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
         kept.append({name: part[name][mine] for name in COLUMNS})
         start = end
     return join_columns(kept), total
@@ -137,8 +165,16 @@ def load_rows(files, most, seed=0):
 
 def light_columns(files):
     """The columns LIGHT of all rows; of each hash its first 64 bits, int64."""
-    parts = [{**part, "sha256": np.array([int(digest[:16], 16) - 2 ** 63 for digest in part["sha256"]], np.int64)}
-             for file in files for part in file.parts(LIGHT)]
+    parts = [
+        {
+            **part,
+            "sha256": np.array(
+                [int(digest[:16], 16) - 2**63 for digest in part["sha256"]], np.int64
+            ),
+        }
+        for file in files
+        for part in file.parts(LIGHT)
+    ]
     return {name: np.concatenate([part[name] for part in parts]) for name in LIGHT}
 
 
@@ -157,7 +193,9 @@ def sample_rows(labels, splits, sources, view, most, seed):
         cells = list(zip(labels[first[own]].tolist(), sources[first[own]].tolist()))
         drawn.append(own[draw_evenly(cells, int(share * len(own)), seed)])
     drawn = np.sort(np.concatenate(drawn))
-    return np.concatenate([np.arange(start, start + n) for start, n in zip(first[drawn], length[drawn])])
+    return np.concatenate(
+        [np.arange(start, start + n) for start, n in zip(first[drawn], length[drawn])]
+    )
 
 
 def open_files(paths, crops):
@@ -169,6 +207,9 @@ def open_files(paths, crops):
     encoders = [file.meta["encoder"] for file in files]
     for path, encoder in zip(paths, encoders):
         if encoder["identity"] != encoders[0]["identity"]:
-            raise UsageError(f"{paths[0]} was made by '{encoders[0]['name']}' ({encoders[0]['identity'][:12]}), {path} by "
-                             f"'{encoder['name']}' ({encoder['identity'][:12]}): extract both with one encoder")
+            raise UsageError(
+                f"{paths[0]} was made by '{encoders[0]['name']}' ({encoders[0]['identity'][:12]}),"
+                f" {path} by '{encoder['name']}' ({encoder['identity'][:12]}): extract both with"
+                " one encoder"
+            )
     return files, encoders[0]

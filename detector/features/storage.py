@@ -7,6 +7,7 @@
 A data set is a folder: parts, each written at once, and _meta.json, which names those that count. Whatever reads Parquet
 reads the folder; what the parts are made of is told by `about_part`.
 """
+
 import functools
 import json
 import os
@@ -29,12 +30,15 @@ AT_ONCE = 16  # requests to an object store
 
 # ---- folders ----
 
+
 def need_pyarrow(what):
     """Raises UsageError where pyarrow is not installed; `what` needs it."""
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        raise UsageError(f"{what} needs pyarrow, which is not installed: pip install -r requirements/ray.txt") from None
+        raise UsageError(
+            f"{what} needs pyarrow, which is not installed: pip install -r requirements/ray.txt"
+        ) from None
 
 
 @functools.cache
@@ -43,12 +47,17 @@ def open_folder(address):
     find them, `?endpoint_override=...` and other options as pyarrow has them. Raises UsageError."""
     need_pyarrow(address)
     from pyarrow.fs import FileSystem
-    if address.startswith("gs://") and "retry_limit" not in address:  # it would ask for credentials for 15 minutes
+
+    if (
+        address.startswith("gs://") and "retry_limit" not in address
+    ):  # it would ask for credentials for 15 minutes
         address += ("&" if "?" in address else "?") + "retry_limit_seconds=30"
     try:
         filesystem, root = FileSystem.from_uri(address)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise UsageError(f"{address}: {one_line(error)}; name a folder, s3://bucket/folder or gs://bucket/folder") from None
+        raise UsageError(
+            f"{address}: {one_line(error)}; name a folder, s3://bucket/folder or gs://bucket/folder"
+        ) from None
     return filesystem, root.rstrip("/")
 
 
@@ -63,12 +72,17 @@ def list_folder(folder):
         listing = list_files(folder)
         return listing, {path: stamp(folder, path) for path in listing.files}
     from pyarrow.fs import FileSelector, FileType
+
     filesystem, root = open_folder(folder)
     try:
         found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
     except OSError as error:
         raise UsageError(f"{folder}: cannot be listed ({one_line(error)})") from None
-    files = {info.path[len(root) + 1:]: (info.size, info.mtime_ns) for info in found if info.type == FileType.File}
+    files = {
+        info.path[len(root) + 1 :]: (info.size, info.mtime_ns)
+        for info in found
+        if info.type == FileType.File
+    }
     listing = arrange(files)
     return listing, {path: files[path] for path in listing.files}
 
@@ -92,8 +106,13 @@ def read_bytes(folder, path):
             return file.read()
     except FileNotFoundError:
         raise
-    except OSError as error:  # of the store: a picture must not count as broken because a network was
-        raise UsageError(f"{folder}/{path}: cannot be read ({one_line(error)}); the same command again goes on from what is stored") from None
+    except (
+        OSError
+    ) as error:  # of the store: a picture must not count as broken because a network was
+        raise UsageError(
+            f"{folder}/{path}: cannot be read ({one_line(error)}); the same command again goes on"
+            " from what is stored"
+        ) from None
 
 
 def write_bytes(folder, path, data):
@@ -107,7 +126,9 @@ def write_bytes(folder, path, data):
         with filesystem.open_output_stream(f"{root}/{path}") as file:
             file.write(data)
     except OSError as error:
-        raise UsageError(f"{folder}/{path}: cannot be written ({one_line(error)}); name another place") from None
+        raise UsageError(
+            f"{folder}/{path}: cannot be written ({one_line(error)}); name another place"
+        ) from None
 
 
 def delete_file(folder, path):
@@ -120,20 +141,44 @@ def delete_file(folder, path):
 
 # ---- a data set of features ----
 
+
 def write_part(folder, name, columns, about):
     """Columns -> one Parquet file of the data set, and in its footer `about`, a dict."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    arrays = {"features": pa.FixedSizeListArray.from_arrays(pa.array(columns["features"].reshape(-1)), columns["features"].shape[1])}
-    arrays |= {column: pa.array(columns[column].tolist() if columns[column].dtype.kind == "U" else columns[column])
-               for column in ("labels", "paths", "splits", "sources", "sha256", "view")}
-    arrays["facts"] = pa.StructArray.from_arrays([pa.array(columns["facts"][field].tolist(), pa.string()) if kind.kind == "U" else
-                                                  pa.array(columns["facts"][field]) for field, (kind, *_) in FACTS.fields.items()],
-                                                 names=list(FACTS.names))
+
+    arrays = {
+        "features": pa.FixedSizeListArray.from_arrays(
+            pa.array(columns["features"].reshape(-1)), columns["features"].shape[1]
+        )
+    }
+    arrays |= {
+        column: pa.array(
+            columns[column].tolist() if columns[column].dtype.kind == "U" else columns[column]
+        )
+        for column in ("labels", "paths", "splits", "sources", "sha256", "view")
+    }
+    arrays["facts"] = pa.StructArray.from_arrays(
+        [
+            (
+                pa.array(columns["facts"][field].tolist(), pa.string())
+                if kind.kind == "U"
+                else pa.array(columns["facts"][field])
+            )
+            for field, (kind, *_) in FACTS.fields.items()
+        ],
+        names=list(FACTS.names),
+    )
     arrays["thumb"] = pa.FixedSizeListArray.from_arrays(pa.array(columns["thumb"].reshape(-1)), 64)
     table = pa.table(arrays).replace_schema_metadata({"about": json.dumps(about)})
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd", use_byte_stream_split=["features.list.element"], use_dictionary=["splits", "sources"])
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        use_byte_stream_split=["features.list.element"],
+        use_dictionary=["splits", "sources"],
+    )
     write_bytes(folder, name, buffer.getvalue())
 
 
@@ -150,6 +195,7 @@ def about_parts(folder, names):
 
 def open_part(folder, name):
     import pyarrow.parquet as pq
+
     filesystem, root = open_folder(str(folder) if is_remote(folder) else os.path.abspath(folder))
     return pq.ParquetFile(f"{root}/{name}", filesystem=filesystem)
 
@@ -160,7 +206,9 @@ def readable(folder, name):
     try:
         yield
     except (OSError, ValueError, KeyError) as error:  # ValueError: pyarrow's own kinds
-        raise UsageError(f"--features_file {folder}: {name} cannot be read ({one_line(error)}); extract again") from None
+        raise UsageError(
+            f"--features_file {folder}: {name} cannot be read ({one_line(error)}); extract again"
+        ) from None
 
 
 def read_part(folder, name, wanted=COLUMNS):
@@ -171,6 +219,7 @@ def read_part(folder, name, wanted=COLUMNS):
 
 def columns_of(table, wanted):
     """Arrow's table -> arrays as numpy has them in an .npz."""
+
     def column(name):
         values = table[name].combine_chunks()
         if name in ("features", "thumb"):
@@ -182,7 +231,12 @@ def columns_of(table, wanted):
             for field in FACTS.names:
                 facts[field] = values.field(field).to_numpy(zero_copy_only=False)
             return facts
-        return values.to_numpy(zero_copy_only=False) if values.type != "string" else np.array(values.to_pylist(), dtype=str)
+        return (
+            values.to_numpy(zero_copy_only=False)
+            if values.type != "string"
+            else np.array(values.to_pylist(), dtype=str)
+        )
+
     return {name: column(name) for name in wanted}
 
 
@@ -194,17 +248,24 @@ def read_meta(folder):
         meta["parts"]
         return meta
     except OSError:
-        raise UsageError(f"--features_file {folder} is not a features file, nor a finished data set (a folder with _meta.json); what "
-                         "extract_features.py --ray has not finished the same command goes on with") from None
+        raise UsageError(
+            f"--features_file {folder} is not a features file, nor a finished data set (a folder"
+            " with _meta.json); what extract_features.py --ray has not finished the same command"
+            " goes on with"
+        ) from None
     except (ValueError, KeyError):
-        raise UsageError(f"--features_file {folder}: its _meta.json is damaged; extract again") from None
+        raise UsageError(
+            f"--features_file {folder}: its _meta.json is damaged; extract again"
+        ) from None
 
 
 def count_rows(folder, names):
     """Rows of the parts together, from their footers. Raises UsageError."""
+
     def rows(name):
         with readable(folder, name):
             return open_part(folder, name).metadata.num_rows
+
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return sum(pool.map(rows, names))
 

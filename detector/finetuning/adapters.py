@@ -1,10 +1,11 @@
 """What of a pretrained vision tower is trained, and how that becomes plain weights again. Needs torch.
 
-    choose_trained(tower, "lora:8")         # everything else is frozen
-    checkpoint_blocks(tower)                # less memory, about a third more time
-    best = Best(model)                      # early stopping: the best trained weights so far
-    merge(tower)                            # low-rank adapters into the weights that they change
+choose_trained(tower, "lora:8")         # everything else is frozen
+checkpoint_blocks(tower)                # less memory, about a third more time
+best = Best(model)                      # early stopping: the best trained weights so far
+merge(tower)                            # low-rank adapters into the weights that they change
 """
+
 import math
 from functools import partial
 
@@ -20,13 +21,18 @@ class LowRank(torch.nn.Module):
 
     As a parametrization the network's own code sees a plain weight, also where one matrix holds queries, keys and values.
     """
+
     def __init__(self, weight, rank):
         super().__init__()
-        self.down = torch.nn.Parameter(torch.randn(rank, weight.shape[1]) / math.sqrt(weight.shape[1]))
+        self.down = torch.nn.Parameter(
+            torch.randn(rank, weight.shape[1]) / math.sqrt(weight.shape[1])
+        )
         self.up = torch.nn.Parameter(torch.zeros(weight.shape[0], rank))
 
     def forward(self, weight):
-        with torch.autocast(weight.device.type, enabled=False):  # the sum must be the one that will be merged
+        with torch.autocast(
+            weight.device.type, enabled=False
+        ):  # the sum must be the one that will be merged
             return torch.addmm(weight, self.up, self.down)
 
 
@@ -39,7 +45,8 @@ def blocks_of(tower):
 
 def choose_trained(tower, train):
     """Freeze all of the tower but what `train` names: 'blocks:K', the last K and what follows them; 'norms', their affine parameters;
-    'lora:R', adapters of rank R beside every linear layer and attention. Raises UsageError on more than it has."""
+    'lora:R', adapters of rank R beside every linear layer and attention. Raises UsageError on more than it has.
+    """
     kind, _, number = train.partition(":")
     number = int(number or 0)
     tower.requires_grad_(False)
@@ -55,13 +62,23 @@ def choose_trained(tower, train):
             if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
                 module.requires_grad_(True)
     else:
-        layers = {torch.nn.MultiheadAttention: "in_proj_weight", torch.nn.Linear: "weight"}  # the latter: out_proj as well
-        found = [(module, name) for module in tower.modules() for of, name in layers.items() if isinstance(module, of)]
+        layers = {
+            torch.nn.MultiheadAttention: "in_proj_weight",
+            torch.nn.Linear: "weight",
+        }  # the latter: out_proj as well
+        found = [
+            (module, name)
+            for module in tower.modules()
+            for of, name in layers.items()
+            if isinstance(module, of)
+        ]
         most = min(min(getattr(module, name).shape) for module, name in found)
         if number > most:
             raise UsageError(f"--train lora:{number}: the rank is at most {most} in this network")
         for module, name in found:
-            parametrize.register_parametrization(module, name, LowRank(getattr(module, name), number))
+            parametrize.register_parametrization(
+                module, name, LowRank(getattr(module, name), number)
+            )
 
 
 def merge(tower):
@@ -102,7 +119,12 @@ class Best:
     def saw(self, auc, step):
         """Note an evaluation after `step` steps."""
         if auc > self.found["auc"]:
-            self.found = {"auc": auc, "step": step, "waited": 0, "weights": self.trained.state_dict()}
+            self.found = {
+                "auc": auc,
+                "step": step,
+                "waited": 0,
+                "weights": self.trained.state_dict(),
+            }
         else:
             self.found["waited"] += 1
 

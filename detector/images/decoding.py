@@ -1,8 +1,9 @@
 """Bytes -> RGB pixels -> CLIP's input.
 
-    image = decode_image(data)          # bytes -> PIL image, RGB, upright
-    pixels = preprocess(image, 224)     # -> float32 [3, 224, 224], bit for bit CLIP's own transform
+image = decode_image(data)          # bytes -> PIL image, RGB, upright
+pixels = preprocess(image, 224)     # -> float32 [3, 224, 224], bit for bit CLIP's own transform
 """
+
 import ctypes
 import io
 import re
@@ -41,27 +42,48 @@ from detector.images.formats import (
 )
 from detector.images.pixels import STRIP_PIXELS, declare_kind, refuse_tiff_kind, to_rgb
 
-MAX_ASPECT = 200                # beyond it the resized strip alone would take more memory than any photograph
-MAX_SCANS, MAX_REPEATS = 50, 200  # what costs a pass each: a JPEG's scans (10 where it is progressive); profiles, EXIF
-MAX_SCANNED = 150_000_000       # pixels times scans of a JPEG without end marker, decoded 5 times
-MAX_HEADER_READS = 100_000      # pieces of a file's header: cameras write dozens, millions of empty ones would take seconds
-MAX_TIFF_PIECES = 250_000       # strips or tiles: more than any picture here has rows
-TIFF_GRID = {256, 257, 258, 259, 273, 277, 278, 279, 284, 322, 323, 324, 325}  # tags that say how a TIFF's pixels lie
+MAX_ASPECT = 200  # beyond it the resized strip alone would take more memory than any photograph
+MAX_SCANS, MAX_REPEATS = (
+    50,
+    200,
+)  # what costs a pass each: a JPEG's scans (10 where it is progressive); profiles, EXIF
+MAX_SCANNED = 150_000_000  # pixels times scans of a JPEG without end marker, decoded 5 times
+MAX_HEADER_READS = 100_000  # pieces of a file's header: cameras write dozens, millions of empty ones would take seconds
+MAX_TIFF_PIECES = 250_000  # strips or tiles: more than any picture here has rows
+TIFF_GRID = {
+    256,
+    257,
+    258,
+    259,
+    273,
+    277,
+    278,
+    279,
+    284,
+    322,
+    323,
+    324,
+    325,
+}  # tags that say how a TIFF's pixels lie
 HEIF_DERIVED = b"grid", b"iovl", b"iden"  # items that are made of others
 
 # Pillow warns above its limit and refuses above twice that; a bomb must never get as far as a warning.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what it thinks of a file's metadata
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-with suppress(OSError, AttributeError):  # libtiff writes to stderr itself, for a crafted file thousands of lines
+with suppress(
+    OSError, AttributeError
+):  # libtiff writes to stderr itself, for a crafted file thousands of lines
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
     ctypes.CDLL(Image.core.__file__).TIFFSetWarningHandler(None)
 
 
 # ---- bytes -> RGB ----
 
+
 class Header(io.BytesIO):
     """Bytes that can be read in so many pieces and no more. `del header.read` ends the counting."""
+
     def __init__(self, data):
         super().__init__(data)
         self.read, self.left = self.count, MAX_HEADER_READS
@@ -94,9 +116,14 @@ def open_image(data, max_pixels=MAX_PIXELS):
     image.info |= texts
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageTooLarge(f"the image has {width} x {height} pixels; at most {max_pixels:,} are allowed")
+        raise ImageTooLarge(
+            f"the image has {width} x {height} pixels; at most {max_pixels:,} are allowed"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageTooLarge(f"the image has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other")
+        raise ImageTooLarge(
+            f"the image has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the"
+            " other"
+        )
     if known == "TIFF":
         refuse_tiff_bombs(image, data, max_pixels)
     if known == "HEIF":
@@ -107,8 +134,9 @@ def open_image(data, max_pixels=MAX_PIXELS):
 def unsupported(known, data):
     """The error for bytes of a format that is not taken, or of none that is known."""
     if known:
-        return UnsupportedImage(f"{known} is not among the formats taken ({TAKEN}): "
-                                "save the image as JPEG or PNG")
+        return UnsupportedImage(
+            f"{known} is not among the formats taken ({TAKEN}): save the image as JPEG or PNG"
+        )
     what = "not an image format we take" if data else "the file is empty"
     error = UnsupportedImage(f"{what} (taken: {TAKEN})")
     error.is_image = False
@@ -126,8 +154,10 @@ def read_header(data, known, max_pixels):
         raise
     except UnidentifiedImageError:
         name = known.replace("HEIF", "HEIC")
-        raise BrokenImage(f"the file starts like {name} but its header cannot be read (damaged, or "
-                          "of a rare kind): save the image as JPEG or PNG") from None
+        raise BrokenImage(
+            f"the file starts like {name} but its header cannot be read (damaged, or "
+            "of a rare kind): save the image as JPEG or PNG"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLarge(f"the image has more than the {max_pixels:,} pixels allowed") from None
     except Exception as error:  # Pillow's parsers raise almost anything on crafted bytes
@@ -138,10 +168,13 @@ def read_header(data, known, max_pixels):
 
 # ---- what a small file with a harmless header can still ask for: gigabytes, or hours ----
 
+
 def refuse_repeats(known, data):
     """Parts that cost a pass over the image, or over all parts before them, each time they come."""
-    for name, most, what, pattern in (("JPEG", MAX_SCANS, "scans", rb"\xff\xda\0[\x08\x0a\x0c\x0e]"),
-                                      ("JPEG", MAX_REPEATS, "EXIF segments", rb"Exif\0\0")):
+    for name, most, what, pattern in (
+        ("JPEG", MAX_SCANS, "scans", rb"\xff\xda\0[\x08\x0a\x0c\x0e]"),
+        ("JPEG", MAX_REPEATS, "EXIF segments", rb"Exif\0\0"),
+    ):
         if known == name and len(re.findall(pattern, data)) > most:
             raise BrokenImage(f"the {known} has more than {most} {what}")
     if any(line[2] > MAX_TIFF_PIECES for line in tiff_directory(data) if line[0] in TIFF_GRID):
@@ -158,11 +191,21 @@ def refuse_tiff_bombs(image, data, max_pixels):
     if all(isinstance(side, int) and side > 0 for side in tile):  # a crafted tag may be text
         padded = -(-width // tile[0]) * -(-height // tile[1]) * tile[0] * tile[1]
         if tile[0] * tile[1] > max_pixels or padded > 2 * max_pixels:
-            raise ImageTooLarge(f"the TIFF has tiles of more than the {max_pixels:,} pixels allowed")
+            raise ImageTooLarge(
+                f"the TIFF has tiles of more than the {max_pixels:,} pixels allowed"
+            )
     read = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
-    lengths = (n for tag in (279, 325) if isinstance(tags.get(tag), tuple) for n in tags[tag] if isinstance(n, int))
+    lengths = (
+        n
+        for tag in (279, 325)
+        if isinstance(tags.get(tag), tuple)
+        for n in tags[tag]
+        if isinstance(n, int)
+    )
     stored = sum(min(n, len(data)) for n in lengths)
-    if read > 8 * width * height or stored > 4 * len(data):  # planes lie one by one, up to 6; byte counts may be careless
+    if read > 8 * width * height or stored > 4 * len(
+        data
+    ):  # planes lie one by one, up to 6; byte counts may be careless
         raise BrokenImage("the TIFF lists the same strips or tiles again and again")
 
 
@@ -178,7 +221,8 @@ def refuse_heif_bombs(data, max_pixels):
                 raise BrokenImage("the HEIF is made of pictures that are made of others")
             if sum(pixels.get(part, max_pixels) for part in made_of[item]) > 2 * max_pixels:
                 raise ImageTooLarge(
-                    f"the HEIF has tiles of more than the {max_pixels:,} pixels allowed")
+                    f"the HEIF has tiles of more than the {max_pixels:,} pixels allowed"
+                )
 
 
 def upright(image):
@@ -188,8 +232,15 @@ def upright(image):
     except Exception:
         return image
     turn = Image.Transpose
-    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE, 6: turn.ROTATE_270,
-             7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 

@@ -1,9 +1,10 @@
 """What the first bytes of a file announce, and the parts of a file that its pixels need.
 
-    sniff(data)                               # "PNG"; "JPEG XL", known and not taken; or None
-    data, texts = needed_parts(data, "PNG")   # the picture alone, and what it says of itself
-    tiff_tags(data)                           # {256: (width,), ...} of the first directory
+sniff(data)                               # "PNG"; "JPEG XL", known and not taken; or None
+data, texts = needed_parts(data, "PNG")   # the picture alone, and what it says of itself
+tiff_tags(data)                           # {256: (width,), ...} of the first directory
 """
+
 import math
 import re
 import struct
@@ -15,25 +16,55 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "HEIF")  # those
 TAKEN = ", ".join(FORMATS).replace("HEIF", "HEIC")  # as people know them
 PNG_START = b"\x89PNG\r\n\x1a\n"
 STARTS = (
-    (b"\xff\xd8\xff\xf7", "JPEG-LS"), (b"\xff\xd8\xff", "JPEG"),
-    (PNG_START + b"\0\0\0\4CgBI", "Apple's own kind of PNG (CgBI)"), (PNG_START, "PNG"),
-    (b"GIF8", "GIF"), (b"BM", "BMP"),
-    (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"),
+    (b"\xff\xd8\xff\xf7", "JPEG-LS"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (PNG_START + b"\0\0\0\4CgBI", "Apple's own kind of PNG (CgBI)"),
+    (PNG_START, "PNG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
     # known and not taken
-    (b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (b"\xff\x4f\xff\x51", "JPEG 2000"), (b"II\xbc", "JPEG XR"), (b"8BPS", "Photoshop"),
-    (b"\0\0\1\0", "icon"), (b"FUJIFILMCCD-RAW", "camera raw (RAF)"), (b"IIRO", "camera raw (ORF)"),
-    (b"IIRS", "camera raw (ORF)"), (b"MMOR", "camera raw (ORF)"), (b"IIU\0", "camera raw (RW2)"),
-    (b"II\x1a\0\0\0HEAP", "camera raw (CRW)"), (b"FOVb", "camera raw (X3F)"),
-    (b"\0MRM", "camera raw (MRW)"), (b"v/1\1", "OpenEXR"), (b"DDS ", "DDS"), (b"gimp xcf", "GIMP"),
-    (b"qoif", "QOI"), (b"BPG\xfb", "BPG"), (b"#?RADIANCE", "Radiance HDR"), (b"SIMPLE  =", "FITS"),
-    (b"P4\n", "PBM"), (b"P5\n", "PGM"), (b"P6\n", "PPM"), (b"P7\n", "PAM"))
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"II\xbc", "JPEG XR"),
+    (b"8BPS", "Photoshop"),
+    (b"\0\0\1\0", "icon"),
+    (b"FUJIFILMCCD-RAW", "camera raw (RAF)"),
+    (b"IIRO", "camera raw (ORF)"),
+    (b"IIRS", "camera raw (ORF)"),
+    (b"MMOR", "camera raw (ORF)"),
+    (b"IIU\0", "camera raw (RW2)"),
+    (b"II\x1a\0\0\0HEAP", "camera raw (CRW)"),
+    (b"FOVb", "camera raw (X3F)"),
+    (b"\0MRM", "camera raw (MRW)"),
+    (b"v/1\1", "OpenEXR"),
+    (b"DDS ", "DDS"),
+    (b"gimp xcf", "GIMP"),
+    (b"qoif", "QOI"),
+    (b"BPG\xfb", "BPG"),
+    (b"#?RADIANCE", "Radiance HDR"),
+    (b"SIMPLE  =", "FITS"),
+    (b"P4\n", "PBM"),
+    (b"P5\n", "PGM"),
+    (b"P6\n", "PPM"),
+    (b"P7\n", "PAM"),
+)
 # ISO base media files name their kinds ("brands") in the first box: major, version, compatible ones
-BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "camera raw (CR3)",
-          **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"),
-                          "HEIF")}
-MAX_PARTS = 100_000        # chunks beside the pixels: millions would take seconds
-MAX_TEXT = 1 << 20         # bytes that are unpacked of one text in a PNG, and of all of them
+BRANDS = {
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+    b"crx ": "camera raw (CR3)",
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIF"
+    ),
+}
+MAX_PARTS = 100_000  # chunks beside the pixels: millions would take seconds
+MAX_TEXT = 1 << 20  # bytes that are unpacked of one text in a PNG, and of all of them
 MAX_TEXTS = 4 << 20
 # of a PNG, colour type: lengths that its chunk tRNS may have; readers pass over another
 TRANSPARENCY = {b"\0": (2,), b"\2": (6,), b"\3": range(257)}
@@ -46,7 +77,7 @@ def sniff(data):
     """Name of the format that the first bytes announce, taken (FORMATS) or not, or None."""
     if data[4:8] == b"ftyp":
         end = min(int.from_bytes(data[:4]), 400)
-        brands = [data[8:12], *(data[at:at + 4] for at in range(16, end, 4))]
+        brands = [data[8:12], *(data[at : at + 4] for at in range(16, end, 4))]
         named = next((BRANDS[brand] for brand in brands if brand in BRANDS), None)
         return named or ("HEIF" if brands[0] in (b"mif1", b"msf1") else None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -76,14 +107,19 @@ def png_parts(data):
         if not name.isalpha():
             kept.append(data[at:])
             break
-        if (name[:1].isupper()
-                or name == b"tRNS" and not pixels and length in TRANSPARENCY.get(data[25:26], ())
-                or name == b"eXIf" and checksum_fits(data[at:end])):
+        if (
+            name[:1].isupper()
+            or name == b"tRNS"
+            and not pixels
+            and length in TRANSPARENCY.get(data[25:26], ())
+            or name == b"eXIf"
+            and checksum_fits(data[at:end])
+        ):
             kept.append(data[at:end])
         elif (others := others + 1) > MAX_PARTS:
             break
         elif name in (b"tEXt", b"zTXt", b"iTXt"):
-            texts.append((name, data[at + 8:end - 4]))
+            texts.append((name, data[at + 8 : end - 4]))
         if name == b"IEND":
             break
         pixels, at = pixels or name == b"IDAT", end
@@ -126,10 +162,10 @@ def jpeg_parts(data, left_out=(0xE2,)):
     """Without APP2 (profiles, the list of further pictures) and cut segments of JFIF and Adobe."""
     kept, start, at = [], 0, 2
     for _ in range(MAX_PARTS):
-        marker = data[at:at + 2]
+        marker = data[at : at + 2]
         if marker[:1] != b"\xff" or marker[1:] in (b"\xda", b"\xff", b""):
             break  # the pixels, or what only a decoder can make sense of
-        end = at + 2 + int.from_bytes(data[at + 2:at + 4])
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
         if marker[1] in left_out or marker[1] in (0xE0, 0xEE) and end - at < 16:
             kept.append(data[start:at])
             start = end
@@ -145,11 +181,16 @@ def webp_parts(data):
     for _ in range(MAX_PARTS):
         if at + 8 > len(data):
             break
-        name, size = data[at:at + 4], int.from_bytes(data[at + 4:at + 8], "little")
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         whole, frames = at + 8 + size <= len(data), frames + (name == b"ANMF")
-        if (name in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM") or name == b"ANMF" and frames == 1
-                or name in (b"EXIF", b"XMP ") and whole):
-            kept.append(data[at:at + 8 + size] + b"\0" * (whole and size & 1))
+        if (
+            name in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM")
+            or name == b"ANMF"
+            and frames == 1
+            or name in (b"EXIF", b"XMP ")
+            and whole
+        ):
+            kept.append(data[at : at + 8 + size] + b"\0" * (whole and size & 1))
         at += 8 + size + (size & 1)
     body = b"".join(kept)
     return data[:4] + struct.pack("<I", 4 + len(body)) + data[8:12] + body
@@ -160,15 +201,19 @@ def tiff_directory(data):
 
     [] where the directory is cut.
     """
+
     def number(at, size):
-        return int.from_bytes(data[at:at + size], order or "little")
+        return int.from_bytes(data[at : at + size], order or "little")
+
     order, wide = {b"II": "little", b"MM": "big"}.get(data[:2]), b"+" in data[2:4]
     at, head, line, room = (number(8, 8), 8, 20, 8) if wide else (number(4, 4), 2, 12, 4)
     lines = min(number(at, head), 1 << 16) if order else 0
     if at + head + lines * line > len(data):
         return []
-    return [(number(at, 2), number(at + 2, 2), number(at + 4, room), at + line - room)
-            for at in range(at + head, at + head + lines * line, line)]
+    return [
+        (number(at, 2), number(at + 2, 2), number(at + 4, room), at + line - room)
+        for at in range(at + head, at + head + lines * line, line)
+    ]
 
 
 def tiff_tags(data):
@@ -181,7 +226,7 @@ def tiff_tags(data):
         if kind in TIFF_TYPES and 0 < count <= 16:
             form = f"{order}{count}{TIFF_TYPES[kind]}"
             if struct.calcsize(form) > room:
-                at = int.from_bytes(data[at:at + room], "big" if order == ">" else "little")
+                at = int.from_bytes(data[at : at + room], "big" if order == ">" else "little")
             if at + struct.calcsize(form) > len(data):
                 return {}
             tags.setdefault(tag, struct.unpack_from(form, data, at))
@@ -191,9 +236,9 @@ def tiff_tags(data):
 def boxes(data, at, end):
     """(name, start, end) of each box of an ISO base media file between two offsets."""
     while at + 8 <= end:
-        size, name, head = int.from_bytes(data[at:at + 4]), data[at + 4:at + 8], 8
+        size, name, head = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], 8
         if size == 1:
-            size, head = int.from_bytes(data[at + 8:at + 16]), 16
+            size, head = int.from_bytes(data[at + 8 : at + 16]), 16
         stop = min(end, at + size) if size else end
         yield name, at + head, stop
         at = max(stop, at + head)
@@ -201,24 +246,32 @@ def boxes(data, at, end):
 
 def heif_items(data):
     """HEIF (ISO 23008-12) -> ({item: type}, {item: its parts}, {item: declared pixels})."""
+
     def number(size):
         nonlocal at
         at += size
-        return int.from_bytes(data[at - size:at])
+        return int.from_bytes(data[at - size : at])
+
     kinds, made_of, pixels, sizes, links = {}, {}, {}, [], []
-    tops = [part for name, start, end in boxes(data, 0, len(data)) if name == b"meta"
-            for part in boxes(data, start + 4, end)]
+    tops = [
+        part
+        for name, start, end in boxes(data, 0, len(data))
+        if name == b"meta"
+        for part in boxes(data, start + 4, end)
+    ]
     parts = tops + [part for top in tops if top[0] == b"iprp" for part in boxes(data, *top[1:])]
     for name, at, end in parts:
         if name == b"ipco":
-            sizes = [math.prod(struct.unpack(">II", data[start + 4:stop])) if kind == b"ispe" else 0
-                     for kind, start, stop in boxes(data, at, end)]
+            sizes = [
+                math.prod(struct.unpack(">II", data[start + 4 : stop])) if kind == b"ispe" else 0
+                for kind, start, stop in boxes(data, at, end)
+            ]
             continue
         version, flags = number(1), number(3)
         if name == b"iinf":
             for _, at, _ in boxes(data, at + (4 if version else 2), end):
                 item = number(4 if number(4) >> 24 > 2 else 2)
-                kinds[item] = data[at + 2:at + 6]
+                kinds[item] = data[at + 2 : at + 6]
         elif name == b"iref":
             for kind, at, _ in boxes(data, at, end):
                 item, count = number(4 if version else 2), number(2)
@@ -227,8 +280,10 @@ def heif_items(data):
         elif name == b"ipma":
             for _ in range(min(number(4), len(data))):
                 item, count = number(4 if version else 2), number(1)
-                links += [(item, number(2) & 0x7FFF if flags & 1 else number(1) & 0x7F)
-                          for _ in range(count)]
+                links += [
+                    (item, number(2) & 0x7FFF if flags & 1 else number(1) & 0x7F)
+                    for _ in range(count)
+                ]
                 if at >= end:
                     break
     for item, index in links:
@@ -244,7 +299,7 @@ def jpeg_scans(data):
     at, levels, scans = 2, {}, 0
     while marker := JPEG_MARKER.search(data, at):
         code, at = data[marker.end() - 1], marker.end()
-        body = data[at + 2:at + int.from_bytes(data[at:at + 2])]
+        body = data[at + 2 : at + int.from_bytes(data[at : at + 2])]
         if code == 0xD9:
             break
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
@@ -252,7 +307,7 @@ def jpeg_scans(data):
         elif code == 0xDA and len(body) > 3:
             scans, first, last, level = scans + 1, body[-3], min(body[-2], 63), body[-1] & 15
             for part in body[1:-3:2]:
-                levels.setdefault(part, [8] * 64)[first:last + 1] = [level] * (last + 1 - first)
+                levels.setdefault(part, [8] * 64)[first : last + 1] = [level] * (last + 1 - first)
         at += 2 + len(body)
     return 0 if any(map(any, levels.values())) else scans
 
@@ -265,7 +320,7 @@ def jpeg_ends(data):
     decoder passes over everything up to the next one, so the tails have restart markers too.
     """
     data = data.rstrip(b"\xff")  # half of a marker, or of a stuffed byte
-    restarts = re.findall(rb"\xff[\xd0-\xd7]", data[data.rfind(b"\xff\xda"):])
+    restarts = re.findall(rb"\xff[\xd0-\xd7]", data[data.rfind(b"\xff\xda") :])
     first = restarts[-1][1] + 1 if restarts else 0
     filler = np.random.default_rng(0).integers(1, 255, (2, 64), np.uint8)
     for filler in map(bytes, (*filler, *~filler)):

@@ -8,6 +8,7 @@ carries what is noted: `levels` (the stored values of black and white, where a v
 8 bits), `drawn` (the box that a GIF's frame fills) and `transparency` (as Pillow has it, in stored
 values for 16-bit grey).
 """
+
 import numpy as np
 from PIL import Image, ImagePalette, TiffImagePlugin
 
@@ -20,14 +21,18 @@ REMEDY = "save the image as PNG or JPEG, with 8 or 16 bits"
 TIFF_KINDS = {
     0: ("white is zero", 1, (1, 2, 4, 8, 16), [()]),
     1: ("black is zero", 1, (1, 2, 4, 8, 12, 16), [(), (0,), (1,), (2,)]),
-    2: ("RGB", 3, (8, 16), [(), (0,), (1,), (2,)]), 3: ("palette", 1, (1, 2, 4, 8), [()]),
-    5: ("CMYK", 4, (8, 16), [(), (0,)]), 6: ("YCbCr", 3, (8,), [()])}
-TIFF_JPEG = 6, 7        # compressions
+    2: ("RGB", 3, (8, 16), [(), (0,), (1,), (2,)]),
+    3: ("palette", 1, (1, 2, 4, 8), [()]),
+    5: ("CMYK", 4, (8, 16), [(), (0,)]),
+    6: ("YCbCr", 3, (8,), [()]),
+}
+TIFF_JPEG = 6, 7  # compressions
 # of little-endian files Pillow knows this
 TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = "I;16B", "I;16B"
 
 
 # ---- what the header declares ----
+
 
 def declare_kind(image, data, known):
     """Notes in `image.info` what `to_rgb` needs. Raises UnsupportedImage: no agreed colours."""
@@ -40,8 +45,10 @@ def declare_kind(image, data, known):
     elif known == "GIF":
         image.info["drawn"] = image.dispose_extent
     elif image.mode == "CMYK" and "adobe" not in image.info:
-        raise UnsupportedImage("a CMYK JPEG without Adobe's marker does not say whether its "
-                               "inks are inverted: save it as RGB")
+        raise UnsupportedImage(
+            "a CMYK JPEG without Adobe's marker does not say whether its "
+            "inks are inverted: save it as RGB"
+        )
 
 
 def declare_png(image, data):
@@ -51,11 +58,13 @@ def declare_png(image, data):
     bits, colour = data[24], data[25]
     key = image.info.get("transparency")
     if colour == 0 and key is not None and bits < 16:
-        key &= 2 ** bits - 1
-        image.info["transparency"] = key * (255 // (2 ** bits - 1)) if bits > 1 else 255 * key
+        key &= 2**bits - 1
+        image.info["transparency"] = key * (255 // (2**bits - 1)) if bits > 1 else 255 * key
     elif colour == 2 and key is not None and bits == 16:
-        raise UnsupportedImage("a 16-bit colour PNG with one transparent colour is not taken: "
-                               "save it with an alpha channel")
+        raise UnsupportedImage(
+            "a 16-bit colour PNG with one transparent colour is not taken: "
+            "save it with an alpha channel"
+        )
     elif colour == 2 and key is not None:
         image.info["transparency"] = tuple(value & 255 for value in key)
 
@@ -64,10 +73,11 @@ def refuse_tiff_kind(data):
     """Raises UnsupportedImage for kinds without agreed colours and those that Pillow misreads."""
     tags = tiff_tags(data)
     # CR2; DNGVersion; NewSubfileType and SubfileType of a reduced copy
-    if (data[8:10] == b"CR" or 50706 in tags or tags.get(254, (0,))[0] & 1
-            or tags.get(255) == (2,)):
-        raise UnsupportedImage("a camera raw file, or a TIFF that begins with a preview of its "
-                               "picture: save the picture as JPEG or PNG")
+    if data[8:10] == b"CR" or 50706 in tags or tags.get(254, (0,))[0] & 1 or tags.get(255) == (2,):
+        raise UnsupportedImage(
+            "a camera raw file, or a TIFF that begins with a preview of its "
+            "picture: save the picture as JPEG or PNG"
+        )
     if not {256, 257} <= set(tags):
         return  # no directory: its decoder says so
     compression, photometric = tags.get(259, (1,))[0], tags.get(262, (None,))[0]
@@ -76,21 +86,26 @@ def refuse_tiff_kind(data):
     if formats == {3}:
         raise UnsupportedImage(f"floating-point pixels have no agreed white: {REMEDY}")
     name, samples, depths, extras = TIFF_KINDS.get(
-        photometric, (f"photometric interpretation {photometric}", 0, (), ()))
+        photometric, (f"photometric interpretation {photometric}", 0, (), ())
+    )
     depth = bits.pop() if len(bits) == 1 else 0
     given = tags.get(277, (3 if compression == 6 else 1,))[0]
     one_by_one = planes != 1 and given > 1
-    wrong = {f"{name} with {depth or 'mixed'} bits": depth not in depths,
-             "signed or undefined numbers": formats != {1},
-             f"{name} with extra samples {extra}":
-                 extra not in extras or extra and photometric == 1 and depth != 8,
-             f"{given} samples a pixel of {name}": given != samples + len(extra),
-             f"separate planes of {depth} bits":
-                 one_by_one and (depth != 8 or extra or photometric == 6),
-             "big-endian with 12 bits": data[:2] == b"MM" and depth == 12,
-             "reversed bits": fill != 1 and depth != 1,
-             "inks other than CMYK": tags.get(332, (1,)) != (1,),
-             "YCbCr that is not JPEG": photometric == 6 and compression not in TIFF_JPEG}
+    wrong = {
+        f"{name} with {depth or 'mixed'} bits": depth not in depths,
+        "signed or undefined numbers": formats != {1},
+        f"{name} with extra samples {extra}": (
+            extra not in extras or extra and photometric == 1 and depth != 8
+        ),
+        f"{given} samples a pixel of {name}": given != samples + len(extra),
+        f"separate planes of {depth} bits": (
+            one_by_one and (depth != 8 or extra or photometric == 6)
+        ),
+        "big-endian with 12 bits": data[:2] == b"MM" and depth == 12,
+        "reversed bits": fill != 1 and depth != 1,
+        "inks other than CMYK": tags.get(332, (1,)) != (1,),
+        "YCbCr that is not JPEG": photometric == 6 and compression not in TIFF_JPEG,
+    }
     for what, is_wrong in wrong.items():
         if is_wrong:
             raise UnsupportedImage(f"a TIFF of this kind is not taken ({what}): {REMEDY}")
@@ -117,11 +132,18 @@ def declare_bmp(image, data):
         greys = (0, 255) if image.mode == "1" else range(16)
         colours = bytes(grey for grey in greys for _ in range(3))
         image._mode, image.palette = "P", ImagePalette.raw("RGB", colours)
-        image.tile = [tile._replace(args=("P;4" if bits == 4 else "P", *tile.args[1:]))
-                      if tile.codec_name == "raw" else tile for tile in image.tile]
+        image.tile = [
+            (
+                tile._replace(args=("P;4" if bits == 4 else "P", *tile.args[1:]))
+                if tile.codec_name == "raw"
+                else tile
+            )
+            for tile in image.tile
+        ]
 
 
 # ---- decoded -> RGB ----
+
 
 def to_rgb(image):
     """A loaded PIL image of any mode -> RGB. Raises UnsupportedImage where nothing is opaque."""
@@ -138,8 +160,9 @@ def to_rgb(image):
         rgb.paste(strip, box)
         seen |= opaque
     if not seen:
-        raise UnsupportedImage("the picture is wholly transparent: "
-                               "save it without its alpha channel")
+        raise UnsupportedImage(
+            "the picture is wholly transparent: save it without its alpha channel"
+        )
     return rgb
 
 

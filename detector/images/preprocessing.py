@@ -1,10 +1,9 @@
 """RGB pixels -> CLIP's input, bit for bit CLIP's own transform."""
+
 import numpy as np
 
 # The plug-ins of the formats we take, by name: otherwise Pillow imports all forty at the first WebP.
-from PIL import (
-    Image,
-)
+from PIL import Image
 
 # Channel mean and standard deviation of OpenAI's training images: clip/clip.py, _transform
 MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
@@ -13,6 +12,7 @@ R2 = 0.7548776662466927, 0.5698402909980532  # 1 / g and 1 / g^2 of the g with g
 
 
 # ---- RGB -> CLIP's input ----
+
 
 def preprocess(image, resolution):
     """PIL RGB image -> float32 [3, resolution, resolution], normalised, bit for bit what `clip.load`'s transform gives."""
@@ -35,7 +35,12 @@ def resize_and_crop(image, resolution):
 
 def in_pieces(image, resolution, crops=0):
     """PIL RGB image -> uint8 [1 + crops, r, r, 3]: the whole as `resize_and_crop` gives it, then `native_crops`."""
-    return np.concatenate([resize_and_crop(image, resolution)[None], *([native_crops(image, resolution, crops)] if crops else [])])
+    return np.concatenate(
+        [
+            resize_and_crop(image, resolution)[None],
+            *([native_crops(image, resolution, crops)] if crops else []),
+        ]
+    )
 
 
 def native_crops(image, resolution, number):
@@ -46,14 +51,24 @@ def native_crops(image, resolution, number):
     """
     short = min(image.size)
     if short < resolution:
-        image = image.resize([max(resolution, round(side * resolution / short)) for side in image.size], Image.Resampling.BICUBIC)
-    corners = [[round((side - resolution) * ((0.5 + k * step) % 1)) for side, step in zip(image.size, R2)] for k in range(number)]
-    return np.stack([np.asarray(image.crop((x, y, x + resolution, y + resolution))) for x, y in corners])
+        image = image.resize(
+            [max(resolution, round(side * resolution / short)) for side in image.size],
+            Image.Resampling.BICUBIC,
+        )
+    corners = [
+        [round((side - resolution) * ((0.5 + k * step) % 1)) for side, step in zip(image.size, R2)]
+        for k in range(number)
+    ]
+    return np.stack(
+        [np.asarray(image.crop((x, y, x + resolution, y + resolution))) for x, y in corners]
+    )
 
 
 def normalise(crops):
     """uint8 [..., r, r, 3] -> float32 [..., 3, r, r]: /255, minus CLIP's mean, by its standard deviation."""
-    pixels = np.ascontiguousarray(np.moveaxis(crops, -1, -3)).astype(np.float32)  # turned while small, then in place
+    pixels = np.ascontiguousarray(np.moveaxis(crops, -1, -3)).astype(
+        np.float32
+    )  # turned while small, then in place
     pixels /= np.float32(255)
     pixels -= MEAN[:, None, None]
     pixels /= STD[:, None, None]

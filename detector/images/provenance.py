@@ -7,6 +7,7 @@
 All of it is claims: whoever has the file can write them or remove them, so no verdict is made of them. Only what names the
 software or the device is reported, never a prompt. Nothing is decoded again, nothing is fetched, nothing here raises.
 """
+
 import io
 import json
 import re
@@ -17,39 +18,78 @@ from xml.parsers import expat
 
 from PIL import IptcImagePlugin
 
-MADE, PARTLY, TAKEN, SAVED = "made by a generator", "made in part by a generator", "taken by a camera", "saved by software"
-LONGEST = 200              # characters of a text that is reported
+MADE, PARTLY, TAKEN, SAVED = (
+    "made by a generator",
+    "made in part by a generator",
+    "taken by a camera",
+    "saved by software",
+)
+LONGEST = 200  # characters of a text that is reported
 MARK_CHARACTERS = 100_000  # of a text that are looked through: prompts and node graphs are shorter, crafted ones are not
-EXIF_BYTES = 1_000_000     # beyond which EXIF is not read: nine megabytes of numbers would take a second
-XMP_BYTES = 500_000        # of XMP that are parsed: a tenth of a second where it is nothing but tags
-MAX_BOXES = 2000           # JUMBF boxes in a C2PA store, some eight a manifest: 200 manifests take a third of a second
-MAX_SEGMENTS = 1000        # of a JPEG, 64 kB each, that a store is cut into
-MAX_REPORT = 4_000_000     # characters of a C2PA report
-MAX_READ_S = 0.5           # processor time in which a C2PA reader may still read: a million empty chunks would take 11 seconds
+EXIF_BYTES = (
+    1_000_000  # beyond which EXIF is not read: nine megabytes of numbers would take a second
+)
+XMP_BYTES = 500_000  # of XMP that are parsed: a tenth of a second where it is nothing but tags
+MAX_BOXES = 2000  # JUMBF boxes in a C2PA store, some eight a manifest: 200 manifests take a third of a second
+MAX_SEGMENTS = 1000  # of a JPEG, 64 kB each, that a store is cut into
+MAX_REPORT = 4_000_000  # characters of a C2PA report
+MAX_READ_S = 0.5  # processor time in which a C2PA reader may still read: a million empty chunks would take 11 seconds
 
 # https://cv.iptc.org/newscodes/digitalsourcetype/ (C2PA and XMP use the same terms)
-SOURCE_TYPES = {"trainedAlgorithmicMedia": MADE, "compositeWithTrainedAlgorithmicMedia": PARTLY, "compositeSynthetic": PARTLY,
-                "digitalCapture": TAKEN, "computationalCapture": TAKEN}
+SOURCE_TYPES = {
+    "trainedAlgorithmicMedia": MADE,
+    "compositeWithTrainedAlgorithmicMedia": PARTLY,
+    "compositeSynthetic": PARTLY,
+    "digitalCapture": TAKEN,
+    "computationalCapture": TAKEN,
+}
 # what generators write beside a prompt; each pattern is of the first program that wrote so, and others write the same
-MARKS = {"Stable Diffusion web UI": r"\bSteps: \d+, ",
-         "ComfyUI": r'\A(prompt|workflow):\s*\{|"class_type"\s*:|"last_node_id"\s*:',
-         "NovelAI": r'"NovelAI|\bNovelAI Diffusion\b|"uc"\s*:', "Midjourney": r"\bJob ID: [0-9a-f]{8}-"}
+MARKS = {
+    "Stable Diffusion web UI": r"\bSteps: \d+, ",
+    "ComfyUI": r'\A(prompt|workflow):\s*\{|"class_type"\s*:|"last_node_id"\s*:',
+    "NovelAI": r'"NovelAI|\bNovelAI Diffusion\b|"uc"\s*:',
+    "Midjourney": r"\bJob ID: [0-9a-f]{8}-",
+}
 PNG_TEXTS = ("parameters", "prompt", "workflow", "Comment", "Description", "Source")
-INVOKEAI = ("invokeai_metadata", "invokeai_graph", "invokeai_workflow", "sd-metadata", "Dream")  # that they are there is enough
+INVOKEAI = (
+    "invokeai_metadata",
+    "invokeai_graph",
+    "invokeai_workflow",
+    "sd-metadata",
+    "Dream",
+)  # that they are there is enough
 GENERATORS = re.compile(
-    r"\b(stable.?diffusion|midjourney|dall[-·•]e|novelai|comfyui|invokeai|fooocus|swarmui|automatic1111|sd\.next|draw things|dreamstudio"
-    r"|adobe firefly|firefly image|google ai|imagen \d|ideogram|chatgpt|openai|gpt.image|black forest labs|flux\.1|leonardo\.?ai"
-    r"|meta ai|imagined with ai|bing image creator|grok imagine|recraft|ai.generated)\b", re.IGNORECASE)
-XMP = {"http://ns.adobe.com/xap/1.0/ CreatorTool": "CreatorTool", "http://ns.adobe.com/photoshop/1.0/ Credit": "Credit",
-       "http://iptc.org/std/Iptc4xmpExt/2008-02-29/ DigitalSourceType": "DigitalSourceType",
-       "http://iptc.org/std/Iptc4xmpExt/2008-02-29/ AISystemUsed": "AISystemUsed"}
+    r"\b(stable.?diffusion|midjourney|dall[-·•]e|novelai|comfyui|invokeai|fooocus|swarmui|automatic1111|sd\.next|draw"
+    r" things|dreamstudio"
+    r"|adobe firefly|firefly image|google ai|imagen \d|ideogram|chatgpt|openai|gpt.image|black"
+    r" forest labs|flux\.1|leonardo\.?ai"
+    r"|meta ai|imagined with ai|bing image creator|grok imagine|recraft|ai.generated)\b",
+    re.IGNORECASE,
+)
+XMP = {
+    "http://ns.adobe.com/xap/1.0/ CreatorTool": "CreatorTool",
+    "http://ns.adobe.com/photoshop/1.0/ Credit": "Credit",
+    "http://iptc.org/std/Iptc4xmpExt/2008-02-29/ DigitalSourceType": "DigitalSourceType",
+    "http://iptc.org/std/Iptc4xmpExt/2008-02-29/ AISystemUsed": "AISystemUsed",
+}
 RESOURCE = "http://www.w3.org/1999/02/22-rdf-syntax-ns# resource"
-C2PA_TYPES = {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "AVIF": "image/avif",
-              "HEIF": "image/heif", "TIFF": "image/tiff"}
+C2PA_TYPES = {
+    "JPEG": "image/jpeg",
+    "MPO": "image/jpeg",
+    "PNG": "image/png",
+    "WEBP": "image/webp",
+    "AVIF": "image/avif",
+    "HEIF": "image/heif",
+    "TIFF": "image/tiff",
+}
 # no network: no manifest from elsewhere, no revocation list, no identity documents
-C2PA_SETTINGS = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
-                 "core": {"allowed_network_hosts": [], "decode_identity_assertions": False}}
-JUMBF_TYPE = bytes.fromhex("00110010800000aa00389b71")  # how the type of every box in a store ends (ISO 19566-5)
+C2PA_SETTINGS = {
+    "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
+    "core": {"allowed_network_hosts": [], "decode_identity_assertions": False},
+}
+JUMBF_TYPE = bytes.fromhex(
+    "00110010800000aa00389b71"
+)  # how the type of every box in a store ends (ISO 19566-5)
 
 
 def read_provenance(image, data):
@@ -65,27 +105,36 @@ def read_provenance(image, data):
 def in_words(found):
     """What `read_provenance` gave -> one line."""
     c2pa = found["c2pa"]
-    words = [f"C2PA {c2pa['state']}", c2pa.get("says"), c2pa.get("signer") and f"signed by {c2pa['signer']}",
-             c2pa.get("claim_generator") and f"with {c2pa['claim_generator']}"]
+    words = [
+        f"C2PA {c2pa['state']}",
+        c2pa.get("says"),
+        c2pa.get("signer") and f"signed by {c2pa['signer']}",
+        c2pa.get("claim_generator") and f"with {c2pa['claim_generator']}",
+    ]
     words += [f"{claim['where']}: {claim['says']} ({claim['name']})" for claim in found["metadata"]]
     return ", ".join(word for word in words if word)
 
 
 def clean(value):
     """Text or bytes of a file -> one line of at most LONGEST printable characters; '' for everything else."""
-    text = value[:4 * LONGEST].decode(errors="replace") if isinstance(value, bytes) else value
-    text = text[:4 * LONGEST] if isinstance(text, str) else ""
+    text = value[: 4 * LONGEST].decode(errors="replace") if isinstance(value, bytes) else value
+    text = text[: 4 * LONGEST] if isinstance(text, str) else ""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:LONGEST]
 
 
 # ---- metadata ----
+
 
 def read_metadata(image):
     """-> [{'where': ..., 'says': ..., 'name': ...}]; what cannot be read says nothing."""
     found = []
     for read in (png_claims, exif_claims, xmp_claims, iptc_claims):
         with suppress(Exception):  # Pillow's parsers raise almost anything on crafted bytes
-            found.extend({"where": where, "says": says, "name": name} for where, says, name in read(image) if name)
+            found.extend(
+                {"where": where, "says": says, "name": name}
+                for where, says, name in read(image)
+                if name
+            )
     return found
 
 
@@ -125,7 +174,11 @@ def exif_claims(image):
     make, model = clean(exif.get(0x010F)), clean(exif.get(0x0110))
     graph = mark_of(exif.get(0x010F)) or mark_of(exif.get(0x0110))  # ComfyUI puts its own there
     device = model if model.startswith(make) else f"{make} {model}".strip()
-    yield "EXIF Make and Model", MADE if graph or GENERATORS.search(device) else TAKEN, graph or device[:LONGEST]
+    yield (
+        "EXIF Make and Model",
+        MADE if graph or GENERATORS.search(device) else TAKEN,
+        graph or device[:LONGEST],
+    )
     yield "EXIF ImageDescription", MADE, mark_of(exif.get(0x010E))
     yield "EXIF UserComment", MADE, mark_of(user_comment(exif.get_ifd(0x8769).get(0x9286)))
 
@@ -134,7 +187,7 @@ def user_comment(value):
     """EXIF UserComment: eight bytes that name the encoding, then the text. (Both byte orders of UTF-16 are in use.)"""
     if not isinstance(value, bytes):
         return value
-    head, body = value[:8], value[8:2 * MARK_CHARACTERS]
+    head, body = value[:8], value[8 : 2 * MARK_CHARACTERS]
     if head != b"UNICODE\0":
         return body.decode(errors="replace")
     return body.decode("utf-16-be" if body[:1] == b"\0" else "utf-16-le", errors="replace")
@@ -169,10 +222,16 @@ def xmp_values(packet):
         raise ValueError("XMP has no document type")
 
     parser = expat.ParserCreate(namespace_separator=" ")
-    parser.StartElementHandler, parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = start, text, refuse
+    parser.StartElementHandler, parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = (
+        start,
+        text,
+        refuse,
+    )
     parser.EndElementHandler = lambda _: inside.pop()
     with suppress(expat.ExpatError, ValueError):
-        parser.Parse(packet[:XMP_BYTES], False)  # not to the end: one that is cut off keeps what was found
+        parser.Parse(
+            packet[:XMP_BYTES], False
+        )  # not to the end: one that is cut off keeps what was found
     return found
 
 
@@ -186,8 +245,10 @@ def iptc_claims(image):
 
 # ---- C2PA ----
 
+
 class Metered(io.BytesIO):
     """Bytes that this thread may read for so long, by the time that it computes. c2pa-python asks nothing but `readinto`."""
+
     def __init__(self, data):
         super().__init__(data)
         self.end = time.thread_time() + MAX_READ_S
@@ -209,9 +270,16 @@ def read_c2pa(image, data):
         return {"state": "unreadable"}
     try:
         context = c2pa.Context.from_dict(C2PA_SETTINGS)
-        with context, c2pa.Reader(C2PA_TYPES[image.format], Metered(data), context=context) as reader:
+        with (
+            context,
+            c2pa.Reader(C2PA_TYPES[image.format], Metered(data), context=context) as reader,
+        ):
             report = reader.json()
-        return manifest_says(json.loads(report)) if len(report) <= MAX_REPORT else {"state": "unreadable"}
+        return (
+            manifest_says(json.loads(report))
+            if len(report) <= MAX_REPORT
+            else {"state": "unreadable"}
+        )
     except c2pa.C2paError.ManifestNotFound:
         return {"state": "none"}
     except Exception as error:  # a crafted report may be of any shape
@@ -222,10 +290,15 @@ def too_costly(kind, data):
     """Has it a store of very many boxes, or one to be unpacked? Each manifest has its signature checked, and a few hundred bytes
     may unpack to many megabytes."""
     stored = data
-    if kind in ("JPEG", "MPO"):  # cut into segments with heads of 20 bytes, which may hide what is looked for
-        most = MAX_SEGMENTS + len(data) // 20_000  # in pixels, or a film behind them, their marker comes by chance
+    if kind in (
+        "JPEG",
+        "MPO",
+    ):  # cut into segments with heads of 20 bytes, which may hide what is looked for
+        most = (
+            MAX_SEGMENTS + len(data) // 20_000
+        )  # in pixels, or a film behind them, their marker comes by chance
         starts = [found.start() for found in islice(re.finditer(rb"\xff\xeb", data), most + 1)]
-        spans = [(at + 20, at + 2 + int.from_bytes(data[at + 2:at + 4])) for at in starts]
+        spans = [(at + 20, at + 2 + int.from_bytes(data[at + 2 : at + 4])) for at in starts]
         if len(spans) > most or sum(end - start for start, end in spans) > 2 * len(data):
             return True
         stored = b"".join(data[start:end] for start, end in spans)
@@ -238,13 +311,23 @@ def manifest_says(report):
     the signer, of which none is set here; 'invalid'), `failures`: C2PA's codes; `says`: made by a generator, made in part by one,
     taken by a camera, or None; `signer`, `claim_generator`: names as the manifest has them."""
     manifest = report["manifests"][report["active_manifest"]]
-    signature, claims = manifest.get("signature_info") or {}, manifest.get("claim_generator_info") or [{}]
+    signature, claims = (
+        manifest.get("signature_info") or {},
+        manifest.get("claim_generator_info") or [{}],
+    )
     types = {term for ancestor in lineage(report) for term in source_types(ancestor)}
     failures = {clean(status.get("code")) for status in report.get("validation_status") or ()}
-    generator = f"{claims[0].get('name', '')} {claims[0].get('version', '')}".strip() or manifest.get("claim_generator")
-    return {"state": report["validation_state"].lower(), "failures": sorted(failures)[:10],
-            "says": next((SOURCE_TYPES[term] for term in SOURCE_TYPES if term in types), None),
-            "signer": clean(signature.get("issuer") or signature.get("common_name")) or None, "claim_generator": clean(generator) or None}
+    generator = (
+        f"{claims[0].get('name', '')} {claims[0].get('version', '')}".strip()
+        or manifest.get("claim_generator")
+    )
+    return {
+        "state": report["validation_state"].lower(),
+        "failures": sorted(failures)[:10],
+        "says": next((SOURCE_TYPES[term] for term in SOURCE_TYPES if term in types), None),
+        "signer": clean(signature.get("issuer") or signature.get("common_name")) or None,
+        "claim_generator": clean(generator) or None,
+    }
 
 
 def lineage(report):
@@ -252,8 +335,14 @@ def lineage(report):
     label, found = report["active_manifest"], {}
     while label in report["manifests"] and label not in found:
         found[label] = report["manifests"][label]
-        label = next((part.get("active_manifest") for part in found[label].get("ingredients") or ()
-                      if part.get("relationship") == "parentOf"), None)
+        label = next(
+            (
+                part.get("active_manifest")
+                for part in found[label].get("ingredients") or ()
+                if part.get("relationship") == "parentOf"
+            ),
+            None,
+        )
     return found.values()
 
 
@@ -262,6 +351,13 @@ def source_types(manifest):
     for assertion in manifest.get("assertions") or ():
         content = assertion.get("data")
         if isinstance(content, dict):
-            actions = content.get("actions") or () if assertion["label"].startswith("c2pa.actions") else ()
-            for source in (*(action.get("digitalSourceType") for action in actions), content.get("Iptc4xmpExt:DigitalSourceType")):
+            actions = (
+                content.get("actions") or ()
+                if assertion["label"].startswith("c2pa.actions")
+                else ()
+            )
+            for source in (
+                *(action.get("digitalSourceType") for action in actions),
+                content.get("Iptc4xmpExt:DigitalSourceType"),
+            ):
                 yield clean(source).rstrip("/").rsplit("/", 1)[-1]

@@ -1,4 +1,5 @@
 """Photographs that the installed packages carry."""
+
 import importlib.util
 from pathlib import Path
 
@@ -8,8 +9,10 @@ PHOTOS = {
     "matplotlib": ("mpl-data/sample_data", "grace_hopper.jpg"),
     "skimage": (
         "data",
-        "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png "
-        "grass.png gravel.png moon.png motorcycle_left.png rocket.jpg",
+        (
+            "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png "
+            "grass.png gravel.png moon.png motorcycle_left.png rocket.jpg"
+        ),
     ),
 }
 

@@ -1,9 +1,13 @@
 """Features -> decision value -> calibrated probability of fake, with numpy alone."""
+
 import numpy as np
 
 from detector.base.errors import ModelError
 
-DERIVED = ("sha256", "squares")  # of the file, of each support vector: added by load_model, never stored
+DERIVED = (
+    "sha256",
+    "squares",
+)  # of the file, of each support vector: added by load_model, never stored
 BLOCK = 1000  # rows scored at a time: the kernel matrix of a test set would take gigabytes
 
 
@@ -11,9 +15,13 @@ def standardise(model, features):
     """float32 [n, d] -> float32 [n, d], each feature at mean 0 and deviation 1 of the training rows."""
     x = features.astype(np.float32)
     if x.ndim != 2 or x.shape[1] != len(model["center"]):
-        raise ModelError(f"features have shape {list(x.shape)}, the model takes [n, {len(model['center'])}]: "
-                         f"extract them with its encoder, '{model['encoder']['name']}'")
-    x -= model["center"].astype(np.float32)  # StandardScaler rounds both to the features' type first
+        raise ModelError(
+            f"features have shape {list(x.shape)}, the model takes [n, {len(model['center'])}]: "
+            f"extract them with its encoder, '{model['encoder']['name']}'"
+        )
+    x -= model["center"].astype(
+        np.float32
+    )  # StandardScaler rounds both to the features' type first
     x /= model["scale"].astype(np.float32)
     return x
 
@@ -22,7 +30,11 @@ def decision(model, features):
     """Decision values -> float64 [n]; above 0 leans to fake. Of features float32 [n, d], or of the pieces of images, [n, pieces, d]:
     the mean over the pieces."""
     if features.ndim == 3:
-        return decision(model, features.reshape(-1, features.shape[2])).reshape(features.shape[:2]).mean(1)
+        return (
+            decision(model, features.reshape(-1, features.shape[2]))
+            .reshape(features.shape[:2])
+            .mean(1)
+        )
     rows = standardise(model, features)
     if model["classifier"] == "svm":
         return rbf(model, rows) + model["intercept"]
@@ -47,9 +59,11 @@ def rbf(model, rows):
     vectors, scores = model["support_vectors"], np.empty(len(rows))
     squares = squares_of(model) if "squares" not in model else model["squares"]
     for start in range(0, len(rows), BLOCK):
-        x = rows[start:start + BLOCK]
+        x = rows[start : start + BLOCK]
         distance = np.einsum("ij,ij->i", x, x, dtype=float)[:, None] + squares - 2 * (x @ vectors.T)
-        scores[start:start + BLOCK] = np.exp(-model["gamma"] * np.maximum(distance, 0)) @ model["dual_coef"]
+        scores[start : start + BLOCK] = (
+            np.exp(-model["gamma"] * np.maximum(distance, 0)) @ model["dual_coef"]
+        )
     return scores
 
 

@@ -1,16 +1,19 @@
 """A detached Ed25519 signature beside a model file, for teams that want to know that it is one of theirs.
 
-    openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out public.pem
-    python train_model.py --model_version v1.0.0 --sign key.pem     # writes model.joblib.sig
-    MODEL_PUBLIC_KEY=public.pem python classify.py --image_path photo.jpg
+openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out public.pem
+python train_model.py --model_version v1.0.0 --sign key.pem     # writes model.joblib.sig
+MODEL_PUBLIC_KEY=public.pem python classify.py --image_path photo.jpg
 """
+
 import base64
 from pathlib import Path
 
 from detector.base.errors import ModelError, UsageError
 from detector.base.files import atomic_write, read_bytes
 
-MAKE_KEYS = "make one with openssl genpkey -algorithm ed25519, its public half with openssl pkey -pubout"
+MAKE_KEYS = (
+    "make one with openssl genpkey -algorithm ed25519, its public half with openssl pkey -pubout"
+)
 
 
 def signature_path(path):
@@ -24,16 +27,26 @@ def read_key(path, given, kind):
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
-        raise UsageError(f"{given} {path}: needs cryptography ({error}): pip install -r requirements-serve.txt") from None
+        raise UsageError(
+            f"{given} {path}: needs cryptography ({error}): pip install -r requirements-serve.txt"
+        ) from None
     try:
         data = read_bytes(path)
-        key = serialization.load_pem_private_key(data, None) if kind == "private" else serialization.load_pem_public_key(data)
+        key = (
+            serialization.load_pem_private_key(data, None)
+            if kind == "private"
+            else serialization.load_pem_public_key(data)
+        )
     except UsageError as error:
         raise UsageError(f"{given} {path}: {error}; {MAKE_KEYS}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a password
         key = None
-    if not isinstance(key, ed25519.Ed25519PrivateKey if kind == "private" else ed25519.Ed25519PublicKey):
-        raise UsageError(f"{given} {path}: is no {kind} Ed25519 key in PEM without a password; {MAKE_KEYS}")
+    if not isinstance(
+        key, ed25519.Ed25519PrivateKey if kind == "private" else ed25519.Ed25519PublicKey
+    ):
+        raise UsageError(
+            f"{given} {path}: is no {kind} Ed25519 key in PEM without a password; {MAKE_KEYS}"
+        )
     return key
 
 
@@ -49,11 +62,16 @@ def check_signature(path, data, public_key):
     """Raises ModelError unless `data`, the bytes of `path`, bear a signature of that key."""
     key, signature = read_key(public_key, "MODEL_PUBLIC_KEY", "public"), signature_path(path)
     from cryptography.exceptions import InvalidSignature
+
     try:
         key.verify(base64.b64decode(signature.read_bytes().strip(), validate=True), data)
     except OSError as error:
-        raise ModelError(f"it is not signed: {signature} cannot be read ({error.strerror}), and MODEL_PUBLIC_KEY={public_key} "
-                         "asks for it") from None
+        raise ModelError(
+            f"it is not signed: {signature} cannot be read ({error.strerror}), and"
+            f" MODEL_PUBLIC_KEY={public_key} asks for it"
+        ) from None
     except (InvalidSignature, ValueError):
-        raise ModelError(f"{signature} is no signature of it by MODEL_PUBLIC_KEY={public_key}: it is another file, or another "
-                         "key signed it") from None
+        raise ModelError(
+            f"{signature} is no signature of it by MODEL_PUBLIC_KEY={public_key}: it is another"
+            " file, or another key signed it"
+        ) from None

@@ -1,4 +1,5 @@
 """Probability -> verdict: the threshold, the 'uncertain' band, and how both are chosen."""
+
 import numpy as np
 
 from detector.base.constants import CLASSES
@@ -21,6 +22,7 @@ def outside(p_fake, band):
 
 # ---- threshold and band, from out-of-fold probabilities ----
 
+
 def choose_threshold(p_fake, labels, max_fpr=None, view=None):
     """Out-of-fold probabilities, labels, views [n] -> the threshold: 0.5, or with `max_fpr` the lowest one at which at most
     that share of the real images is called fake (halfway between two of them), untouched and, where there are any,
@@ -28,7 +30,9 @@ def choose_threshold(p_fake, labels, max_fpr=None, view=None):
     if max_fpr is None:
         return 0.5
     if view is not None and (view > 0).any():
-        return max(choose_threshold(p_fake[mask], labels[mask], max_fpr) for mask in (view == 0, view > 0))
+        return max(
+            choose_threshold(p_fake[mask], labels[mask], max_fpr) for mask in (view == 0, view > 0)
+        )
     real = np.sort(p_fake[labels == 0])[::-1]
     allowed = int(np.floor(max_fpr * len(real) + 1e-9))
     edge = real[allowed] if allowed < len(real) else 0.0  # the highest that must not be called fake
@@ -44,9 +48,11 @@ def choose_band(p_fake, labels, threshold, error):
     folds stand for the final one here, Barber et al. 2021). Widened to hold the threshold, so that a verdict outside
     the band never contradicts it.
     """
+
     def quantile(scores):
         rank = int(np.ceil((len(scores) + 1) * (1 - error)))
         return np.sort(scores)[rank - 1] if rank <= len(scores) else 1.0
+
     ends = quantile(p_fake[labels == 0]), 1 - quantile(1 - p_fake[labels == 1])
     return np.array([min(*ends, threshold), max(*ends, threshold)], np.float64)
 
@@ -57,8 +63,14 @@ def stale_threshold(model):
     p_fake, labels = probability(model, stored["scores"].astype(np.float64)), stored["labels"]
     threshold = choose_threshold(p_fake, labels, rule.get("max_fpr"), stored.get("view"))
     if abs(threshold - model["threshold"]) > 1e-6:
-        return f"its threshold is {model['threshold']:.6g}, its own scores and rule give {threshold:.6g}"
+        return (
+            f"its threshold is {model['threshold']:.6g}, its own scores and rule give"
+            f" {threshold:.6g}"
+        )
     band = choose_band(p_fake, labels, threshold, rule["band_error"])
     if np.abs(band - model["band"]).max() > 1e-6:
-        return f"its band is {model['band'].round(6).tolist()}, its own scores and rule give {band.round(6).tolist()}"
+        return (
+            f"its band is {model['band'].round(6).tolist()}, its own scores and rule give"
+            f" {band.round(6).tolist()}"
+        )
     return None

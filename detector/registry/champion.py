@@ -1,4 +1,5 @@
 """Registered versions, which of them is the champion, and what happened to the champion."""
+
 import getpass
 import json
 import os

@@ -1,4 +1,5 @@
 """The MLflow registry behind registry.py: its address, its errors, its file, its folders."""
+
 import contextlib
 import logging
 import os
@@ -14,11 +15,13 @@ from detector.base.errors import UsageError
 ADDRESS = re.compile(r"(postgresql|mysql|mssql)(\+\w+)?://.+|https?://.+|sqlite(\+\w+)?:///[^?]+")
 REMEDIES = {  # what a reason says: what to do about it
     "locked": "another program holds it; end that program, or wait for it",
-    "readonly|read-only|unable to open|Permission denied": "let this user write the file and its "
-    "folder, or set MLFLOW_TRACKING_URI to another place",
+    "readonly|read-only|unable to open|Permission denied": (
+        "let this user write the file and its folder, or set MLFLOW_TRACKING_URI to another place"
+    ),
     "not a database|malformed|disk I/O": "the file is damaged; put a copy of it back",
-    "no such table": "the file is empty or another program's; remove it, or set "
-    "MLFLOW_TRACKING_URI to another",
+    "no such table": (
+        "the file is empty or another program's; remove it, or set MLFLOW_TRACKING_URI to another"
+    ),
     "out-of-date database schema": "take the version of requirements/mlflow.txt that wrote it",
     "full|No space left|File too large": "free some space, and the same command does it",
     "No module named": "pip install what this kind of database needs",

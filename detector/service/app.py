@@ -1,4 +1,5 @@
 """The Flask app: routes, errors, and the log line of each request."""
+
 import contextlib
 import difflib
 import json
@@ -25,16 +26,26 @@ from detector.verdict import answer, details
 FEEDBACK_BYTES = 2000  # a parsed megabyte of JSON takes thirty
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
 UPLOADS = ("/classify", "/classify/batch")
-PROBES = ("/healthz", "/readyz", "/metrics")                      # asked every few seconds: not logged while they succeed
+PROBES = (
+    "/healthz",
+    "/readyz",
+    "/metrics",
+)  # asked every few seconds: not logged while they succeed
 FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-ID, FEEDBACK_ID = re.compile(r"[A-Za-z0-9._-]{1,64}"), re.compile(r"[A-Za-z0-9._-]{1,72}")  # a batch's has a number behind it
-PAGE_POLICY = ("default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:; connect-src 'self'; "
-               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+ID, FEEDBACK_ID = (
+    re.compile(r"[A-Za-z0-9._-]{1,64}"),
+    re.compile(r"[A-Za-z0-9._-]{1,72}"),
+)  # a batch's has a number behind it
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 routes = Blueprint("service", __name__)
 
 
 # ---- the app ----
+
 
 def create_app(config=None):
     """Flask app; `config` overrides settings by name. The model loads in the background; /readyz says when.
@@ -56,7 +67,9 @@ def create_app(config=None):
         app.register_error_handler(kind, lambda e: error(e.status, str(e)))
     app.register_error_handler(Busy, busy)
     app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(ParseException, lambda _: error(400, "the body's chunks are malformed"))  # its words hold the body's
+    app.register_error_handler(
+        ParseException, lambda _: error(400, "the body's chunks are malformed")
+    )  # its words hold the body's
     app.register_error_handler(Exception, unexpected)
     return app
 
@@ -81,7 +94,9 @@ def id_of(sent):
 def drain(environ, settings):
     """Read what is left of a request's body: an answer that overtakes it reaches many clients as a broken connection."""
     left = 2 * settings["MAX_UPLOAD_BYTES"]
-    with contextlib.suppress(OSError, ParseException):  # cut off, or malformed: gunicorn closes the connection
+    with contextlib.suppress(
+        OSError, ParseException
+    ):  # cut off, or malformed: gunicorn closes the connection
         while left > 0 and (part := environ["wsgi.input"].read(1 << 20)):
             left -= len(part)
 
@@ -93,18 +108,33 @@ def turn_away(app):
     inner, engine, telemetry = app.wsgi_app, app.extensions["engine"], app.extensions["telemetry"]
 
     def wsgi(environ, start_response):
-        route, started = "/" + environ["PATH_INFO"].lstrip("/"), time.perf_counter()  # as Flask sees it
+        route, started = (
+            "/" + environ["PATH_INFO"].lstrip("/"),
+            time.perf_counter(),
+        )  # as Flask sees it
         upload = route in UPLOADS and environ["REQUEST_METHOD"] == "POST"
         refusal = engine.refusal() if upload else None
-        if refusal is None or engine.keys and not key_of(environ.get("HTTP_AUTHORIZATION", ""), engine.keys):
+        if (
+            refusal is None
+            or engine.keys
+            and not key_of(environ.get("HTTP_AUTHORIZATION", ""), engine.keys)
+        ):
             return inner(environ, start_response)  # who is not known learns that, and nothing else
         drain(environ, engine.settings)
         telemetry.turned_away(route, refusal.reason, time.perf_counter() - started)
         body = json.dumps({"error": str(refusal)}).encode() + b"\n"
-        start_response("503 SERVICE UNAVAILABLE", [
-            ("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("X-Content-Type-Options", "nosniff"),
-            ("X-Request-ID", id_of(environ.get("HTTP_X_REQUEST_ID", ""))), ("Retry-After", str(engine.settings["QUEUE_TIMEOUT_S"]))])
+        start_response(
+            "503 SERVICE UNAVAILABLE",
+            [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(body))),
+                ("X-Content-Type-Options", "nosniff"),
+                ("X-Request-ID", id_of(environ.get("HTTP_X_REQUEST_ID", ""))),
+                ("Retry-After", str(engine.settings["QUEUE_TIMEOUT_S"])),
+            ],
+        )
         return [body]
+
     return wsgi
 
 
@@ -112,13 +142,19 @@ def begin():
     """Before every request: its id, its clock, and where keys are set, whose it is."""
     g.request_id, g.started = id_of(request.headers.get("X-Request-ID", "")), time.perf_counter()
     g.key, g.error, g.read_s = None, None, None
-    if request.content_length is not None:  # gunicorn's own word for the end would let a body that stops early pass as whole
+    if (
+        request.content_length is not None
+    ):  # gunicorn's own word for the end would let a body that stops early pass as whole
         request.environ.pop("wsgi.input_terminated", None)
     if engine().keys and request.path not in OPEN:
         g.key = key_of(request.headers.get("Authorization", ""), engine().keys)
         if g.key is None:
             telemetry().rejections.labels("unauthorized").inc()
-            said = "this token is not known" if "Authorization" in request.headers else "a token is needed"
+            said = (
+                "this token is not known"
+                if "Authorization" in request.headers
+                else "a token is needed"
+            )
             response = error(401, f"{said}: send the header 'Authorization: Bearer TOKEN'")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
@@ -133,12 +169,22 @@ def finish(response):
     telemetry().requests.labels(route(), response.status_code).inc()
     telemetry().seconds.labels(route(), response.status_code).observe(seconds)
     if request.path not in PROBES or response.status_code >= 400:
-        say_event("request", request_id=g.request_id, method=request.method, route=route(), status=response.status_code,
-                  seconds=round(seconds, 4), read_s=g.read_s, key=g.key, **({"error": g.error} if g.error else {}))
+        say_event(
+            "request",
+            request_id=g.request_id,
+            method=request.method,
+            route=route(),
+            status=response.status_code,
+            seconds=round(seconds, 4),
+            read_s=g.read_s,
+            key=g.key,
+            **({"error": g.error} if g.error else {}),
+        )
     return response
 
 
 # ---- errors ----
+
 
 def error(status, message):
     """The one shape of every error: {"error": message}."""
@@ -163,14 +209,27 @@ def http_error(exception):
         telemetry().rejections.labels("slow_body").inc()
         limit = engine().settings["BODY_TIMEOUT_S"]
         late = time.perf_counter() - g.started >= limit
-        return error(408, f"the body did not arrive in full within {limit} s" if late
-                     else "the connection ended before the body had arrived in full")
-    message = f"{request.method} {request.path[:100]!r}: {exception.name.lower()}; /openapi.json says what there is"
+        return error(
+            408,
+            (
+                f"the body did not arrive in full within {limit} s"
+                if late
+                else "the connection ended before the body had arrived in full"
+            ),
+        )
+    message = (
+        f"{request.method} {request.path[:100]!r}: {exception.name.lower()}; /openapi.json says"
+        " what there is"
+    )
     if exception.code == 405:
-        message = message.replace(";", f" (allowed: {', '.join(sorted(exception.valid_methods))});", 1)
+        message = message.replace(
+            ";", f" (allowed: {', '.join(sorted(exception.valid_methods))});", 1
+        )
     if exception.code == 413:
         size = f" of {request.content_length:,} bytes" if request.content_length else ""
-        message = f"the request{size} is larger than the {request.max_content_length:,} bytes allowed"
+        message = (
+            f"the request{size} is larger than the {request.max_content_length:,} bytes allowed"
+        )
     response = error(exception.code, message)
     response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
     return response
@@ -178,11 +237,18 @@ def http_error(exception):
 
 def unexpected(exception):
     """Our bug: a traceback for the log, one word for the client."""
-    say_event("bug", level="error", exc_info=True, request_id=g.request_id, message=f"{type(exception).__name__}")
+    say_event(
+        "bug",
+        level="error",
+        exc_info=True,
+        request_id=g.request_id,
+        message=f"{type(exception).__name__}",
+    )
     return error(500, "internal error")
 
 
 # ---- verdicts ----
+
 
 def read():
     """-> (the detector that this request keeps, bytes of each image). Raises Busy, Refused, and HTTPException's kinds."""
@@ -201,9 +267,13 @@ def wants_details():
     values = {FLAGS.get(value.lower()) for value in request.args.getlist("details")} or {False}
     if len(values) > 1 or None in values:
         given = ", ".join(repr(value[:20]) for value in request.args.getlist("details")[:3])
-        raise Refused(400, f"details={given}: send details=1 (or true, yes) or details=0 (or false, no), once")
+        raise Refused(
+            400, f"details={given}: send details=1 (or true, yes) or details=0 (or false, no), once"
+        )
     for name in request.args:
-        if name != "details" and difflib.get_close_matches(name[:20].lower(), ["details"], cutoff=0.75):
+        if name != "details" and difflib.get_close_matches(
+            name[:20].lower(), ["details"], cutoff=0.75
+        ):
             raise Refused(400, f"unknown parameter {name[:20]!r}: did you mean details=1?")
     return values.pop()
 
@@ -212,7 +282,11 @@ def refuse_coding():
     """Raises Refused where the body is compressed."""
     coding = request.headers.get("Content-Encoding", "identity")
     if coding.lower() not in ("identity", ""):
-        raise Refused(415, f"the body came with Content-Encoding {coding[:20]!r}, which is not taken: send it uncompressed")
+        raise Refused(
+            415,
+            f"the body came with Content-Encoding {coding[:20]!r}, which is not taken: send it"
+            " uncompressed",
+        )
 
 
 def note(detector, facts, waited, request_id):
@@ -220,17 +294,30 @@ def note(detector, facts, waited, request_id):
     if "error" in facts:
         telemetry().image_errors.labels(facts["status"]).inc()
         return say_event("image_error", request_id=request_id, key=g.key, **facts)
-    facts = {name: value for name, value in facts.items() if name != "provenance"}  # its sender's business
+    facts = {
+        name: value for name, value in facts.items() if name != "provenance"
+    }  # its sender's business
     numbers = {name: round(value, 4) for name, value in facts.items() if isinstance(value, float)}
-    say_event("verdict", request_id=request_id, key=g.key, **{**facts, **numbers}, wait_s=round(waited, 4),
-              model_version=detector.model["versions"]["model"], model_sha256=detector.model["sha256"])
+    say_event(
+        "verdict",
+        request_id=request_id,
+        key=g.key,
+        **{**facts, **numbers},
+        wait_s=round(waited, 4),
+        model_version=detector.model["versions"]["model"],
+        model_sha256=detector.model["sha256"],
+    )
 
 
 def body_of(detector, facts):
     """What is answered for one image: the documented keys, and with ?details=1 what stands behind them."""
     if "error" in facts:
         return {"error": facts["error"]}
-    more = details(detector.model, facts["p_fake"], facts["uncertain"], facts["provenance"]) if g.details else {}
+    more = (
+        details(detector.model, facts["p_fake"], facts["uncertain"], facts["provenance"])
+        if g.details
+        else {}
+    )
     return {**answer(facts["classification"], facts["confidence"]), **more}
 
 
@@ -245,19 +332,28 @@ def with_model(detector, body):
 
 # ---- routes ----
 
+
 @routes.post("/classify")
 def classify():
     """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
     detector, images = read()
     if len(images) != 1:
-        return error(400, f"the form has {len(images)} fields 'image', expected 1: send several to /classify/batch")
+        return error(
+            400,
+            f"the form has {len(images)} fields 'image', expected 1: send several to"
+            " /classify/batch",
+        )
     waited, (facts,) = engine().judge(detector, images, g.details)
     note(detector, facts, waited, g.request_id)
     if "error" in facts:
         return error(facts["status"], facts["error"])
     body = body_of(detector, facts)
     if g.details:
-        stages = {"wait_s": waited, "read_s": g.read_s, **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")}}
+        stages = {
+            "wait_s": waited,
+            "read_s": g.read_s,
+            **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")},
+        }
         body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
     return with_model(detector, body)
 
@@ -268,7 +364,11 @@ def classify_batch():
     detector, images = read()
     limit = engine().settings["BATCH_LIMIT"]
     if len(images) > limit:
-        return error(413, f"the form has {len(images)} images, at most {limit} are taken in a batch: send fewer at a time")
+        return error(
+            413,
+            f"the form has {len(images)} images, at most {limit} are taken in a batch: send fewer"
+            " at a time",
+        )
     waited, found = engine().judge(detector, images, g.details)
     for number, facts in enumerate(found):
         note(detector, facts, waited, f"{g.request_id}.{number}")
@@ -287,8 +387,11 @@ def feedback():
     except RecursionError:  # a hundred thousand brackets
         sent = None
     if fault := feedback_fault(sent):
-        return error(400, f'{fault}; send Content-Type: application/json and {{"request_id": "the X-Request-ID of a verdict", '
-                          '"label": "real" or "fake"}')
+        return error(
+            400,
+            f'{fault}; send Content-Type: application/json and {{"request_id": "the X-Request-ID of'
+            ' a verdict", "label": "real" or "fake"}',
+        )
     telemetry().feedback.labels(sent["label"]).inc()
     say_event("feedback", request_id=sent["request_id"], label=sent["label"], key=g.key)
     return {"status": "noted"}
@@ -297,7 +400,11 @@ def feedback():
 def feedback_fault(sent):
     """What is wrong with the JSON that was sent (None: it is none), in words, or None."""
     if not request.is_json:
-        return f"the body came as {request.mimetype[:60]!r}" if request.mimetype else "the body came without a Content-Type"
+        return (
+            f"the body came as {request.mimetype[:60]!r}"
+            if request.mimetype
+            else "the body came without a Content-Type"
+        )
     if not isinstance(sent, dict):
         return "the body is no JSON object"
     if set(sent) != {"request_id", "label"}:
@@ -327,11 +434,23 @@ def model():
     detector = engine().ready()
     found, names = detector.model, named(detector)
     data, whole = found["training_data"], found["metrics"].get("overall") or {}
-    body = {**{name: names[name] for name in ("version", "commit", "sha256")},
-            "encoder": {"name": names["encoder"], "identity": names["identity"], "precision": names["precision"]},
-            "training_data": {**{name: data[name] for name in ("sha256", "real", "fake")}, "sources": len(data["sources"])},
-            "threshold": found["threshold"], "threshold_rule": found["threshold_rule"], "band": found["band"].tolist(),
-            "metrics": found["metrics"], "golden_floor": (whole.get("balanced_accuracy", {}).get("interval") or [None])[0]}
+    body = {
+        **{name: names[name] for name in ("version", "commit", "sha256")},
+        "encoder": {
+            "name": names["encoder"],
+            "identity": names["identity"],
+            "precision": names["precision"],
+        },
+        "training_data": {
+            **{name: data[name] for name in ("sha256", "real", "fake")},
+            "sources": len(data["sources"]),
+        },
+        "threshold": found["threshold"],
+        "threshold_rule": found["threshold_rule"],
+        "band": found["band"].tolist(),
+        "metrics": found["metrics"],
+        "golden_floor": (whole.get("balanced_accuracy", {}).get("interval") or [None])[0],
+    }
     return body | ({"notice": found["notice"]} if "notice" in found else {})
 
 
@@ -343,16 +462,30 @@ def metrics():
 
 @routes.get("/openapi.json")
 def openapi():
-    return Response(Path(__file__).with_name("openapi.json").read_bytes(), content_type="application/json")
+    return Response(
+        Path(__file__).with_name("openapi.json").read_bytes(), content_type="application/json"
+    )
 
 
 @routes.get("/")
 def page():
     """Drop images, see verdicts: one template, nothing from elsewhere."""
     detector, nonce = engine().detector, secrets.token_urlsafe(16)
-    response = Response(render_template(
-        "index.html", nonce=nonce, max_bytes=engine().settings["MAX_UPLOAD_BYTES"], formats=formats.TAKEN,
-        notice=detector and detector.model.get("notice"), model_version=detector and detector.model["versions"]["model"]))
-    response.headers.update({"Content-Security-Policy": PAGE_POLICY.format(nonce), "Referrer-Policy": "no-referrer",
-                             "Cache-Control": "no-store"})  # the model that it names may change
+    response = Response(
+        render_template(
+            "index.html",
+            nonce=nonce,
+            max_bytes=engine().settings["MAX_UPLOAD_BYTES"],
+            formats=formats.TAKEN,
+            notice=detector and detector.model.get("notice"),
+            model_version=detector and detector.model["versions"]["model"],
+        )
+    )
+    response.headers.update(
+        {
+            "Content-Security-Policy": PAGE_POLICY.format(nonce),
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+    )  # the model that it names may change
     return response

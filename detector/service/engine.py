@@ -1,9 +1,10 @@
 """The model in service: loaded and proved before it serves, swapped without losing a request, and the queue before it.
 
-    engine = Engine(read_settings(), Telemetry())    # loads in a thread; engine.detector is None until a model has proved itself
-    waited, facts = engine.judge(engine.ready(), [data])   # Busy where there is no model yet, or too many wait already
-    engine.reload()                                  # the file anew; a broken one leaves the old model serving
+engine = Engine(read_settings(), Telemetry())    # loads in a thread; engine.detector is None until a model has proved itself
+waited, facts = engine.judge(engine.ready(), [data])   # Busy where there is no model yet, or too many wait already
+engine.reload()                                  # the file anew; a broken one leaves the old model serving
 """
+
 import collections
 import contextlib
 import queue
@@ -25,9 +26,14 @@ from detector.service.telemetry import say_event
 from detector.service.together import TOGETHER, Together
 from detector.verdict import Detector, encoder_folder, flatten, unflatten
 
-GOLDEN_COSINE, GOLDEN_SHIFT = 0.99, 0.05  # the golden picture's features and probability may differ from the record by this
-LARGE_PIXELS = 12_000_000                 # images above this are decoded one at a time: 50 megapixels take up to 750 MB
-DECODE_S = 20                             # of one request: what made-up files of a batch may hold up the others
+GOLDEN_COSINE, GOLDEN_SHIFT = (
+    0.99,
+    0.05,
+)  # the golden picture's features and probability may differ from the record by this
+LARGE_PIXELS = (
+    12_000_000  # images above this are decoded one at a time: 50 megapixels take up to 750 MB
+)
+DECODE_S = 20  # of one request: what made-up files of a batch may hold up the others
 LOADING = "the model is still loading"
 FAILED = "the model cannot be loaded: the service's log says why"
 QUEUE_FULL = "busy: as many requests as may wait are waiting already; try again later"
@@ -79,7 +85,9 @@ class Slots:
         waited = time.perf_counter() - started
         self._observe(waited)
         if not turn.is_set():
-            raise Busy("queue_timeout", f"busy: no turn came within {self.timeout} s; try again later")
+            raise Busy(
+                "queue_timeout", f"busy: no turn came within {self.timeout} s; try again later"
+            )
         try:
             yield waited
         finally:
@@ -113,15 +121,23 @@ class SharedDetector(Detector):
 
 class Engine:
     """Holds the model that serves. `detector` (a `verdict.Detector`) is replaced whole, so a request keeps the one it
-    began with; `error`: it could not be loaded; `keys` are the API keys, {name: SHA-256 of its token}."""
+    began with; `error`: it could not be loaded; `keys` are the API keys, {name: SHA-256 of its token}.
+    """
 
     def __init__(self, settings, telemetry):
         self.settings, self.telemetry, self.detector, self.error = settings, telemetry, None, None
         self.keys = read_keys(settings["API_KEYS_FILE"])
-        self.slots = Slots(slots_of(settings), settings["QUEUE_LIMIT"], settings["QUEUE_TIMEOUT_S"],
-                           telemetry.stage.labels("wait").observe)
+        self.slots = Slots(
+            slots_of(settings),
+            settings["QUEUE_LIMIT"],
+            settings["QUEUE_TIMEOUT_S"],
+            telemetry.stage.labels("wait").observe,
+        )
         telemetry.watch(self.slots)
-        self.decoding, self.large = threading.BoundedSemaphore(runtime.processors()), threading.Lock()
+        self.decoding, self.large = (
+            threading.BoundedSemaphore(runtime.processors()),
+            threading.Lock(),
+        )
         self._asked = queue.SimpleQueue()
         threading.Thread(target=self._keep_loaded, daemon=True).start()
 
@@ -159,8 +175,13 @@ class Engine:
                 return True
             self.telemetry.serve(detector, named(detector))
         except Exception as error:  # whatever a file on a disk can do: say so and stay as we are
-            say_event("load_failed", level="error", message=f"the model cannot be loaded: {error}",
-                      old_model_serves=self.detector is not None, exc_info=not isinstance(error, DetectorError))
+            say_event(
+                "load_failed",
+                level="error",
+                message=f"the model cannot be loaded: {error}",
+                old_model_serves=self.detector is not None,
+                exc_info=not isinstance(error, DetectorError),
+            )
             self.error = FAILED  # the rest is nobody's business: paths and hashes
             return False
         say_event("ready", seconds=round(time.monotonic() - started, 3), **named(detector))
@@ -190,21 +211,35 @@ class Engine:
             found = [self._decode(detector, data, end, details) for data in images]
             good = [(facts, pixels) for facts, pixels in found if pixels is not None]
             for start in range(0, len(good), TOGETHER):
-                self._score(detector, good[start:start + TOGETHER])
+                self._score(detector, good[start : start + TOGETHER])
         turns = sum(facts.pop("turn_s") for facts, _ in found)
         self.telemetry.stage.labels("turn").observe(turns)
         return waited + turns, [facts for facts, _ in found]
 
     def _decode(self, detector, data, end, details):
         """Bytes of an image -> (its facts, the encoder's input or None, also where it is past this `end`)."""
-        started, facts = time.perf_counter(), {"sha256": sha256(data), "bytes": len(data), "turn_s": 0.0}
+        started, facts = (
+            time.perf_counter(),
+            {"sha256": sha256(data), "bytes": len(data), "turn_s": 0.0},
+        )
         if started > end:
-            return {**facts, "status": 503, "error": f"the images before it took {DECODE_S} s to decode: send fewer at a time"}, None
+            return {
+                **facts,
+                "status": 503,
+                "error": f"the images before it took {DECODE_S} s to decode: send fewer at a time",
+            }, None
         try:
             image = decoding.open_image(data, self.settings["MAX_PIXELS"])
             facts |= {"format": image.format, "width": image.width, "height": image.height}
             opened = time.perf_counter()
-            with self.large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext(), self.decoding:
+            with (
+                (
+                    self.large
+                    if image.width * image.height > LARGE_PIXELS
+                    else contextlib.nullcontext()
+                ),
+                self.decoding,
+            ):
                 facts["turn_s"] = time.perf_counter() - opened
                 pixels = detector.pixels(decoding.load_rgb(image))
                 if details:
@@ -218,6 +253,7 @@ class Engine:
     def _score(self, detector, chunk):
         """[(facts, the encoder's input)] of one forward pass: verdict, probability of fake and seconds into each facts."""
         from detector.model.score import whole_of
+
         started = time.perf_counter()
         features, waited = detector.shared_features(np.stack([pixels for _, pixels in chunk]))
         encoded = time.perf_counter()
@@ -227,18 +263,28 @@ class Engine:
             self.telemetry.stage.labels(stage).observe(taken)
         for (facts, _), found, row in zip(chunk, verdicts, whole_of(features), strict=True):
             facts["turn_s"] += waited / len(chunk)
-            facts |= {"classification": found.classification, "confidence": found.confidence,
-                      "p_fake": found.p_fake, "uncertain": found.uncertain,
-                      **{f"{stage}_s": taken / len(chunk) for stage, taken in seconds.items()}}
+            facts |= {
+                "classification": found.classification,
+                "confidence": found.confidence,
+                "p_fake": found.p_fake,
+                "uncertain": found.uncertain,
+                **{f"{stage}_s": taken / len(chunk) for stage, taken in seconds.items()},
+            }
             self.telemetry.verdict(detector, facts, found.score, row)
 
 
 def named(detector):
     """What the log and the metrics call a model."""
     model, encoder = detector.model, detector.encoder
-    return {"version": model["versions"]["model"], "commit": model["versions"]["code"], "sha256": model["sha256"],
-            "encoder": encoder.name, "identity": encoder.identity, "precision": encoder.precision,
-            "demonstration": str("notice" in model).lower()}
+    return {
+        "version": model["versions"]["model"],
+        "commit": model["versions"]["code"],
+        "sha256": model["sha256"],
+        "encoder": encoder.name,
+        "identity": encoder.identity,
+        "precision": encoder.precision,
+        "demonstration": str("notice" in model).lower(),
+    }
 
 
 def check(settings):
@@ -249,9 +295,20 @@ def check(settings):
     read_keys(settings["API_KEYS_FILE"])
     model = read_model(settings)
     wanted = model["encoder"]
-    if (clip_model := runtime.clip_model_of(wanted)) in catalogue.NAMES and runtime.find_encoder(identity=wanted["identity"]) is None:
-        prepared = subprocess.run([sys.executable, HERE / "prepare_clip.py", "--clip_model", clip_model,
-                                   "--layers", wanted["layers"]], stdout=sys.stderr)
+    if (clip_model := runtime.clip_model_of(wanted)) in catalogue.NAMES and runtime.find_encoder(
+        identity=wanted["identity"]
+    ) is None:
+        prepared = subprocess.run(
+            [
+                sys.executable,
+                HERE / "prepare_clip.py",
+                "--clip_model",
+                clip_model,
+                "--layers",
+                wanted["layers"],
+            ],
+            stdout=sys.stderr,
+        )
         if prepared.returncode:
             sys.exit(prepared.returncode)  # it has said why
     check_encoder(settings, model)
@@ -260,17 +317,25 @@ def check(settings):
 def read_model(settings):
     """The model file, if it is the pinned one -> model dict. Raises DetectorError."""
     from detector.model.file import load_model
+
     path = settings["MODEL_PATH"]
     if not path:
-        raise UsageError("MODEL_PATH is not set: name a model file from train_model.py (models/baseline.joblib is a demonstration)")
+        raise UsageError(
+            "MODEL_PATH is not set: name a model file from train_model.py (models/baseline.joblib"
+            " is a demonstration)"
+        )
     if not Path(path).is_file() and not Path(path).is_dir():  # load_model says what a folder is
-        raise UsageError(f"MODEL_PATH={path}: no such file; make it with train_model.py, or see a demonstration: "
-                         "MODEL_PATH=models/baseline.joblib ALLOW_DEMO_MODEL=1")
+        raise UsageError(
+            f"MODEL_PATH={path}: no such file; make it with train_model.py, or see a demonstration:"
+            " MODEL_PATH=models/baseline.joblib ALLOW_DEMO_MODEL=1"
+        )
     model = load_model(path, settings["MODEL_PUBLIC_KEY"])
     if settings["MODEL_SHA256_FILE"]:
         check_pin(settings["MODEL_SHA256_FILE"], model["sha256"], path)
     if "notice" in model and not settings["ALLOW_DEMO_MODEL"]:
-        raise UsageError(f"MODEL_PATH={path}: {model['notice']}; set ALLOW_DEMO_MODEL=1 to serve it all the same")
+        raise UsageError(
+            f"MODEL_PATH={path}: {model['notice']}; set ALLOW_DEMO_MODEL=1 to serve it all the same"
+        )
     return model
 
 
@@ -281,11 +346,15 @@ def check_encoder(settings, model):
 
 def check_pin(pin_path, found, model_path):
     """Raises ModelError unless the file (as sha256sum writes it: the hash first) holds this hash."""
-    data = read_file("MODEL_SHA256_FILE", pin_path, "a file that sha256sum wrote, or leave it empty")
+    data = read_file(
+        "MODEL_SHA256_FILE", pin_path, "a file that sha256sum wrote, or leave it empty"
+    )
     words = data.decode(errors="replace").split()
     if not words or words[0].lower() != found:
-        raise ModelError(f"MODEL_PATH={model_path} has the SHA-256 {found}, MODEL_SHA256_FILE={pin_path} says "
-                         f"{words[0][:64] if words else 'nothing'}: put the right pair in place")
+        raise ModelError(
+            f"MODEL_PATH={model_path} has the SHA-256 {found}, MODEL_SHA256_FILE={pin_path} says "
+            f"{words[0][:64] if words else 'nothing'}: put the right pair in place"
+        )
 
 
 def load_detector(settings, current=None):
@@ -299,8 +368,13 @@ def load_detector(settings, current=None):
         return current
     check_encoder(settings, model)
     same = current is not None and current.encoder.identity == model["encoder"]["identity"]
-    detector = SharedDetector(settings["MODEL_PATH"], threads=settings["THREADS"] or runtime.processors(), model=model,
-                              encoder=current.encoder if same else None, passes=current.passes if same else None)
+    detector = SharedDetector(
+        settings["MODEL_PATH"],
+        threads=settings["THREADS"] or runtime.processors(),
+        model=model,
+        encoder=current.encoder if same else None,
+        passes=current.passes if same else None,
+    )
     prove(detector)
     if not same:
         side = detector.encoder.resolution
@@ -317,12 +391,23 @@ def prove(detector):
     """The golden picture, from bytes to probability, against what the encoder's record gives. Raises EncoderError."""
     recorded = detector.encoder.manifest.get("golden")
     if not recorded:
-        raise EncoderError(f"the encoder '{detector.encoder.name}' has no golden features: remove its folder in "
-                           f"{runtime.cache_dir() / 'encoders'} and run prepare_clip.py again")
-    pixels = preprocessing.preprocess(decoding.decode_image(runtime.golden_image()), detector.encoder.resolution)
+        raise EncoderError(
+            f"the encoder '{detector.encoder.name}' has no golden features: remove its folder in "
+            f"{runtime.cache_dir() / 'encoders'} and run prepare_clip.py again"
+        )
+    pixels = preprocessing.preprocess(
+        decoding.decode_image(runtime.golden_image()), detector.encoder.resolution
+    )
     features = np.stack([np.float32(recorded), detector.encoder.encode(pixels[None])[0]])
-    cosine = float(features[0] @ features[1] / np.linalg.norm(features[0]) / np.linalg.norm(features[1]))
+    cosine = float(
+        features[0] @ features[1] / np.linalg.norm(features[0]) / np.linalg.norm(features[1])
+    )
     expected, found = (verdict.p_fake for verdict in detector.verdicts(features))
-    if not (cosine >= GOLDEN_COSINE and abs(found - expected) <= GOLDEN_SHIFT):  # written so that NaN fails
-        raise EncoderError(f"the golden picture's probability of fake is {found:.3f} on this machine, {expected:.3f} by the "
-                           f"encoder's record (cosine {cosine:.4f}): verdicts here cannot be trusted; prepare the encoder again")
+    if not (
+        cosine >= GOLDEN_COSINE and abs(found - expected) <= GOLDEN_SHIFT
+    ):  # written so that NaN fails
+        raise EncoderError(
+            f"the golden picture's probability of fake is {found:.3f} on this machine,"
+            f" {expected:.3f} by the encoder's record (cosine {cosine:.4f}): verdicts here cannot"
+            " be trusted; prepare the encoder again"
+        )

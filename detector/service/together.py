@@ -1,15 +1,18 @@
 """Calls of several threads share a run of one function: how uploads that wait for the encoder share a forward pass.
 
-    encode = Together(encoder.encode)
-    features, waited = encode(pixels)       # float32 [n, 3, r, r] -> float32 [n, d], seconds until its pass began
+encode = Together(encoder.encode)
+features, waited = encode(pixels)       # float32 [n, 3, r, r] -> float32 [n, d], seconds until its pass began
 """
+
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-TOGETHER = 4  # images in a shared pass: 8 gain 4% over 4 (a small network) and hold up the first of them
+TOGETHER = (
+    4  # images in a shared pass: 8 gain 4% over 4 (a small network) and hold up the first of them
+)
 
 
 class Together:
@@ -23,7 +26,9 @@ class Together:
         """rows [n, ...] -> (the function's [n, ...], seconds waited before it began); raises what the function raises."""
         called, result = time.perf_counter(), Future()
         self._waiting.append((rows, result))
-        self._thread.submit(self._run)  # one for each call; finds nothing where an earlier one took its rows along
+        self._thread.submit(
+            self._run
+        )  # one for each call; finds nothing where an earlier one took its rows along
         found, began = result.result()
         return found, began - called
 
@@ -42,5 +47,5 @@ class Together:
                 result.set_exception(error)
             return
         for rows, result in taken:
-            result.set_result((found[:len(rows)], began))
-            found = found[len(rows):]
+            result.set_result((found[: len(rows)], began))
+            found = found[len(rows) :]

@@ -1,7 +1,8 @@
 """The images of an upload: a multipart form read in memory. What is wrong with any other request is told in one line.
 
-    images = read_images(request, most=16)     # [bytes], at least one; raises Refused
+images = read_images(request, most=16)     # [bytes], at least one; raises Refused
 """
+
 import io
 import re
 
@@ -11,8 +12,10 @@ from detector.model.file import is_text
 
 FIELD_BYTES = 500_000  # of a text field beside the images, and of a part's headers: a megabyte of these takes 200 once parsed
 FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,32}")  # fit for an answer and for the log
-TORN = {State.PREAMBLE: "the boundary that Content-Type names is not in the body",
-        State.PART: "the headers of a part are too long, or do not end"}
+TORN = {
+    State.PREAMBLE: "the boundary that Content-Type names is not in the body",
+    State.PART: "the headers of a part are too long, or do not end",
+}
 NOT_CLOSED = "the form ends without its closing boundary, as a body that was cut off does"
 
 
@@ -40,7 +43,11 @@ class Part(io.BytesIO):
 
     def write(self, data):
         if self.name != "image" and not self.is_file and self.tell() + len(data) > FIELD_BYTES:
-            raise Refused(413, f"the text field {shown(self.name)} is larger than the {FIELD_BYTES:,} bytes allowed")
+            raise Refused(
+                413,
+                f"the text field {shown(self.name)} is larger than the {FIELD_BYTES:,} bytes"
+                " allowed",
+            )
         return super().write(data)
 
 
@@ -52,18 +59,26 @@ def read_images(request, most):
         images = [part for part in parts if part.name == "image"]
         if not images:
             names = ", ".join(sorted({shown(part.name) for part in parts}))
-            raise Refused(400, f"the form has no field 'image', only {names}" if names else "the form is empty")
+            raise Refused(
+                400,
+                f"the form has no field 'image', only {names}" if names else "the form is empty",
+            )
         for part in images:
             if not part.is_file and is_text(part.getvalue()):
                 size = f"holds {part.tell():,} bytes of text" if part.tell() else "is empty"
                 raise Refused(400, f"the field 'image' {size} and came without a file's name")
     except Refused as error:
-        raise error if error.status != 400 else Refused(400, f"{error}; {how_to_send(request)}") from None
+        raise (
+            error if error.status != 400 else Refused(400, f"{error}; {how_to_send(request)}")
+        ) from None
     return [part.getvalue() for part in images]
 
 
 def how_to_send(request):
-    return f"send the image as a file in the multipart field 'image': curl -F image=@FILE URL{request.url_rule.rule}"
+    return (
+        "send the image as a file in the multipart field 'image': curl -F image=@FILE"
+        f" URL{request.url_rule.rule}"
+    )
 
 
 def boundary_of(request):
@@ -76,14 +91,19 @@ def boundary_of(request):
         raise Refused(400, f"the body came as {request.mimetype[:60]!r}")
     boundary = request.mimetype_params.get("boundary", "")
     if not boundary:
-        raise Refused(400, "'multipart/form-data' came without its boundary: leave the Content-Type to the client")
+        raise Refused(
+            400,
+            "'multipart/form-data' came without its boundary: leave the Content-Type to the client",
+        )
     return boundary.encode("latin-1", "replace")  # as WSGI has headers
 
 
 def read_form(body, boundary, most):
     """Stream of a multipart form -> [Part]. Raises Refused where it is torn, or has more than `most` images or one field more."""
     decoder, parts = Decoder(boundary), []
-    for data in iter(lambda: body.read(1 << 16), b""):  # to its end: of a body that is too large that is told, and nothing else
+    for data in iter(
+        lambda: body.read(1 << 16), b""
+    ):  # to its end: of a body that is too large that is told, and nothing else
         if decoder.state is State.EPILOGUE or len(decoder.buffer) > FIELD_BYTES:
             continue
         decoder.receive_data(data)
@@ -94,7 +114,11 @@ def read_form(body, boundary, most):
                 parts[-1].write(event.data)
             if len(parts) > most + 1:
                 only_images = all(part.name == "image" for part in parts)
-                raise Refused(413, f"the form has more than {f'{most} images' if only_images else f'{most + 1} fields'}: send fewer")
+                raise Refused(
+                    413,
+                    "the form has more than"
+                    f" {f'{most} images' if only_images else f'{most + 1} fields'}: send fewer",
+                )
     if decoder.state is not State.EPILOGUE:
         raise Refused(400, TORN.get(decoder.state, NOT_CLOSED))
     return parts

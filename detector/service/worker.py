@@ -1,4 +1,5 @@
 """gunicorn's thread worker, made fit for clients that are slow on purpose, and what is checked before it starts."""
+
 import json
 import resource
 import socket
@@ -43,12 +44,17 @@ def load_settings():
 def check_address(host, port):
     """Raises UsageError where nobody can listen: gunicorn would try for five seconds and name no setting."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM
+        )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise UsageError(f"HOST={host} PORT={port}: cannot listen there ({error.strerror}); set another address or port") from None
+        raise UsageError(
+            f"HOST={host} PORT={port}: cannot listen there ({error.strerror}); set another address"
+            " or port"
+        ) from None
 
 
 class QuietLogger(Logger):
@@ -59,10 +65,18 @@ class QuietLogger(Logger):
 
 
 FIRST_BYTE_S = 5  # for a new connection that has sent nothing
-ANSWER_S = 60     # beyond the deadline of its body, for the queue, the verdicts of a batch and a client that reads slowly
-OURS = ConfigurationProblem, InvalidResponseHeader, InvalidResponseHeaderName  # our mistakes, though gunicorn derives them so
-MALFORMED = {ExpectationFailed: "417 Expectation Failed", LimitRequestHeaders: "431 Request Header Fields Too Large",
-             LimitRequestLine: "414 URI Too Long", UnsupportedTransferCoding: "501 Not Implemented"}
+ANSWER_S = 60  # beyond the deadline of its body, for the queue, the verdicts of a batch and a client that reads slowly
+OURS = (
+    ConfigurationProblem,
+    InvalidResponseHeader,
+    InvalidResponseHeaderName,
+)  # our mistakes, though gunicorn derives them so
+MALFORMED = {
+    ExpectationFailed: "417 Expectation Failed",
+    LimitRequestHeaders: "431 Request Header Fields Too Large",
+    LimitRequestLine: "414 URI Too Long",
+    UnsupportedTransferCoding: "501 Not Implemented",
+}
 
 
 class Worker(ThreadWorker):
@@ -77,13 +91,18 @@ class Worker(ThreadWorker):
     def enqueue_req(self, conn):
         if conn.initialized or conn.data_ready:
             return super().enqueue_req(conn)
-        conn.sock.setblocking(False)  # as gunicorn itself does after five seconds of a thread's waiting
+        conn.sock.setblocking(
+            False
+        )  # as gunicorn itself does after five seconds of a thread's waiting
         conn.timeout = time.monotonic() + FIRST_BYTE_S
         self.pending_conns.append(conn)
         self.poller.register(conn.sock, EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def handle(self, conn):
-        self.deadlines[conn] = time.monotonic() + self.wsgi.extensions["engine"].settings["BODY_TIMEOUT_S"], None
+        self.deadlines[conn] = (
+            time.monotonic() + self.wsgi.extensions["engine"].settings["BODY_TIMEOUT_S"],
+            None,
+        )
         try:
             return super().handle(conn)
         finally:
@@ -99,11 +118,22 @@ class Worker(ThreadWorker):
             return super().handle_error(req, client, addr, exc)
         status = MALFORMED.get(type(exc), "400 Bad Request")
         self.wsgi.extensions["telemetry"].requests.labels("other", int(status[:3])).inc()
-        say_event("malformed", level="warning", kind=type(exc).__name__, address=addr and addr[0], status=int(status[:3]))
+        say_event(
+            "malformed",
+            level="warning",
+            kind=type(exc).__name__,
+            address=addr and addr[0],
+            status=int(status[:3]),
+        )
         body = json.dumps({"error": f"the request is malformed: {type(exc).__name__}"}) + "\n"
         with suppress(OSError):  # gone by itself
-            write_nonblock(client, (f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-                                    f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
+            write_nonblock(
+                client,
+                (
+                    f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+                    f"Content-Length: {len(body)}\r\n\r\n{body}"
+                ).encode(),
+            )
 
     def notify(self):
         """Called by the main loop at least once a second. At first only reading is cut off, so that an answer can still be
@@ -115,7 +145,9 @@ class Worker(ThreadWorker):
                 if req:
                     req.force_close()  # what comes of its body later is no request
                 with suppress(OSError):
-                    conn.sock.shutdown(socket.SHUT_RDWR if now > deadline + ANSWER_S else socket.SHUT_RD)
+                    conn.sock.shutdown(
+                        socket.SHUT_RDWR if now > deadline + ANSWER_S else socket.SHUT_RD
+                    )
 
 
 def arrived(req):

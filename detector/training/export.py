@@ -6,6 +6,7 @@
 
 It is rebuilt from the model's arrays, so it is scikit-learn's whatever fitted it, and cannot say anything else than they do.
 """
+
 import importlib.util
 
 import numpy as np
@@ -18,12 +19,16 @@ from detector.training.classifiers import estimator
 def need_skops(path):
     """Raises UsageError unless it is installed."""
     if importlib.util.find_spec("skops") is None:
-        raise UsageError(f"--export_sklearn {path}: needs skops, which is not installed: pip install -r requirements.txt")
+        raise UsageError(
+            f"--export_sklearn {path}: needs skops, which is not installed: pip install -r"
+            " requirements.txt"
+        )
 
 
 def write(path, model, seed):
     """Model dict, seed of its training -> skops file, whole or not at all."""
     import skops.io
+
     with atomic_write(path) as file:
         file.write(skops.io.dumps(pipeline(model, seed)))
 
@@ -32,9 +37,14 @@ def pipeline(model, seed):
     """Model dict, seed of its training -> the fitted Pipeline(StandardScaler, classifier)."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
     kind, d = model["classifier"], len(model["center"])
-    scaler = having(StandardScaler(), mean_=model["center"], scale_=model["scale"], n_features_in_=d)
-    classifier = {"svm": svm, "mlp": network}.get(kind, linear)(model, estimator(kind, d, seed, **model["hyperparameters"]))
+    scaler = having(
+        StandardScaler(), mean_=model["center"], scale_=model["scale"], n_features_in_=d
+    )
+    classifier = {"svm": svm, "mlp": network}.get(kind, linear)(
+        model, estimator(kind, d, seed, **model["hyperparameters"])
+    )
     return make_pipeline(scaler, having(classifier, classes_=np.arange(2), n_features_in_=d))
 
 
@@ -50,19 +60,40 @@ def linear(model, estimator):
 
 def network(model, estimator):
     from sklearn.preprocessing import LabelBinarizer
-    return having(estimator, coefs_=[model["hidden_weights"], model["output_weights"][:, None]],
-                  intercepts_=[model["hidden_bias"], np.array([model["intercept"]])], n_layers_=3, n_outputs_=1,
-                  out_activation_="logistic", _label_binarizer=LabelBinarizer().fit([0, 1]))
+
+    return having(
+        estimator,
+        coefs_=[model["hidden_weights"], model["output_weights"][:, None]],
+        intercepts_=[model["hidden_bias"], np.array([model["intercept"]])],
+        n_layers_=3,
+        n_outputs_=1,
+        out_activation_="logistic",
+        _label_binarizer=LabelBinarizer().fit([0, 1]),
+    )
 
 
 def svm(model, estimator):
     """scikit-learn's SVC, whoever's `estimator` is. Real's support vectors first, as libsvm keeps them."""
     from sklearn.svm import SVC
+
     order = np.argsort(model["dual_coef"] > 0, kind="stable")
     dual, vectors = (model[name][order].astype(float) for name in ("dual_coef", "support_vectors"))
     intercept, none = np.array([model["intercept"]]), np.empty(0)
-    return having(SVC(C=estimator.C, gamma=model["gamma"]), support_vectors_=vectors, dual_coef_=dual[None], intercept_=intercept,
-                  support_=np.arange(len(order), dtype=np.int32),  # only counted: which rows they were is not kept
-                  _n_support=np.bincount(dual > 0, minlength=2).astype(np.int32), _gamma=model["gamma"], _sparse=False,
-                  _dual_coef_=-dual[None], _intercept_=-intercept,  # of two classes libsvm's signs are the other way round
-                  _probA=none, _probB=none, fit_status_=0, shape_fit_=vectors.shape)
+    return having(
+        SVC(C=estimator.C, gamma=model["gamma"]),
+        support_vectors_=vectors,
+        dual_coef_=dual[None],
+        intercept_=intercept,
+        support_=np.arange(
+            len(order), dtype=np.int32
+        ),  # only counted: which rows they were is not kept
+        _n_support=np.bincount(dual > 0, minlength=2).astype(np.int32),
+        _gamma=model["gamma"],
+        _sparse=False,
+        _dual_coef_=-dual[None],
+        _intercept_=-intercept,  # of two classes libsvm's signs are the other way round
+        _probA=none,
+        _probB=none,
+        fit_status_=0,
+        shape_fit_=vectors.shape,
+    )

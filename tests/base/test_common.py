@@ -1,4 +1,5 @@
 """common.py: loading CLIP and preprocessing, as the scripts do both."""
+
 import numpy as np
 import small
 
@@ -10,6 +11,8 @@ def test_its_features_are_those_that_the_scripts_extract(photos):
     encoder = load_clip(str(small.CHECKPOINT))
     image = read_image(photos["china.jpg"])
     pixels = preprocess(image, encoder.resolution)
-    assert pixels.shape == (3, encoder.resolution, encoder.resolution) and pixels.dtype == np.float32
+    assert (
+        pixels.shape == (3, encoder.resolution, encoder.resolution) and pixels.dtype == np.float32
+    )
     pieces = normalise(in_pieces(image, encoder.resolution))
     assert np.array_equal(encoder.encode(pixels[None]), encoder.encode(pieces))

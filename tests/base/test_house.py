@@ -1,4 +1,5 @@
 """The house: which folder may import which, no circles, thin commands."""
+
 import ast
 from functools import cache
 
@@ -21,9 +22,11 @@ MAY_IMPORT = {
 }
 EXCEPTIONS = {("service", "detector.evaluation.metrics")}  # the intervals
 LONGEST_MAIN = 40
-FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
-         for place in (ROOT, ROOT / "detector", ROOT / "tools") for path in
-         (place.glob("*.py") if place == ROOT else place.rglob("*.py"))}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for place in (ROOT, ROOT / "detector", ROOT / "tools")
+    for path in (place.glob("*.py") if place == ROOT else place.rglob("*.py"))
+}
 COMMANDS = [name for name in FILES if "." not in name and name != "common"]
 
 
@@ -53,26 +56,33 @@ def test_the_library_imports_one_way_and_no_command(name):
 
 
 def test_no_folder_is_without_a_rule():
-    assert {folder_of(name) for name in FILES if name.startswith("detector.")} - {"__init__"} == set(MAY_IMPORT)
+    assert {folder_of(name) for name in FILES if name.startswith("detector.")} - {
+        "__init__"
+    } == set(MAY_IMPORT)
 
 
 def test_no_file_imports_in_a_circle():
     done, path = set(), []
 
     def visit(name):
-        assert name not in path, " -> ".join([*path[path.index(name):], name])
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
         if name not in done:
             path.append(name)
             for other in sorted(imports(name)):
                 visit(other)
             done.add(path.pop())
+
     for name in FILES:
         visit(name)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_parses_and_names_its_steps(name):
-    functions = [node for node in ast.parse(FILES[name].read_text()).body if isinstance(node, ast.FunctionDef)]
+    functions = [
+        node
+        for node in ast.parse(FILES[name].read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    ]
     (main,) = [node for node in functions if node.name == "main"]
     assert main.end_lineno - main.lineno < LONGEST_MAIN
     assert imports(name).isdisjoint(COMMANDS), "a command imports no other"
@@ -84,8 +94,11 @@ def names_of(path):
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.add(node.name)
-        found |= {name.id for name in ast.walk(node)
-                  if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        found |= {
+            name.id
+            for name in ast.walk(node)
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        }
     return found
 
 

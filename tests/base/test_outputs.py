@@ -1,4 +1,5 @@
 """Where outputs land: links are followed, modes follow the umask, devices stay devices, nothing is half-written."""
+
 import errno
 import os
 import resource
@@ -35,6 +36,7 @@ def umask():
 
 
 # ---- one file ----
+
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path, umask, mask):
@@ -75,9 +77,16 @@ def make_pipe(folder):
     return folder / "pipe"
 
 
-@pytest.mark.parametrize("place, word", [(lambda folder: "/dev/null", "device"), (lambda folder: "/dev/full", "device"),
-                                         (make_pipe, "pipe"), (lambda folder: folder, "folder")],
-                         ids=["null", "full", "pipe", "folder"])
+@pytest.mark.parametrize(
+    "place, word",
+    [
+        (lambda folder: "/dev/null", "device"),
+        (lambda folder: "/dev/full", "device"),
+        (make_pipe, "pipe"),
+        (lambda folder: folder, "folder"),
+    ],
+    ids=["null", "full", "pipe", "folder"],
+)
 def test_what_is_no_file_is_refused_and_stays(tmp_path, place, word):
     path = place(tmp_path)
     before = os.stat(path).st_mode
@@ -104,15 +113,25 @@ def test_a_name_as_long_as_the_system_takes_can_be_written(tmp_path, name):
 
 # ---- the commands ----
 
+
 @pytest.fixture
 def data(make_folder, tmp_path):
-    return make_folder(tmp_path / "data", {"train/real": 8, "train/fake": 8, "test/real": 4, "test/fake": 4})
+    return make_folder(
+        tmp_path / "data", {"train/real": 8, "train/fake": 8, "test/real": 4, "test/fake": 4}
+    )
 
 
-@pytest.mark.parametrize("command", [
-    ["extract_features.py", "--data_dir", "data", "--output_file", "link"],
-    ["train_model.py", "--features_file", "f.npz", "--model_output_path", "link"]], ids=lambda words: words[0])
-def test_a_command_writes_through_a_link_with_the_umask_of_its_user(command, script, data, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["extract_features.py", "--data_dir", "data", "--output_file", "link"],
+        ["train_model.py", "--features_file", "f.npz", "--model_output_path", "link"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_writes_through_a_link_with_the_umask_of_its_user(
+    command, script, data, tmp_path
+):
     write_features(tmp_path / "f.npz", make_columns())
     (tmp_path / "place").mkdir()
     (tmp_path / "link").symlink_to("place/target")
@@ -121,9 +140,14 @@ def test_a_command_writes_through_a_link_with_the_umask_of_its_user(command, scr
     assert (tmp_path / "link").is_symlink() and mode(tmp_path / "place" / "target") == 0o600
 
 
-@pytest.mark.parametrize("command", [
-    ["extract_features.py", "--data_dir", "data", "--output_file", "/dev/null"],
-    ["train_model.py", "--features_file", "f.npz", "--model_output_path", "/dev/null"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["extract_features.py", "--data_dir", "data", "--output_file", "/dev/null"],
+        ["train_model.py", "--features_file", "f.npz", "--model_output_path", "/dev/null"],
+    ],
+    ids=lambda words: words[0],
+)
 def test_a_device_stays_a_device(command, script, data, tmp_path):
     write_features(tmp_path / "f.npz", make_columns())
     assert_one_line_error(script(*command, CLIP_MODEL=str(small.CHECKPOINT)), "/dev/null", "device")
@@ -137,24 +161,33 @@ def test_a_pipe_behind_dev_stdout_is_called_one(script, data):
 
 # ---- what the system refuses ----
 
+
 def small_files():
     """No file may be larger than 8 kB: as on a full disk, writing fails in the middle of a file."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
 
 
-@pytest.mark.parametrize("command", [
-    ["extract_features.py", "--data_dir", "data", "--output_file", "out/f.npz"],
-    ["prepare_clip.py", "--clip_model", str(small.CHECKPOINT), "--layers", "1"],
-    ["train_model.py", "--features_file", "f.npz", "--model_output_path", "out/model.joblib"],
-], ids=lambda words: words[0])
-def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing_half_written(command, script, data, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["extract_features.py", "--data_dir", "data", "--output_file", "out/f.npz"],
+        ["prepare_clip.py", "--clip_model", str(small.CHECKPOINT), "--layers", "1"],
+        ["train_model.py", "--features_file", "f.npz", "--model_output_path", "out/model.joblib"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing_half_written(
+    command, script, data, tmp_path
+):
     write_features(tmp_path / "f.npz", make_columns(150, 150, dim=64))
     cache = sorted((tmp_path / "home/.clip/encoders").iterdir())
     result = script(*command, CLIP_MODEL=str(small.CHECKPOINT), first=small_files)
     assert_one_line_error(result, "cannot write", "File too large", "ulimit -f")
     assert sorted((tmp_path / "home/.clip/encoders").iterdir()) == cache
     for path in (tmp_path / "out").rglob("*.*"):  # whole parts stay, for the run that resumes
-        assert path.suffix == ".parts" or path.name == "key.json" or len(np.load(path)["paths"]), path
+        assert path.suffix == ".parts" or path.name == "key.json" or len(np.load(path)["paths"]), (
+            path
+        )
 
 
 def test_a_report_that_the_system_refuses_is_told_of_its_own_place(tmp_path):
@@ -172,14 +205,20 @@ def test_the_same_command_resumes_after_a_refusal(script, data, tmp_path):
     assert "24 images" in result.stdout and not (tmp_path / "features.npz.parts").exists()
 
 
-@pytest.mark.parametrize("command", [
-    ["audit.py", "--features_file", "f.npz"],
-    ["classify.py", "--image_path", "data/test", "--model_path", str(BASELINE)],
-], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["audit.py", "--features_file", "f.npz"],
+        ["classify.py", "--image_path", "data/test", "--model_path", str(BASELINE)],
+    ],
+    ids=lambda words: words[0],
+)
 def test_a_full_stdout_is_one_line(command, script, data, tmp_path):
     write_features(tmp_path / "f.npz", make_columns())
     with open("/dev/full", "w") as full:
-        assert_one_line_error(script(*command, stdout=full), "the output: No space left on device; free some")
+        assert_one_line_error(
+            script(*command, stdout=full), "the output: No space left on device; free some"
+        )
 
 
 def test_a_closed_stdout_is_no_error(script, tmp_path):
@@ -190,10 +229,25 @@ def test_a_closed_stdout_is_no_error(script, tmp_path):
 
 def test_without_home_and_a_name_a_cache_that_is_named_suffices(script, data, tmp_path):
     nobody = {"HOME": None, "CLIP_MODEL": str(small.CHECKPOINT)}
-    as_nobody = lambda: (os.setgroups([]), os.setgid(12345), os.setuid(12345)) if os.getuid() == 0 else None  # noqa: E731
-    result = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from detector.base.console import run; from detector.encoders.runtime import cache_dir\n"
-                             "run(lambda: print(cache_dir()))"], capture_output=True, text=True, preexec_fn=as_nobody,
-                            env={"PATH": os.environ["PATH"]}, cwd="/")
+    as_nobody = lambda: (
+        (os.setgroups([]), os.setgid(12345), os.setuid(12345)) if os.getuid() == 0 else None
+    )  # noqa: E731
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            (
+                f"import sys; sys.path.insert(0, {str(ROOT)!r}); from detector.base.console import"
+                " run; from detector.encoders.runtime import cache_dir\nrun(lambda:"
+                " print(cache_dir()))"
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        preexec_fn=as_nobody,
+        env={"PATH": os.environ["PATH"]},
+        cwd="/",
+    )
     assert_one_line_error(result, "neither HOME nor CLIP_CACHE is set", "set CLIP_CACHE")
     result = script("extract_features.py", "--data_dir", data, **nobody)
     assert result.returncode == 0, result.stderr
@@ -201,32 +255,64 @@ def test_without_home_and_a_name_a_cache_that_is_named_suffices(script, data, tm
 
 # ---- two at once ----
 
+
 def test_the_second_run_with_an_output_says_who_holds_it(script, data, tmp_path):
     (tmp_path / "link.npz").symlink_to("features.npz")
     with only_writer(tmp_path / "features.npz", "--output_file features.npz"):
         for name in ("features.npz", "link.npz"):
-            result = script("extract_features.py", "--data_dir", data, "--output_file", name, CLIP_MODEL=str(small.CHECKPOINT))
-            assert_one_line_error(result, f"--output_file {name}: process {os.getpid()} is writing it", "wait")
+            result = script(
+                "extract_features.py",
+                "--data_dir",
+                data,
+                "--output_file",
+                name,
+                CLIP_MODEL=str(small.CHECKPOINT),
+            )
+            assert_one_line_error(
+                result, f"--output_file {name}: process {os.getpid()} is writing it", "wait"
+            )
     assert not list(tmp_path.glob(".features*"))
-    assert script("extract_features.py", "--data_dir", data, CLIP_MODEL=str(small.CHECKPOINT)).returncode == 0
+    assert (
+        script(
+            "extract_features.py", "--data_dir", data, CLIP_MODEL=str(small.CHECKPOINT)
+        ).returncode
+        == 0
+    )
 
 
 # ---- names ----
 
-@pytest.mark.parametrize("name, shown", [("a\nb.jpg", r"a\nb.jpg"), ("a\x1b[31m.jpg", r"a\x1b[31m.jpg"), ("é 漢.jpg", "é 漢.jpg"),
-                                         ("a\udcff.jpg", r"a\udcff.jpg"), ("a\u2028b", r"a\u2028b"), ("a\u2029b", r"a\u2029b"),
-                                         ("a\u202egpj.b", r"a\u202egpj.b"), ("a\u2067b", r"a\u2067b"),
-                                         ("👩\u200d🚀", "👩\u200d🚀")])
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("a\nb.jpg", r"a\nb.jpg"),
+        ("a\x1b[31m.jpg", r"a\x1b[31m.jpg"),
+        ("é 漢.jpg", "é 漢.jpg"),
+        ("a\udcff.jpg", r"a\udcff.jpg"),
+        ("a\u2028b", r"a\u2028b"),
+        ("a\u2029b", r"a\u2029b"),
+        ("a\u202egpj.b", r"a\u202egpj.b"),
+        ("a\u2067b", r"a\u2067b"),
+        ("👩\u200d🚀", "👩\u200d🚀"),
+    ],
+)
 def test_control_characters_and_bytes_that_are_no_utf_8_are_escaped(name, shown):
     assert printable(name) == shown
 
 
 def test_one_verdict_is_one_line_whatever_the_name(script, data):
     picture = (data / "test/real/000.jpg").read_bytes()
-    for name, content in (("a\nb.jpg", picture), (os.fsdecode(b"c\xff.jpg"), picture), ("broken\r.jpg", picture[:500])):
+    for name, content in (
+        ("a\nb.jpg", picture),
+        (os.fsdecode(b"c\xff.jpg"), picture),
+        ("broken\r.jpg", picture[:500]),
+    ):
         (data / "test/real" / name).write_bytes(content)
     result = script("classify.py", "--image_path", data / "test/real", "--model_path", BASELINE)
     lines = result.stdout.splitlines()
     assert len(lines) == 6 and all(": real (" in line or ": fake (" in line for line in lines)
-    assert any(r"a\nb.jpg: " in line for line in lines) and any(r"c\udcff.jpg: " in line for line in lines)
+    assert any(r"a\nb.jpg: " in line for line in lines) and any(
+        r"c\udcff.jpg: " in line for line in lines
+    )
     assert r"broken\r.jpg: error" in result.stderr and result.returncode == 1

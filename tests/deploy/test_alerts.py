@@ -1,4 +1,5 @@
 """Rules, alerts, dashboard and autoscaler: their numbers by promtool, their names against what the service really says."""
+
 import json
 import re
 import shutil
@@ -22,31 +23,56 @@ from detector.model.score import decision
 from detector.service.telemetry import BINS, Drift
 
 DEPLOY = ROOT / "deploy"
-RULES = [rule for group in yaml.safe_load((DEPLOY / "prometheus-rules.yaml").read_text())["groups"] for rule in group["rules"]]
+RULES = [
+    rule
+    for group in yaml.safe_load((DEPLOY / "prometheus-rules.yaml").read_text())["groups"]
+    for rule in group["rules"]
+]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 DASHBOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
 PANELS = {panel["id"]: panel for panel in DASHBOARD["panels"] if panel["type"] != "row"}
-ADAPTER, = yaml.safe_load((DEPLOY / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
-EXPRESSIONS = {**{rule.get("alert") or rule["record"]: rule["expr"] for rule in RULES},
-               **{f"panel {panel['title']} {target['refId']}": target["expr"] for panel in PANELS.values()
-                  for target in panel["targets"]},
-               "adapter series": ADAPTER["seriesQuery"], "adapter query": ADAPTER["metricsQuery"]}
+(ADAPTER,) = yaml.safe_load((DEPLOY / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+EXPRESSIONS = {
+    **{rule.get("alert") or rule["record"]: rule["expr"] for rule in RULES},
+    **{
+        f"panel {panel['title']} {target['refId']}": target["expr"]
+        for panel in PANELS.values()
+        for target in panel["targets"]
+    },
+    "adapter series": ADAPTER["seriesQuery"],
+    "adapter query": ADAPTER["metricsQuery"],
+}
 # shown by a recording rule made of them, another series of the same histogram, or worth no panel
-HIDDEN = {"detector_scores_total", "detector_reference_share", "detector_feature_distance", "detector_confidence_sum",
-          "detector_confidence_count", "detector_request_seconds_sum", "detector_request_seconds_count",
-          "detector_stage_seconds_bucket", "detector_golden_images", "detector_golden_errors",
-          "detector_golden_run_timestamp_seconds"}
+HIDDEN = {
+    "detector_scores_total",
+    "detector_reference_share",
+    "detector_feature_distance",
+    "detector_confidence_sum",
+    "detector_confidence_count",
+    "detector_request_seconds_sum",
+    "detector_request_seconds_count",
+    "detector_stage_seconds_bucket",
+    "detector_golden_images",
+    "detector_golden_errors",
+    "detector_golden_run_timestamp_seconds",
+}
 SCRAPED = {"namespace", "pod", "instance"}  # labels that Prometheus adds to every series of a pod
 
 
 def promtool(*arguments):
     if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed: apt-get install prometheus, or github.com/prometheus/prometheus/releases")
-    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+        pytest.skip(
+            "promtool is not installed: apt-get install prometheus, or"
+            " github.com/prometheus/prometheus/releases"
+        )
+    return subprocess.run(
+        ["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
 
 
 # ---- numbers ----
+
 
 def test_the_rules_are_valid():
     done = promtool("check", "rules", DEPLOY / "prometheus-rules.yaml")
@@ -61,15 +87,25 @@ def test_the_rules_compute_and_alert_as_they_should(name):
 
 
 def test_every_alert_fires_in_a_test_and_every_recording_rule_has_its_part():
-    text = "".join((DEPLOY / name).read_text() for name in ("prometheus-rules-test.yaml", "prometheus-alerts-test.yaml"))
+    text = "".join(
+        (DEPLOY / name).read_text()
+        for name in ("prometheus-rules-test.yaml", "prometheus-alerts-test.yaml")
+    )
     assert set(ALERTS) == set(re.findall(r'alertname="(\w+)"', text))
-    used = {name for rule in RULES for name, _ in selectors(rule["expr"])} | set(re.findall(r"[a-z_]+:[\w:]+", text))
+    used = {name for rule in RULES for name, _ in selectors(rule["expr"])} | set(
+        re.findall(r"[a-z_]+:[\w:]+", text)
+    )
     assert RECORDED <= used
 
 
 def test_every_expression_of_dashboard_and_autoscaler_is_promql(tmp_path):
-    rules = [{"record": f"e{i}", "expr": resolve(expression)} for i, expression in enumerate(EXPRESSIONS.values())]
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
+    rules = [
+        {"record": f"e{i}", "expr": resolve(expression)}
+        for i, expression in enumerate(EXPRESSIONS.values())
+    ]
+    (tmp_path / "rules.yaml").write_text(
+        yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]})
+    )
     done = promtool("check", "rules", "--lint=none", tmp_path / "rules.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -77,7 +113,11 @@ def test_every_expression_of_dashboard_and_autoscaler_is_promql(tmp_path):
 @pytest.mark.parametrize("name", ALERTS)
 def test_an_alert_says_what_to_do_first(name):
     alert = ALERTS[name]
-    assert alert["labels"].keys() == {"severity"} and alert["labels"]["severity"] in ("critical", "warning", "info")
+    assert alert["labels"].keys() == {"severity"} and alert["labels"]["severity"] in (
+        "critical",
+        "warning",
+        "info",
+    )
     assert set(alert["annotations"]) == {"summary", "description"}
     assert re.search(r"\bfirst\b", alert["annotations"]["description"], re.I)
     for path in re.findall(r"\b\w+\.py\b", alert["annotations"]["description"]):
@@ -86,21 +126,32 @@ def test_an_alert_says_what_to_do_first(name):
 
 def test_the_events_that_alerts_tell_to_look_for_are_logged():
     code = "".join((ROOT / f"detector/service/{name}.py").read_text() for name in ("app", "engine"))
-    for event in re.findall(r'event "(\w+)"', "".join(alert["annotations"]["description"] for alert in ALERTS.values())):
+    for event in re.findall(
+        r'event "(\w+)"', "".join(alert["annotations"]["description"] for alert in ALERTS.values())
+    ):
         assert f'say_event("{event}"' in code
 
 
 def test_the_command_that_wraps_the_rules_for_the_operator_does(tmp_path):
     head = re.findall(r"^#   (.*)", (DEPLOY / "prometheus-rules.yaml").read_text(), re.M)
     assert head[-1].endswith("| kubectl -n detector apply -f -")
-    done = subprocess.run(["sh", "-c", "\n".join(head).replace("kubectl -n detector apply -f -", "cat")], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["sh", "-c", "\n".join(head).replace("kubectl -n detector apply -f -", "cat")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     wrapped = yaml.safe_load(done.stdout)
-    assert (wrapped["kind"], wrapped["apiVersion"]) == ("PrometheusRule", "monitoring.coreos.com/v1")
+    assert (wrapped["kind"], wrapped["apiVersion"]) == (
+        "PrometheusRule",
+        "monitoring.coreos.com/v1",
+    )
     assert [rule for group in wrapped["spec"]["groups"] for rule in group["rules"]] == RULES
 
 
 # ---- names ----
+
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, photos):
@@ -110,7 +161,9 @@ def service(tmp_path_factory, photos):
     client = ready_client(API_KEYS_FILE=str(keys))
     assert post(client, b"").status_code == 401
     client.environ_base["HTTP_AUTHORIZATION"] = "Bearer token"
-    assert [post(client, data).status_code for data in (photos["china.jpg"].read_bytes(), b"no image")] == [200, 415]
+    assert [
+        post(client, data).status_code for data in (photos["china.jpg"].read_bytes(), b"no image")
+    ] == [200, 415]
     assert client.post("/feedback", json={"request_id": "a", "label": "real"}).status_code == 200
     keys.write_text("broken\n")
     client.application.extensions["engine"]._reload()
@@ -122,7 +175,9 @@ def scraped(service):
     """What Prometheus gets: {series name: [its label sets]}; a counter without any series yet has no label sets."""
     found = {}
     for family in text_string_to_metric_families(service.get("/metrics").text):
-        ends = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
+        ends = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(
+            family.type, [""]
+        )
         found |= {family.name + end: [] for end in ends}
         for sample in family.samples:
             found.setdefault(sample.name, []).append(sample.labels)
@@ -134,9 +189,20 @@ def pushed():
     """What golden.py sends, read off its own `push`: {metric: [label sets]}."""
     sent = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prometheus_client, "push_to_gateway", lambda *_, registry, **__: sent.append(registry))
-        golden.push("http://nowhere", {"v1": {"real": [True], "fake": [False], "errors": 0}}, {"v1": 0.5}, False)
-    return {family.name: [sample.labels for sample in family.samples] for registry in sent for family in registry.collect()}
+        patch.setattr(
+            prometheus_client, "push_to_gateway", lambda *_, registry, **__: sent.append(registry)
+        )
+        golden.push(
+            "http://nowhere",
+            {"v1": {"real": [True], "fake": [False], "errors": 0}},
+            {"v1": 0.5},
+            False,
+        )
+    return {
+        family.name: [sample.labels for sample in family.samples]
+        for registry in sent
+        for family in registry.collect()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +219,9 @@ def test_every_metric_that_is_named_exists(name, known):
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_every_label_that_is_named_exists_and_can_have_the_value(name, known, service):
     routes = {rule.rule for rule in service.application.url_map.iter_rules()}
-    code = "".join((ROOT / f"detector/service/{module}.py").read_text() for module in ("app", "engine"))
+    code = "".join(
+        (ROOT / f"detector/service/{module}.py").read_text() for module in ("app", "engine")
+    )
     for metric, matchers in selectors(resolve(EXPRESSIONS[name])):
         for label, operator, value in matchers:
             values = {labels[label] for labels in known[metric] if label in labels}
@@ -161,7 +229,9 @@ def test_every_label_that_is_named_exists_and_can_have_the_value(name, known, se
             if label == "route":
                 assert set(value.split("|")) <= routes
             elif label != "status" and label not in SCRAPED:
-                assert all(one in values or f'"{one}"' in code for one in value.split("|")), f"{label} is never {value}"
+                assert all(one in values or f'"{one}"' in code for one in value.split("|")), (
+                    f"{label} is never {value}"
+                )
             else:
                 re.compile(value)
 
@@ -183,13 +253,21 @@ def test_every_label_that_is_grouped_by_exists(name, known):
 
 
 def test_the_reader_of_promql_reads():
-    expression = ('sum by (a) (rate(x_total{b="1",c=~"2|3"}[5m])) / ignoring (d) group_left () y:z:w offset 1w > 1.5e3 '
-                  'unless on (e) label_replace(v, "f", "$1", "g", "(.+)") and absent(u == 1)')
-    assert selectors(expression) == [("x_total", [("b", "=", "1"), ("c", "=~", "2|3")]), ("y:z:w", []), ("v", []), ("u", [])]
+    expression = (
+        'sum by (a) (rate(x_total{b="1",c=~"2|3"}[5m])) / ignoring (d) group_left () y:z:w offset'
+        ' 1w > 1.5e3 unless on (e) label_replace(v, "f", "$1", "g", "(.+)") and absent(u == 1)'
+    )
+    assert selectors(expression) == [
+        ("x_total", [("b", "=", "1"), ("c", "=~", "2|3")]),
+        ("y:z:w", []),
+        ("v", []),
+        ("u", []),
+    ]
     assert groupings(expression) == {"a", "d", "e"}
 
 
 # ---- dashboard ----
+
 
 def test_the_dashboard_can_be_imported_and_uses_its_variables():
     variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
@@ -212,24 +290,35 @@ def test_no_panel_lies_on_another():
 
 
 def test_lines_on_panels_are_where_the_alerts_are():
-    for title, alert in (("p95, /classify", "DetectorSlow"), ("Latency, /classify", "DetectorSlow"),
-                         ("Turned away", "DetectorRejecting"), ("PSI since last week", "DetectorDriftSinceLastWeek"),
-                         ("Population stability index", "DetectorDriftFromTraining"),
-                         ("Feature distance", "DetectorUnknownImages")):
-        panel, = (panel for panel in PANELS.values() if panel["title"] == title)
+    for title, alert in (
+        ("p95, /classify", "DetectorSlow"),
+        ("Latency, /classify", "DetectorSlow"),
+        ("Turned away", "DetectorRejecting"),
+        ("PSI since last week", "DetectorDriftSinceLastWeek"),
+        ("Population stability index", "DetectorDriftFromTraining"),
+        ("Feature distance", "DetectorUnknownImages"),
+    ):
+        (panel,) = (panel for panel in PANELS.values() if panel["title"] == title)
         limit = float(re.search(r"> ([\d.]+)", ALERTS[alert]["expr"])[1])
         assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]["value"] == limit
 
 
 def test_every_metric_of_ours_has_a_panel(scraped, pushed):
-    shown = {metric for name, expression in EXPRESSIONS.items() if name.startswith("panel ")
-             for metric, _ in selectors(resolve(expression))}
-    assert {name for name in RECORDED if name.startswith("fleet:") and "scores" not in name} <= shown
+    shown = {
+        metric
+        for name, expression in EXPRESSIONS.items()
+        if name.startswith("panel ")
+        for metric, _ in selectors(resolve(expression))
+    }
+    assert {
+        name for name in RECORDED if name.startswith("fleet:") and "scores" not in name
+    } <= shown
     hidden = {name for name in {*scraped, *pushed} if name.startswith("detector_")} - shown
     assert hidden == HIDDEN, "a metric without a panel"
 
 
 # ---- thresholds ----
+
 
 def limits(alert):
     return [float(value) for value in re.findall(r"(?:>=?) ([\d.]+)", ALERTS[alert]["expr"])]
@@ -258,18 +347,25 @@ def streams():
     rng = np.random.default_rng(0)
 
     def run(chosen, n=400):
-        drift, rows = Drift(model), columns["features"][rng.choice(np.flatnonzero(chosen & (columns["view"] == 0)), n)]
+        drift, rows = (
+            Drift(model),
+            columns["features"][rng.choice(np.flatnonzero(chosen & (columns["view"] == 0)), n)],
+        )
         for row in rows:
             drift.add(row)
         bins = [drift.bin(score) for score in decision(model, rows)]
         return drift.distance(), psi(np.bincount(bins, minlength=BINS), drift.reference)
+
     return columns, run
 
 
 def test_known_images_stay_below_the_alert_and_most_unseen_sources_do_not(streams):
     columns, run = streams
-    limit, = limits("DetectorUnknownImages")
-    unseen = [run(columns["sources"] == source)[0] for source in np.unique(columns["sources"][columns["splits"] == "external"])]
+    (limit,) = limits("DetectorUnknownImages")
+    unseen = [
+        run(columns["sources"] == source)[0]
+        for source in np.unique(columns["sources"][columns["splits"] == "external"])
+    ]
     known = np.array([run(columns["splits"] == "test") for _ in range(10)])
     assert known[:, 0].max() < 0.9 * limit
     assert known[:, 1].max() < 0.9 * limits("DetectorDriftFromTraining")[0]

@@ -1,4 +1,5 @@
 """Dockerfile, .dockerignore and workflow against the repository: what they name must be there, and nothing be missing."""
+
 import ast
 import importlib.metadata
 import json
@@ -34,8 +35,12 @@ def values(instructions, keyword):
 
 def copied(instructions):
     """Everything that COPY takes from the repository."""
-    return [source for value in values(instructions, "COPY") if not value.startswith("--from")
-            for source in value.split()[:-1]]
+    return [
+        source
+        for value in values(instructions, "COPY")
+        if not value.startswith("--from")
+        for source in value.split()[:-1]
+    ]
 
 
 def files_below(path):
@@ -56,6 +61,7 @@ def requirements(name):
 
 def imports(path):
     """(module, whether the file cannot be imported without it) of each import; those that may fail are left out."""
+
     def walk(node, needed):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], needed) for alias in node.names)
@@ -63,10 +69,15 @@ def imports(path):
             ours = node.module.startswith("detector")
             yield node.module if ours else node.module.split(".")[0], needed
             yield from ((f"{node.module}.{alias.name}", needed) for alias in node.names if ours)
-        elif isinstance(node, ast.Try) and needed and any("ImportError" in ast.unparse(h) for h in node.handlers):
+        elif (
+            isinstance(node, ast.Try)
+            and needed
+            and any("ImportError" in ast.unparse(h) for h in node.handlers)
+        ):
             return
         for child in ast.iter_child_nodes(node):
             yield from walk(child, needed and not isinstance(node, (ast.FunctionDef, ast.Lambda)))
+
     return set(walk(ast.parse(path.read_text()), True))
 
 
@@ -83,7 +94,11 @@ def closure(*files):
 
 def uncopied(files, steps):
     """Those of our files that no COPY takes."""
-    return [file for file in files if not any(file == source or file.startswith(f"{source}/") for source in copied(steps))]
+    return [
+        file
+        for file in files
+        if not any(file == source or file.startswith(f"{source}/") for source in copied(steps))
+    ]
 
 
 def ignored(path, lines):
@@ -91,7 +106,7 @@ def ignored(path, lines):
     out = False
     for line in lines:
         pattern = line.removeprefix("!").strip("/").split("/")
-        above = path.split("/")[:len(pattern)]
+        above = path.split("/")[: len(pattern)]
         if len(above) == len(pattern) and all(map(fnmatchcase, above, pattern)):
             out = not line.startswith("!")
     return out
@@ -99,12 +114,17 @@ def ignored(path, lines):
 
 @pytest.fixture(scope="module")
 def dockerignore():
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert not any("**" in line for line in lines)
     return lines
 
 
 # ---- paths ----
+
 
 @pytest.mark.parametrize("source", copied(INSTRUCTIONS))
 def test_what_is_copied_exists_and_is_not_left_out_of_git_or_of_the_build(source, dockerignore):
@@ -112,12 +132,28 @@ def test_what_is_copied_exists_and_is_not_left_out_of_git_or_of_the_build(source
     for path in files_below(ROOT / source):
         name = path.relative_to(ROOT).as_posix()
         assert not ignored(name, dockerignore), f".dockerignore leaves {name} out"
-        assert subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", name]).returncode != 0, f"git ignores {name}"
+        assert subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", name]).returncode != 0, (
+            f"git ignores {name}"
+        )
 
 
-@pytest.mark.parametrize("path", [".git/HEAD", ".venv/bin/python", ".venv-demo/bin/python", "demo/features.npz",
-                                  "tests/conftest.py", "model.joblib", "features.npz", "data/train/real/1.jpg",
-                                  "runs/small.pt", "models/features.npz", "models/baseline_report/roc.png", ".env"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".git/HEAD",
+        ".venv/bin/python",
+        ".venv-demo/bin/python",
+        "demo/features.npz",
+        "tests/conftest.py",
+        "model.joblib",
+        "features.npz",
+        "data/train/real/1.jpg",
+        "runs/small.pt",
+        "models/features.npz",
+        "models/baseline_report/roc.png",
+        ".env",
+    ],
+)
 def test_what_the_image_does_not_need_stays_out_of_the_build(path, dockerignore):
     assert ignored(path, dockerignore)
 
@@ -140,17 +176,25 @@ def test_every_module_that_prepares_an_encoder_is_copied():
 
 @pytest.mark.parametrize("steps", [DEMO, PREPARED], ids=["demo", "prepared"])
 def test_the_page_and_the_description_of_the_routes_are_copied(steps):
-    assert uncopied(["detector/service/templates/index.html", "detector/service/openapi.json"], steps) == []
+    assert (
+        uncopied(["detector/service/templates/index.html", "detector/service/openapi.json"], steps)
+        == []
+    )
 
 
 def test_a_prepared_encoder_is_copied_to_where_it_will_be_looked_for():
     stages = read_stages(INSTRUCTIONS, CLIP_MODEL="ViT-L/14")
-    cache = {env["CLIP_CACHE"] for name in ("encoder", "serve") for env in [environment(steps_of(stages, name))]}
+    cache = {
+        env["CLIP_CACHE"]
+        for name in ("encoder", "serve")
+        for env in [environment(steps_of(stages, name))]
+    }
     assert len(cache) == 1
     assert f"--from=encoder {cache.pop()}/encoders " in " ".join(values(PREPARED, "COPY"))
 
 
 # ---- packages ----
+
 
 @pytest.mark.parametrize("steps", [DEMO, PREPARED], ids=["demo", "prepared"])
 def test_the_image_installs_one_requirements_file_without_torch(steps):
@@ -173,19 +217,29 @@ def test_every_install_leaves_no_cache_and_has_its_files():
 def test_every_package_that_the_service_imports_is_installed():
     """Named in requirements-serve.txt, or brought by a package that is (werkzeug by flask)."""
     listed = requirements("requirements-serve.txt")
-    brought = {re.match(r"[\w.-]+", need)[0].lower() for name in listed for need in importlib.metadata.requires(name) or ()
-               if "extra ==" not in need}
+    brought = {
+        re.match(r"[\w.-]+", need)[0].lower()
+        for name in listed
+        for need in importlib.metadata.requires(name) or ()
+        if "extra ==" not in need
+    }
     owners = importlib.metadata.packages_distributions()
     ours = closure("app.py", "gunicorn.conf.py")
     for file, found in ours.items():
         for module, needed in found:
-            if module in sys.stdlib_module_names or module.startswith("detector") or module in PREPARING | OPTIONAL and not needed:
+            if (
+                module in sys.stdlib_module_names
+                or module.startswith("detector")
+                or module in PREPARING | OPTIONAL
+                and not needed
+            ):
                 continue
             names = {name.lower().replace("_", "-") for name in owners.get(module, [module])}
             assert names & (listed | brought), f"{file} imports {module}, which the image has not"
 
 
 # ---- commands and settings ----
+
 
 def environment(steps):
     return {name: value for line in values(steps, "ENV") for name, value in read_env(line).items()}
@@ -197,7 +251,9 @@ def test_the_service_is_started_as_a_user_would():
 
 
 def test_the_encoder_is_prepared_with_a_flag_that_exists():
-    for script, flag in re.findall(r"python (\w+\.py) (--\w+)", " ".join(values(INSTRUCTIONS, "RUN"))):
+    for script, flag in re.findall(
+        r"python (\w+\.py) (--\w+)", " ".join(values(INSTRUCTIONS, "RUN"))
+    ):
         assert f'"{flag}"' in (ROOT / script).read_text()
 
 
@@ -213,7 +269,9 @@ def test_the_health_check_asks_a_route_that_exists_without_a_shell():
 def test_every_variable_is_one_that_something_reads(steps):
     code = "".join((ROOT / path).read_text() for path in closure("app.py"))
     for name in environment(steps):
-        assert name in SETTINGS or name == "PYTHONDONTWRITEBYTECODE" or f'environ.get("{name}"' in code, name
+        assert (
+            name in SETTINGS or name == "PYTHONDONTWRITEBYTECODE" or f'environ.get("{name}"' in code
+        ), name
     assert environment(steps)["HOST"] == "0.0.0.0"
     assert values(steps, "EXPOSE") == [environment(steps)["PORT"]] == [SETTINGS["PORT"][0]]
 
@@ -233,7 +291,10 @@ def test_the_user_is_a_number_and_not_root(steps):
 def test_the_demonstration_prepares_the_layers_that_the_shipped_model_was_trained_on():
     encoder = load_model(ROOT / "models" / "baseline.joblib")["encoder"]
     prepare = " ".join(values(DEMO + steps_of(read_stages(INSTRUCTIONS), "encoder"), "RUN"))
-    assert f'"${{CLIP_MODEL:-{clip_model_of(encoder)}}}" --layers "${{LAYERS:-{encoder["layers"]}}}"' in prepare
+    assert (
+        f'"${{CLIP_MODEL:-{clip_model_of(encoder)}}}" --layers "${{LAYERS:-{encoder["layers"]}}}"'
+        in prepare
+    )
 
 
 def test_the_commit_can_be_given():
@@ -242,6 +303,7 @@ def test_the_commit_can_be_given():
 
 
 # ---- workflow ----
+
 
 @pytest.fixture(scope="module")
 def workflow():
@@ -262,11 +324,15 @@ def test_the_workflow_pins_what_it_uses(workflow):
     for job in workflow["jobs"].values():
         assert re.fullmatch(r"ubuntu-\d\d\.\d\d", job["runs-on"])
         for step in job["steps"]:
-            assert re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", step.get("uses", "actions/x@" + 40 * "0"))
+            assert re.fullmatch(
+                r"actions/[\w-]+@[0-9a-f]{40}", step.get("uses", "actions/x@" + 40 * "0")
+            )
 
 
 def test_the_workflow_calls_commands_that_exist(workflow):
-    code = "\n".join(step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"])
+    code = "\n".join(
+        step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]
+    )
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake (\S+)", code):
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
@@ -281,8 +347,14 @@ def test_the_workflow_calls_commands_that_exist(workflow):
 
 # ---- the real thing ----
 
+
 @pytest.mark.long
 def test_the_images_steps_work_in_a_clean_environment():
-    done = subprocess.run([sys.executable, ROOT / "deploy" / "check_image.py"], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, ROOT / "deploy" / "check_image.py"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     assert "the image's steps work" in done.stdout

@@ -1,4 +1,5 @@
 """The Kubernetes manifests: against Kubernetes' schemas, and against what the service, its image and golden.py really are."""
+
 import ast
 import json
 import os
@@ -20,8 +21,15 @@ from detector.service.settings import SETTINGS, read_settings
 
 DEPLOY = ROOT / "deploy"
 KUSTOMIZATION = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
-DOCUMENTS = [document for name in KUSTOMIZATION["resources"] for document in yaml.safe_load_all((DEPLOY / name).read_text())]
-VERSIONS = ("1.27", "1.37")  # the first that knows all fields without a feature gate, and the newest of the schemas
+DOCUMENTS = [
+    document
+    for name in KUSTOMIZATION["resources"]
+    for document in yaml.safe_load_all((DEPLOY / name).read_text())
+]
+VERSIONS = (
+    "1.27",
+    "1.37",
+)  # the first that knows all fields without a feature gate, and the newest of the schemas
 PRIVATE = {"/metrics", "/healthz", "/readyz"}
 HTTP_METHODS = {"GET", "POST"}
 
@@ -33,11 +41,13 @@ def find(kind, name="detector"):
 POD = find("Deployment")["spec"]["template"]
 GOLDEN = find("CronJob", "detector-golden")["spec"]["jobTemplate"]["spec"]["template"]
 LABELS = POD["metadata"]["labels"]
-MAIN, = POD["spec"]["containers"]
-INIT, = POD["spec"]["initContainers"]
-JOB, = GOLDEN["spec"]["containers"]
-CONFIG = {maker["name"]: dict(literal.split("=", 1) for literal in maker["literals"])
-          for maker in KUSTOMIZATION["configMapGenerator"]}
+(MAIN,) = POD["spec"]["containers"]
+(INIT,) = POD["spec"]["initContainers"]
+(JOB,) = GOLDEN["spec"]["containers"]
+CONFIG = {
+    maker["name"]: dict(literal.split("=", 1) for literal in maker["literals"])
+    for maker in KUSTOMIZATION["configMapGenerator"]
+}
 ENV = {entry["name"]: entry["value"] for entry in MAIN["env"]}
 ANNOTATIONS = find("Ingress")["metadata"]["annotations"]
 
@@ -50,45 +60,75 @@ def routes():
 
 # ---- schemas ----
 
+
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: f"{d['kind']} {d['metadata']['name']}")
+@pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda d: f"{d['kind']} {d['metadata']['name']}"
+)
 def test_a_manifest_fits_kubernetes_schema(document, version):
     assert kubernetes_validate.validate(document, version, strict=True) == version
 
 
 def test_every_manifest_is_applied_but_the_operators_own():
     for path in DEPLOY.glob("*.yaml"):
-        versions = {document.get("apiVersion", "") for document in yaml.safe_load_all(path.read_text())}
-        others = {"", KUSTOMIZATION["apiVersion"], "monitoring.coreos.com/v1"}  # Prometheus' own files have no version
+        versions = {
+            document.get("apiVersion", "") for document in yaml.safe_load_all(path.read_text())
+        }
+        others = {
+            "",
+            KUSTOMIZATION["apiVersion"],
+            "monitoring.coreos.com/v1",
+        }  # Prometheus' own files have no version
         assert (path.name in KUSTOMIZATION["resources"]) == bool(versions - others)
 
 
 def test_names_that_kustomize_fills_in_are_those_that_the_manifests_use():
     assert {image["name"] for image in KUSTOMIZATION["images"]} == {MAIN["image"], JOB["image"]}
-    used = set(re.findall(r"configMap\w+': \{(?:'key': '\w+', )?'name': '([\w-]+)'", str(DOCUMENTS)))
-    assert used == set(CONFIG) and INIT["env"][0]["valueFrom"]["configMapKeyRef"]["key"] in CONFIG["detector-model"]
+    used = set(
+        re.findall(r"configMap\w+': \{(?:'key': '\w+', )?'name': '([\w-]+)'", str(DOCUMENTS))
+    )
+    assert (
+        used == set(CONFIG)
+        and INIT["env"][0]["valueFrom"]["configMapKeyRef"]["key"] in CONFIG["detector-model"]
+    )
     assert find("Namespace")["metadata"]["name"] == KUSTOMIZATION["namespace"]
 
 
-if shutil.which("kubectl"):  # from the cluster's maker and in no package list of ours: a further check where it is at hand
+if shutil.which(
+    "kubectl"
+):  # from the cluster's maker and in no package list of ours: a further check where it is at hand
+
     def test_what_kubectl_would_apply_is_valid_and_nothing_is_left_to_fill_in():
-        done = subprocess.run(["kubectl", "kustomize", DEPLOY], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["kubectl", "kustomize", DEPLOY], capture_output=True, text=True, check=True
+        )
         built = list(yaml.safe_load_all(done.stdout))
         for document in built:
             kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
-            assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == KUSTOMIZATION["namespace"]
-        made = {document["metadata"]["name"] for document in built if document["kind"] == "ConfigMap"}
+            assert (
+                document["kind"] == "Namespace"
+                or document["metadata"]["namespace"] == KUSTOMIZATION["namespace"]
+            )
+        made = {
+            document["metadata"]["name"] for document in built if document["kind"] == "ConfigMap"
+        }
         assert len(made) == len(CONFIG) and all(done.stdout.count(name) == 2 for name in made)
-        image, = KUSTOMIZATION["images"]
-        assert set(re.findall(r"image: (\S+)", done.stdout)) == {f"{image['newName']}:{image['newTag']}", INIT["image"]}
+        (image,) = KUSTOMIZATION["images"]
+        assert set(re.findall(r"image: (\S+)", done.stdout)) == {
+            f"{image['newName']}:{image['newTag']}",
+            INIT["image"],
+        }
 
 
-@pytest.mark.parametrize("image", [INIT["image"], *(f"{i['newName']}:{i['newTag']}" for i in KUSTOMIZATION["images"])])
+@pytest.mark.parametrize(
+    "image", [INIT["image"], *(f"{i['newName']}:{i['newTag']}" for i in KUSTOMIZATION["images"])]
+)
 def test_an_image_has_a_version(image):
     assert re.search(r":v?\d+\.\d+\.\d+$|@sha256:[0-9a-f]{64}$", image)
 
 
 # ---- the service ----
+
 
 def test_every_setting_is_one_that_the_service_reads_and_a_value_that_it_takes():
     given = {**CONFIG["detector-settings"], **ENV}
@@ -106,7 +146,11 @@ def test_what_the_settings_name_is_mounted_read_only():
     mounts = {mount["mountPath"]: mount for mount in MAIN["volumeMounts"]}
     for name in ("MODEL_PATH", "MODEL_SHA256_FILE", "API_KEYS_FILE"):
         assert mounts[os.path.dirname(ENV[name])]["readOnly"]
-    keys, = (volume["secret"] for volume in POD["spec"]["volumes"] if volume["name"] == mounts["/keys"]["name"])
+    (keys,) = (
+        volume["secret"]
+        for volume in POD["spec"]["volumes"]
+        if volume["name"] == mounts["/keys"]["name"]
+    )
     assert os.path.basename(ENV["API_KEYS_FILE"]) in [item["path"] for item in keys["items"]]
     context = POD["spec"]["securityContext"]
     assert keys["defaultMode"] == 0o440 and context["fsGroup"] == context["runAsGroup"]
@@ -114,42 +158,65 @@ def test_what_the_settings_name_is_mounted_read_only():
 
 def test_the_init_container_leaves_the_model_and_its_hash_where_the_service_looks(tmp_path):
     """Its script, run here with a curl that copies from a folder."""
-    mount, = INIT["volumeMounts"]
-    assert INIT["workingDir"] == mount["mountPath"] == os.path.dirname(ENV["MODEL_PATH"]) and not mount.get("readOnly")
+    (mount,) = INIT["volumeMounts"]
+    assert INIT["workingDir"] == mount["mountPath"] == os.path.dirname(
+        ENV["MODEL_PATH"]
+    ) and not mount.get("readOnly")
     source, target = CONFIG["detector-model"][INIT["env"][0]["name"]], tmp_path / "models"
     target.mkdir()
-    (tmp_path / "curl").write_text('#!/bin/sh\n[ "${*#*--fail*--proto =https}" != "$*" ] || exit 1\n'
-                                   'while [ "$1" != --output ]; do shift; done\necho "$3" > "$2"\n')
+    (tmp_path / "curl").write_text(
+        '#!/bin/sh\n[ "${*#*--fail*--proto =https}" != "$*" ] || exit 1\n'
+        'while [ "$1" != --output ]; do shift; done\necho "$3" > "$2"\n'
+    )
     (tmp_path / "curl").chmod(0o755)
-    subprocess.run([*INIT["command"], *INIT["args"]], cwd=target, check=True,
-                   env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL_URL": source})
+    subprocess.run(
+        [*INIT["command"], *INIT["args"]],
+        cwd=target,
+        check=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL_URL": source},
+    )
     assert {path.name: path.read_text().strip() for path in target.iterdir()} == {
-        os.path.basename(ENV["MODEL_PATH"]): source, os.path.basename(ENV["MODEL_SHA256_FILE"]): source + ".sha256"}
+        os.path.basename(ENV["MODEL_PATH"]): source,
+        os.path.basename(ENV["MODEL_SHA256_FILE"]): source + ".sha256",
+    }
 
 
 def test_the_init_container_fails_where_the_download_does(tmp_path):
     (tmp_path / "curl").write_text("#!/bin/sh\nexit 22\n")
     (tmp_path / "curl").chmod(0o755)
-    done = subprocess.run([*INIT["command"], *INIT["args"]], cwd=tmp_path, capture_output=True,
-                          env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL_URL": "https://x"})
+    done = subprocess.run(
+        [*INIT["command"], *INIT["args"]],
+        cwd=tmp_path,
+        capture_output=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL_URL": "https://x"},
+    )
     assert done.returncode == 22
 
 
 # ---- ports, probes, ends ----
 
+
 def test_ports_agree_everywhere(routes):
-    port, = MAIN["ports"]
-    assert str(port["containerPort"]) == ENV["PORT"] == POD["metadata"]["annotations"]["prometheus.io/port"]
+    (port,) = MAIN["ports"]
+    assert (
+        str(port["containerPort"])
+        == ENV["PORT"]
+        == POD["metadata"]["annotations"]["prometheus.io/port"]
+    )
     assert POD["metadata"]["annotations"]["prometheus.io/path"] in routes
-    entry, = find("Service")["spec"]["ports"]
+    (entry,) = find("Service")["spec"]["ports"]
     monitor = yaml.safe_load((DEPLOY / "servicemonitor.yaml").read_text())["spec"]
     assert entry["targetPort"] == port["name"] and entry["name"] == monitor["endpoints"][0]["port"]
     assert monitor["endpoints"][0]["path"] in routes
-    assert monitor["selector"]["matchLabels"].items() <= find("Service")["metadata"]["labels"].items()
+    assert (
+        monitor["selector"]["matchLabels"].items() <= find("Service")["metadata"]["labels"].items()
+    )
 
 
-@pytest.mark.parametrize("probe, path", [("startupProbe", "/readyz"), ("readinessProbe", "/readyz"),
-                                         ("livenessProbe", "/healthz")])
+@pytest.mark.parametrize(
+    "probe, path",
+    [("startupProbe", "/readyz"), ("readinessProbe", "/readyz"), ("livenessProbe", "/healthz")],
+)
 def test_a_probe_asks_the_right_route(probe, path, routes):
     assert MAIN[probe]["httpGet"] == {"path": path, "port": MAIN["ports"][0]["name"]}
     assert "GET" in routes[path]
@@ -158,10 +225,15 @@ def test_a_probe_asks_the_right_route(probe, path, routes):
 
 def test_in_flight_requests_may_finish_before_the_pod_is_killed():
     code = ast.parse((ROOT / "gunicorn.conf.py").read_text())
-    graceful, = (node.value.value for node in code.body
-                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "graceful_timeout")
+    (graceful,) = (
+        node.value.value
+        for node in code.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "graceful_timeout"
+    )
     sleep, seconds = MAIN["lifecycle"]["preStop"]["exec"]["command"]
-    assert sleep == "sleep" and POD["spec"]["terminationGracePeriodSeconds"] > graceful + int(seconds)
+    assert sleep == "sleep" and POD["spec"]["terminationGracePeriodSeconds"] > graceful + int(
+        seconds
+    )
 
 
 def test_a_bad_model_stops_at_the_first_new_pod():
@@ -173,23 +245,37 @@ def test_a_bad_model_stops_at_the_first_new_pod():
 
 # ---- security ----
 
+
 @pytest.mark.parametrize("container", [MAIN, INIT, JOB], ids=["service", "init", "golden"])
 def test_a_container_can_do_nothing_but_its_work(container):
     context = container["securityContext"]
-    assert context["readOnlyRootFilesystem"] is True and context["allowPrivilegeEscalation"] is False
+    assert (
+        context["readOnlyRootFilesystem"] is True and context["allowPrivilegeEscalation"] is False
+    )
     assert context["capabilities"] == {"drop": ["ALL"]}
-    assert not {"privileged", "runAsUser", "runAsNonRoot", "seccompProfile"} & set(context), "the pod's settings hold"
+    assert not {"privileged", "runAsUser", "runAsNonRoot", "seccompProfile"} & set(context), (
+        "the pod's settings hold"
+    )
 
 
 @pytest.mark.parametrize("pod", [POD, GOLDEN], ids=["service", "golden"])
 def test_a_pod_is_the_images_user_without_a_token_of_the_cluster(pod):
     spec, context = pod["spec"], pod["spec"]["securityContext"]
     user, group = map(int, values(PREPARED, "USER")[-1].split(":"))
-    assert (context["runAsUser"], context["runAsGroup"], context["runAsNonRoot"]) == (user, group, True)
+    assert (context["runAsUser"], context["runAsGroup"], context["runAsNonRoot"]) == (
+        user,
+        group,
+        True,
+    )
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
     assert spec["automountServiceAccountToken"] is False
-    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec) and not any("hostPath" in v for v in spec["volumes"])
-    assert find("Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec) and not any(
+        "hostPath" in v for v in spec["volumes"]
+    )
+    assert (
+        find("Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
+        == "restricted"
+    )
 
 
 def test_no_secret_is_in_a_file():
@@ -199,10 +285,20 @@ def test_no_secret_is_in_a_file():
 
 def test_the_network_policies_name_who_talks_to_whom():
     policy, job = find("NetworkPolicy")["spec"], find("NetworkPolicy", "detector-golden")["spec"]
-    assert policy["podSelector"]["matchLabels"] == LABELS and job["podSelector"]["matchLabels"] == GOLDEN["metadata"]["labels"]
-    assert policy["policyTypes"] == job["policyTypes"] == ["Ingress", "Egress"] and "ingress" not in job
-    assert {"podSelector": {"matchLabels": GOLDEN["metadata"]["labels"]}} in policy["ingress"][0]["from"]
-    assert {"podSelector": {"matchLabels": LABELS}} in [to for rule in job["egress"] for to in rule["to"]]
+    assert (
+        policy["podSelector"]["matchLabels"] == LABELS
+        and job["podSelector"]["matchLabels"] == GOLDEN["metadata"]["labels"]
+    )
+    assert (
+        policy["policyTypes"] == job["policyTypes"] == ["Ingress", "Egress"]
+        and "ingress" not in job
+    )
+    assert {"podSelector": {"matchLabels": GOLDEN["metadata"]["labels"]}} in policy["ingress"][0][
+        "from"
+    ]
+    assert {"podSelector": {"matchLabels": LABELS}} in [
+        to for rule in job["egress"] for to in rule["to"]
+    ]
     for rule in policy["ingress"] + policy["egress"] + job["egress"]:
         assert rule["ports"] and (rule.get("from") or rule.get("to")), "open to everybody"
         for peer in rule.get("to", []):
@@ -211,21 +307,32 @@ def test_the_network_policies_name_who_talks_to_whom():
 
 # ---- the ingress ----
 
+
 def bytes_of(size):
     return int(size[:-1]) * {"k": 1 << 10, "m": 1 << 20}[size[-1]]
 
 
 def test_the_public_sees_the_public_routes_and_no_other(routes):
-    rule, = find("Ingress")["spec"]["rules"]
+    (rule,) = find("Ingress")["spec"]["rules"]
     paths = {path["path"]: path for path in rule["http"]["paths"]}
     assert set(paths) == set(routes) - PRIVATE
     for path in paths.values():
-        assert path["pathType"] == "Exact" and path["backend"] == {"service": {"name": "detector", "port": {"name": "http"}}}
+        assert path["pathType"] == "Exact" and path["backend"] == {
+            "service": {"name": "detector", "port": {"name": "http"}}
+        }
     assert rule["host"] in find("Ingress")["spec"]["tls"][0]["hosts"]
 
 
-@pytest.mark.parametrize("body, buffer", [("nginx.org/client-max-body-size", "nginx.org/client-body-buffer-size"), (
-    "nginx.ingress.kubernetes.io/proxy-body-size", "nginx.ingress.kubernetes.io/client-body-buffer-size")])
+@pytest.mark.parametrize(
+    "body, buffer",
+    [
+        ("nginx.org/client-max-body-size", "nginx.org/client-body-buffer-size"),
+        (
+            "nginx.ingress.kubernetes.io/proxy-body-size",
+            "nginx.ingress.kubernetes.io/client-body-buffer-size",
+        ),
+    ],
+)
 def test_the_ingress_takes_what_the_service_takes_and_keeps_it_in_memory(body, buffer):
     limit = read_settings(CONFIG["detector-settings"])["MAX_UPLOAD_BYTES"]
     assert limit < bytes_of(ANNOTATIONS[body]) <= 1.2 * limit
@@ -233,17 +340,25 @@ def test_the_ingress_takes_what_the_service_takes_and_keeps_it_in_memory(body, b
 
 
 def test_both_controllers_are_told_the_same():
-    f5, community = ({key.split("/")[1]: value for key, value in ANNOTATIONS.items() if key.startswith(prefix)}
-                     for prefix in ("nginx.org/", "nginx.ingress.kubernetes.io/"))
+    f5, community = (
+        {key.split("/")[1]: value for key, value in ANNOTATIONS.items() if key.startswith(prefix)}
+        for prefix in ("nginx.org/", "nginx.ingress.kubernetes.io/")
+    )
     for name in ("proxy-connect-timeout", "proxy-send-timeout", "proxy-read-timeout"):
         assert f5[name] == community[name] + "s"
     assert f5["limit-req-rate"] == community["limit-rps"] + "r/s"
-    assert int(f5["limit-req-burst"]) == int(community["limit-rps"]) * int(community["limit-burst-multiplier"])
+    assert int(f5["limit-req-burst"]) == int(community["limit-rps"]) * int(
+        community["limit-burst-multiplier"]
+    )
     assert community["proxy-request-buffering"] == "on"
-    assert int(community["proxy-read-timeout"]) > 2 * read_settings(CONFIG["detector-settings"])["QUEUE_TIMEOUT_S"]
+    assert (
+        int(community["proxy-read-timeout"])
+        > 2 * read_settings(CONFIG["detector-settings"])["QUEUE_TIMEOUT_S"]
+    )
 
 
 # ---- how many ----
+
 
 def test_requests_equal_limits_in_whole_processors():
     for container in (MAIN, INIT, JOB):
@@ -252,42 +367,72 @@ def test_requests_equal_limits_in_whole_processors():
 
 
 def test_everything_selects_these_pods():
-    assert find("Deployment")["spec"]["selector"]["matchLabels"] == LABELS == find("Service")["spec"]["selector"]
-    assert find("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == LABELS != GOLDEN["metadata"]["labels"]
-    assert all(spread["labelSelector"]["matchLabels"] == LABELS for spread in POD["spec"]["topologySpreadConstraints"])
+    assert (
+        find("Deployment")["spec"]["selector"]["matchLabels"]
+        == LABELS
+        == find("Service")["spec"]["selector"]
+    )
+    assert (
+        find("PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
+        == LABELS
+        != GOLDEN["metadata"]["labels"]
+    )
+    assert all(
+        spread["labelSelector"]["matchLabels"] == LABELS
+        for spread in POD["spec"]["topologySpreadConstraints"]
+    )
 
 
 def test_the_autoscaler_sets_the_number_alone_and_has_its_fallback():
     scaler = find("HorizontalPodAutoscaler")["spec"]
-    assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "detector"}
+    assert scaler["scaleTargetRef"] == {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "name": "detector",
+    }
     assert "replicas" not in find("Deployment")["spec"] and scaler["minReplicas"] >= 2
     waiting, processors = scaler["metrics"]
-    rule, = yaml.safe_load((DEPLOY / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    (rule,) = yaml.safe_load((DEPLOY / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     assert waiting["pods"]["metric"]["name"] == rule["name"]["as"]
-    assert processors["resource"]["name"] == "cpu" and processors["resource"]["target"]["averageUtilization"] < 100
+    assert (
+        processors["resource"]["name"] == "cpu"
+        and processors["resource"]["target"]["averageUtilization"] < 100
+    )
 
 
 # ---- golden images ----
+
 
 def test_the_golden_job_is_a_command_that_golden_py_takes(monkeypatch):
     monkeypatch.setattr(golden, "need_folder", lambda path: None)  # a volume of the pod's
     assert [*JOB["command"]] == ["python", "golden.py"] and JOB["image"] == MAIN["image"]
     job = find("CronJob", "detector-golden")["spec"]["jobTemplate"]["spec"]
-    assert (job["backoffLimit"], GOLDEN["spec"]["restartPolicy"]) == (0, "Never"), "a finding is no reason to run again"
+    assert (job["backoffLimit"], GOLDEN["spec"]["restartPolicy"]) == (0, "Never"), (
+        "a finding is no reason to run again"
+    )
     args = golden.parse_args(JOB["args"])
-    assert args.url == f"http://{find('Service')['metadata']['name']}" and find("Service")["spec"]["ports"][0]["port"] == 80
-    mount, = JOB["volumeMounts"]
+    assert (
+        args.url == f"http://{find('Service')['metadata']['name']}"
+        and find("Service")["spec"]["ports"][0]["port"] == 80
+    )
+    (mount,) = JOB["volumeMounts"]
     assert args.data_dir == mount["mountPath"] and mount["readOnly"]
     claim = GOLDEN["spec"]["volumes"][0]["persistentVolumeClaim"]
     assert claim["readOnly"] and find("PersistentVolumeClaim", claim["claimName"])
     port = int(args.pushgateway.rsplit(":", 1)[1])
-    assert port in [p["port"] for rule in find("NetworkPolicy", "detector-golden")["spec"]["egress"] for p in rule["ports"]]
+    assert port in [
+        p["port"]
+        for rule in find("NetworkPolicy", "detector-golden")["spec"]["egress"]
+        for p in rule["ports"]
+    ]
 
 
 def test_the_golden_jobs_token_is_read_by_golden_py():
-    entry, = JOB["env"]
+    (entry,) = JOB["env"]
     assert f'environ.get("{entry["name"]}"' in (ROOT / "golden.py").read_text()
-    keys, = (volume["secret"]["secretName"] for volume in POD["spec"]["volumes"] if "secret" in volume)
+    (keys,) = (
+        volume["secret"]["secretName"] for volume in POD["spec"]["volumes"] if "secret" in volume
+    )
     assert entry["valueFrom"]["secretKeyRef"]["name"] == keys
 
 
@@ -297,4 +442,7 @@ def test_the_image_holds_golden_py_and_all_that_it_imports():
 
 def test_the_image_knows_its_encoder_by_itself():
     assert "CLIP_CACHE" in environment(PREPARED) and "CLIP_CACHE" not in ENV
-    assert shlex.split(" ".join(json.loads(values(PREPARED, "CMD")[-1]))) == ["python", "app.py"] and "command" not in MAIN
+    assert (
+        shlex.split(" ".join(json.loads(values(PREPARED, "CMD")[-1]))) == ["python", "app.py"]
+        and "command" not in MAIN
+    )

@@ -2,6 +2,7 @@
 
 KubeRay's own schema is in no package: the pods inside the RayJob are validated as pods, the rest is compared with its documentation.
 """
+
 import re
 import shlex
 
@@ -16,7 +17,10 @@ import extract_features
 RAY = ROOT / "deploy" / "ray"
 JOB = yaml.safe_load((RAY / "rayjob.yaml").read_text())
 CLUSTER = JOB["spec"]["rayClusterSpec"]
-PODS = [CLUSTER["headGroupSpec"]["template"], *(group["template"] for group in CLUSTER["workerGroupSpecs"])]
+PODS = [
+    CLUSTER["headGroupSpec"]["template"],
+    *(group["template"] for group in CLUSTER["workerGroupSpecs"]),
+]
 DOCKERFILE = (RAY / "Dockerfile").read_text()
 
 
@@ -29,9 +33,19 @@ def test_a_pod_of_the_cluster_fits_kubernetes_schema(pod, version):
 
 def test_the_job_has_no_field_that_kuberay_does_not_know():
     assert (JOB["apiVersion"], JOB["kind"]) == ("ray.io/v1", "RayJob")
-    assert set(JOB["spec"]) <= {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec"}
+    assert set(JOB["spec"]) <= {
+        "entrypoint",
+        "shutdownAfterJobFinishes",
+        "ttlSecondsAfterFinished",
+        "backoffLimit",
+        "rayClusterSpec",
+    }
     assert set(CLUSTER) == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
-    assert all(isinstance(value, str) for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]) for value in group["rayStartParams"].values())
+    assert all(
+        isinstance(value, str)
+        for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"])
+        for value in group["rayStartParams"].values()
+    )
 
 
 def test_its_command_is_one_that_the_script_takes():
@@ -42,18 +56,29 @@ def test_its_command_is_one_that_the_script_takes():
 
 
 def test_the_version_of_ray_is_the_one_that_is_installed():
-    assert CLUSTER["rayVersion"] == re.search(r"^ray\[.*\]==(\S+)$", (ROOT / "requirements/ray.txt").read_text(), re.MULTILINE)[1]
+    assert (
+        CLUSTER["rayVersion"]
+        == re.search(
+            r"^ray\[.*\]==(\S+)$", (ROOT / "requirements/ray.txt").read_text(), re.MULTILINE
+        )[1]
+    )
 
 
 def test_nobody_is_root_and_the_cache_that_the_image_names_is_mounted():
     user = re.search(r"^USER (\d+):", DOCKERFILE, re.MULTILINE)[1]
     assert all(pod["spec"]["securityContext"]["runAsUser"] == int(user) for pod in PODS)
     cache = re.search(r"CLIP_CACHE=(\S+)", DOCKERFILE)[1]
-    assert cache in [mount["mountPath"] for mount in PODS[0]["spec"]["containers"][0]["volumeMounts"]]
+    assert cache in [
+        mount["mountPath"] for mount in PODS[0]["spec"]["containers"][0]["volumeMounts"]
+    ]
 
 
 def test_the_image_copies_every_module_that_the_command_imports():
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert "COPY *.py ./" in DOCKERFILE and "COPY detector detector" in DOCKERFILE
     assert not any(ignored(path, lines) for path in closure("extract_features.py"))
     assert not ignored("requirements/ray.txt", lines)

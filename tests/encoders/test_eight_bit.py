@@ -120,17 +120,15 @@ def test_features_of_photographs_are_those_of_clip_load_on_the_same_weights(
     import small_clip
 
     arch = weights.architecture(arrays)
-    path = small_clip.save_state_dict(
-        prepare.torch_tower(arrays, arch), tmp_path / "vit-b-16.pt"
-    )
+    path = small_clip.save_state_dict(prepare.torch_tower(arrays, arch), tmp_path / "vit-b-16.pt")
     import clip
 
     model, _ = clip.load(str(path), device="cpu")
     with torch.inference_mode():
         theirs = model.encode_image(torch.from_numpy(pixels)).numpy()
-    ours = runtime.Encoder(
-        prepare.ensure_encoder(catalogue.EIGHT_BIT), "cpu", "float32"
-    ).encode(pixels)
+    ours = runtime.Encoder(prepare.ensure_encoder(catalogue.EIGHT_BIT), "cpu", "float32").encode(
+        pixels
+    )
     assert len(pixels) >= 10 and small_clip.centred_cosines(ours, theirs).min() >= 0.99999
     assert np.median(small_clip.pairwise_cosines(theirs - theirs.mean(0))) < 0.5
 

@@ -3,6 +3,7 @@
 Small checkpoints with random weights stand in for OpenAI's; small_clip.py says how they are made to show mistakes, and
 the planted faults below show that they do.
 """
+
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,17 @@ from detector.base.errors import EncoderError
 from detector.encoders import prepare, runtime, weights
 from detector.images import preprocessing
 
-torch = pytest.importorskip("torch", reason="the reference is CLIP in torch: pip install -r requirements.txt")
-clip = pytest.importorskip("clip", reason="the reference is CLIP in torch: pip install -r requirements.txt")
+torch = pytest.importorskip(
+    "torch", reason="the reference is CLIP in torch: pip install -r requirements.txt"
+)
+clip = pytest.importorskip(
+    "clip", reason="the reference is CLIP in torch: pip install -r requirements.txt"
+)
 import small_clip
 from small_clip import one_thread  # noqa: F401
 
-EXACT = 0.99999     # lowest cosine of any image in float32
-CLOSE = 0.9995      # mean cosine in bfloat16 (and of any single image, CLOSE_EACH)
+EXACT = 0.99999  # lowest cosine of any image in float32
+CLOSE = 0.9995  # mean cosine in bfloat16 (and of any single image, CLOSE_EACH)
 CLOSE_EACH = 0.998
 Case = namedtuple("Case", "images tower path folder pixels reference")
 
@@ -31,8 +36,11 @@ def images(photos):
     return small_clip.crops(photos)
 
 
-@pytest.fixture(scope="module", params=[(kind, form) for kind in small_clip.SMALL for form in small_clip.FORMS],
-                ids=lambda param: " as ".join(param))
+@pytest.fixture(
+    scope="module",
+    params=[(kind, form) for kind in small_clip.SMALL for form in small_clip.FORMS],
+    ids=lambda param: " as ".join(param),
+)
 def case(request, images, tmp_path_factory):
     """A checkpoint, its prepared folder, our pixels of the images, and the features that `clip.load` gives for them."""
     kind, form = request.param
@@ -43,11 +51,20 @@ def case(request, images, tmp_path_factory):
         patch.setenv("CLIP_CACHE", str(home / "cache"))
         folder = prepare.ensure_encoder(str(path))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit.load, which clip.load tries first, is deprecated
+        warnings.simplefilter(
+            "ignore"
+        )  # torch.jit.load, which clip.load tries first, is deprecated
         model, transform = clip.load(str(path), device="cpu")
     with torch.inference_mode():
         reference = model.encode_image(torch.stack([transform(image) for image in images])).numpy()
-    return Case(images, tower, path, folder, small_clip.pixels_of(images, model.visual.input_resolution), reference)
+    return Case(
+        images,
+        tower,
+        path,
+        folder,
+        small_clip.pixels_of(images, model.visual.input_resolution),
+        reference,
+    )
 
 
 def encoder_of(case, precision):
@@ -60,7 +77,9 @@ def encoder_of(case, precision):
 
 
 def encode(encoder, pixels, batch_size):
-    return np.concatenate([encoder.encode(pixels[i:i + batch_size]) for i in range(0, len(pixels), batch_size)])
+    return np.concatenate(
+        [encoder.encode(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
+    )
 
 
 def test_the_stand_ins_tell_images_apart(case):
@@ -74,7 +93,9 @@ def test_float32_features_are_clips(case, batch_size):
     features = encode(encoder_of(case, "float32"), case.pixels, batch_size)
     assert features.dtype == np.float32 and features.shape == case.reference.shape
     assert small_clip.centred_cosines(features, case.reference).min() >= EXACT
-    assert np.linalg.norm(features) == pytest.approx(np.linalg.norm(case.reference), rel=1e-4)  # CLIP does not normalise
+    assert np.linalg.norm(features) == pytest.approx(
+        np.linalg.norm(case.reference), rel=1e-4
+    )  # CLIP does not normalise
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -98,14 +119,19 @@ def device(request):
     return request.param
 
 
-@pytest.mark.parametrize("precision, least, least_each", [("float32", EXACT, EXACT), ("auto", CLOSE, CLOSE_EACH)])
+@pytest.mark.parametrize(
+    "precision, least, least_each", [("float32", EXACT, EXACT), ("auto", CLOSE, CLOSE_EACH)]
+)
 def test_the_cuda_path_gives_clips_features(case, device, precision, least, least_each):
     """`torch_forward` is what runs on CUDA ('auto': float16, prepared as clip.load does there); with device 'cpu' as far as
     that can show it, which is all but the device's own kernels, and moving data to it and back."""
-    forward, run_as = runtime.torch_forward(case.folder / "vision.safetensors", runtime.read_manifest(case.folder),
-                                           device, precision)
+    forward, run_as = runtime.torch_forward(
+        case.folder / "vision.safetensors", runtime.read_manifest(case.folder), device, precision
+    )
     assert run_as == {"float32": "float32", "auto": "float16"}[precision]
-    cosines = small_clip.centred_cosines(encode(SimpleNamespace(encode=forward), case.pixels, 3), case.reference)
+    cosines = small_clip.centred_cosines(
+        encode(SimpleNamespace(encode=forward), case.pixels, 3), case.reference
+    )
     assert cosines.mean() >= least and cosines.min() >= least_each
 
 
@@ -116,6 +142,7 @@ def test_a_compiled_tower_sees_batches_of_one_size_and_gives_the_same(case, devi
         module.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
         if device == "cuda":  # compiling takes a minute on a processor, and is never done there
             compiled(module)
+
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", watched)
     weights, manifest = case.folder / "vision.safetensors", runtime.read_manifest(case.folder)
@@ -129,10 +156,13 @@ def test_a_compiled_tower_sees_batches_of_one_size_and_gives_the_same(case, devi
 
 # ---- planted faults: the comparison must see them, at the looser of the two bounds ----
 
+
 def with_heads(case, factor):
     """Features of the same weights in a tower that has another number of heads."""
     arch = weights.architecture(small_clip.arrays_of(case.tower))
-    tower = runtime.vision_tower(arch | {"heads": int(arch["heads"] * factor)}, case.tower.state_dict())
+    tower = runtime.vision_tower(
+        arch | {"heads": int(arch["heads"] * factor)}, case.tower.state_dict()
+    )
     with torch.inference_mode():
         return tower(torch.from_numpy(case.pixels)).numpy()
 
@@ -145,8 +175,12 @@ FAULTS = {
     "half the heads": lambda case: with_heads(case, 0.5),
     "twice the heads": lambda case: with_heads(case, 2),
     "swapped channels": lambda case: prepared(case, case.pixels[:, ::-1]),
-    "no normalisation": lambda case: prepared(case, case.pixels * preprocessing.STD[:, None, None] + preprocessing.MEAN[:, None, None]),
-    "two images exchanged": lambda case: prepared(case, case.pixels[[1, 0, *range(2, len(case.pixels))]]),
+    "no normalisation": lambda case: prepared(
+        case, case.pixels * preprocessing.STD[:, None, None] + preprocessing.MEAN[:, None, None]
+    ),
+    "two images exchanged": lambda case: prepared(
+        case, case.pixels[[1, 0, *range(2, len(case.pixels))]]
+    ),
     "a pixel's shift": lambda case: prepared(case, np.roll(case.pixels, 1, axis=3)),
 }
 
@@ -163,6 +197,7 @@ def test_right_heads_pass_where_wrong_ones_fail(case):
 
 
 # ---- determinism ----
+
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_same_pixels_give_the_same_features_every_time(case, precision):
@@ -181,12 +216,20 @@ def test_features_returned_earlier_are_not_overwritten_by_later_calls(case):
 
 
 def by_torch(case):
-    return runtime.torch_forward(case.folder / "vision.safetensors", runtime.read_manifest(case.folder), "cpu", "float32")[0]
+    return runtime.torch_forward(
+        case.folder / "vision.safetensors", runtime.read_manifest(case.folder), "cpu", "float32"
+    )[0]
 
 
-PATHS = {"openvino, one thread": lambda case: runtime.Encoder(case.folder, "cpu", "float32", threads=1).encode,
-         "openvino, two threads": lambda case: runtime.Encoder(case.folder, "cpu", "float32", threads=2).encode,
-         "torch": by_torch}
+PATHS = {
+    "openvino, one thread": (
+        lambda case: runtime.Encoder(case.folder, "cpu", "float32", threads=1).encode
+    ),
+    "openvino, two threads": (
+        lambda case: runtime.Encoder(case.folder, "cpu", "float32", threads=2).encode
+    ),
+    "torch": by_torch,
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -196,7 +239,9 @@ def test_neighbours_size_of_the_batch_and_threads_do_not_matter(case, path, batc
     forward = PATHS[path](case)
     for order in (range(15, -1, -1), np.random.default_rng(0).permutation(16)):
         together = np.empty_like(alone)
-        together[list(order)] = encode(SimpleNamespace(encode=forward), case.pixels[list(order)], batch_size)
+        together[list(order)] = encode(
+            SimpleNamespace(encode=forward), case.pixels[list(order)], batch_size
+        )
         assert small_clip.centred_cosines(together, alone).min() >= EXACT
 
 
@@ -211,11 +256,14 @@ def test_a_bright_or_empty_neighbour_does_not_matter(case):
 def test_threads_that_share_an_encoder_get_their_own_features(case, path):
     alone, forward = encode(encoder_of(case, "float32"), case.pixels, 1), PATHS[path](case)
     with ThreadPoolExecutor(4) as pool:
-        together = np.concatenate(list(pool.map(lambda i: forward(case.pixels[i:i + 1]), range(16))))
+        together = np.concatenate(
+            list(pool.map(lambda i: forward(case.pixels[i : i + 1]), range(16)))
+        )
     assert small_clip.centred_cosines(together, alone).min() >= EXACT
 
 
 # ---- identity ----
+
 
 def identity_of(tower, **changes):
     arrays = small_clip.arrays_of(tower)
@@ -229,7 +277,9 @@ def identity(path):
 @pytest.mark.parametrize("kind", small_clip.SMALL)
 def test_both_file_forms_of_the_same_weights_are_the_same_encoder(kind, images, tmp_path):
     tower = small_clip.SMALL[kind](images)
-    (one, other) = [identity(save(tower, tmp_path / f"{form}.pt")) for form, save in small_clip.FORMS.items()]
+    one, other = [
+        identity(save(tower, tmp_path / f"{form}.pt")) for form, save in small_clip.FORMS.items()
+    ]
     assert one == other and len(one) == 64
 
 

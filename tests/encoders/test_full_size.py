@@ -2,6 +2,7 @@
 
 It says nothing about accuracy; it says that 300 million weights go all the way, and come out as clip.load's.
 """
+
 import re
 import time
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.long
-torch = pytest.importorskip("torch", reason="torch is not installed: a full-size checkpoint needs it")
+torch = pytest.importorskip(
+    "torch", reason="torch is not installed: a full-size checkpoint needs it"
+)
 pytest.importorskip("clip", reason="clip is not installed: a full-size checkpoint needs it")
 from PIL import Image
 from small_clip import centred_cosines, pairwise_cosines, rounded, save_state_dict
@@ -24,6 +27,7 @@ from detector.model.file import load_model
 def checkpoint(tmp_path_factory):
     """ViT-L/14's vision tower, 24 layers of width 1024, weights scaled so that different images differ."""
     import clip.model
+
     torch.manual_seed(0)
     tower = clip.model.VisionTransformer(224, 14, 1024, 24, 16, 768)
     with torch.no_grad():
@@ -38,11 +42,24 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def test_the_three_commands_run_with_a_full_size_vit_l_14(checkpoint, cache, make_folder, script, tmp_path):
-    folder = make_folder(tmp_path / "images", {"train/real": 20, "train/fake": 20, "test/real": 4, "test/fake": 4})
+def test_the_three_commands_run_with_a_full_size_vit_l_14(
+    checkpoint, cache, make_folder, script, tmp_path
+):
+    folder = make_folder(
+        tmp_path / "images", {"train/real": 20, "train/fake": 20, "test/real": 4, "test/fake": 4}
+    )
     settings = {"CLIP_MODEL": str(checkpoint), "CLIP_CACHE": str(cache)}
-    for words in (["extract_features.py", "--data_dir", folder], ["train_model.py"],
-                  ["classify.py", "--image_path", folder / "test/real/000.jpg", "--model_path", "model.joblib"]):
+    for words in (
+        ["extract_features.py", "--data_dir", folder],
+        ["train_model.py"],
+        [
+            "classify.py",
+            "--image_path",
+            folder / "test/real/000.jpg",
+            "--model_path",
+            "model.joblib",
+        ],
+    ):
         started = time.monotonic()
         result = script(*words, **settings)
         assert result.returncode == 0, result.stderr
@@ -54,30 +71,75 @@ def test_the_three_commands_run_with_a_full_size_vit_l_14(checkpoint, cache, mak
 
 def test_its_features_are_those_of_clip_load(checkpoint, cache, photos, monkeypatch):
     import clip
+
     monkeypatch.setenv("CLIP_CACHE", str(cache))
     folder = prepare.ensure_encoder(str(checkpoint))
     images = [Image.open(path).convert("RGB") for path in photos.values()][:4]
     pixels = np.stack([preprocessing.preprocess(image, 224) for image in images])
-    exact, fast = (runtime.Encoder(folder, precision=precision).encode(pixels) for precision in ("float32", "auto"))
+    exact, fast = (
+        runtime.Encoder(folder, precision=precision).encode(pixels)
+        for precision in ("float32", "auto")
+    )
     model, transform = clip.load(str(checkpoint), device="cpu")
     with torch.inference_mode():
         theirs = model.encode_image(torch.stack([transform(image) for image in images])).numpy()
-    assert np.median(pairwise_cosines(theirs)) < 0.5, "the images must differ for the comparison to mean something"
+    assert np.median(pairwise_cosines(theirs)) < 0.5, (
+        "the images must differ for the comparison to mean something"
+    )
     assert centred_cosines(exact, theirs).min() >= 0.99999
     assert centred_cosines(fast, theirs).min() >= 0.9995
 
 
-@pytest.mark.parametrize("train, parts", [("blocks:1", r"transformer\.resblocks\.23\.|ln_post\.|proj$"), ("norms", r".*ln_"),
-                                          ("lora:4", r".*(in_proj_weight|out_proj.weight|c_fc.weight|c_proj.weight)$")])
-def test_two_steps_of_fine_tuning_change_what_is_named_of_a_full_size_vit_l_14(train, parts, checkpoint, make_folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "train, parts",
+    [
+        ("blocks:1", r"transformer\.resblocks\.23\.|ln_post\.|proj$"),
+        ("norms", r".*ln_"),
+        ("lora:4", r".*(in_proj_weight|out_proj.weight|c_fc.weight|c_proj.weight)$"),
+    ],
+)
+def test_two_steps_of_fine_tuning_change_what_is_named_of_a_full_size_vit_l_14(
+    train, parts, checkpoint, make_folder, tmp_path, capsys
+):
     import finetune_clip
-    folder = make_folder(tmp_path / "images", {f"train/{label}/{source}": 1 for label in ("real", "fake") for source in "ab"})
-    finetune_clip.main(["--clip_model", str(checkpoint), "--train", train, "--data_dir", str(folder), "--steps", "2", "--batch_size", "1",
-                        "--lr", "0.05", "--keep", "0", "--checkpointing", "--output", str(tmp_path / "tuned.pt")])
+
+    folder = make_folder(
+        tmp_path / "images",
+        {f"train/{label}/{source}": 1 for label in ("real", "fake") for source in "ab"},
+    )
+    finetune_clip.main(
+        [
+            "--clip_model",
+            str(checkpoint),
+            "--train",
+            train,
+            "--data_dir",
+            str(folder),
+            "--steps",
+            "2",
+            "--batch_size",
+            "1",
+            "--lr",
+            "0.05",
+            "--keep",
+            "0",
+            "--checkpointing",
+            "--output",
+            str(tmp_path / "tuned.pt"),
+        ]
+    )
     cost = re.search("--train .* GB", capsys.readouterr().err)[0]
     with capsys.disabled():
         print(cost)
     before, after = torch.load(checkpoint), torch.load(tmp_path / "tuned.pt")
-    changed = {name.removeprefix("visual.") for name in before if name.startswith("visual.") and not torch.equal(before[name], after[name])}
-    named = {name for name in (k.removeprefix("visual.") for k in before if k.startswith("visual.")) if re.match(parts, name)}
+    changed = {
+        name.removeprefix("visual.")
+        for name in before
+        if name.startswith("visual.") and not torch.equal(before[name], after[name])
+    }
+    named = {
+        name
+        for name in (k.removeprefix("visual.") for k in before if k.startswith("visual."))
+        if re.match(parts, name)
+    }
     assert changed <= named and len(changed) > 0.9 * len(named)

@@ -101,9 +101,7 @@ def test_features_of_every_choice_of_layers_are_those_of_clip_load(
     assert np.median(small_clip.pairwise_cosines(expected["final"])) < 0.5
     for asked, reference in expected.items():
         folder = prepare.ensure_encoder(str(files["archive"]), layers=asked)
-        assert runtime.read_manifest(folder)["layers"] == layers.canonical(
-            asked, {"layers": DEPTH}
-        )
+        assert runtime.read_manifest(folder)["layers"] == layers.canonical(asked, {"layers": DEPTH})
         encoder = runtime.Encoder(folder, "cpu", "float32")
         for size in (1, 3, 8):
             features = np.concatenate(

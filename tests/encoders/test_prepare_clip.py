@@ -3,6 +3,7 @@
 OpenAI's server is played by one on 127.0.0.1 that serves a small archive under its own SHA-256. That the features are right
 is in test_encoder_parity.py.
 """
+
 import gc
 import hashlib
 import http.server
@@ -23,8 +24,12 @@ from conftest import ROOT, assert_one_line_error
 from detector.base.errors import EncoderError
 from detector.encoders import catalogue, prepare, runtime
 
-torch = pytest.importorskip("torch", reason="preparing an encoder needs torch: pip install -r requirements.txt")
-clip = pytest.importorskip("clip", reason="preparing an encoder needs clip: pip install -r requirements.txt")
+torch = pytest.importorskip(
+    "torch", reason="preparing an encoder needs torch: pip install -r requirements.txt"
+)
+clip = pytest.importorskip(
+    "clip", reason="preparing an encoder needs clip: pip install -r requirements.txt"
+)
 import small_clip
 from small_clip import one_thread  # noqa: F401
 
@@ -43,28 +48,47 @@ def archive(photos, tmp_path_factory):
     """A small checkpoint in the form that OpenAI ships, and two more files: {'archive', 'state dict', 'other'}."""
     folder, images = tmp_path_factory.mktemp("checkpoints"), small_clip.crops(photos)
     tower = small_clip.small_vit(images)
-    return {"archive": small_clip.save_archive(tower, folder / "shipped.pt"),
-            "state dict": small_clip.save_state_dict(tower, folder / "tuned.pt"),
-            "other": small_clip.save_state_dict(small_clip.small_vit(images, seed=1), folder / "other.pt")}
+    return {
+        "archive": small_clip.save_archive(tower, folder / "shipped.pt"),
+        "state dict": small_clip.save_state_dict(tower, folder / "tuned.pt"),
+        "other": small_clip.save_state_dict(
+            small_clip.small_vit(images, seed=1), folder / "other.pt"
+        ),
+    }
 
 
 def prepared_folders():
     """Folders in the cache that any script would take for a prepared encoder."""
-    return sorted(p.parent for p in runtime.cache_dir().rglob("encoder.json") if p.parent.parent.name == "encoders")
+    return sorted(
+        p.parent
+        for p in runtime.cache_dir().rglob("encoder.json")
+        if p.parent.parent.name == "encoders"
+    )
 
 
 def assert_whole(folder, dim=32):
-    assert {p.name for p in folder.iterdir()} == {"encoder.xml", "encoder.bin", "encoder.json", "vision.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {
+        "encoder.xml",
+        "encoder.bin",
+        "encoder.json",
+        "vision.safetensors",
+    }
     encoder = runtime.Encoder(folder, "cpu", "float32")
-    assert encoder.encode(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, encoder.dim) == (1, dim)
+    assert (
+        encoder.encode(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, encoder.dim) == (1, dim)
+    )
 
 
 def files_in_cache():
     """Everything in the cache but the lock."""
-    return {str(p.relative_to(runtime.cache_dir())) for p in runtime.cache_dir().rglob("*")} - {"encoders", "encoders.lock"}
+    return {str(p.relative_to(runtime.cache_dir())) for p in runtime.cache_dir().rglob("*")} - {
+        "encoders",
+        "encoders.lock",
+    }
 
 
 # ---- downloads ----
+
 
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
@@ -92,9 +116,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if mode == "wrong file":
             body = body[:-1] + b"?"
         if mode in ("cut short", "reset"):
-            body = body[:len(body) // 2]
+            body = body[: len(body) // 2]
         self.wfile.write(body)
-        if mode == "reset":  # the connection is torn down, not closed: the client gets an error, not an end
+        if (
+            mode == "reset"
+        ):  # the connection is torn down, not closed: the client gets an error, not an end
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
@@ -111,7 +137,9 @@ def server(archive, monkeypatch):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     monkeypatch.setitem(catalogue.OPENAI, NAME, (FILE, hashlib.sha256(body).hexdigest()))
-    monkeypatch.setattr(catalogue, "ADDRESS", f"http://127.0.0.1:{server.server_port}/{{sha256}}/{{file}}")
+    monkeypatch.setattr(
+        catalogue, "ADDRESS", f"http://127.0.0.1:{server.server_port}/{{sha256}}/{{file}}"
+    )
     monkeypatch.setattr(catalogue, "RETRIES", 0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield server
@@ -160,18 +188,27 @@ def test_a_download_that_fails_once_is_tried_again(server, monkeypatch):
 
 def test_the_weights_may_come_from_a_mirror_or_a_file(server, archive):
     mirror, server.mode = f"http://127.0.0.1:{server.server_port}/mirror.pt", "good"
-    catalogue.ADDRESS = "http://127.0.0.1:1/{sha256}/{file}"  # where nobody listens; the fixture puts it back
+    catalogue.ADDRESS = (  # where nobody listens; the fixture puts it back
+        "http://127.0.0.1:1/{sha256}/{file}"
+    )
     folder = prepare.ensure_encoder(NAME, weights=mirror)
     assert_whole(folder)
     assert server.requests == 1
     (runtime.cache_dir() / FILE).unlink()
-    assert_whole(prepare.ensure_encoder(NAME, layers="penultimate", weights=str(archive["archive"])), 128)
+    assert_whole(
+        prepare.ensure_encoder(NAME, layers="penultimate", weights=str(archive["archive"])), 128
+    )
     assert files_in_cache() & {FILE} == set() and server.requests == 1
 
 
-@pytest.mark.parametrize("weights, words", [
-    ("other", ["its SHA-256 is", "name another file"]), ("nowhere.pt", ["cannot read nowhere.pt"]),
-    ("ftp2://x/y", ["cannot download ViT-L/14 from ftp2://x/y"])])
+@pytest.mark.parametrize(
+    "weights, words",
+    [
+        ("other", ["its SHA-256 is", "name another file"]),
+        ("nowhere.pt", ["cannot read nowhere.pt"]),
+        ("ftp2://x/y", ["cannot download ViT-L/14 from ftp2://x/y"]),
+    ],
+)
 def test_weights_that_are_not_those_of_the_name_are_refused(archive, weights, words):
     with pytest.raises(EncoderError) as error:
         prepare.ensure_encoder(NAME, weights=str(archive.get(weights, weights)))
@@ -184,23 +221,37 @@ def test_weights_for_a_file_of_ones_own_are_refused(script):
     assert_one_line_error(result, "--weights a.pt", "--clip_model is mine.pt")
 
 
-@pytest.mark.parametrize("mode, reason", [
-    ("wrong file", "SHA-256"), ("cut short", "IncompleteRead"), ("reset", "reset"), ("not found", "404"),
-    ("refused", "refused")])
-def test_a_failed_download_is_told_with_both_ways_out_and_leaves_nothing(server, mode, reason, monkeypatch):
+@pytest.mark.parametrize(
+    "mode, reason",
+    [
+        ("wrong file", "SHA-256"),
+        ("cut short", "IncompleteRead"),
+        ("reset", "reset"),
+        ("not found", "404"),
+        ("refused", "refused"),
+    ],
+)
+def test_a_failed_download_is_told_with_both_ways_out_and_leaves_nothing(
+    server, mode, reason, monkeypatch
+):
     server.mode = mode
     with monkeypatch.context() as patch:
         if mode == "refused":
             with socket.socket() as nobody:
                 nobody.bind(("127.0.0.1", 0))  # a port where nobody listens
-                dead = catalogue.ADDRESS.replace(str(server.server_port), str(nobody.getsockname()[1]))
+                dead = catalogue.ADDRESS.replace(
+                    str(server.server_port), str(nobody.getsockname()[1])
+                )
             patch.setattr(catalogue, "ADDRESS", dead)
         with pytest.raises(EncoderError) as error:
             prepare.ensure_encoder(NAME)
     message = str(error.value)
     assert "\n" not in message and NAME in message and reason in message
     assert f"put {FILE} (SHA-256 " in message and f"into {runtime.cache_dir()}, or run" in message
-    assert f"prepare_clip.py --clip_model {NAME} --weights FILE_OR_URL" in message and len(message) < 900
+    assert (
+        f"prepare_clip.py --clip_model {NAME} --weights FILE_OR_URL" in message
+        and len(message) < 900
+    )
     assert files_in_cache() == set()
     server.mode = "good"
     assert_whole(prepare.ensure_encoder(NAME))
@@ -208,7 +259,10 @@ def test_a_failed_download_is_told_with_both_ways_out_and_leaves_nothing(server,
 
 def test_a_good_download_is_kept_when_what_comes_after_it_fails(server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("detector.encoders.vit.openvino_model", lambda *_: (_ for _ in ()).throw(EncoderError("no memory left")))
+        patch.setattr(
+            "detector.encoders.vit.openvino_model",
+            lambda *_: (_ for _ in ()).throw(EncoderError("no memory left")),
+        )
         with pytest.raises(EncoderError, match="no memory left"):
             prepare.ensure_encoder(NAME)
     assert files_in_cache() == {FILE}
@@ -218,12 +272,16 @@ def test_a_good_download_is_kept_when_what_comes_after_it_fails(server, monkeypa
 
 # ---- files of one's own ----
 
+
 @pytest.mark.parametrize("form", ["archive", "state dict"])
 def test_a_checkpoint_is_prepared_under_its_name_and_found_by_its_bytes(archive, form, tmp_path):
     folder = prepare.ensure_encoder(str(archive[form]))
     assert_whole(folder)
     manifest = runtime.read_manifest(folder)
-    assert manifest["name"] == archive[form].stem and manifest["preprocessing"] == runtime.PREPROCESSING
+    assert (
+        manifest["name"] == archive[form].stem
+        and manifest["preprocessing"] == runtime.PREPROCESSING
+    )
     assert runtime.find_encoder(identity=manifest["identity"]) == folder
     copy = tmp_path / "a copy.pt"
     copy.write_bytes(archive[form].read_bytes())
@@ -263,13 +321,18 @@ def test_a_vit_is_stored_in_half_precision_and_in_one_copy_per_runtime(archive):
         assert size * 0.98 < (folder / name).stat().st_size < size * 1.05 + 8192
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\3\4 and no archive", "dict", "wrapped"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no checkpoint", b"PK\3\4 and no archive", "dict", "wrapped"]
+)
 def test_a_file_that_is_no_checkpoint_is_told_in_one_line(content, tmp_path):
     path = tmp_path / "strange.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        torch.save({"dict": {"a": torch.zeros(3)}, "wrapped": {"state_dict": {}, "epoch": 3}}[content], path)
+        torch.save(
+            {"dict": {"a": torch.zeros(3)}, "wrapped": {"state_dict": {}, "epoch": 3}}[content],
+            path,
+        )
     with pytest.raises(EncoderError) as error:
         prepare.ensure_encoder(str(path))
     assert "\n" not in str(error.value) and f"{path} is not a CLIP checkpoint" in str(error.value)
@@ -278,8 +341,12 @@ def test_a_file_that_is_no_checkpoint_is_told_in_one_line(content, tmp_path):
 
 # ---- names and errors, as a user meets them ----
 
+
 def test_openais_names_addresses_and_hashes_are_those_of_the_clip_package():
-    known = {name: catalogue.ADDRESS.format(sha256=sha256, file=file) for name, (file, sha256) in catalogue.OPENAI.items()}
+    known = {
+        name: catalogue.ADDRESS.format(sha256=sha256, file=file)
+        for name, (file, sha256) in catalogue.OPENAI.items()
+    }
     assert known == clip.clip._MODELS
 
 
@@ -292,25 +359,46 @@ def test_an_unknown_name_lists_the_known_ones(script, name):
 
 def test_the_environment_names_the_model_where_no_flag_does(script):
     assert_one_line_error(script("prepare_clip.py", CLIP_MODEL="ViT-X"), "'ViT-X'")
-    assert_one_line_error(script("prepare_clip.py", "--clip_model", "ViT-Y", CLIP_MODEL="ViT-X"), "'ViT-Y'")
+    assert_one_line_error(
+        script("prepare_clip.py", "--clip_model", "ViT-Y", CLIP_MODEL="ViT-X"), "'ViT-Y'"
+    )
 
 
 def test_a_file_that_is_no_checkpoint_ends_the_script_with_one_error(script, tmp_path):
     (tmp_path / "strange.pt").write_bytes(b"no checkpoint")
-    assert_one_line_error(script("prepare_clip.py", "--clip_model", "strange.pt"), "strange.pt", "not a CLIP checkpoint")
+    assert_one_line_error(
+        script("prepare_clip.py", "--clip_model", "strange.pt"),
+        "strange.pt",
+        "not a CLIP checkpoint",
+    )
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_the_setting_that_moves_it(script, archive, tmp_path):
+def test_a_cache_that_cannot_be_written_is_told_with_the_setting_that_moves_it(
+    script, archive, tmp_path
+):
     (tmp_path / "file").write_text("in the way")
-    result = script("prepare_clip.py", "--clip_model", archive["state dict"], CLIP_CACHE=str(tmp_path / "file" / "cache"))
+    result = script(
+        "prepare_clip.py",
+        "--clip_model",
+        archive["state dict"],
+        CLIP_CACHE=str(tmp_path / "file" / "cache"),
+    )
     assert_one_line_error(result, tmp_path / "file" / "cache", "CLIP_CACHE")
 
 
 # ---- several processes, and killed ones ----
 
+
 def start(*args, **popen):
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env=os.environ, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)],
+        cwd=ROOT,
+        env=os.environ,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **popen,
+    )
 
 
 @pytest.mark.slow
@@ -324,47 +412,69 @@ def test_two_processes_at_once_prepare_it_once(archive):
     assert_whole(prepared_folders()[0])
 
 
-KILLED = {"before the converted form is stored": "import openvino as place; name = 'save_model'",
-          "when only the last step is missing": "import os as place; name = 'replace'"}
+KILLED = {
+    "before the converted form is stored": "import openvino as place; name = 'save_model'",
+    "when only the last step is missing": "import os as place; name = 'replace'",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLED)
 def test_a_killed_preparation_leaves_nothing_that_looks_prepared(archive, moment):
-    process = start("-c", f"import os, sys, signal, prepare_clip; {KILLED[moment]}\n"
-                          "setattr(place, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))\n"
-                          "prepare_clip.main(sys.argv[1:])", "--clip_model", archive["archive"])
+    process = start(
+        "-c",
+        f"import os, sys, signal, prepare_clip; {KILLED[moment]}\n"
+        "setattr(place, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "prepare_clip.main(sys.argv[1:])",
+        "--clip_model",
+        archive["archive"],
+    )
     process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL
     left = list(runtime.cache_dir().glob(".preparing-*"))
-    assert len(left) == 1 and (left[0] / "vision.safetensors").is_file()  # it was killed in the midst of it
+    assert (
+        len(left) == 1 and (left[0] / "vision.safetensors").is_file()
+    )  # it was killed in the midst of it
     assert prepared_folders() == [] and list((runtime.cache_dir() / "encoders").iterdir()) == []
-    assert_whole(prepare.ensure_encoder(str(archive["archive"])))  # the lock is free, a later attempt works
-    assert list(runtime.cache_dir().glob(".preparing-*")) == []          # and sweeps up
+    assert_whole(
+        prepare.ensure_encoder(str(archive["archive"]))
+    )  # the lock is free, a later attempt works
+    assert list(runtime.cache_dir().glob(".preparing-*")) == []  # and sweeps up
 
 
 # ---- without torch ----
+
 
 @pytest.fixture
 def no_torch(tmp_path):
     """An environment in which importing torch, torchvision or clip fails, as where they are not installed."""
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(
-        "import sys\nsys.modules.update(torch=None, torchvision=None, clip=None)\n")
+        "import sys\nsys.modules.update(torch=None, torchvision=None, clip=None)\n"
+    )
     return {"PYTHONPATH": str(tmp_path / "blocked")}
 
 
 def test_a_vit_is_prepared_and_used_without_torch(script, no_torch, make_folder, tmp_path):
     make_folder(tmp_path / "data", {"train/real/a": 3, "train/fake/b": 3})
-    result = script("extract_features.py", "--data_dir", "data", "--output_file", "features.npz",
-                    CLIP_MODEL=str(small.CHECKPOINT), **no_torch)
+    result = script(
+        "extract_features.py",
+        "--data_dir",
+        "data",
+        "--output_file",
+        "features.npz",
+        CLIP_MODEL=str(small.CHECKPOINT),
+        **no_torch,
+    )
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "features.npz") as file:
         assert file["features"].shape[0] == 6 and np.isfinite(file["features"]).all()
 
 
 @pytest.mark.parametrize("clip_model", ["RN50", "a file"])
-def test_a_resnet_without_torch_says_what_to_install(clip_model, script, no_torch, photos, tmp_path):
+def test_a_resnet_without_torch_says_what_to_install(
+    clip_model, script, no_torch, photos, tmp_path
+):
     if clip_model == "a file":
         tower = small_clip.small_resnet(small_clip.crops(photos))
         clip_model = small_clip.save_archive(tower, tmp_path / "resnet.pt")
@@ -375,14 +485,20 @@ def test_a_resnet_without_torch_says_what_to_install(clip_model, script, no_torc
 
 def test_fine_tuning_without_torch_says_what_to_install(script, no_torch, make_folder, tmp_path):
     make_folder(tmp_path / "data", {"train/real/a": 3, "train/fake/b": 3})
-    result = script("finetune_clip.py", "--clip_model", small.CHECKPOINT, "--data_dir", "data", **no_torch)
-    assert_one_line_error(result, "training an encoder needs torch", "pip install -r requirements.txt")
+    result = script(
+        "finetune_clip.py", "--clip_model", small.CHECKPOINT, "--data_dir", "data", **no_torch
+    )
+    assert_one_line_error(
+        result, "training an encoder needs torch", "pip install -r requirements.txt"
+    )
 
 
 def test_a_prepared_encoder_is_used_without_torch(script, no_torch, archive, make_folder, tmp_path):
     prepare.ensure_encoder(str(archive["archive"]))
     make_folder(tmp_path / "data", {"real": 2, "fake": 2})
-    result = script("extract_features.py", "--data_dir", "data", CLIP_MODEL=str(archive["archive"]), **no_torch)
+    result = script(
+        "extract_features.py", "--data_dir", "data", CLIP_MODEL=str(archive["archive"]), **no_torch
+    )
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "features.npz") as file:
         assert file["features"].shape == (4, 32)

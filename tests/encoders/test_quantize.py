@@ -1,4 +1,5 @@
 """int8: another encoder, made on labelled images of one's own and proved on others, or refused with the figures."""
+
 import os
 import subprocess
 import sys
@@ -39,15 +40,31 @@ def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("int8")
     data = reds_and_blues(place / "data")
     checkpoint = small_clip.save_state_dict(mild_vit(), place / "mild.pt")
-    result = subprocess.run([sys.executable, str(ROOT / "prepare_clip.py"), "--clip_model", str(checkpoint),
-                             "--precision", "int8", "--data_dir", str(data), "--limit", "80"], capture_output=True, text=True,
-                            env={**os.environ, "CLIP_CACHE": str(place / "cache")}, timeout=600)
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "prepare_clip.py"),
+            "--clip_model",
+            str(checkpoint),
+            "--precision",
+            "int8",
+            "--data_dir",
+            str(data),
+            "--limit",
+            "80",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CLIP_CACHE": str(place / "cache")},
+        timeout=600,
+    )
     return data, place / "cache", checkpoint, result
 
 
 def mild_vit():
     """As torch initialises it, with a little more contrast: attention that int8 can follow."""
     import torch
+
     torch.manual_seed(0)
     return small_clip.rounded(small_clip.clip.model.VisionTransformer(64, 16, 128, 2, 2, 32))
 
@@ -58,14 +75,26 @@ def test_int8_is_an_encoder_of_its_own_that_says_how_close_it_is(made, monkeypat
     assert result.returncode == 0, result.stderr
     monkeypatch.setenv("CLIP_CACHE", str(cache))
     folder = prepare.ensure_encoder(str(checkpoint), "int8")
-    assert str(folder) == result.stdout.strip() and "images that calibrated nothing" in result.stderr
-    plain, int8 = (runtime.read_manifest(f) for f in (prepare.ensure_encoder(str(checkpoint)), folder))
-    assert int8["identity"] != plain["identity"] and int8["name"] == "mild int8" and int8["dim"] == plain["dim"]
+    assert (
+        str(folder) == result.stdout.strip() and "images that calibrated nothing" in result.stderr
+    )
+    plain, int8 = (
+        runtime.read_manifest(f) for f in (prepare.ensure_encoder(str(checkpoint)), folder)
+    )
+    assert (
+        int8["identity"] != plain["identity"]
+        and int8["name"] == "mild int8"
+        and int8["dim"] == plain["dim"]
+    )
     encoder = runtime.Encoder(folder)
     assert encoder.precision == "int8"
-    pixels = preprocessing.preprocess(decoding.decode_image(runtime.golden_image()), encoder.resolution)[None]
+    pixels = preprocessing.preprocess(
+        decoding.decode_image(runtime.golden_image()), encoder.resolution
+    )[None]
     np.testing.assert_allclose(encoder.encode(pixels)[0], int8["golden"], rtol=1e-4, atol=1e-4)
-    assert (folder / "encoder.bin").stat().st_size < 0.7 * (prepare.ensure_encoder(str(checkpoint)) / "encoder.bin").stat().st_size
+    assert (folder / "encoder.bin").stat().st_size < 0.7 * (
+        prepare.ensure_encoder(str(checkpoint)) / "encoder.bin"
+    ).stat().st_size
 
 
 @pytest.mark.long
@@ -73,11 +102,23 @@ def test_features_name_the_int8_encoder_and_come_close(made, script, tmp_path):
     data, cache, checkpoint, _ = made
     found = {}
     for precision in ("float32", "int8"):
-        result = script("extract_features.py", "--data_dir", data, "--output_file", f"{precision}.npz", "--precision", precision,
-                        CLIP_MODEL=str(checkpoint), CLIP_CACHE=str(cache))
+        result = script(
+            "extract_features.py",
+            "--data_dir",
+            data,
+            "--output_file",
+            f"{precision}.npz",
+            "--precision",
+            precision,
+            CLIP_MODEL=str(checkpoint),
+            CLIP_CACHE=str(cache),
+        )
         assert result.returncode == 0, result.stderr
         found[precision] = load_features(tmp_path / f"{precision}.npz")
-    assert found["int8"]["meta"]["encoder"]["name"] == "mild int8" and found["int8"]["meta"]["key"]["precision"] == "int8"
+    assert (
+        found["int8"]["meta"]["encoder"]["name"] == "mild int8"
+        and found["int8"]["meta"]["key"]["precision"] == "int8"
+    )
     cosine = closeness.cosines(found["float32"]["features"], found["int8"]["features"])
     assert 0.99 <= cosine.mean() < 1
     result = script("train_model.py", "--features_file", "float32.npz", "int8.npz")
@@ -87,21 +128,37 @@ def test_features_name_the_int8_encoder_and_come_close(made, script, tmp_path):
 def test_without_an_int8_form_one_line_says_how_to_make_it(script, tmp_path):
     checkpoint = tmp_path / "mine.pt"
     checkpoint.write_bytes(b"weights")
-    with pytest.raises(EncoderError, match=f"run python prepare_clip.py --clip_model {checkpoint} --precision int8 --data_dir DIR"):
+    with pytest.raises(
+        EncoderError,
+        match=(
+            f"run python prepare_clip.py --clip_model {checkpoint} --precision int8 --data_dir DIR"
+        ),
+    ):
         prepare.ensure_encoder(str(checkpoint), "int8")
 
 
-@pytest.mark.parametrize("change, said", [({"cosine": 0.98}, "cosine to float32 0.9800"), ({"agreement": 0.985}, "98.5% of the verdicts")])
-def test_what_is_not_close_enough_is_refused_with_its_figures_and_nothing_is_kept(tmp_path, monkeypatch, change, said):
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"cosine": 0.98}, "cosine to float32 0.9800"),
+        ({"agreement": 0.985}, "98.5% of the verdicts"),
+    ],
+)
+def test_what_is_not_close_enough_is_refused_with_its_figures_and_nothing_is_kept(
+    tmp_path, monkeypatch, change, said
+):
     tried = []
 
     def copied(folder, scratch, *_):
         tried.append(folder)
         for name in ("encoder.xml", "encoder.bin"):
             (scratch / name).write_bytes((folder / name).read_bytes())
+
     for name in ("plain", "accuracy_controlled"):
         monkeypatch.setattr(quantize, name, copied)
-    monkeypatch.setattr(quantize, "closeness", lambda *_: {"cosine": 1.0, "lowest": 0.9, "agreement": 1.0, **change})
+    monkeypatch.setattr(
+        quantize, "closeness", lambda *_: {"cosine": 1.0, "lowest": 0.9, "agreement": 1.0, **change}
+    )
     side = runtime.read_manifest(small.ENCODER)["resolution"]
     with pytest.raises(EncoderError, match=f"int8 is refused.*{said}.*on 2 images") as error:
         pixels = np.zeros((4, 3, side, side), np.float32)
@@ -121,7 +178,10 @@ def test_closeness_sees_turned_features_and_turned_verdicts():
     turned = reference[200:].copy()
     turned[:40, 0] = 4 - turned[:40, 0]  # a fifth of the images change sides
     found = quantize.closeness(reference, turned, labels)
-    assert found["agreement"] == pytest.approx(0.8, abs=0.04) and found["lowest"] < 0.9 < found["cosine"] < 1
+    assert (
+        found["agreement"] == pytest.approx(0.8, abs=0.04)
+        and found["lowest"] < 0.9 < found["cosine"] < 1
+    )
 
 
 def test_nncf_missing_is_told_with_the_remedy(monkeypatch):
@@ -130,16 +190,24 @@ def test_nncf_missing_is_told_with_the_remedy(monkeypatch):
         quantize.require_nncf()
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--precision", "int8"], ["--precision int8", "--data_dir"]),
-    (["--precision", "int8", "--data_dir", "nowhere"], ["--data_dir nowhere: no such folder"]),
-    (["--precision", "int8", "--data_dir", ".", "--limit", "10"], ["--limit 10", "at least 40"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--precision", "int8"], ["--precision int8", "--data_dir"]),
+        (["--precision", "int8", "--data_dir", "nowhere"], ["--data_dir nowhere: no such folder"]),
+        (
+            ["--precision", "int8", "--data_dir", ".", "--limit", "10"],
+            ["--limit 10", "at least 40"],
+        ),
+    ],
+)
 def test_wrong_flags(script, flags, words):
     result = script("prepare_clip.py", "--clip_model", small.CHECKPOINT, *flags)
     assert_one_line_error(result, *words)
 
 
 def test_too_few_images_are_told(make_folder, tmp_path):
-    with pytest.raises(UsageError, match="14 images can be read; int8 is calibrated and proved on at least 40"):
+    with pytest.raises(
+        UsageError, match="14 images can be read; int8 is calibrated and proved on at least 40"
+    ):
         quantize.read_images(make_folder(tmp_path / "data", {"real": 10, "fake": 4}), 400, 64)

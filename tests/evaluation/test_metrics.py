@@ -1,4 +1,5 @@
 """Metrics, sources, calibration and abstention: held against scikit-learn's, closed forms and simulation."""
+
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -46,6 +47,7 @@ def width(metric):
 
 # ---- metrics ----
 
+
 def even(labels):
     """Weights that give both classes the same sum."""
     return (len(labels) / 2 / np.bincount(labels))[labels]
@@ -57,16 +59,35 @@ def expected_metrics(labels, p_fake, threshold):
     fpr, tpr, _ = reference.roc_curve(labels, p_fake, drop_intermediate=False)
     down, tenth = np.sort(p_fake)[::-1], np.arange(metrics.BINS) * len(labels) // metrics.BINS
     tops = np.unique(down[tenth])[::-1]  # of ten equal bins; equal probabilities stay in one
-    bins = [np.flatnonzero((p_fake <= top) & (p_fake > below)) for top, below in zip(tops, [*tops[1:], -1])]
-    return {"accuracy": reference.accuracy_score(labels, answered), "auc": reference.roc_auc_score(labels, p_fake),
-            "balanced_accuracy": reference.balanced_accuracy_score(labels, answered),
-            "average_precision": reference.average_precision_score(labels, p_fake, sample_weight=weight),
-            "log_loss": reference.log_loss(labels, p_fake, sample_weight=weight),
-            "tpr_at_1": tpr[fpr <= 0.01].max(), "tpr_at_5": tpr[fpr <= 0.05].max(), "fpr_at_95": fpr[tpr >= 0.95].min(),
-            "calibration_error": sum(abs((weight[b] * (labels[b] - p_fake[b])).sum()) for b in bins) / len(labels),
-            **{f"accuracy_{name}": reference.recall_score(labels, answered, pos_label=i) for i, name in enumerate(("real", "fake"))},
-            **{f"precision_{name}": reference.precision_score(labels, answered, pos_label=i, zero_division=np.nan)
-               for i, name in enumerate(("real", "fake"))}}
+    bins = [
+        np.flatnonzero((p_fake <= top) & (p_fake > below))
+        for top, below in zip(tops, [*tops[1:], -1])
+    ]
+    return {
+        "accuracy": reference.accuracy_score(labels, answered),
+        "auc": reference.roc_auc_score(labels, p_fake),
+        "balanced_accuracy": reference.balanced_accuracy_score(labels, answered),
+        "average_precision": reference.average_precision_score(
+            labels, p_fake, sample_weight=weight
+        ),
+        "log_loss": reference.log_loss(labels, p_fake, sample_weight=weight),
+        "tpr_at_1": tpr[fpr <= 0.01].max(),
+        "tpr_at_5": tpr[fpr <= 0.05].max(),
+        "fpr_at_95": fpr[tpr >= 0.95].min(),
+        "calibration_error": (
+            sum(abs((weight[b] * (labels[b] - p_fake[b])).sum()) for b in bins) / len(labels)
+        ),
+        **{
+            f"accuracy_{name}": reference.recall_score(labels, answered, pos_label=i)
+            for i, name in enumerate(("real", "fake"))
+        },
+        **{
+            f"precision_{name}": reference.precision_score(
+                labels, answered, pos_label=i, zero_division=np.nan
+            )
+            for i, name in enumerate(("real", "fake"))
+        },
+    }
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.3, 0.8])
@@ -88,7 +109,9 @@ def test_auc_is_scikit_learns_also_with_ties(seed):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, 200)
     for values in (rng.integers(0, 4, 200) + labels, rng.normal(size=200), np.ones(200)):
-        assert auc(labels, values, np.arange(200))["value"] == pytest.approx(reference.roc_auc_score(labels, values))
+        assert auc(labels, values, np.arange(200))["value"] == pytest.approx(
+            reference.roc_auc_score(labels, values)
+        )
 
 
 def test_the_number_of_images_of_a_class_moves_nothing_that_weighs_them_evenly():
@@ -104,8 +127,13 @@ def test_every_metric_lies_in_its_interval_and_says_how_many_images_it_rests_on(
     labels, p_fake = scored()
     found = measured(labels, p_fake)
     answered = p_fake >= 0.5
-    n = {**dict.fromkeys([*METRICS, "accuracy"], 200), "precision_fake": answered.sum(), "precision_real": (~answered).sum(),
-         "accuracy_real": (labels == 0).sum(), "accuracy_fake": (labels == 1).sum()}
+    n = {
+        **dict.fromkeys([*METRICS, "accuracy"], 200),
+        "precision_fake": answered.sum(),
+        "precision_real": (~answered).sum(),
+        "accuracy_real": (labels == 0).sum(),
+        "accuracy_fake": (labels == 1).sum(),
+    }
     assert {name: found[name]["n"] for name in n} == n
 
 
@@ -126,11 +154,18 @@ def test_a_test_set_of_one_class_has_its_own_share_and_no_more(label):
     found = measured(np.full(20, label), np.linspace(0.1, 0.9, 20))
     own, other = (("real", "fake"), ("fake", "real"))[label]
     assert found[f"accuracy_{own}"]["value"] == 0.5 and found[f"accuracy_{other}"]["value"] is None
-    assert all(found[name] == {"value": None, "interval": None, "n": 20} for name in (*DRAWN, "balanced_accuracy"))
-    assert base_rates(found) == {} and calibration(np.full(20, label), np.full(20, 0.3), np.arange(20)) is None
+    assert all(
+        found[name] == {"value": None, "interval": None, "n": 20}
+        for name in (*DRAWN, "balanced_accuracy")
+    )
+    assert (
+        base_rates(found) == {}
+        and calibration(np.full(20, label), np.full(20, 0.3), np.arange(20)) is None
+    )
 
 
 # ---- balanced accuracy and base rates ----
+
 
 def of(right, n):
     return share(np.arange(n) < right)
@@ -142,14 +177,19 @@ def test_balanced_accuracy_is_the_mean_of_both_shares_with_the_interval_that_the
     assert (found["value"], found["n"]) == (pytest.approx(0.7), 150)
     theory = 1.96 * np.sqrt(0.8 * 0.2 / 100 + 0.6 * 0.4 / 50) / 2
     assert found["interval"] == pytest.approx([0.7 - theory, 0.7 + theory], abs=0.01)
-    assert of_both(of(20, 20), of(20, 20))["interval"] == [pytest.approx(1 - (1 - wilson(20, 20)[0]) / np.sqrt(2)), 1]
+    assert of_both(of(20, 20), of(20, 20))["interval"] == [
+        pytest.approx(1 - (1 - wilson(20, 20)[0]) / np.sqrt(2)),
+        1,
+    ]
     assert of_both(of(0, 0), fake) == {"value": None, "interval": None, "n": 50}
 
 
 def test_of_the_alarms_where_one_image_in_a_hundred_is_fake_a_quarter_is_right_at_three_percent_false_ones():
     found = base_rates({"accuracy_real": of(97, 100), "accuracy_fake": of(100, 100), "n": 200})
     assert list(found) == ["0.01", "0.1", "0.5"] and {row["n"] for row in found.values()} == {200}
-    assert [found[share]["value"] for share in found] == pytest.approx([1 / (1 + 99 * 0.03), 1 / (1 + 9 * 0.03), 1 / 1.03])
+    assert [found[share]["value"] for share in found] == pytest.approx(
+        [1 / (1 + 99 * 0.03), 1 / (1 + 9 * 0.03), 1 / 1.03]
+    )
     low, high = found["0.01"]["interval"]
     worst, best = wilson(97, 100)
     assert low == pytest.approx(wilson(100, 100)[0] / (wilson(100, 100)[0] + 99 * (1 - worst)))
@@ -157,10 +197,14 @@ def test_of_the_alarms_where_one_image_in_a_hundred_is_fake_a_quarter_is_right_a
 
 
 def test_without_alarms_none_is_right():
-    assert base_rates({"accuracy_real": of(9, 9), "accuracy_fake": of(0, 9), "n": 18})["0.5"]["value"] is None
+    assert (
+        base_rates({"accuracy_real": of(9, 9), "accuracy_fake": of(0, 9), "n": 18})["0.5"]["value"]
+        is None
+    )
 
 
 # ---- sources ----
+
 
 def three_sources():
     """'camera' has reals alone, 'generator' fakes alone, 'mixed' both."""
@@ -171,12 +215,26 @@ def three_sources():
 
 def test_a_source_of_one_class_is_paired_with_all_of_the_other_and_says_so():
     labels, p_fake, sources = three_sources()
-    rows = {row["source"]: row for row in by_source(labels, p_fake, 0.5, sources, np.arange(300), known=["camera"])}
-    for source, label, paired in (("camera", "real", "with all fake images"), ("generator", "fake", "with all real images"), ("mixed", "both", "")):
+    rows = {
+        row["source"]: row
+        for row in by_source(labels, p_fake, 0.5, sources, np.arange(300), known=["camera"])
+    }
+    for source, label, paired in (
+        ("camera", "real", "with all fake images"),
+        ("generator", "fake", "with all real images"),
+        ("mixed", "both", ""),
+    ):
         row, own = rows[source], sources == source
         pool = own if label == "both" else own | (labels == (label == "real"))
-        assert (row["label"], row["paired"], row["n"], row["known"]) == (label, paired, own.sum(), source == "camera")
-        assert row["auc"]["value"] == pytest.approx(reference.roc_auc_score(labels[pool], p_fake[pool]))
+        assert (row["label"], row["paired"], row["n"], row["known"]) == (
+            label,
+            paired,
+            own.sum(),
+            source == "camera",
+        )
+        assert row["auc"]["value"] == pytest.approx(
+            reference.roc_auc_score(labels[pool], p_fake[pool])
+        )
         right = (p_fake >= 0.5) == labels
         assert row["own"] == (row["balanced_accuracy"] if label == "both" else share(right[own]))
     assert all(row["known"] for row in by_source(labels, p_fake, 0.5, sources, np.arange(300)))
@@ -184,15 +242,24 @@ def test_a_source_of_one_class_is_paired_with_all_of_the_other_and_says_so():
 
 def test_sources_are_listed_worst_first_and_of_equals_the_larger_first():
     sources = np.repeat(["a", "b", "c"], [10, 10, 20])
-    p_fake = np.where(np.arange(40) < np.repeat([1, 18, 36], [10, 10, 20]), 0.9, 0.1)  # wrong: 1, 8 and 16 of them
+    p_fake = np.where(
+        np.arange(40) < np.repeat([1, 18, 36], [10, 10, 20]), 0.9, 0.1
+    )  # wrong: 1, 8 and 16 of them
     rows = by_source(np.zeros(40, int), p_fake, 0.5, sources, np.arange(40))
-    assert [(row["source"], row["own"]["value"]) for row in rows] == [("c", 0.2), ("b", 0.2), ("a", 0.9)]
+    assert [(row["source"], row["own"]["value"]) for row in rows] == [
+        ("c", 0.2),
+        ("b", 0.2),
+        ("a", 0.9),
+    ]
 
 
 def test_a_source_of_copies_of_few_pictures_has_a_wide_interval():
     # 133 reals that are 19 pictures, each saved seven times
     labels, p_fake = np.repeat([0, 1], 133), np.repeat(scored(38, 3, fakes=0)[1], 7)
-    apart, copied = (by_source(labels, p_fake, 0.5, labels.astype(str), clusters)[1]["own"] for clusters in (np.arange(266), np.arange(266) // 7))
+    apart, copied = (
+        by_source(labels, p_fake, 0.5, labels.astype(str), clusters)[1]["own"]
+        for clusters in (np.arange(266), np.arange(266) // 7)
+    )
     assert apart["value"] == copied["value"] and width(copied) > 1.5 * width(apart)
 
 
@@ -201,16 +268,32 @@ def test_over_sources_the_worst_is_the_lowest_share_and_the_highest_error():
     rows = by_source(labels, p_fake, 0.5, sources, np.arange(300))
     found = over_sources(rows)
     for name, (_, higher) in METRICS.items():
-        have = [row for row in rows if not (name == "accuracy_real" and row["source"] == "generator"
-                                            or name == "accuracy_fake" and row["source"] == "camera")]  # pools are no sources
+        have = [
+            row
+            for row in rows
+            if not (
+                name == "accuracy_real"
+                and row["source"] == "generator"
+                or name == "accuracy_fake"
+                and row["source"] == "camera"
+            )
+        ]  # pools are no sources
         values = [row[name]["value"] for row in have]
         worst = have[np.argmin(values) if higher else np.argmax(values)]
-        assert (found[name]["worst"], found[name]["worst_source"]) == ((min if higher else max)(values), worst["source"])
+        assert (found[name]["worst"], found[name]["worst_source"]) == (
+            (min if higher else max)(values),
+            worst["source"],
+        )
         assert found[name]["worst_interval"] == worst[name]["interval"]
-        assert (found[name]["n"], found[name]["mean"]) == (len(have), pytest.approx(np.mean(values)))
+        assert (found[name]["n"], found[name]["mean"]) == (
+            len(have),
+            pytest.approx(np.mean(values)),
+        )
         assert found[name]["deviation"] == pytest.approx(np.std(values, ddof=1))
         if name.startswith("accuracy"):
-            t = np.clip(stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)), 0, 1)
+            t = np.clip(
+                stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)), 0, 1
+            )
             assert found[name]["interval"] == pytest.approx(t, abs=1e-6)
         else:  # paired with one pool, whose errors they share
             assert found[name]["interval"] is None
@@ -218,19 +301,34 @@ def test_over_sources_the_worst_is_the_lowest_share_and_the_highest_error():
 
 def test_over_one_source_there_is_no_spread_and_over_none_nothing():
     labels, p_fake, sources = three_sources()
-    found = over_sources([row for row in by_source(labels, p_fake, 0.5, sources, np.arange(300)) if row["source"] == "mixed"])
-    assert found["auc"]["deviation"] is found["auc"]["interval"] is None and found["auc"]["mean"] == found["auc"]["worst"]
+    found = over_sources(
+        [
+            row
+            for row in by_source(labels, p_fake, 0.5, sources, np.arange(300))
+            if row["source"] == "mixed"
+        ]
+    )
+    assert (
+        found["auc"]["deviation"] is found["auc"]["interval"] is None
+        and found["auc"]["mean"] == found["auc"]["worst"]
+    )
     assert over_sources([]) == {}
 
 
 # ---- calibration ----
+
 
 def calibrated(seed, n=600, fakes=0.5, sure=1.0):
     """Labels and probabilities that are true at equal shares of both classes; `sure`: what their logits are multiplied by."""
     rng = np.random.default_rng(seed)
     z = rng.normal(scale=1.5, size=20 * n)
     labels = (rng.random(len(z)) < special.expit(z)).astype(int)
-    rows = np.concatenate([np.flatnonzero(labels == i)[:size] for i, size in enumerate((n - int(n * fakes), int(n * fakes)))])
+    rows = np.concatenate(
+        [
+            np.flatnonzero(labels == i)[:size]
+            for i, size in enumerate((n - int(n * fakes), int(n * fakes)))
+        ]
+    )
     return labels[rows], special.expit(sure * z[rows])
 
 
@@ -244,28 +342,49 @@ def few_resamples(monkeypatch):
 def test_the_slope_is_that_of_an_unregularised_logistic_regression(few_resamples, sure, fakes):
     labels, p_fake = calibrated(0, fakes=fakes, sure=sure)
     slope = calibration(labels, p_fake, np.arange(600))["slope"]
-    fitted = LogisticRegression(C=np.inf, class_weight="balanced", tol=1e-10, max_iter=1000).fit(metrics.logit(p_fake)[:, None], labels)
-    assert slope["value"] == pytest.approx(fitted.coef_[0, 0], rel=1e-5) and slope["value"] == pytest.approx(1 / sure, rel=0.2)
+    fitted = LogisticRegression(C=np.inf, class_weight="balanced", tol=1e-10, max_iter=1000).fit(
+        metrics.logit(p_fake)[:, None], labels
+    )
+    assert slope["value"] == pytest.approx(fitted.coef_[0, 0], rel=1e-5) and slope[
+        "value"
+    ] == pytest.approx(1 / sure, rel=0.2)
     assert slope["interval"][0] < slope["value"] < slope["interval"][1] and slope["n"] == 600
 
 
 @pytest.mark.parametrize("fakes", [0.5, 0.2])
-def test_a_calibrated_model_stays_below_the_stated_error_and_one_too_sure_does_not(few_resamples, fakes):
+def test_a_calibrated_model_stays_below_the_stated_error_and_one_too_sure_does_not(
+    few_resamples, fakes
+):
     good = [calibration(*calibrated(seed, fakes=fakes), np.arange(600)) for seed in range(12)]
-    sure = [calibration(*calibrated(seed, fakes=fakes, sure=2), np.arange(600)) for seed in range(4)]
+    sure = [
+        calibration(*calibrated(seed, fakes=fakes, sure=2), np.arange(600)) for seed in range(4)
+    ]
     assert sum(found["error"] <= found["expected_95"] for found in good) >= 10
-    assert sum(found["slope"]["interval"][0] <= 1 <= found["slope"]["interval"][1] for found in good) >= 10
+    assert (
+        sum(found["slope"]["interval"][0] <= 1 <= found["slope"]["interval"][1] for found in good)
+        >= 10
+    )
     assert all(found["error"] > found["expected_95"] for found in sure)
     assert all(found["slope"]["interval"][1] < 1 for found in sure)
 
 
 @pytest.mark.parametrize("fakes", [0.5, 0.05])
-def test_the_stated_error_is_the_one_that_calibrated_models_stay_below_in_95_of_100_draws(few_resamples, fakes):
+def test_the_stated_error_is_the_one_that_calibrated_models_stay_below_in_95_of_100_draws(
+    few_resamples, fakes
+):
     def error(labels, p_fake):
         order = np.argsort(-p_fake)
-        return metrics.drawn_metrics(labels[order], p_fake[order], np.ones((1, 600)))["calibration_error"][0]
+        return metrics.drawn_metrics(labels[order], p_fake[order], np.ones((1, 600)))[
+            "calibration_error"
+        ][0]
+
     true = np.percentile([error(*calibrated(seed, fakes=fakes)) for seed in range(300)], 95)
-    stated = np.mean([calibration(*calibrated(seed, fakes=fakes), np.arange(600))["expected_95"] for seed in range(4)])
+    stated = np.mean(
+        [
+            calibration(*calibrated(seed, fakes=fakes), np.arange(600))["expected_95"]
+            for seed in range(4)
+        ]
+    )
     assert 0.93 < stated / true < 1.15
 
 
@@ -276,20 +395,27 @@ def test_a_ranking_without_overlap_has_no_slope():
 
 # ---- abstention ----
 
+
 def test_between_the_ends_of_the_band_there_is_no_verdict_and_no_error():
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     p_fake = np.array([0.1, 0.3, 0.5, 0.9, 0.1, 0.3, 0.7, 0.9])
     found = abstention(labels, p_fake, 0.5, [0.3, 0.7], np.arange(8))
     assert found["band"] == [0.3, 0.7]
     assert {name: (m["value"], m["n"]) for name, m in found.items() if name != "band"} == {
-        "answered": (0.5, 8), "accuracy_answered": (0.5, 4), "coverage_real": (0.75, 4), "coverage_fake": (0.75, 4)}
+        "answered": (0.5, 8),
+        "accuracy_answered": (0.5, 4),
+        "coverage_real": (0.75, 4),
+        "coverage_fake": (0.75, 4),
+    }
 
 
 def test_the_band_keeps_its_stated_rate_of_errors_on_new_images():
     held = {"real": [], "fake": []}
     for seed in range(40):
         (labels, p_fake), (new_labels, new) = scored(300, seed), scored(300, seed + 100)
-        found = abstention(new_labels, new, 0.5, choose_band(p_fake, labels, 0.5, 0.1).tolist(), np.arange(300))
+        found = abstention(
+            new_labels, new, 0.5, choose_band(p_fake, labels, 0.5, 0.1).tolist(), np.arange(300)
+        )
         for name in held:
             held[name].append(found[f"coverage_{name}"]["value"])
     assert 0.89 < np.mean(held["real"]) < 0.96 and 0.89 < np.mean(held["fake"]) < 0.96
@@ -302,10 +428,16 @@ def test_risk_falls_to_the_surest_images_and_ends_at_the_error_rate_of_all():
     assert risk_coverage(labels, p_fake, 0.9) == ([0.25, 0.5, 0.75, 1], [0, 0.5, 0.3333, 0.25])
     coverage, risk = risk_coverage(*scored(1000), 0.3)
     wrong = 1 - measured(*scored(1000), 0.3)["accuracy"]["value"]
-    assert len(coverage) == 200 and coverage[-1] == 1 and risk[-1] == pytest.approx(wrong, abs=1e-4) and risk[20] < risk[-1]
+    assert (
+        len(coverage) == 200
+        and coverage[-1] == 1
+        and risk[-1] == pytest.approx(wrong, abs=1e-4)
+        and risk[20] < risk[-1]
+    )
 
 
 # ---- two sets of metrics ----
+
 
 def recorded(value, low, high):
     return {name: {"value": value, "interval": [low, high]} for name in METRICS}
@@ -317,14 +449,23 @@ def test_a_metric_that_left_its_interval_is_better_or_worse_by_its_own_direction
     down = {row[0]: row[4] for row in left_interval(recorded(0.3, 0, 1), before)}
     assert up == {name: "better" if higher else "worse" for name, (_, higher) in METRICS.items()}
     assert (up["auc"], up["fpr_at_95"], up["log_loss"]) == ("better", "worse", "worse")
-    assert down == {name: {"better": "worse", "worse": "better"}[verdict] for name, verdict in up.items()}
-    assert left_interval({**before, "auc": {"value": 0.7, "interval": None}}, before) == [("auc", "AUC", 0.7, [0.4, 0.6], "better")]
+    assert down == {
+        name: {"better": "worse", "worse": "better"}[verdict] for name, verdict in up.items()
+    }
+    assert left_interval({**before, "auc": {"value": 0.7, "interval": None}}, before) == [
+        ("auc", "AUC", 0.7, [0.4, 0.6], "better")
+    ]
 
 
 @pytest.mark.parametrize("now", [0.4, 0.5, 0.6, None])
 def test_what_lies_in_its_interval_or_has_none_has_not_left_it(now):
     assert left_interval(recorded(now, 0, 1), recorded(0.5, 0.4, 0.6)) == []
-    assert left_interval(recorded(0.9, 0, 1), {name: {"value": 0.5, "interval": None} for name in METRICS}) == []
+    assert (
+        left_interval(
+            recorded(0.9, 0, 1), {name: {"value": 0.5, "interval": None} for name in METRICS}
+        )
+        == []
+    )
 
 
 def test_the_same_images_again_leave_no_interval():
@@ -338,4 +479,6 @@ def test_the_same_images_again_leave_no_interval():
 def test_the_calibration_error_does_not_depend_on_the_order_of_equal_probabilities():
     labels, groups = np.repeat([0, 1], 50), np.arange(100)
     for order in (np.arange(100), np.arange(100)[::-1], np.random.default_rng(0).permutation(100)):
-        assert measure(labels[order], np.full(100, 0.7), 0.5, groups)["calibration_error"]["value"] == pytest.approx(0.2)
+        assert measure(labels[order], np.full(100, 0.7), 0.5, groups)["calibration_error"][
+            "value"
+        ] == pytest.approx(0.2)

@@ -10,7 +10,12 @@ from benchmarks import planted_faults
 from detector.images.decoding import decode_image
 from detector.verdict import Detector
 
-COUNTS = {f"{split}/{label}/source{k}": 10 for split in ("train", "test") for label in ("real", "fake") for k in range(10)}
+COUNTS = {
+    f"{split}/{label}/source{k}": 10
+    for split in ("train", "test")
+    for label in ("real", "fake")
+    for k in range(10)
+}
 
 pytestmark = pytest.mark.long
 
@@ -31,21 +36,27 @@ def drawn(control):
 def test_a_fault_planted_into_a_fifth_of_the_images_is_named_and_was_not_before(drawn, name):
     plant, expected = planted_faults.DATA_FAULTS[name]
     with threadpool_limits(1):
-        before, after = (planted_faults.lines_of(columns) for columns in (drawn, plant(drawn, 0.2, np.random.default_rng(0))))
+        before, after = (
+            planted_faults.lines_of(columns)
+            for columns in (drawn, plant(drawn, 0.2, np.random.default_rng(0)))
+        )
     named = [line for line in after if any(word in line for word in expected)]
     assert named and not set(named) & set(before), (before, after)
 
 
 def test_the_control_betrays_nothing_by_its_files(drawn):
     facts = drawn["facts"]
-    assert {name: len(np.unique(facts[name])) for name in ("width", "height", "format", "quant_hash")} == \
-        {"width": 1, "height": 1, "format": 1, "quant_hash": 1}
+    assert {
+        name: len(np.unique(facts[name])) for name in ("width", "height", "format", "quant_hash")
+    } == {"width": 1, "height": 1, "format": 1, "quant_hash": 1}
     with threadpool_limits(1):
         assert [line for line in planted_faults.lines_of(drawn) if line.startswith("files ")] == []
 
 
 def test_a_source_whose_labels_are_swapped_is_named_and_no_other(control):
-    columns, source, part = planted_faults.swap(planted_faults.strong(control), 0.2, np.random.default_rng(0), 36)
+    columns, source, part = planted_faults.swap(
+        planted_faults.strong(control), 0.2, np.random.default_rng(0), 36
+    )
     with threadpool_limits(1):
         assert [row["source"] for row in planted_faults.label_lines(columns)] == [source]
     assert part == pytest.approx(0.2, abs=0.02)

@@ -1,4 +1,5 @@
 """What gives labels away without a detector: probes on file facts, telling values, labels and sources that look wrong."""
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -44,11 +45,14 @@ def half(n=200):
 def probed(facts, labels, groups=None, splits=NO_SPLIT, thumb=None):
     """`probe_all` by name; without pictures to look at."""
     thumb = np.zeros((len(labels), 64), np.uint8) if thumb is None else thumb
-    rows = probe_all(facts, thumb, labels, np.arange(len(labels)) if groups is None else groups, splits)
+    rows = probe_all(
+        facts, thumb, labels, np.arange(len(labels)) if groups is None else groups, splits
+    )
     return {row["what"]: row for row in rows}
 
 
 # ---- probes ----
+
 
 def larger(facts, fake):
     facts["width"][fake] *= 3
@@ -60,7 +64,10 @@ def square(facts, fake):
     """Reals upright or lying: no threshold on the ratio tells them apart."""
     facts["height"][fake] = facts["width"][fake]
     tall = ~fake & (np.arange(len(facts)) % 2 == 0)
-    facts["height"][tall], facts["height"][~fake & ~tall] = 2 * facts["width"][tall], facts["width"][~fake & ~tall] // 2
+    facts["height"][tall], facts["height"][~fake & ~tall] = (
+        2 * facts["width"][tall],
+        facts["width"][~fake & ~tall] // 2,
+    )
 
 
 def of_64(facts, fake):
@@ -76,12 +83,14 @@ def busier(facts, fake):
 def set_to(name, value):
     def change(facts, fake):
         facts[name][fake] = value
+
     return change
 
 
 def times(name, factor):
     def change(facts, fake):
         facts[name][fake] = facts[name][fake] * factor
+
     return change
 
 
@@ -90,8 +99,16 @@ BETRAYALS = {
     # what is planted into the fakes: (how, the probes that must find it, probes that may come along)
     "nothing": (lambda facts, fake: None, set(), set()),
     "larger": (larger, {"pixels"}, set()),
-    "square among oblongs": (square, {"aspect ratio"}, {"pixels", RAW, PER_PICTURE, "sides that are multiples of 64"}),
-    "sides a multiple of 64": (of_64, {"sides that are multiples of 64"}, {"aspect ratio", "pixels"}),
+    "square among oblongs": (
+        square,
+        {"aspect ratio"},
+        {"pixels", RAW, PER_PICTURE, "sides that are multiples of 64"},
+    ),
+    "sides a multiple of 64": (
+        of_64,
+        {"sides that are multiples of 64"},
+        {"aspect ratio", "pixels"},
+    ),
     "PNG": (set_to("format", "PNG"), {"format"}, set()),
     "saved worse": (set_to("quant_mean", 60), {"quantisation"}, set()),
     "one quantisation table": (set_to("quant_hash", 77), {"quantisation table"}, set()),
@@ -108,9 +125,13 @@ def test_a_fact_that_betrays_the_label_is_found_and_no_other(plant, told, may, m
     plant(facts, labels == 1)
     rows = probed(facts, labels)
     found = {what for what, row in rows.items() if row["auc"]["interval"][0] >= 0.6}
-    assert found - {"all file facts"} - may == told - may and ("all file facts" in found) == bool(told)
+    assert found - {"all file facts"} - may == told - may and ("all file facts" in found) == bool(
+        told
+    )
     assert all(rows[what]["auc"]["value"] > 0.8 for what in told)
-    assert rows["8x8 thumbnail"]["auc"]["value"] == pytest.approx(0.5, abs=0.02) and all(row["on_test"] is None for row in rows.values())
+    assert rows["8x8 thumbnail"]["auc"]["value"] == pytest.approx(0.5, abs=0.02) and all(
+        row["on_test"] is None for row in rows.values()
+    )
 
 
 def test_a_picture_that_betrays_the_label_is_found_and_constant_facts_are_no_probes_of_their_own():
@@ -118,18 +139,29 @@ def test_a_picture_that_betrays_the_label_is_found_and_constant_facts_are_no_pro
     thumb = (rng.integers(0, 120, (200, 64)) + 60 * labels[:, None]).astype(np.uint8)
     rows = probed(np.repeat(make_facts(1), 200), labels, thumb=thumb)
     assert rows.keys() == {"all file facts", "8x8 thumbnail"}
-    assert rows["8x8 thumbnail"]["auc"]["value"] > 0.95 and rows["all file facts"]["auc"]["value"] == 0.5
+    assert (
+        rows["8x8 thumbnail"]["auc"]["value"] > 0.95
+        and rows["all file facts"]["auc"]["value"] == 0.5
+    )
 
 
 @pytest.mark.long
 def test_no_group_is_on_both_sides_so_that_what_only_names_it_betrays_nothing():
     """400 images of 80 groups: each group has one size, at random; who has seen a group knows its label by that."""
     group = np.repeat(np.arange(80), 5)
-    facts, labels = np.repeat(make_facts(80), 5), (np.random.default_rng(1).permutation(80) % 2)[group]
-    apart, mixed = (probed(facts, labels, groups, np.full(400, "")) for groups in (group, np.arange(400)))
+    facts, labels = (
+        np.repeat(make_facts(80), 5),
+        (np.random.default_rng(1).permutation(80) % 2)[group],
+    )
+    apart, mixed = (
+        probed(facts, labels, groups, np.full(400, "")) for groups in (group, np.arange(400))
+    )
     for what in ("pixels", "all file facts"):
         assert mixed[what]["auc"]["value"] > 0.9
-        assert abs(apart[what]["auc"]["value"] - 0.5) < 0.15 and apart[what]["auc"]["interval"][0] < 0.5
+        assert (
+            abs(apart[what]["auc"]["value"] - 0.5) < 0.15
+            and apart[what]["auc"]["interval"][0] < 0.5
+        )
     features = np.random.default_rng(2).normal(size=(80, 200))[group]
     assert roc_auc_score(labels, linear_scores(features, labels, np.arange(400))) > 0.9
     assert abs(roc_auc_score(labels, linear_scores(features, labels, group)) - 0.5) < 0.15
@@ -144,14 +176,22 @@ def test_each_row_is_scored_once_by_what_has_not_seen_its_group():
         seen.append(test[:, 0])
         assert not np.isin(groups[train[:, 0]], groups[test[:, 0]]).any() and len(np.unique(y)) == 2
         return test[:, 0]
-    assert (cross_validated(classifier, np.arange(200)[:, None], labels, groups) == np.arange(200)).all()
-    assert sorted(np.concatenate(seen)) == list(range(200)) and len(seen) == probes.FOLDS == len(fold_rows(labels, groups))
+
+    assert (
+        cross_validated(classifier, np.arange(200)[:, None], labels, groups) == np.arange(200)
+    ).all()
+    assert sorted(np.concatenate(seen)) == list(range(200)) and len(seen) == probes.FOLDS == len(
+        fold_rows(labels, groups)
+    )
 
 
 def test_a_class_of_one_group_cannot_be_cross_validated():
     labels = half()
     groups = np.where(labels == 1, 0, np.arange(200))
-    assert fold_rows(labels, groups) == [] and cross_validated(boosted, np.zeros((200, 1)), labels, groups) is None
+    assert (
+        fold_rows(labels, groups) == []
+        and cross_validated(boosted, np.zeros((200, 1)), labels, groups) is None
+    )
     rows = probed(make_facts(), labels, groups)
     assert rows and all(row["auc"] is None for row in rows.values())
 
@@ -163,13 +203,21 @@ def test_what_is_learnt_on_train_is_tried_on_test():
     facts["format"] = np.where((labels == 1) & (splits == "train"), "PNG", "JPEG")
     rows = probed(facts, labels, splits=splits)
     found = rows["format"]
-    assert abs(rows["pixels"]["on_test"]["value"] - 0.5) < 0.15  # sizes say nothing to who has not seen those of test
-    assert found["on_test"]["value"] == 0.5 and found["on_test"]["n"] == 100 and found["auc"]["value"] > 0.65
+    assert (
+        abs(rows["pixels"]["on_test"]["value"] - 0.5) < 0.15
+    )  # sizes say nothing to who has not seen those of test
+    assert (
+        found["on_test"]["value"] == 0.5
+        and found["on_test"]["n"] == 100
+        and found["auc"]["value"] > 0.65
+    )
     facts["format"] = np.where(labels == 1, "PNG", "JPEG")
     assert probed(facts, labels, splits=splits)["format"]["on_test"]["value"] == 1
 
 
-@pytest.mark.parametrize("reals, probed_at_all", [(probes.MIN_IMAGES - 1, False), (probes.MIN_IMAGES, True)])
+@pytest.mark.parametrize(
+    "reals, probed_at_all", [(probes.MIN_IMAGES - 1, False), (probes.MIN_IMAGES, True)]
+)
 def test_too_few_images_of_a_class_are_not_probed(reals, probed_at_all):
     labels = np.repeat([0, 1], [reals, 200 - reals])
     assert bool(probed(make_facts(), labels)) == probed_at_all
@@ -182,42 +230,67 @@ def test_the_probes_beside_a_detector_learn_from_its_training_rows_alone():
     thumb, lie = rng.integers(0, 255, (200, 64)), labels.copy()
     lie[test] = 1 - lie[test]
     found, same = (probe_scores(facts, thumb, y, train, test) for y in (labels, lie))
-    assert list(found) == ["all file facts", "8x8 thumbnail"] and roc_auc_score(labels[test], found["all file facts"]) > 0.9
+    assert (
+        list(found) == ["all file facts", "8x8 thumbnail"]
+        and roc_auc_score(labels[test], found["all file facts"]) > 0.9
+    )
     assert all((found[what] == same[what]).all() for what in found)
 
 
 def test_facts_become_finite_numbers_and_ranks_tell_how_frequent_a_value_is():
-    assert all(np.isfinite(values).all() and values.dtype == float for values in numbers_of(make_facts()).values())
+    assert all(
+        np.isfinite(values).all() and values.dtype == float
+        for values in numbers_of(make_facts()).values()
+    )
     assert ranks(np.array(["b", "a", "b", "c", "a", "b"])).tolist() == [0, 1, 0, 2, 1, 0]
     assert ranks(np.arange(100)).max() == probes.COMMON
 
 
 # ---- detector and leak ----
 
+
 def test_the_detector_is_held_against_the_best_leak():
     labels, rng = half(), np.random.default_rng(0)
     scores = {gap: rng.normal(size=200) + gap * labels for gap in (0.2, 1, 3)}
     for detector, sign in ((3, 1), (0.2, -1)):
-        found = detector_minus_leak(scores[detector], {"weak": rng.normal(size=200), "strong": scores[1]}, labels, np.arange(200))
+        found = detector_minus_leak(
+            scores[detector],
+            {"weak": rng.normal(size=200), "strong": scores[1]},
+            labels,
+            np.arange(200),
+        )
         assert found["what"] == "strong" and found["difference"]["n"] == 200
-        assert (found["detector"], found["leak"]) == pytest.approx([roc_auc_score(labels, scores[gap]) for gap in (detector, 1)])
+        assert (found["detector"], found["leak"]) == pytest.approx(
+            [roc_auc_score(labels, scores[gap]) for gap in (detector, 1)]
+        )
         assert found["difference"]["value"] == found["detector"] - found["leak"]
         low, high = found["difference"]["interval"]
-        assert -1 <= low < found["difference"]["value"] < high <= 1 and min(sign * low, sign * high) > 0
-    assert detector_minus_leak(scores[1], {"weak": scores[3]}, np.zeros(200, int), np.arange(200)) is None
+        assert (
+            -1 <= low < found["difference"]["value"] < high <= 1
+            and min(sign * low, sign * high) > 0
+        )
+    assert (
+        detector_minus_leak(scores[1], {"weak": scores[3]}, np.zeros(200, int), np.arange(200))
+        is None
+    )
 
 
 def test_detector_and_leak_are_compared_in_pairs():
     """Nearly the same ranking: its own interval is wide, that of the difference is not."""
     labels, rng = half(), np.random.default_rng(0)
     scores = rng.normal(size=200) + labels
-    found = detector_minus_leak(scores + 0.02 * rng.normal(size=200), {"leak": scores}, labels, np.arange(200))["difference"]
+    found = detector_minus_leak(
+        scores + 0.02 * rng.normal(size=200), {"leak": scores}, labels, np.arange(200)
+    )["difference"]
     low, high = metrics.auc(labels, scores, np.arange(200))["interval"]
     assert found["interval"][1] - found["interval"][0] < (high - low) / 10
-    assert detector_minus_leak(scores, {"leak": scores}, labels, np.arange(200))["difference"]["interval"] == [0, 0]
+    assert detector_minus_leak(scores, {"leak": scores}, labels, np.arange(200))["difference"][
+        "interval"
+    ] == [0, 0]
 
 
 # ---- telling values ----
+
 
 def every(n):
     return np.arange(400) % n == 0
@@ -229,22 +302,32 @@ def of_one_size(facts, mask):
 
 TELLING = {
     # what is told: (what is planted, into every which image of one class)
-    "PNG files": (set_to("format", "PNG"), 4), "files of 1024x768 pixels": (of_one_size, 5),
-    "files with both sides multiples of 64": (of_64, 4), "files with quantisation table 77": (set_to("quant_hash", 77), 5),
+    "PNG files": (set_to("format", "PNG"), 4),
+    "files of 1024x768 pixels": (of_one_size, 5),
+    "files with both sides multiples of 64": (of_64, 4),
+    "files with quantisation table 77": (set_to("quant_hash", 77), 5),
     "files with blockiness among the highest 10%": (set_to("blockiness", 3), 5),
     "files with bytes per pixel among the lowest 10%": (times("bytes", 0.01), 5),
 }
 
 
 @pytest.mark.parametrize("label", [0, 1])
-@pytest.mark.parametrize("what, plant, which", [(what, *how) for what, how in TELLING.items()], ids=TELLING)
-def test_a_value_that_one_class_has_far_more_often_is_told_with_both_shares(what, plant, which, label):
+@pytest.mark.parametrize(
+    "what, plant, which", [(what, *how) for what, how in TELLING.items()], ids=TELLING
+)
+def test_a_value_that_one_class_has_far_more_often_is_told_with_both_shares(
+    what, plant, which, label
+):
     facts, labels = make_facts(400), half(400)
     facts["format"] = "JPEG"
     plant(facts, (labels == label) & every(which))
     row = next(row for row in telling_values(facts, labels, np.arange(400)) if row["what"] == what)
     shares = (row["real"], row["fake"])
-    assert shares[label] == pytest.approx(1 / which, abs=0.02) and shares[1 - label] < 0.02 and row["errors"] >= 4
+    assert (
+        shares[label] == pytest.approx(1 / which, abs=0.02)
+        and shares[1 - label] < 0.02
+        and row["errors"] >= 4
+    )
 
 
 def test_a_difference_too_small_to_matter_is_not_told():
@@ -254,27 +337,40 @@ def test_a_difference_too_small_to_matter_is_not_told():
     facts["format"][labels == 0] = "JPEG"
     assert telling_values(facts, labels, np.arange(100_000)) == []
     facts["format"][labels == 1] = np.where(np.arange(50_000) % 1000 < 11, "PNG", "JPEG")
-    assert [row["what"] for row in telling_values(facts, labels, np.arange(100_000))] == ["PNG files"]
+    assert [row["what"] for row in telling_values(facts, labels, np.arange(100_000))] == [
+        "PNG files"
+    ]
 
 
 def test_telling_values_are_listed_clearest_first():
     facts, labels = make_facts(), half()
-    facts["format"][labels == 0], facts["format"][labels == 1] = "JPEG", np.where(np.arange(100) % 2, "PNG", "JPEG")
+    facts["format"][labels == 0], facts["format"][labels == 1] = (
+        "JPEG",
+        np.where(np.arange(100) % 2, "PNG", "JPEG"),
+    )
     facts["quant_hash"][labels == 1] = 77
     found = telling_values(facts, labels, np.arange(200))
     assert [row["what"] for row in found] == ["files with quantisation table 77", "PNG files"]
-    assert [(row["real"], row["fake"]) for row in found] == [(0, 1), (0, 0.5)] and found[0]["errors"] > found[1]["errors"]
+    assert [(row["real"], row["fake"]) for row in found] == [(0, 1), (0, 0.5)] and found[0][
+        "errors"
+    ] > found[1]["errors"]
 
 
 @pytest.mark.parametrize("often, told", [(0.64, False), (0.96, True)])
 def test_a_value_is_telling_from_three_times_as_often_on(often, told):
     facts, labels = np.repeat(make_facts(1), 2000), half(2000)
-    facts["format"] = np.where(np.arange(2000) % 100 < 100 * np.where(labels == 1, often, 0.32), "PNG", "WEBP")
+    facts["format"] = np.where(
+        np.arange(2000) % 100 < 100 * np.where(labels == 1, often, 0.32), "PNG", "WEBP"
+    )
     facts["format"][np.arange(2000) % 100 >= 98] = "GIF"
-    assert ("PNG files" in [row["what"] for row in telling_values(facts, labels, np.arange(2000))]) == told
+    assert (
+        "PNG files" in [row["what"] for row in telling_values(facts, labels, np.arange(2000))]
+    ) == told
 
 
-@pytest.mark.parametrize("facts", [make_facts(), np.repeat(make_facts(1), 200)], ids=["random facts", "constant facts"])
+@pytest.mark.parametrize(
+    "facts", [make_facts(), np.repeat(make_facts(1), 200)], ids=["random facts", "constant facts"]
+)
 def test_where_nothing_is_telling_nothing_is_told(facts):
     for seed in range(10):
         labels = np.random.default_rng(seed).permutation(half())
@@ -286,21 +382,27 @@ def test_a_value_of_one_group_is_no_property_of_the_class():
     facts, labels = make_facts(), half()
     facts["format"] = np.where(np.arange(200) >= 160, "PNG", "JPEG")  # 40 of 100 fakes: one source
     assert "PNG files" in [row["what"] for row in telling_values(facts, labels, np.arange(200))]
-    assert "PNG files" not in [row["what"] for row in telling_values(facts, labels, np.arange(200) // 40)]
+    assert "PNG files" not in [
+        row["what"] for row in telling_values(facts, labels, np.arange(200) // 40)
+    ]
 
 
 # ---- labels ----
+
 
 @pytest.mark.parametrize("fakes", [0.5, 0.1])
 @pytest.mark.parametrize("seed", range(5))
 def test_probable_label_errors_are_those_of_cleanlab_clearest_first(seed, fakes):
     from cleanlab.filter import find_label_issues
+
     rng = np.random.default_rng(seed)
     labels = (rng.random(300) < fakes).astype(int)
     p_fake = 1 / (1 + np.exp(-rng.normal(2 * seed * (labels - 0.5), 1.5)))
     labels = np.where(rng.random(300) < 0.1, 1 - labels, labels)
     found = label_errors(labels, p_fake)
-    expected = find_label_issues(labels, np.stack([1 - p_fake, p_fake], axis=1), filter_by="confident_learning", n_jobs=1)
+    expected = find_label_issues(
+        labels, np.stack([1 - p_fake, p_fake], axis=1), filter_by="confident_learning", n_jobs=1
+    )
     assert set(found) == set(np.flatnonzero(expected)) and len(found)
     margin = np.where(labels == 1, 2 * p_fake - 1, 1 - 2 * p_fake)[found]
     assert (np.diff(margin) >= 0).all() and margin.max() < 0
@@ -317,53 +419,94 @@ def test_planted_label_errors_are_found_in_features_by_a_linear_classifier():
     given = labels.copy()
     given[::25] = 1 - given[::25]
     found = label_errors(given, linear_scores(features, given, np.arange(200)))
-    assert {*found} <= {*range(0, 200, 25)} and len(found) >= 4  # of the eight, those surer than the mean of their class
+    assert {*found} <= {*range(0, 200, 25)} and len(
+        found
+    ) >= 4  # of the eight, those surer than the mean of their class
 
 
 SOURCES = {
     # n, wrong of them: doubtful?
-    "swapped": (30, 30, True), "mostly wrong": (60, 50, True), "nearly as bad as that": (60, 45, False), "half": (60, 30, False),
-    "too few": (29, 29, False), "fine": (60, 3, False), "": (60, 60, False)}
+    "swapped": (30, 30, True),
+    "mostly wrong": (60, 50, True),
+    "nearly as bad as that": (60, 45, False),
+    "half": (60, 30, False),
+    "too few": (29, 29, False),
+    "fine": (60, 3, False),
+    "": (60, 60, False),
+}
 
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_source_of_one_class_that_is_wrong_nearly_throughout_is_doubtful(label):
     sources = np.repeat(list(SOURCES), [n for n, _, _ in SOURCES.values()])
     wrong = np.concatenate([np.arange(n) < bad for n, bad, _ in SOURCES.values()])
-    rows = doubtful_sources(np.full(len(sources), label), np.where(wrong == label, 0.2, 0.8), sources)
-    assert [row["source"] for row in rows] == sorted(name for name, (_, _, doubtful) in SOURCES.items() if doubtful)
+    rows = doubtful_sources(
+        np.full(len(sources), label), np.where(wrong == label, 0.2, 0.8), sources
+    )
+    assert [row["source"] for row in rows] == sorted(
+        name for name, (_, _, doubtful) in SOURCES.items() if doubtful
+    )
     for row in rows:
         n, bad, _ = SOURCES[row["source"]]
-        assert (row["n"], row["value"], row["labels"]) == (n, pytest.approx(1 - bad / n), [("real", "fake")[label]])
+        assert (row["n"], row["value"], row["labels"]) == (
+            n,
+            pytest.approx(1 - bad / n),
+            [("real", "fake")[label]],
+        )
 
 
-@pytest.mark.parametrize("reals, fakes, gap, doubtful", [
-    (30, 30, -2, True), (30, 30, 0, False), (30, 30, 2, False), (40, 15, -2, True), (60, 14, -2, False), (14, 15, -2, False)])
-def test_a_source_of_both_classes_is_doubtful_where_its_fakes_look_more_real_than_its_reals(reals, fakes, gap, doubtful):
+@pytest.mark.parametrize(
+    "reals, fakes, gap, doubtful",
+    [
+        (30, 30, -2, True),
+        (30, 30, 0, False),
+        (30, 30, 2, False),
+        (40, 15, -2, True),
+        (60, 14, -2, False),
+        (14, 15, -2, False),
+    ],
+)
+def test_a_source_of_both_classes_is_doubtful_where_its_fakes_look_more_real_than_its_reals(
+    reals, fakes, gap, doubtful
+):
     labels, rng = np.repeat([0, 1], [reals, fakes]), np.random.default_rng(0)
-    p_fake = 1 / (1 + np.exp(-rng.normal(gap * labels + 3)))  # nearly all called fake: half of them right, whatever the order
+    p_fake = 1 / (
+        1 + np.exp(-rng.normal(gap * labels + 3))
+    )  # nearly all called fake: half of them right, whatever the order
     rows = doubtful_sources(labels, p_fake, np.full(len(labels), "pairs"))
     assert len(rows) == doubtful
     for row in rows:
         assert (row["what"], row["labels"], row["n"]) == ("AUC", ["real", "fake"], reals + fakes)
-        assert row["value"] == pytest.approx(roc_auc_score(labels, p_fake)) and row["interval"][1] < probes.MAX_AUC
+        assert (
+            row["value"] == pytest.approx(roc_auc_score(labels, p_fake))
+            and row["interval"][1] < probes.MAX_AUC
+        )
 
 
 def test_of_many_small_groups_folds_are_made_without_weighing_each(monkeypatch):
     rng = np.random.default_rng(0)
-    labels, groups = np.repeat(rng.integers(0, 2, 3000), 2), np.repeat(np.arange(3000), 2)  # two views of each image
+    labels, groups = (
+        np.repeat(rng.integers(0, 2, 3000), 2),
+        np.repeat(np.arange(3000), 2),
+    )  # two views of each image
     monkeypatch.setattr(probes, "MANY_GROUPS", 2000)
     folds = probes.fold_rows(labels, groups, 0)
-    assert len(folds) == probes.FOLDS and np.array_equal(np.sort(np.concatenate([test for _, test in folds])), np.arange(6000))
+    assert len(folds) == probes.FOLDS and np.array_equal(
+        np.sort(np.concatenate([test for _, test in folds])), np.arange(6000)
+    )
     for train, test in folds:
         assert not set(groups[train]) & set(groups[test]) and len(train) + len(test) == 6000
         assert abs(labels[test].mean() - labels.mean()) < 0.01 and len(test) == 1200
-    assert not np.array_equal(folds[0][1], probes.fold_rows(labels, groups, 1)[0][1])  # another seed, other folds
+    assert not np.array_equal(
+        folds[0][1], probes.fold_rows(labels, groups, 1)[0][1]
+    )  # another seed, other folds
 
 
 def test_one_large_group_among_many_keeps_the_splitter_that_weighs_them(monkeypatch):
     labels, groups = np.arange(4000) % 2, np.r_[np.zeros(1000, int), np.arange(1, 3001)]
     monkeypatch.setattr(probes, "MANY_GROUPS", 2000)
-    theirs = StratifiedGroupKFold(probes.FOLDS, shuffle=True, random_state=0).split(labels, labels, groups)
+    theirs = StratifiedGroupKFold(probes.FOLDS, shuffle=True, random_state=0).split(
+        labels, labels, groups
+    )
     for ours, expected in zip(probes.fold_rows(labels, groups, 0), theirs, strict=True):
         assert np.array_equal(ours[1], expected[1])

@@ -1,4 +1,5 @@
 """From scores to a report: what is measured on which rows, the texts, the tables, the page and the model card."""
+
 import csv
 import json
 import os
@@ -28,11 +29,32 @@ from detector.evaluation.report import (
 from detector.model import score
 
 SHOWN = ("accuracy", *METRICS, "precision_real", "precision_fake")
-MODEL = {"classifier": "logistic", "center": np.zeros(1), "scale": np.ones(1), "coef": np.ones(1), "intercept": 0.0,
-         "calibrator": np.array([-1.0, 0.0]), "threshold": 0.5, "band": np.array([0.4, 0.7]), "hyperparameters": {"C": 0.01},
-         "threshold_rule": {"words": "0.5 on the calibrated probability", "max_fpr": None, "band_error": 0.1},
-         "encoder": {"name": "made-up", "identity": "ab" * 32}, "versions": {"model": "v1.2.3", "code": "0123abc"},
-         "training_data": {"sha256": "cd" * 32, "real": 70, "fake": 60, "views": 2, "sources": ["", "camera", "generator"], "images": np.arange(3)}}
+MODEL = {
+    "classifier": "logistic",
+    "center": np.zeros(1),
+    "scale": np.ones(1),
+    "coef": np.ones(1),
+    "intercept": 0.0,
+    "calibrator": np.array([-1.0, 0.0]),
+    "threshold": 0.5,
+    "band": np.array([0.4, 0.7]),
+    "hyperparameters": {"C": 0.01},
+    "threshold_rule": {
+        "words": "0.5 on the calibrated probability",
+        "max_fpr": None,
+        "band_error": 0.1,
+    },
+    "encoder": {"name": "made-up", "identity": "ab" * 32},
+    "versions": {"model": "v1.2.3", "code": "0123abc"},
+    "training_data": {
+        "sha256": "cd" * 32,
+        "real": 70,
+        "fake": 60,
+        "views": 2,
+        "sources": ["", "camera", "generator"],
+        "images": np.arange(3),
+    },
+}
 HOSTILE = '<script>alert("1")</script>'
 
 
@@ -42,17 +64,25 @@ def write_report(folder, found):
     return folder
 
 
-
 def columns_for(labels, p_fake, sources="", view=0):
     """Rows to which MODEL gives these probabilities."""
-    return {"features": metrics.logit(p_fake)[:, None].astype(np.float32), "labels": np.asarray(labels), "view": np.full(len(labels), view),
-            "sources": np.broadcast_to(np.asarray(sources, "U40"), len(labels))}
+    return {
+        "features": metrics.logit(p_fake)[:, None].astype(np.float32),
+        "labels": np.asarray(labels),
+        "view": np.full(len(labels), view),
+        "sources": np.broadcast_to(np.asarray(sources, "U40"), len(labels)),
+    }
 
 
 def reported(labels, p_fake, sources="", **more):
     """The least that `fill` takes: one group an image, files that betray nothing."""
     rows = np.arange(len(labels))
-    return {**report.about(MODEL), **assess(MODEL, columns_for(labels, p_fake, sources), rows, rows, rows), "audit": NOTHING, **more}
+    return {
+        **report.about(MODEL),
+        **assess(MODEL, columns_for(labels, p_fake, sources), rows, rows, rows),
+        "audit": NOTHING,
+        **more,
+    }
 
 
 def with_sources():
@@ -64,18 +94,45 @@ def with_sources():
     return labels, p_fake, names
 
 
-LEAK = {"what": "8x8 thumbnail", "leak": 0.6, "detector": 0.8, "how": "learnt on the training images", "difference": {"value": 0.2, "interval": [0.1, 0.3], "n": 240}}
+LEAK = {
+    "what": "8x8 thumbnail",
+    "leak": 0.6,
+    "detector": 0.8,
+    "how": "learnt on the training images",
+    "difference": {"value": 0.2, "interval": [0.1, 0.3], "n": 240},
+}
 
 
 def training_report():
     """What train_model.py has beside the scores."""
     right = share(np.arange(100) < 97)
     return reported(*with_sources()) | {
-        "split": "our own split", "leak": LEAK, "false_alarms": {"untouched": right, "degraded": right},
-        "classifiers": [{"classifier": kind, "hyperparameters": {"C": 1}, "out_of_fold": right, "auc": right, "balanced_accuracy": right}
-                        for kind in ("svm", "logistic")],
+        "split": "our own split",
+        "leak": LEAK,
+        "false_alarms": {"untouched": right, "degraded": right},
+        "classifiers": [
+            {
+                "classifier": kind,
+                "hyperparameters": {"C": 1},
+                "out_of_fold": right,
+                "auc": right,
+                "balanced_accuracy": right,
+            }
+            for kind in ("svm", "logistic")
+        ],
         "leave_one_source_out": [{"source": HOSTILE, "label": "real", **right}],
-        "audit": NOTHING | {"labels": {"images": 240, "probable_errors": 1, "first": [{"path": HOSTILE, "label": "real", "p_fake": 0.9}], "doubtful_sources": []}}}
+        "audit": (
+            NOTHING
+            | {
+                "labels": {
+                    "images": 240,
+                    "probable_errors": 1,
+                    "first": [{"path": HOSTILE, "label": "real", "p_fake": 0.9}],
+                    "doubtful_sources": [],
+                }
+            }
+        ),
+    }
 
 
 def evaluation_report():
@@ -83,11 +140,31 @@ def evaluation_report():
     labels, p_fake, names = with_sources()
     known, rng = np.isin(names, MODEL["training_data"]["sources"]), np.random.default_rng(0)
     rows = [condition("untouched", "", labels, p_fake, p_fake, 0.5, np.arange(240), known)]
-    rows += [condition(panel, level, labels, np.clip(p_fake + rng.normal(0, how, 240), 0.01, 0.99), p_fake, 0.5, np.arange(240), known)
-             for panel, level, how in (("JPEG", "90", 0.05), ("JPEG", "30", 0.3), ("blur", "2 px", 0.2))]
+    rows += [
+        condition(
+            panel,
+            level,
+            labels,
+            np.clip(p_fake + rng.normal(0, how, 240), 0.01, 0.99),
+            p_fake,
+            0.5,
+            np.arange(240),
+            known,
+        )
+        for panel, level, how in (("JPEG", "90", 0.05), ("JPEG", "30", 0.3), ("blur", "2 px", 0.2))
+    ]
     probes = [{"what": HOSTILE, "auc": share(labels == 0), "on_test": None}]
-    return reported(labels, p_fake, names, robustness=rows, arms=rows[:2], leak=LEAK, warnings=["the threshold is stale"],
-                    hardest=[{"path": HOSTILE, "label": "real", "p_fake": 0.99}], audit=NOTHING | {"probes": probes})
+    return reported(
+        labels,
+        p_fake,
+        names,
+        robustness=rows,
+        arms=rows[:2],
+        leak=LEAK,
+        warnings=["the threshold is stale"],
+        hardest=[{"path": HOSTILE, "label": "real", "p_fake": 0.99}],
+        audit=NOTHING | {"probes": probes},
+    )
 
 
 REPORTS = {"training": training_report, "evaluation": evaluation_report}
@@ -102,20 +179,42 @@ def written(request, tmp_path_factory):
 
 # ---- from scores to numbers ----
 
+
 def test_degraded_copies_known_and_unseen_sources_are_measured_apart():
     labels, p_fake, names = with_sources()
-    many = {name: np.concatenate([column, column[:50]]) for name, column in columns_for(labels, p_fake, names).items()}
+    many = {
+        name: np.concatenate([column, column[:50]])
+        for name, column in columns_for(labels, p_fake, names).items()
+    }
     many["view"][240:], many["labels"] = 1, many["labels"].copy()
     rows = np.arange(290)
     found = assess(MODEL, many, rows, np.tile(np.arange(240), 2)[:290], rows)
     known = np.isin(names, ["camera", "generator"])
     for part, mask in (("overall", known | True), ("known", known), ("unseen", ~known)):
-        assert found[part] == measure(labels[mask], score.probability(MODEL, many["features"][:240, 0][mask]), 0.5, np.flatnonzero(mask))
-        assert found["abstention"][part]["answered"]["value"] == pytest.approx(((p_fake < 0.4) | (p_fake > 0.7))[mask].mean())
-    assert found["degraded"]["n"] == 50 and found["degraded"]["accuracy"]["value"] == ((p_fake >= 0.5) == labels)[:50].mean()
+        assert found[part] == measure(
+            labels[mask],
+            score.probability(MODEL, many["features"][:240, 0][mask]),
+            0.5,
+            np.flatnonzero(mask),
+        )
+        assert found["abstention"][part]["answered"]["value"] == pytest.approx(
+            ((p_fake < 0.4) | (p_fake > 0.7))[mask].mean()
+        )
+    assert (
+        found["degraded"]["n"] == 50
+        and found["degraded"]["accuracy"]["value"] == ((p_fake >= 0.5) == labels)[:50].mean()
+    )
     assert {row["source"]: row["known"] for row in found["by_source"]} == {
-        "camera": True, "generator": True, "phone": False, "new": False, HOSTILE: False}
-    assert found["scores"] == {"labels": labels.tolist(), "p_fake": pytest.approx(p_fake.tolist(), abs=2e-6)}
+        "camera": True,
+        "generator": True,
+        "phone": False,
+        "new": False,
+        HOSTILE: False,
+    }
+    assert found["scores"] == {
+        "labels": labels.tolist(),
+        "p_fake": pytest.approx(p_fake.tolist(), abs=2e-6),
+    }
     assert assess(MODEL, many, rows[:240][known], rows, rows)["unseen"] is None
 
 
@@ -123,15 +222,21 @@ def test_the_slope_before_the_calibration_is_that_of_the_decision_values():
     labels, p_fake = scored()
     model, rows = MODEL | {"calibrator": np.array([-2.0, 0.0])}, np.arange(200)
     found = assess(model, columns_for(labels, p_fake), rows, rows, rows)
-    assert found["uncalibrated"]["slope"]["value"] == pytest.approx(2 * found["calibration"]["slope"]["value"], rel=1e-6)
+    assert found["uncalibrated"]["slope"]["value"] == pytest.approx(
+        2 * found["calibration"]["slope"]["value"], rel=1e-6
+    )
     raw = score.probability(MODEL, columns_for(labels, p_fake)["features"][:, 0].astype(float))
     assert found["uncalibrated"] == metrics.calibration(labels, raw, rows)
 
 
 # ---- in words ----
 
+
 def test_a_metric_is_told_with_its_interval_where_it_has_one():
-    assert words({"value": 0.123, "interval": [0.1, 0.2]}) == "0.12 [0.10, 0.20]" and words({"value": 0.5, "interval": None}, 3) == "0.500"
+    assert (
+        words({"value": 0.123, "interval": [0.1, 0.2]}) == "0.12 [0.10, 0.20]"
+        and words({"value": 0.5, "interval": None}, 3) == "0.500"
+    )
     assert words(None) == words({"value": None, "interval": [0, 1]}) == "n/a"
 
 
@@ -141,39 +246,78 @@ def test_the_table_has_a_line_for_each_metric_with_value_interval_and_number():
     for name, line in zip(SHOWN, lines, strict=True):
         low, high = found[name]["interval"]
         assert line.startswith(METRICS[name][0] if name in METRICS else name.replace("_", " "))
-        assert line.split()[-5:] == [f"{found[name]['value']:.3f}", f"{low:.3f}", "..", f"{high:.3f}", str(found[name]["n"])]
+        assert line.split()[-5:] == [
+            f"{found[name]['value']:.3f}",
+            f"{low:.3f}",
+            "..",
+            f"{high:.3f}",
+            str(found[name]["n"]),
+        ]
 
 
-@pytest.mark.parametrize("value, ends, word", [(0.5, [0.4, 0.6], "too sure"), (2, [1.5, 2.5], "too timid"), (0.5, [0.1, 1.1], None),
-                                               (0.7, [0.6, 0.79], "too sure"), (0.7, [0.6, 0.81], None), (1.4, [1.26, 1.6], "too timid"),
-                                               (1.4, [1.24, 1.6], None), (0.5, None, None), (None, None, None)])
+@pytest.mark.parametrize(
+    "value, ends, word",
+    [
+        (0.5, [0.4, 0.6], "too sure"),
+        (2, [1.5, 2.5], "too timid"),
+        (0.5, [0.1, 1.1], None),
+        (0.7, [0.6, 0.79], "too sure"),
+        (0.7, [0.6, 0.81], None),
+        (1.4, [1.26, 1.6], "too timid"),
+        (1.4, [1.24, 1.6], None),
+        (0.5, None, None),
+        (None, None, None),
+    ],
+)
 def test_a_slope_whose_interval_is_far_from_one_is_warned_of(value, ends, word):
     line = calibration_warning({"slope": {"value": value, "interval": ends}})
-    assert line is None if word is None else word in line and words({"value": value, "interval": ends}) in line
+    assert (
+        line is None
+        if word is None
+        else word in line and words({"value": value, "interval": ends}) in line
+    )
     assert calibration_warning(None) is None
 
 
 def test_a_training_and_an_evaluation_are_printed_with_everything_that_they_have():
     found = training_report() | {"degraded": None}
     text = report.training(found)
-    for part in (table(found["overall"]), "logistic, C 0.01, on 'made-up'; threshold 0.500 (0.5 on the calibrated probability)",
-                 "the best out of fold was chosen", "called fake, out of fold: 0.970 [0.915, 0.990] of 100 real training images",
-                 "calibration slope", "detector minus best leak", HOSTILE[:43]):
+    for part in (
+        table(found["overall"]),
+        "logistic, C 0.01, on 'made-up'; threshold 0.500 (0.5 on the calibrated probability)",
+        "the best out of fold was chosen",
+        "called fake, out of fold: 0.970 [0.915, 0.990] of 100 real training images",
+        "calibration slope",
+        "detector minus best leak",
+        HOSTILE[:43],
+    ):
         assert part in text
     found = evaluation_report()
     text = report.evaluation(found)
-    for part in (table(found["known"]), table(found["unseen"]), "WARNING  the threshold is stale", "sources never seen", "verdicts flipped", "2 px"):
+    for part in (
+        table(found["known"]),
+        table(found["unseen"]),
+        "WARNING  the threshold is stale",
+        "sources never seen",
+        "verdicts flipped",
+        "2 px",
+    ):
         assert part in text
-    assert "not measured" not in text and "not measured without pictures" in report.evaluation(found | {"not_measured": ["a", "b"]})
+    assert "not measured" not in text and "not measured without pictures" in report.evaluation(
+        found | {"not_measured": ["a", "b"]}
+    )
     assert "nan" not in text.lower().replace("unseen", "")
 
 
 # ---- files ----
 
+
 def parsed(path):
     """JSON as the standard has it: Python's own NaN and Infinity are refused."""
+
     def refuse(constant):
         raise AssertionError(f"{path} holds {constant}")
+
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
@@ -187,8 +331,17 @@ def files(folder):
     return {path.name for path in folder.iterdir()}
 
 
-ALWAYS = {"metrics.json", "overall.csv", "sources.csv", "report.html", "MODEL_CARD.md", "confusion_matrix.png", "roc.png",
-          "calibration.png", "risk_coverage.png"}
+ALWAYS = {
+    "metrics.json",
+    "overall.csv",
+    "sources.csv",
+    "report.html",
+    "MODEL_CARD.md",
+    "confusion_matrix.png",
+    "roc.png",
+    "calibration.png",
+    "risk_coverage.png",
+}
 
 
 def test_a_report_is_one_json_file_tables_plots_a_page_and_a_model_card(written):
@@ -200,28 +353,53 @@ def test_a_report_is_one_json_file_tables_plots_a_page_and_a_model_card(written)
         assert_picture(path)
 
 
-@pytest.mark.parametrize("labels, p_fake", [
-    scored(), scored(12), scored(fakes=0), scored(fakes=1), (np.array([0, 1]), np.array([0.2, 0.2])),
-    (np.array([0] * 20 + [1] * 20), np.repeat([1e-9, 1 - 1e-9], 20)),
-], ids=["200 images", "12 images", "reals only", "fakes only", "one answer for all", "all right"])
-def test_a_report_of_few_images_of_one_class_or_without_errors_is_whole_and_without_nan(tmp_path, labels, p_fake):
+@pytest.mark.parametrize(
+    "labels, p_fake",
+    [
+        scored(),
+        scored(12),
+        scored(fakes=0),
+        scored(fakes=1),
+        (np.array([0, 1]), np.array([0.2, 0.2])),
+        (np.array([0] * 20 + [1] * 20), np.repeat([1e-9, 1 - 1e-9], 20)),
+    ],
+    ids=["200 images", "12 images", "reals only", "fakes only", "one answer for all", "all right"],
+)
+def test_a_report_of_few_images_of_one_class_or_without_errors_is_whole_and_without_nan(
+    tmp_path, labels, p_fake
+):
     found = reported(labels, p_fake)
     folder = write_report(tmp_path / "a" / "report", found)
     assert files(folder) == ALWAYS
     for path in folder.glob("*.png"):
         assert_picture(path)
     stored = parsed(folder / "metrics.json")
-    ends = [stored["overall"][name]["interval"] for name in SHOWN if stored["overall"][name]["interval"]]
+    ends = [
+        stored["overall"][name]["interval"] for name in SHOWN if stored["overall"][name]["interval"]
+    ]
     assert ends and all(0 <= low <= high for low, high in ends)
-    for text in (table(stored["overall"]), (folder / "report.html").read_text(), (folder / "MODEL_CARD.md").read_text()):
-        assert not re.search(r"\b(nan|inf|None|Undefined)\b", re.sub("base64,[^\"]*", "", text))
+    for text in (
+        table(stored["overall"]),
+        (folder / "report.html").read_text(),
+        (folder / "MODEL_CARD.md").read_text(),
+    ):
+        assert not re.search(r"\b(nan|inf|None|Undefined)\b", re.sub('base64,[^"]*', "", text))
 
 
 def test_the_tables_agree_with_the_json_file(written):
     folder, _ = written
     stored = parsed(folder / "metrics.json")
-    parts = [{"images": part, **stored[part]} for part in ("overall", "known", "unseen", "degraded") if stored[part]]
-    for name, rows in (("overall", parts), ("sources", stored["by_source"]), ("robustness", stored.get("robustness")), ("arms", stored.get("arms"))):
+    parts = [
+        {"images": part, **stored[part]}
+        for part in ("overall", "known", "unseen", "degraded")
+        if stored[part]
+    ]
+    for name, rows in (
+        ("overall", parts),
+        ("sources", stored["by_source"]),
+        ("robustness", stored.get("robustness")),
+        ("arms", stored.get("arms")),
+    ):
         if not rows:
             continue
         with open(folder / f"{name}.csv", newline="") as file:
@@ -234,19 +412,28 @@ def test_the_tables_agree_with_the_json_file(written):
                 if isinstance(value, dict):
                     ends = value["interval"] or [None, None]
                     value = {None: value["value"], "_low": ends[0], "_high": ends[1]}[end]
-                assert text == ("" if value is None else str(value)) or float(text) == value, (name, column)
+                assert text == ("" if value is None else str(value)) or float(text) == value, (
+                    name,
+                    column,
+                )
 
 
 def page(folder):
     """report.html without its pictures, and the number of them."""
-    return re.subn(r"data:image/png;base64,[A-Za-z0-9+/=]{1000,}", "PICTURE", (folder / "report.html").read_text())
+    return re.subn(
+        r"data:image/png;base64,[A-Za-z0-9+/=]{1000,}",
+        "PICTURE",
+        (folder / "report.html").read_text(),
+    )
 
 
 def test_the_page_loads_nothing_and_holds_every_plot(written):
     folder, found = written
     text, number = page(folder)
     assert number == len(list(folder.glob("*.png")))
-    assert set(re.findall(r"(?:src|href|action|data)\s*=\s*[\"']?([^\"'\s>]*)", text)) == {"PICTURE"}
+    assert set(re.findall(r"(?:src|href|action|data)\s*=\s*[\"']?([^\"'\s>]*)", text)) == {
+        "PICTURE"
+    }
     assert not re.search(r"http|//|@import|url\(|<link|<iframe|<object|<embed", text)
 
 
@@ -260,14 +447,23 @@ def test_the_rows_of_every_table_of_the_page_have_as_many_cells_as_its_head(writ
     tables = re.findall(r"<table>(.*?)</table>", page(written[0])[0], re.S)
     assert len(tables) >= 6
     for rows in (re.findall(r"<tr>(.*?)</tr>", one, re.S) for one in tables):
-        assert len(rows) >= 2 and len({len(re.findall(r"<t[dh]>", row)) for row in rows}) == 1, rows[0]
+        assert len(rows) >= 2 and len({len(re.findall(r"<t[dh]>", row)) for row in rows}) == 1, (
+            rows[0]
+        )
 
 
 def test_the_page_tells_what_the_report_found(written):
     folder, found = written
     text, _ = page(folder)
-    for metric in (found["overall"]["auc"], found["known"]["balanced_accuracy"], found["unseen"]["accuracy_fake"], found["base_rates"]["0.01"],
-                   found["calibration"]["slope"], found["abstention"]["unseen"]["answered"], found["by_source"][0]["own"]):
+    for metric in (
+        found["overall"]["auc"],
+        found["known"]["balanced_accuracy"],
+        found["unseen"]["accuracy_fake"],
+        found["base_rates"]["0.01"],
+        found["calibration"]["slope"],
+        found["abstention"]["unseen"]["answered"],
+        found["by_source"][0]["own"],
+    ):
         assert words(metric) in text
     for part in found.get("warnings", []) + [row["level"] for row in found.get("robustness", [])]:
         assert part in text
@@ -281,8 +477,15 @@ def card(folder):
 
 def test_the_model_card_says_what_a_detector_is_not_for(written):
     sections = {part.split(" ")[0]: part for part in card(written[0]).split(" ## ")}
-    for part in ("identity documents", "local edits of real photographs", "images of a few pixels", "screenshots", "artwork",
-                 "not evidence on its own", "do not decide about a person"):
+    for part in (
+        "identity documents",
+        "local edits of real photographs",
+        "images of a few pixels",
+        "screenshots",
+        "artwork",
+        "not evidence on its own",
+        "do not decide about a person",
+    ):
         assert part in sections["Intended"], part
     for part in ("Identity documents", "local edits", "tiny images", "screenshots and artwork"):
         assert part in sections["Limits"], part
@@ -298,8 +501,15 @@ def test_the_model_card_has_the_numbers_of_the_json_file_beside_it(written):
         assert f"| {100 * float(share_):g}% | {words(metric)} |" in text
     assert ("Not measured: run `evaluate.py" in text) == ("robustness" not in stored)
     for row in stored.get("robustness", []):
-        assert f"| {row['panel']} | {row['level']} | {words(row['balanced_accuracy'])} | {words(row['flipped'])} |".replace("  ", " ") in text
-    assert "Trained on 70 real and 60 fake images with 2 degraded copies each, of 2 sources" in text and "stated error rate 10%" in text
+        assert (
+            f"| {row['panel']} | {row['level']} | {words(row['balanced_accuracy'])} |"
+            f" {words(row['flipped'])} |".replace("  ", " ")
+            in text
+        )
+    assert (
+        "Trained on 70 real and 60 fake images with 2 degraded copies each, of 2 sources" in text
+        and "stated error rate 10%" in text
+    )
 
 
 def test_the_tables_of_the_model_card_are_tables(written):
@@ -307,31 +517,52 @@ def test_the_tables_of_the_model_card_are_tables(written):
     assert len(blocks) >= 3
     for block in blocks:
         rows = block.splitlines()
-        assert re.fullmatch(r"\|(-+\|)+", rows[1]) and len(rows) >= 3 and len({row.count("|") for row in rows}) == 1, block
+        assert (
+            re.fullmatch(r"\|(-+\|)+", rows[1])
+            and len(rows) >= 3
+            and len({row.count("|") for row in rows}) == 1
+        ), block
 
 
 def test_the_model_card_says_first_how_it_does_on_sources_never_seen_and_where_it_fails(written):
     folder, found = written
     text, unseen = card(folder), [row for row in found["by_source"] if not row["known"]]
-    worst = min((row for row in unseen if row["n"] >= LEAST_IMAGES), key=lambda row: row["own"]["value"])
+    worst = min(
+        (row for row in unseen if row["n"] >= LEAST_IMAGES), key=lambda row: row["own"]["value"]
+    )
     assert text.index("On sources never seen") < text.index("## Model")
     name = worst["source"].replace("<", "&lt;")
-    assert (f"On sources never seen : AUC {words(found['unseen']['auc'])}, balanced accuracy {words(found['unseen']['balanced_accuracy'])} on "
-            f"{found['unseen']['n']} images of {len(unseen)} sources; worst on {name} ({worst['label']}, {worst['n']} images: ") in text
+    assert (
+        f"On sources never seen : AUC {words(found['unseen']['auc'])}, balanced accuracy"
+        f" {words(found['unseen']['balanced_accuracy'])} on {found['unseen']['n']} images of"
+        f" {len(unseen)} sources; worst on {name} ({worst['label']}, {worst['n']} images: " in text
+    )
 
 
 def test_where_nothing_else_was_measured_the_card_tells_of_the_sources_left_out():
-    rows = [{"source": "few", "label": "fake", "n": 3, "value": 0.0}, {"source": "b", "label": "fake", "n": 40, "value": 0.5},
-            {"source": "a", "label": "real", "n": 20, "value": 1.0}, {"source": "b", "label": "real", "n": 2, "value": 0.5}]
+    rows = [
+        {"source": "few", "label": "fake", "n": 3, "value": 0.0},
+        {"source": "b", "label": "fake", "n": 40, "value": 0.5},
+        {"source": "a", "label": "real", "n": 20, "value": 1.0},
+        {"source": "b", "label": "real", "n": 2, "value": 0.5},
+    ]
     said = elsewhere({"unseen": None, "leave_one_source_out": rows})
-    assert said == ("with each of 3 sources left out of the training in turn, 50% of its images of a class are answered right on average; "
-                    "worst on b (fake, 40 images: 50% right), a (real, 20 images: 100% right)")
-    assert elsewhere({"unseen": None, "leave_one_source_out": []}) == elsewhere({"unseen": None}) == ""
+    assert (
+        said
+        == "with each of 3 sources left out of the training in turn, 50% of its images of a class"
+        " are answered right on average; worst on b (fake, 40 images: 50% right), a (real, 20"
+        " images: 100% right)"
+    )
+    assert (
+        elsewhere({"unseen": None, "leave_one_source_out": []}) == elsewhere({"unseen": None}) == ""
+    )
 
 
 def test_a_demonstration_is_called_one_everywhere(tmp_path):
     folder = write_report(tmp_path, reported(*scored(), notice="this encoder is a toy"))
-    assert '<p class="warn">this encoder is a toy</p>' in page(folder)[0] and "A demonstration. This encoder is a toy." in card(folder)
+    assert '<p class="warn">this encoder is a toy</p>' in page(folder)[
+        0
+    ] and "A demonstration. This encoder is a toy." in card(folder)
 
 
 def test_the_sheet_of_hardest_images_is_on_the_page_where_there_is_one(tmp_path):
@@ -345,6 +576,7 @@ def test_the_sheet_of_hardest_images_is_on_the_page_where_there_is_one(tmp_path)
 
 def test_the_report_leaves_no_figure_open_and_can_be_written_again(tmp_path):
     from matplotlib import pyplot
+
     before = pyplot.get_fignums()
     for seed in (0, 1):
         write_report(tmp_path, reported(*scored(seed=seed)))
@@ -354,24 +586,41 @@ def test_the_report_leaves_no_figure_open_and_can_be_written_again(tmp_path):
 
 def test_the_shipped_report_is_complete():
     for folder in (ROOT / "models" / "baseline_report", ROOT / "models" / "evaluation"):
-        assert {"encoder", "overall", "by_source", "scores", "audit"} <= parsed(folder / "metrics.json").keys()
-        assert {"MODEL_CARD.md", "overall.csv", "sources.csv"} <= files(folder)  # no page: it would hold pictures
+        assert {"encoder", "overall", "by_source", "scores", "audit"} <= parsed(
+            folder / "metrics.json"
+        ).keys()
+        assert {"MODEL_CARD.md", "overall.csv", "sources.csv"} <= files(
+            folder
+        )  # no page: it would hold pictures
 
 
 def test_a_name_that_is_not_utf_8_or_holds_a_line_end_is_escaped_in_every_file(tmp_path):
     name = os.fsdecode(b"caf\xe9\nfake")
     labels, p_fake = scored()
-    report = reported(labels, p_fake.clip(0.001, 0.999), np.where(np.arange(len(labels)) % 2, name, "other"))
+    report = reported(
+        labels, p_fake.clip(0.001, 0.999), np.where(np.arange(len(labels)) % 2, name, "other")
+    )
     folder = write_report(tmp_path / "report", report)
     escaped = "caf\\udce9\\nfake"
-    assert escaped in {row["source"] for row in json.loads((folder / "metrics.json").read_text())["by_source"]}
+    assert escaped in {
+        row["source"] for row in json.loads((folder / "metrics.json").read_text())["by_source"]
+    }
     for file in ("sources.csv", "report.html", "MODEL_CARD.md"):
         assert escaped in (folder / file).read_bytes().decode(), file
     assert (folder / "sources.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("value, digits, text", [(-0.001, 2, "0.00"), (-0.0, 3, "0.000"), (-0.006, 2, "-0.01"), (0.5, 2, "0.50")])
+@pytest.mark.parametrize(
+    "value, digits, text",
+    [(-0.001, 2, "0.00"), (-0.0, 3, "0.000"), (-0.006, 2, "-0.01"), (0.5, 2, "0.50")],
+)
 def test_a_figure_is_never_minus_zero(value, digits, text):
     assert words({"value": value, "interval": [value, value]}, digits) == f"{text} [{text}, {text}]"
-    leak = {"what": "format", "leak": value, "detector": value, "how": "", "difference": {"value": value, "interval": None}}
+    leak = {
+        "what": "format",
+        "leak": value,
+        "detector": value,
+        "how": "",
+        "difference": {"value": value, "interval": None},
+    }
     assert "-0.00 " not in leak_sentence(leak)

@@ -1,4 +1,5 @@
 """Folder of images -> features.npz: what the file holds, what is drawn, skipped and refused, and what memory it takes."""
+
 import json
 import os
 import shutil
@@ -27,37 +28,70 @@ from detector.images.folders import Entry
 
 # ---- the file ----
 
+
 def test_the_documented_command_writes_the_documented_columns(few, script, tmp_path):
     done = script("extract_features.py", "--data_dir", few, "--output_file", "features.npz")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"features.npz: 24 images, {DIM}-d features (test/real 4, test/fake 4, train/real 8, "
-                                        "train/fake 8); 0 of 24 skipped"]
+    assert done.stdout.splitlines() == [
+        f"features.npz: 24 images, {DIM}-d features (test/real 4, test/fake 4, train/real 8, "
+        "train/fake 8); 0 of 24 skipped"
+    ]
     assert names(tmp_path) == ["features.npz", "home"]
     with np.load(tmp_path / "features.npz", allow_pickle=False) as file:
         columns = {name: file[name] for name in file.files}
-    assert {name: (column.dtype.kind if column.dtype.kind in "UV" else str(column.dtype), column.shape)
-            for name, column in columns.items()} == {
-        "features": ("float32", (24, DIM)), "labels": ("int8", (24,)), "paths": ("U", (24,)), "splits": ("U", (24,)),
-        "sources": ("U", (24,)), "sha256": ("U", (24,)), "view": ("int8", (24,)), "facts": ("V", (24,)),
-        "thumb": ("uint8", (24, 64)), "meta": ("U", ())}
+    assert {
+        name: (column.dtype.kind if column.dtype.kind in "UV" else str(column.dtype), column.shape)
+        for name, column in columns.items()
+    } == {
+        "features": ("float32", (24, DIM)),
+        "labels": ("int8", (24,)),
+        "paths": ("U", (24,)),
+        "splits": ("U", (24,)),
+        "sources": ("U", (24,)),
+        "sha256": ("U", (24,)),
+        "view": ("int8", (24,)),
+        "facts": ("V", (24,)),
+        "thumb": ("uint8", (24, 64)),
+        "meta": ("U", ()),
+    }
     assert columns["facts"].dtype == FACTS
-    assert set(FACTS.names) == {"width", "height", "bytes", "format", "quant_mean", "quant_hash", "blockiness", "density"}
+    assert set(FACTS.names) == {
+        "width",
+        "height",
+        "bytes",
+        "format",
+        "quant_mean",
+        "quant_hash",
+        "blockiness",
+        "density",
+    }
 
 
 def test_each_row_is_about_its_own_file(few, tmp_path):
     columns = extract(few, tmp_path / "f.npz", "--batch_size", 5)
     encoder = runtime.Encoder(small.ENCODER)
-    assert list(columns["paths"]) == sorted(p.relative_to(few).as_posix() for p in few.rglob("*.jpg"))
+    assert list(columns["paths"]) == sorted(
+        p.relative_to(few).as_posix() for p in few.rglob("*.jpg")
+    )
     for i, path in enumerate(columns["paths"]):
         data = (few / path).read_bytes()
         image = decoding.decode_image(data)
         assert columns["sha256"][i] == sha256(data)
-        assert (columns["splits"][i], ["real", "fake"][columns["labels"][i]], columns["sources"][i]) == tuple(path.split("/")[:3])
+        assert (
+            columns["splits"][i],
+            ["real", "fake"][columns["labels"][i]],
+            columns["sources"][i],
+        ) == tuple(path.split("/")[:3])
         assert columns["facts"][i]["bytes"] == len(data) and columns["facts"][i]["format"] == "JPEG"
         assert (columns["facts"][i]["width"], columns["facts"][i]["height"]) == image.size
         # The same pixels give the same features, but for the rounding of another batch size.
         alone = encoder.encode(preprocessing.preprocess(image, encoder.resolution)[None])[0]
-        cosine = alone @ columns["features"][i] / np.linalg.norm(alone) / np.linalg.norm(columns["features"][i])
+        cosine = (
+            alone
+            @ columns["features"][i]
+            / np.linalg.norm(alone)
+            / np.linalg.norm(columns["features"][i])
+        )
         assert cosine > 0.999
 
 
@@ -65,27 +99,53 @@ def test_meta_says_how_the_features_came_about_and_nothing_of_when_and_where(few
     meta = extract(few, tmp_path / "f.npz", "--precision", "float32")["meta"]
     manifest = json.loads((small.ENCODER / "encoder.json").read_text())
     # All of it: a clock, a host or a folder has no place to hide.
-    assert meta == {"format": 1, "commit": "c0de", "counts": {"images": 24, "bad": 0, "real": 12, "fake": 12},
-                    "encoder": {"name": "small", "identity": manifest["identity"],
-                                "layers": "final", "dim": DIM},
-                    "key": {"encoder": manifest["identity"], "precision": "float32", "batch_size": 16, "limit": None,
-                            "unlabelled": False, "split_names": "train,val,test,external,extra", "max_pixels": 200_000_000, "views": 0,
-                            "crops": 0}}
+    assert meta == {
+        "format": 1,
+        "commit": "c0de",
+        "counts": {"images": 24, "bad": 0, "real": 12, "fake": 12},
+        "encoder": {
+            "name": "small",
+            "identity": manifest["identity"],
+            "layers": "final",
+            "dim": DIM,
+        },
+        "key": {
+            "encoder": manifest["identity"],
+            "precision": "float32",
+            "batch_size": 16,
+            "limit": None,
+            "unlabelled": False,
+            "split_names": "train,val,test,external,extra",
+            "max_pixels": 200_000_000,
+            "views": 0,
+            "crops": 0,
+        },
+    }
     with zipfile.ZipFile(tmp_path / "f.npz") as archive:
         assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_the_same_command_in_another_folder_writes_the_same_bytes(few, script, tmp_path):
-    shutil.copytree(few, tmp_path / "elsewhere", copy_function=shutil.copyfile)  # other times of change
+    shutil.copytree(
+        few, tmp_path / "elsewhere", copy_function=shutil.copyfile
+    )  # other times of change
     for place, data_dir in (("one", few), ("two", "../elsewhere")):
         (tmp_path / place).mkdir()
-        done = script("extract_features.py", "--data_dir", data_dir, "--output_file", f"{place}.npz", cwd=tmp_path / place)
+        done = script(
+            "extract_features.py",
+            "--data_dir",
+            data_dir,
+            "--output_file",
+            f"{place}.npz",
+            cwd=tmp_path / place,
+        )
         assert done.returncode == 0, done.stderr
     assert digest(tmp_path / "one/one.npz") == digest(tmp_path / "two/two.npz")
 
 
 def test_an_image_that_the_encoder_was_trained_on_is_put_into_a_split_of_its_own(
-        few, tmp_path, capsys):
+    few, tmp_path, capsys
+):
     known = digest(few / "train/fake/gan/000.jpg")
     another_encoder(seen=[known[:16]])
     columns = extract(few, tmp_path / "f.npz")
@@ -97,7 +157,9 @@ def test_an_image_that_the_encoder_was_trained_on_is_put_into_a_split_of_its_own
 def test_split_names_are_the_users_to_choose(make_folder, tmp_path):
     data = make_folder(tmp_path / "data", {"Fit/real/a": 2, "check/fake/b": 2})
     columns = extract(data, tmp_path / "f.npz", "--split_names", "fit, Check")
-    assert [(str(s), str(t)) for s, t in zip(columns["splits"], columns["sources"])] == [("fit", "a")] * 2 + [("check", "b")] * 2
+    assert [(str(s), str(t)) for s, t in zip(columns["splits"], columns["sources"])] == [
+        ("fit", "a")
+    ] * 2 + [("check", "b")] * 2
 
 
 def test_unlabelled_takes_any_folder(make_folder, tmp_path):
@@ -111,24 +173,47 @@ def test_an_output_among_the_images_is_not_taken_for_one(own, capsys):
     first = extract(own, own / "f.npz", "--unlabelled")
     before = digest(own / "f.npz")
     again = extract(own, own / "f.npz", "--unlabelled")
-    assert first["meta"]["counts"] == again["meta"]["counts"] == {"images": 24, "bad": 0, "real": 0, "fake": 0}
+    assert (
+        first["meta"]["counts"]
+        == again["meta"]["counts"]
+        == {"images": 24, "bad": 0, "real": 0, "fake": 0}
+    )
     assert digest(own / "f.npz") == before
     assert "skipped f.npz" not in capsys.readouterr().err
 
 
 # ---- a draw ----
 
+
 def entries_of(counts):
-    return [Entry(f"{split}/{label}/{i:04d}.jpg", label, split, "") for (split, label), n in counts.items() for i in range(n)]
+    return [
+        Entry(f"{split}/{label}/{i:04d}.jpg", label, split, "")
+        for (split, label), n in counts.items()
+        for i in range(n)
+    ]
 
 
-@pytest.mark.parametrize("limit, expected", [(4, [1, 1, 1, 1]), (40, [10, 10, 10, 10]), (42, [11, 11, 10, 10]),
-                                             (100, [40, 40, 10, 10]), (1000, [300, 100, 10, 10])])
+@pytest.mark.parametrize(
+    "limit, expected",
+    [
+        (4, [1, 1, 1, 1]),
+        (40, [10, 10, 10, 10]),
+        (42, [11, 11, 10, 10]),
+        (100, [40, 40, 10, 10]),
+        (1000, [300, 100, 10, 10]),
+    ],
+)
 def test_a_draw_is_as_even_over_class_and_split_as_the_numbers_allow(limit, expected):
     entries = entries_of({("train", 0): 300, ("train", 1): 100, ("test", 0): 10, ("test", 1): 10})
     drawn = draw(entries, limit)
-    counts = sorted((sum(e.label == label and e.split == split for e in drawn)
-                     for split in ("train", "test") for label in (0, 1)), reverse=True)
+    counts = sorted(
+        (
+            sum(e.label == label and e.split == split for e in drawn)
+            for split in ("train", "test")
+            for label in (0, 1)
+        ),
+        reverse=True,
+    )
     # What does not divide evenly falls to any of the cells.
     assert counts == expected
     assert drawn == [e for e in entries if e in set(drawn)]  # in the order they came
@@ -143,28 +228,40 @@ def test_a_draw_is_the_same_each_time_and_not_simply_the_first():
 def test_limit_draws_and_encodes_no_more_than_that(few, tmp_path, encoded):
     columns = extract(few, tmp_path / "f.npz", "--limit", 8)
     assert sum(encoded) == len(columns["labels"]) == 8
-    assert sorted(zip(columns["splits"], columns["labels"])) == [("test", 0)] * 2 + [("test", 1)] * 2 + \
-        [("train", 0)] * 2 + [("train", 1)] * 2
+    assert (
+        sorted(zip(columns["splits"], columns["labels"]))
+        == [("test", 0)] * 2 + [("test", 1)] * 2 + [("train", 0)] * 2 + [("train", 1)] * 2
+    )
 
 
 # ---- what cannot be read ----
 
+
 def truncate(path):
     data = next(path.parent.glob("00*.jpg")).read_bytes()
-    path.write_bytes(data[:len(data) // 2])
+    path.write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("spoil, why", [
-    (truncate, "cannot be decoded"), (lambda path: path.write_bytes(b""), "the file is empty"),
-    (lambda path: path.write_text("no image"), "not an image format we take"),
-    (lambda path: Image.new("RGB", (900, 2)).save(path), "900 x 2"),
-    (lambda path: path.symlink_to("/nowhere.jpg"), "No such file"),
-], ids=["truncated", "empty", "text", "strip", "dangling link"])
+@pytest.mark.parametrize(
+    "spoil, why",
+    [
+        (truncate, "cannot be decoded"),
+        (lambda path: path.write_bytes(b""), "the file is empty"),
+        (lambda path: path.write_text("no image"), "not an image format we take"),
+        (lambda path: Image.new("RGB", (900, 2)).save(path), "900 x 2"),
+        (lambda path: path.symlink_to("/nowhere.jpg"), "No such file"),
+    ],
+    ids=["truncated", "empty", "text", "strip", "dangling link"],
+)
 def test_a_file_that_cannot_be_read_is_skipped_counted_and_told(own, tmp_path, capsys, spoil, why):
     spoil(own / "train/real/camera/spoilt.jpg")
     columns = extract(own, tmp_path / "f.npz")
     said = capsys.readouterr()
-    assert [line for line in said.err.splitlines() if "skipped train/real/camera/spoilt.jpg: " in line and why in line], said.err
+    assert [
+        line
+        for line in said.err.splitlines()
+        if "skipped train/real/camera/spoilt.jpg: " in line and why in line
+    ], said.err
     assert "1 of 25 skipped" in said.out
     assert len(columns["paths"]) == 24 and "train/real/camera/spoilt.jpg" not in columns["paths"]
     assert columns["meta"]["counts"] == {"images": 24, "bad": 1, "real": 12, "fake": 12}
@@ -205,15 +302,22 @@ def test_a_file_mended_later_gets_its_row(own, tmp_path, encoded):
 
 def test_the_content_decides_what_a_file_is_not_its_name(own, tmp_path):
     photo = Image.open(own / "test/real/camera/000.jpg")
-    for name, kind in (("png.jpg", "PNG"), ("jpeg.png", "JPEG"), ("webp.bmp", "WEBP"), ("none", "BMP")):
+    for name, kind in (
+        ("png.jpg", "PNG"),
+        ("jpeg.png", "JPEG"),
+        ("webp.bmp", "WEBP"),
+        ("none", "BMP"),
+    ):
         photo.save(own / "test/real" / name, kind)
     columns = extract(own, tmp_path / "f.npz")
     found = dict(zip(columns["paths"], columns["facts"]["format"]))
-    assert {name: found[f"test/real/{name}"] for name in ("png.jpg", "jpeg.png", "webp.bmp", "none")} == \
-        {"png.jpg": "PNG", "jpeg.png": "JPEG", "webp.bmp": "WEBP", "none": "BMP"}
+    assert {
+        name: found[f"test/real/{name}"] for name in ("png.jpg", "jpeg.png", "webp.bmp", "none")
+    } == {"png.jpg": "PNG", "jpeg.png": "JPEG", "webp.bmp": "WEBP", "none": "BMP"}
 
 
 # ---- what the user got wrong ----
+
 
 def without_labels(tmp_path, few):
     shutil.copytree(few / "train/real", tmp_path / "data/holiday")
@@ -235,23 +339,54 @@ def whole(tmp_path, few):
     (tmp_path / "folder").mkdir()
 
 
-@pytest.mark.parametrize("prepare, flags, words", [
-    (without_labels, [], ["data", "no folder below it names a label", "real/ and fake/", "--unlabelled"]),
-    (one_class, [], ["only one class", "'real'", "--unlabelled"]),
-    (both_labels, [], ["real/FAKE/1.jpg", "'real' and 'FAKE'", "rename"]),
-    (lambda tmp_path, few: (tmp_path / "data").mkdir(), [], ["data", "the folder is empty"]),
-    (lambda tmp_path, few: None, [], ["data", "no such folder"]),
-    (whole, ["--output_file", "file/f.npz"], ["--output_file file/f.npz", "is a file", "name another place"]),
-    (whole, ["--output_file", "folder"], ["--output_file folder", "is a folder"]),
-    (whole, ["--limit", "0"], ["--limit 0", "at least 1"]),
-    (whole, ["--limit", "-5"], ["--limit -5", "at least 1"]),
-    (whole, ["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
-    (whole, ["--views", "-1"], ["--views -1", "at least 0"]),
-    (whole, ["--views", "21"], ["--views 21", "at most 20"]),
-    (whole, ["--clip_model", "ViT-L-14"], ["'ViT-L-14' is neither a file nor one of RN50,", "ViT-L/14", "--clip_model"]),
-], ids=["no labels", "one class", "both labels", "empty", "missing", "output below a file", "output is a folder",
-        "limit 0", "limit -5", "batch size 0", "views -1", "views 21", "unknown encoder"])
-def test_a_mistake_is_told_in_one_line_that_names_it_and_leaves_nothing_behind(prepare, flags, words, few, script, tmp_path):
+@pytest.mark.parametrize(
+    "prepare, flags, words",
+    [
+        (
+            without_labels,
+            [],
+            ["data", "no folder below it names a label", "real/ and fake/", "--unlabelled"],
+        ),
+        (one_class, [], ["only one class", "'real'", "--unlabelled"]),
+        (both_labels, [], ["real/FAKE/1.jpg", "'real' and 'FAKE'", "rename"]),
+        (lambda tmp_path, few: (tmp_path / "data").mkdir(), [], ["data", "the folder is empty"]),
+        (lambda tmp_path, few: None, [], ["data", "no such folder"]),
+        (
+            whole,
+            ["--output_file", "file/f.npz"],
+            ["--output_file file/f.npz", "is a file", "name another place"],
+        ),
+        (whole, ["--output_file", "folder"], ["--output_file folder", "is a folder"]),
+        (whole, ["--limit", "0"], ["--limit 0", "at least 1"]),
+        (whole, ["--limit", "-5"], ["--limit -5", "at least 1"]),
+        (whole, ["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
+        (whole, ["--views", "-1"], ["--views -1", "at least 0"]),
+        (whole, ["--views", "21"], ["--views 21", "at most 20"]),
+        (
+            whole,
+            ["--clip_model", "ViT-L-14"],
+            ["'ViT-L-14' is neither a file nor one of RN50,", "ViT-L/14", "--clip_model"],
+        ),
+    ],
+    ids=[
+        "no labels",
+        "one class",
+        "both labels",
+        "empty",
+        "missing",
+        "output below a file",
+        "output is a folder",
+        "limit 0",
+        "limit -5",
+        "batch size 0",
+        "views -1",
+        "views 21",
+        "unknown encoder",
+    ],
+)
+def test_a_mistake_is_told_in_one_line_that_names_it_and_leaves_nothing_behind(
+    prepare, flags, words, few, script, tmp_path
+):
     prepare(tmp_path, few)
     before = names(tmp_path)
     assert_one_line_error(script("extract_features.py", "--data_dir", "data", *flags), *words)
@@ -259,6 +394,7 @@ def test_a_mistake_is_told_in_one_line_that_names_it_and_leaves_nothing_behind(p
 
 
 # ---- memory ----
+
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """Decoded, 200 of these images are 600 MB, and 61 MB as the encoder's input; their columns are 0.2 MB."""
@@ -278,7 +414,9 @@ for folder in ("small", "large"):
     extract_features.main(["--data_dir", folder, "--output_file", folder + ".npz", "--batch_size", "4"])
     print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     peaks = [line for line in done.stdout.splitlines() if line.startswith("peak")]
     before, after = (int(line.split()[1]) / 1024 for line in peaks)
     assert after - before < 30, f"{before:.0f} MB for 40 images, {after:.0f} MB for 240"
@@ -298,6 +436,7 @@ def test_no_more_than_three_batches_are_decoded_ahead_of_a_slow_encoder(few, tmp
         ahead.append(len(begun) - sum(done))
         done.append(len(pixels))
         return encode(self, pixels)
+
     monkeypatch.setattr(extraction, "read_row", count)
     monkeypatch.setattr(runtime.Encoder, "encode", encode_slowly)
     extract(few, tmp_path / "f.npz", "--batch_size", 2)
@@ -308,18 +447,27 @@ def test_rows_of_files_that_are_gone_stay_and_are_told(own, tmp_path, capsys):
     extract(own, tmp_path / "f.npz")
     (own / "test/real/camera/001.jpg").unlink()
     assert len(extract(own, tmp_path / "f.npz")["paths"]) == 24
-    assert "1 of them are of files that are no longer there; extract again with --prune to drop them" in capsys.readouterr().err
+    assert (
+        "1 of them are of files that are no longer there; extract again with --prune to drop them"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture
 def processes(monkeypatch):
     """A context in which images are decoded as they are beside a GPU; -> the pool, once it is started."""
+
     @contextmanager
     def patched():
         started, start = [], extraction.reader_pool
         with monkeypatch.context() as patch:
-            patch.setattr(extraction, "reader_pool", lambda device, count: started.append(start("cuda", count)) or started[0])
+            patch.setattr(
+                extraction,
+                "reader_pool",
+                lambda device, count: started.append(start("cuda", count)) or started[0],
+            )
             yield started
+
     return patched
 
 
@@ -327,14 +475,25 @@ def test_processes_that_decode_give_the_same_file_as_threads(few, tmp_path, proc
     with processes():
         extract(few, tmp_path / "by_processes.npz", "--views", 1)
     extract(few, tmp_path / "by_threads.npz", "--views", 1)
-    assert (tmp_path / "by_processes.npz").read_bytes() == (tmp_path / "by_threads.npz").read_bytes()
+    assert (tmp_path / "by_processes.npz").read_bytes() == (
+        tmp_path / "by_threads.npz"
+    ).read_bytes()
 
 
-def test_a_decoding_process_that_is_killed_is_told_in_a_line_and_the_run_goes_on_later(few, tmp_path, processes, monkeypatch):
+def test_a_decoding_process_that_is_killed_is_told_in_a_line_and_the_run_goes_on_later(
+    few, tmp_path, processes, monkeypatch
+):
     store = extraction.store_batch
     with processes() as started, monkeypatch.context() as patch:
-        patch.setattr(extraction, "store_batch", lambda *given: (store(*given), started[0].submit(os._exit, 1))[0])
-        with pytest.raises(UsageError, match="was killed, most likely for want of memory; run the same command again"):
+        patch.setattr(
+            extraction,
+            "store_batch",
+            lambda *given: (store(*given), started[0].submit(os._exit, 1))[0],
+        )
+        with pytest.raises(
+            UsageError,
+            match="was killed, most likely for want of memory; run the same command again",
+        ):
             extract(few, tmp_path / "f.npz", "--batch_size", 2)
     assert not (tmp_path / "f.npz").exists() and list((tmp_path / "f.npz.parts").glob("0*.npz"))
     for name in ("f.npz", "whole.npz"):

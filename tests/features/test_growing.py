@@ -1,4 +1,5 @@
 """A folder that grows and shrinks under its features file: what is told of the new images, and what --prune drops."""
+
 import shutil
 
 import numpy as np
@@ -24,16 +25,27 @@ def pictures_of(columns, thumb):
 
 # ---- what is new, from columns alone ----
 
+
 def test_new_images_are_counted_by_class_and_split_and_by_source_with_new_sources_named():
     old, new = make_columns(), make_columns(real=3, fake=6, seed=1)
     old["sources"][:] = "camera"
     new["sources"] = np.array(["camera"] * 3 + ["flux"] * 2 + ["gan"] * 3 + [""])
     found = grown(old, new)
-    assert found == {"images": 9, "changed": 0, "moved": 0, "alike": [], "other label": [],
-                     "cells": {"test/real": 1, "test/fake": 2, "train/real": 2, "train/fake": 4},
-                     "known sources": {"camera": 3}, "new sources": {"gan": 3, "flux": 2}}
-    assert words(found) == ["new images: 9 (test/real 1, test/fake 2, train/real 2, train/fake 4)",
-                            "from known sources: camera 3", "from new sources: gan 3, flux 2"]
+    assert found == {
+        "images": 9,
+        "changed": 0,
+        "moved": 0,
+        "alike": [],
+        "other label": [],
+        "cells": {"test/real": 1, "test/fake": 2, "train/real": 2, "train/fake": 4},
+        "known sources": {"camera": 3},
+        "new sources": {"gan": 3, "flux": 2},
+    }
+    assert words(found) == [
+        "new images: 9 (test/real 1, test/fake 2, train/real 2, train/fake 4)",
+        "from known sources: camera 3",
+        "from new sources: gan 3, flux 2",
+    ]
 
 
 def test_copies_count_as_one_with_their_image():
@@ -55,36 +67,57 @@ def test_a_file_with_other_bytes_is_changed_and_one_at_another_place_is_moved_an
 
 def test_the_bytes_of_a_file_that_was_written_over_are_moved_where_they_turn_up():
     old = make_columns()
-    extra = {name: column[:1].copy() for name, column in old.items()} | {"paths": np.array(["elsewhere"])}
+    extra = {name: column[:1].copy() for name, column in old.items()} | {
+        "paths": np.array(["elsewhere"])
+    }
     now = join_columns([old, extra])
-    assert words(whats_new(digests_of(old), now))[0].startswith("new images: 1 ")  # a copy, while the first stands
+    assert words(whats_new(digests_of(old), now))[0].startswith(
+        "new images: 1 "
+    )  # a copy, while the first stands
     now["sha256"][0] = "other bytes"
     assert words(whats_new(digests_of(old), now)) == ["changed: 1; moved: 1"]
 
 
 def test_new_images_that_look_like_one_that_was_there_are_told_and_apart_those_under_the_other_label():
     old, new = make_columns(), make_columns(real=3, fake=3, seed=1)  # each has its reals first
-    new = pictures_of(new, np.concatenate([old["thumb"][[5, 70, 80]], new["thumb"][3:5], old["thumb"][90:91]]))
+    new = pictures_of(
+        new, np.concatenate([old["thumb"][[5, 70, 80]], new["thumb"][3:5], old["thumb"][90:91]])
+    )
     found = grown(old, new)
-    assert found["alike"] == [["1/00000.jpg", "0/00005.jpg"], ["1/00001.jpg", "0/00070.jpg"], ["1/00002.jpg", "0/00080.jpg"],
-                              ["1/00005.jpg", "0/00090.jpg"]]
+    assert found["alike"] == [
+        ["1/00000.jpg", "0/00005.jpg"],
+        ["1/00001.jpg", "0/00070.jpg"],
+        ["1/00002.jpg", "0/00080.jpg"],
+        ["1/00005.jpg", "0/00090.jpg"],
+    ]
     assert found["other label"] == found["alike"][1:3]
     assert words(found)[1:] == [
-        "new images that look like one that was there: 4, such as 1/00000.jpg and 0/00005.jpg; 1/00001.jpg and 0/00070.jpg; "
-        "1/00002.jpg and 0/00080.jpg",
-        "warning: of these, under the other label: 2, such as 1/00001.jpg and 0/00070.jpg; 1/00002.jpg and 0/00080.jpg"]
+        (
+            "new images that look like one that was there: 4, such as 1/00000.jpg and 0/00005.jpg;"
+            " 1/00001.jpg and 0/00070.jpg; 1/00002.jpg and 0/00080.jpg"
+        ),
+        (
+            "warning: of these, under the other label: 2, such as 1/00001.jpg and 0/00070.jpg;"
+            " 1/00002.jpg and 0/00080.jpg"
+        ),
+    ]
 
 
 def test_an_image_with_many_look_alikes_is_one_and_that_under_the_other_label_is_not_overlooked():
     old, new = make_columns(), make_columns(real=1, fake=0, seed=1)
     old["thumb"][[3, 4, 100]] = new["thumb"][0]
     found = grown(old, new)
-    assert found["alike"] == [["1/00000.jpg", "0/00003.jpg"]] and found["other label"] == [["1/00000.jpg", "0/00100.jpg"]]
+    assert found["alike"] == [["1/00000.jpg", "0/00003.jpg"]] and found["other label"] == [
+        ["1/00000.jpg", "0/00100.jpg"]
+    ]
 
 
 def test_new_images_that_look_like_each_other_alone_are_not_told():
     new = make_columns(real=2, fake=2, seed=1)
-    assert grown(make_columns(), pictures_of(new, np.repeat(new["thumb"][:1], 4, axis=0)))["alike"] == []
+    assert (
+        grown(make_columns(), pictures_of(new, np.repeat(new["thumb"][:1], 4, axis=0)))["alike"]
+        == []
+    )
 
 
 def test_flat_pictures_look_alike_only_byte_for_byte():
@@ -98,7 +131,11 @@ def test_an_image_without_a_label_contradicts_none():
     old, new = make_columns(), make_columns(real=1, fake=0, seed=1)
     new["thumb"][0], new["labels"][0] = old["thumb"][100], -1
     found = grown(old, new)
-    assert len(found["alike"]) == 1 and found["other label"] == [] and found["cells"] == {"train/unlabelled": 1}
+    assert (
+        len(found["alike"]) == 1
+        and found["other label"] == []
+        and found["cells"] == {"train/unlabelled": 1}
+    )
 
 
 @pytest.mark.parametrize("number, ends_with", [(10, ", s09 1"), (13, ", s09 1 and 3 more")])
@@ -120,6 +157,7 @@ def test_a_thousand_new_images_beside_48000_are_told_in_seconds():
 
 # ---- the command ----
 
+
 def add_copy(own, of, to):
     (own / to).parent.mkdir(parents=True, exist_ok=True)
     Image.open(own / of).save(own / to, quality=70)
@@ -138,10 +176,17 @@ def test_an_extraction_that_adds_images_tells_what_is_new(own, tmp_path, capsys,
     said = capsys.readouterr()
     assert said.err.splitlines()[-5:] == [
         "new images: 2 (train/real 1, train/fake 1); changed: 1; moved: 1",
-        "from known sources: camera 1", "from new sources: flux 1",
-        "new images that look like one that was there: 2, such as train/fake/flux/wrong.jpg and train/real/camera/001.jpg; "
-        "train/real/camera/again.jpg and train/real/camera/000.jpg",
-        "warning: of these, under the other label: 1, such as train/fake/flux/wrong.jpg and train/real/camera/001.jpg"]
+        "from known sources: camera 1",
+        "from new sources: flux 1",
+        (
+            "new images that look like one that was there: 2, such as train/fake/flux/wrong.jpg and"
+            " train/real/camera/001.jpg; train/real/camera/again.jpg and train/real/camera/000.jpg"
+        ),
+        (
+            "warning: of these, under the other label: 1, such as train/fake/flux/wrong.jpg and"
+            " train/real/camera/001.jpg"
+        ),
+    ]
     assert len(said.out.splitlines()) == 1
     extract(own, tmp_path / "f.npz", "--views", views)
     assert "new images" not in capsys.readouterr().err
@@ -167,16 +212,25 @@ def test_prune_drops_the_rows_of_files_that_are_gone_and_says_so(shrunk, capsys,
     old = load_features(output)
     new = extract(data, output, "--views", 1, "--prune")
     kept = ~np.isin(old["paths"], GONE)
-    assert rows(new) == rows({name: column[kept] for name, column in old.items() if name != "meta"}) and len(new["paths"]) == 44
+    assert (
+        rows(new) == rows({name: column[kept] for name, column in old.items() if name != "meta"})
+        and len(new["paths"]) == 44
+    )
     assert new["meta"]["counts"]["images"] == 22 and encoded == []
     said = capsys.readouterr().err
-    assert "44 of its rows stay as they are" in said and "4 rows are of files that are no longer there: dropped\n" in said
+    assert (
+        "44 of its rows stay as they are" in said
+        and "4 rows are of files that are no longer there: dropped\n" in said
+    )
 
 
 def test_without_prune_they_stay_and_prune_is_named(shrunk, capsys):
     data, output = shrunk
     assert len(extract(data, output, "--views", 1)["paths"]) == 48
-    assert "4 of them are of files that are no longer there; extract again with --prune to drop them" in capsys.readouterr().err
+    assert (
+        "4 of them are of files that are no longer there; extract again with --prune to drop them"
+        in capsys.readouterr().err
+    )
 
 
 def test_prune_is_no_other_way_to_make_a_file(shrunk, capsys):
@@ -196,11 +250,17 @@ def test_prune_with_nothing_gone_changes_nothing(few, tmp_path, capsys):
     assert digest(tmp_path / "f.npz") == before and "no longer there" not in capsys.readouterr().err
 
 
-def test_a_file_of_which_all_are_gone_is_set_aside_and_not_pruned(few, make_folder, tmp_path, capsys):
+def test_a_file_of_which_all_are_gone_is_set_aside_and_not_pruned(
+    few, make_folder, tmp_path, capsys
+):
     output = tmp_path / "out/f.npz"
     extract(few, output)
     before = digest(output)
-    extract(make_folder(tmp_path / "other", {"train/real/x": 4, "train/fake/y": 4}, seed=2), output, "--prune")
+    extract(
+        make_folder(tmp_path / "other", {"train/real/x": 4, "train/fake/y": 4}, seed=2),
+        output,
+        "--prune",
+    )
     assert digest(f"{output}.old-1") == before
     assert "holds none of the images of this folder: set aside" in capsys.readouterr().err
 
@@ -214,7 +274,9 @@ def test_an_image_that_was_moved_is_moved_with_prune_too(shrunk, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [blow for blow in BLOWS if blow != "before anything is stored"])
-def test_killed_while_it_prunes_the_old_file_stands_until_the_new_one_is_whole(own, make_folder, tmp_path, blow):
+def test_killed_while_it_prunes_the_old_file_stands_until_the_new_one_is_whole(
+    own, make_folder, tmp_path, blow
+):
     output, added = tmp_path / "out/f.npz", {"train/fake/another": 6, "test/real/another": 6}
     extract(own, output, "--batch_size", 2)
     old, before = rows(load_features(output)), digest(output)
@@ -224,5 +286,8 @@ def test_killed_while_it_prunes_the_old_file_stands_until_the_new_one_is_whole(o
     strike(BLOWS[blow], own, output, "--prune", after=4)
     assert digest(output) == before or len(load_features(output)["paths"]) == 34
     new = extract(own, output, "--batch_size", 2, "--prune")
-    assert rows(new, slice(22)) == {path: row for path, row in old.items() if path not in GONE} and len(new["paths"]) == 34
+    assert (
+        rows(new, slice(22)) == {path: row for path, row in old.items() if path not in GONE}
+        and len(new["paths"]) == 34
+    )
     assert names(output.parent) == ["f.npz"]

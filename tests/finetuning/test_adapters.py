@@ -1,4 +1,5 @@
 """What of a pretrained tower is trained, and how it becomes plain weights again: small towers of both kinds, random weights."""
+
 import numpy as np
 import pytest
 
@@ -23,15 +24,19 @@ def images(photos):
 
 @pytest.fixture(scope="module")
 def labels():
-    return torch.from_numpy(np.random.default_rng(0).permutation(32) % 2).float()  # nothing to learn: to be known by heart
+    return torch.from_numpy(
+        np.random.default_rng(0).permutation(32) % 2
+    ).float()  # nothing to learn: to be known by heart
 
 
 @pytest.fixture
 def tower_of(images):
     """Function: 'vit' or 'resnet' -> (tower, pixels of the 32 pictures); the same weights at every call."""
+
     def make(kind):
         tower = small_clip.SMALL[kind](images[:16], resolution={"vit": 32, "resnet": 64}[kind])
         return tower, torch.from_numpy(small_clip.pixels_of(images, tower.input_resolution))
+
     return make
 
 
@@ -46,7 +51,9 @@ def run(model, steps, make=torch.optim.AdamW, lr=1e-2, scaler=None, dtype=torch.
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5 if scaler else 1.0)
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return [descend(model, batches, optimizer, schedule, scaler, autocast) for batches in steps], optimizer
+    return [
+        descend(model, batches, optimizer, schedule, scaler, autocast) for batches in steps
+    ], optimizer
 
 
 def changed(before, tower):
@@ -57,12 +64,31 @@ def changed(before, tower):
 
 def is_trained(name, kind, train):
     """Is the tensor of this name in a small tower (2 blocks, 1-1-1-1 bottlenecks) one that `train` names?"""
-    attention_or_mlp = ("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight", "k_proj.weight", "q_proj.weight", "v_proj.weight")
-    of = {("vit", "blocks:1"): name.startswith(("transformer.resblocks.1.", "ln_post.")) or name == "proj",
-          ("resnet", "blocks:1"): name.startswith(("layer4.", "attnpool.")) and "running" not in name and "num_batches" not in name,
-          ("vit", "norms"): "ln_" in name,
-          ("resnet", "norms"): (".bn" in f".{name}" or "downsample.1" in name) and name.endswith(("weight", "bias")),
-          ("vit", "lora:2"): name.endswith(attention_or_mlp), ("resnet", "lora:2"): name.endswith(attention_or_mlp)}
+    attention_or_mlp = (
+        "in_proj_weight",
+        "out_proj.weight",
+        "c_fc.weight",
+        "c_proj.weight",
+        "k_proj.weight",
+        "q_proj.weight",
+        "v_proj.weight",
+    )
+    of = {
+        ("vit", "blocks:1"): (
+            name.startswith(("transformer.resblocks.1.", "ln_post.")) or name == "proj"
+        ),
+        ("resnet", "blocks:1"): (
+            name.startswith(("layer4.", "attnpool."))
+            and "running" not in name
+            and "num_batches" not in name
+        ),
+        ("vit", "norms"): "ln_" in name,
+        ("resnet", "norms"): (
+            (".bn" in f".{name}" or "downsample.1" in name) and name.endswith(("weight", "bias"))
+        ),
+        ("vit", "lora:2"): name.endswith(attention_or_mlp),
+        ("resnet", "lora:2"): name.endswith(attention_or_mlp),
+    }
     return of[kind, train]
 
 
@@ -74,7 +100,10 @@ def test_a_step_changes_the_named_parameters_and_no_other(kind, train, tower_of,
     adapters.choose_trained(tower, train)
     run(with_head(tower), [[(pixels[:8], labels[:8])]] * 2)
     adapters.merge(tower)
-    found, named = changed(before, tower), {name for name in before if is_trained(name, kind, train)}
+    found, named = (
+        changed(before, tower),
+        {name for name in before if is_trained(name, kind, train)},
+    )
     # keys' biases shift all scores of a query alike, so softmax leaves them without a gradient
     assert named and named - {"attnpool.k_proj.bias"} <= found <= named
 
@@ -98,8 +127,19 @@ def test_merged_adapters_give_the_features_that_they_gave_beside_the_weights(kin
     assert all(tensor.dtype != torch.float32 for tensor in clip_state_dict(tower).values())
 
 
-@pytest.mark.parametrize("kind, train", [("vit", "blocks:2"), ("vit", "norms"), ("vit", "lora:2"), ("resnet", "blocks:2"), ("resnet", "norms")])
-def test_checkpointing_computes_the_blocks_twice_and_gives_the_same_gradients(kind, train, tower_of, labels):
+@pytest.mark.parametrize(
+    "kind, train",
+    [
+        ("vit", "blocks:2"),
+        ("vit", "norms"),
+        ("vit", "lora:2"),
+        ("resnet", "blocks:2"),
+        ("resnet", "norms"),
+    ],
+)
+def test_checkpointing_computes_the_blocks_twice_and_gives_the_same_gradients(
+    kind, train, tower_of, labels
+):
     found, passes = [], []
     for checkpointing in (False, True):
         tower, pixels = tower_of(kind)
@@ -110,7 +150,9 @@ def test_checkpointing_computes_the_blocks_twice_and_gives_the_same_gradients(ki
         if checkpointing:
             adapters.checkpoint_blocks(tower)
         run(model, [[(pixels[:8], labels[:8])]], torch.optim.SGD)
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        found.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        )
         passes.append(len(count))
     assert passes == [1, 2] and len(found[0]) > 2
     for name, gradient in found[0].items():
@@ -137,13 +179,21 @@ def test_thirty_two_images_with_drawn_labels_are_learnt_by_heart(train, tower_of
     tower, pixels = tower_of("vit")
     adapters.choose_trained(tower, train)
     model = with_head(tower)
-    losses, _ = run(model, [[(pixels, labels)]] * 60, lr={"blocks:2": 1e-3, "norms": 1e-2, "lora:8": 5e-3}[train])
+    losses, _ = run(
+        model,
+        [[(pixels, labels)]] * 60,
+        lr={"blocks:2": 1e-3, "norms": 1e-2, "lora:8": 5e-3}[train],
+    )
     with torch.inference_mode():
         right = (model(pixels)[:, 0] > 0) == labels.bool()
-    assert losses[0] > 0.6 and losses[-1] < 0.2 and right.all()  # 0.117 is the least that smoothed labels leave
+    assert (
+        losses[0] > 0.6 and losses[-1] < 0.2 and right.all()
+    )  # 0.117 is the least that smoothed labels leave
 
 
-def test_a_float16_step_whose_gradients_leave_the_range_is_passed_over_and_the_next_is_taken(tower_of, labels):
+def test_a_float16_step_whose_gradients_leave_the_range_is_passed_over_and_the_next_is_taken(
+    tower_of, labels
+):
     tower, pixels = tower_of("vit")
     adapters.choose_trained(tower, "lora:4")
     model = with_head(tower)
@@ -151,7 +201,10 @@ def test_a_float16_step_whose_gradients_leave_the_range_is_passed_over_and_the_n
     before = adapters.Trained(model).state_dict()
     _, optimizer = run(model, [[(pixels, labels)]], scaler=scaler, dtype=torch.float16)
     assert scaler.get_scale() == 2.0**10 and optimizer.param_groups[0]["lr"] == 1e-2
-    assert all(torch.equal(before[name], weight) for name, weight in adapters.Trained(model).state_dict().items())
+    assert all(
+        torch.equal(before[name], weight)
+        for name, weight in adapters.Trained(model).state_dict().items()
+    )
     losses, optimizer = run(model, [[(pixels, labels)]] * 2, scaler=scaler, dtype=torch.float16)
     assert losses[1] < losses[0] and optimizer.param_groups[0]["lr"] == 2.5e-3
 

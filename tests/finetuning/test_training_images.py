@@ -1,4 +1,5 @@
 """Images that an encoder is tuned on: whole sources held out, draws that follow from the seed, files read when their batch is due."""
+
 import os
 import shutil
 import subprocess
@@ -18,13 +19,29 @@ from detector.images.folders import Entry
 
 
 def arguments(folder, **changes):
-    return Namespace(**{**dict(data_dir=str(folder), train_splits="train", holdout=0.25, keep=0.0, seed=0, batch_size=4, accumulate=1, steps=3),
-                        **changes})
+    return Namespace(
+        **{
+            **dict(
+                data_dir=str(folder),
+                train_splits="train",
+                holdout=0.25,
+                keep=0.0,
+                seed=0,
+                batch_size=4,
+                accumulate=1,
+                steps=3,
+            ),
+            **changes,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_folder):
-    return make_folder(tmp_path_factory.mktemp("images"), {f"train/{label}/s{i}": 2 for label in ("real", "fake") for i in range(5)})
+    return make_folder(
+        tmp_path_factory.mktemp("images"),
+        {f"train/{label}/s{i}": 2 for label in ("real", "fake") for i in range(5)},
+    )
 
 
 def test_a_share_of_each_class_s_sources_is_held_out_whole_by_seed(folder):
@@ -32,7 +49,10 @@ def test_a_share_of_each_class_s_sources_is_held_out_whole_by_seed(folder):
     for seed in range(8):
         seen, kept, held = images.list_rows(arguments(folder, seed=seed))
         sources = {row[1:3] for row in held}
-        assert [sum(label == wanted for label, _ in sources) for wanted in (0, 1)] == [1, 1]  # a quarter of five
+        assert [sum(label == wanted for label, _ in sources) for wanted in (0, 1)] == [
+            1,
+            1,
+        ]  # a quarter of five
         assert len(held) == 4 and not sources & {row[1:3] for row in seen + kept}
         assert len(seen) + len(kept) + len(held) == 20
         drawn.add(frozenset(sources))
@@ -57,14 +77,22 @@ def test_at_least_one_source_is_held_out_and_one_is_left(share, held):
 
 
 def test_one_source_of_a_class_cannot_be_held_out():
-    with pytest.raises(UsageError, match="^--holdout 0.5: the class 'fake' has 1 source.*--holdout 0 to train"):
-        images.held_sources([Entry("", 0, "", "a"), Entry("", 0, "", "b"), Entry("", 1, "", "a")], 0.5, seed=0)
+    with pytest.raises(
+        UsageError, match="^--holdout 0.5: the class 'fake' has 1 source.*--holdout 0 to train"
+    ):
+        images.held_sources(
+            [Entry("", 0, "", "a"), Entry("", 0, "", "b"), Entry("", 1, "", "a")], 0.5, seed=0
+        )
 
 
 def test_a_file_that_lies_in_a_held_out_source_as_well_is_not_trained_on(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     _, _, held = images.list_rows(arguments(copy))
-    other = next(path for path in copy.glob("train/real/s*") if (0, path.name) not in {row[1:3] for row in held})
+    other = next(
+        path
+        for path in copy.glob("train/real/s*")
+        if (0, path.name) not in {row[1:3] for row in held}
+    )
     shutil.copy(next(row[0] for row in held if row[1] == 0), other / "again.jpg")
     seen, kept, held = images.list_rows(arguments(copy))
     assert not {row[3] for row in seen} & {row[3] for row in held} and len(seen) == 16
@@ -80,18 +108,24 @@ def test_draws_go_on_as_they_would_have_and_do_not_depend_on_how_a_step_is_cut(f
     assert len(set(sum(whole, []))) == 18  # no two views share a seed
 
 
-def test_views_are_random_by_key_alone_and_without_a_seed_the_picture_is_as_the_encoder_will_see_it(folder):
+def test_views_are_random_by_key_alone_and_without_a_seed_the_picture_is_as_the_encoder_will_see_it(
+    folder,
+):
     rows = images.list_rows(arguments(folder))[0]
     keys = [(0, 0, 0, 0), (0, 0, 0, 1), (3, 0, 1, 0), (0,)]
-    (once, labels), = images.load(rows, [keys], 32, 0)
-    (again, _), = images.load(rows, [keys], 32, 1)
+    ((once, labels),) = images.load(rows, [keys], 32, 0)
+    ((again, _),) = images.load(rows, [keys], 32, 1)
     assert once.shape == (4, 32, 32, 3) and labels.tolist() == [rows[i[0]][1] for i in keys]
     assert (once == again).all() and (once[0] != once[1]).any()
     with open(rows[0][0], "rb") as file:
-        assert (once[3].numpy() == preprocessing.resize_and_crop(decoding.decode_image(file.read()), 32)).all()
+        assert (
+            once[3].numpy() == preprocessing.resize_and_crop(decoding.decode_image(file.read()), 32)
+        ).all()
 
 
-def test_a_file_that_is_no_image_is_left_out_and_a_truncated_one_is_replaced_by_the_next(folder, tmp_path, capsys):
+def test_a_file_that_is_no_image_is_left_out_and_a_truncated_one_is_replaced_by_the_next(
+    folder, tmp_path, capsys
+):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "train" / "real" / "s0" / "000.txt").write_text("a caption")
     broken = copy / "train" / "real" / "s0" / "001.jpg"
@@ -99,15 +133,21 @@ def test_a_file_that_is_no_image_is_left_out_and_a_truncated_one_is_replaced_by_
     seen, _, _ = images.list_rows(arguments(copy, holdout=0))
     assert len(seen) == 20 and "left out" in capsys.readouterr().err
     at = [row[0] for row in seen].index(str(broken))
-    (crops, labels), = images.load(seen, [[(at,), (at + 1,)]], 32, 0)
+    ((crops, labels),) = images.load(seen, [[(at,), (at + 1,)]], 32, 0)
     assert (crops[0] == crops[1]).all() and labels[0] == labels[1]
     assert f"left out {broken}" in capsys.readouterr().err
 
 
 def test_an_evaluation_is_even_over_class_and_source():
-    rows = [("", label, source, str(i)) for label, source, n in ((0, "big", 90), (0, "small", 3), (1, "only", 30)) for i in range(n)]
+    rows = [
+        ("", label, source, str(i))
+        for label, source, n in ((0, "big", 90), (0, "small", 3), (1, "only", 30))
+        for i in range(n)
+    ]
     found = [row[1:3] for row in images.evenly(rows, 12)]
-    assert found.count((0, "small")) == 3 and sorted(found.count((label, name)) for label, name in ((0, "big"), (1, "only"))) == [4, 5]
+    assert found.count((0, "small")) == 3 and sorted(
+        found.count((label, name)) for label, name in ((0, "big"), (1, "only"))
+    ) == [4, 5]
 
 
 SAME = """
@@ -124,5 +164,10 @@ assert alone == beside and len(set(alone)) == 3
 def test_processes_that_read_beside_the_training_give_the_same_views_in_the_same_order(folder):
     """In a process of its own: the readers are forked from it, as beside a GPU."""
     paths = sorted(map(str, folder.glob("train/*/*/*")))[:12]
-    done = subprocess.run([sys.executable, "-c", SAME, *paths], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SAME, *paths],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
 """What a crafted file costs: it is refused before memory is taken and before time is spent, whatever its header says."""
+
 import io
 import json
 import struct
@@ -45,14 +46,22 @@ def watch(folder, files):
     paths = [folder / str(i) for i in range(len(files))]
     for path, data in zip(paths, files.values()):
         path.write_bytes(data)
-    ran = subprocess.run([sys.executable, "-c", WATCH, *paths], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    ran = subprocess.run(
+        [sys.executable, "-c", WATCH, *paths],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert (ran.returncode, ran.stderr) == (0, "")  # libtiff would say a thousand things there
     return dict(zip(files, map(json.loads, ran.stdout.splitlines())))
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return watch(tmp_path_factory.mktemp("bombs"), {what: make()[1] for what, make in BOMBS.items()})
+    return watch(
+        tmp_path_factory.mktemp("bombs"), {what: make()[1] for what, make in BOMBS.items()}
+    )
 
 
 @pytest.mark.parametrize("what", BOMBS)
@@ -75,18 +84,29 @@ def test_of_a_file_that_is_two_things_only_the_picture_counts_and_only_where_it_
 
 # ---- the largest images that are taken ----
 
+
 def large_png(kind, bits, *chunks, side=4000):
     row = b"\0" + bytes(i % 251 for i in range(side * bits // 8))
     depth = 16 if kind == 0 and bits == 16 else 8
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, kind, 0, 0, 0)) + b"".join(chunks)
-            + chunk(b"IDAT", zlib.compress(row * side, 1)) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, kind, 0, 0, 0))
+        + b"".join(chunks)
+        + chunk(b"IDAT", zlib.compress(row * side, 1))
+        + chunk(b"IEND", b"")
+    )
 
 
 LARGE = {
-    "grey": lambda: large_png(0, 8), "grey of 16 bits": lambda: large_png(0, 16), "colour": lambda: large_png(2, 24),
+    "grey": lambda: large_png(0, 8),
+    "grey of 16 bits": lambda: large_png(0, 16),
+    "colour": lambda: large_png(2, 24),
     "colour with a transparent one": lambda: large_png(2, 24, chunk(b"tRNS", b"\0\1\0\2\0\3")),
-    "grey with alpha": lambda: large_png(4, 16), "colour with alpha": lambda: large_png(6, 32),
-    "a palette with alpha": lambda: large_png(3, 8, chunk(b"PLTE", bytes(768)), chunk(b"tRNS", bytes(range(256)))),
+    "grey with alpha": lambda: large_png(4, 16),
+    "colour with alpha": lambda: large_png(6, 32),
+    "a palette with alpha": lambda: large_png(
+        3, 8, chunk(b"PLTE", bytes(768)), chunk(b"tRNS", bytes(range(256)))
+    ),
 }
 
 
@@ -108,10 +128,13 @@ def test_an_image_converted_in_strips_is_the_image_converted_whole(kind, monkeyp
         image.putalpha(picture("L").rotate(180))
     whole = pixels.to_rgb(image.copy())
     monkeypatch.setattr(decoding, "STRIP_PIXELS", 60 * 7)
-    assert (np.asarray(pixels.to_rgb(image)) == np.asarray(whole)).all() and len(np.unique(whole)) > 1
+    assert (np.asarray(pixels.to_rgb(image)) == np.asarray(whole)).all() and len(
+        np.unique(whole)
+    ) > 1
 
 
 # ---- what real files have, and the limits must let pass ----
+
 
 def test_a_photograph_with_a_film_behind_it_is_taken(photos):
     """As telephones write them. In 25 MB of a film the two bytes that begin a scan come by chance."""
@@ -120,11 +143,20 @@ def test_a_photograph_with_a_film_behind_it_is_taken(photos):
     assert decoding.decode_image(data).size == (640, 427)
 
 
-@pytest.mark.parametrize("data", [
-    lambda: segments(0xE2, b"ICC_PROFILE\0\1\1" + bytes(65_000)), lambda: segments(0xE1, b"Exif\0\0" + bytes(60_000), 6_000_000),
-    lambda: png(*[chunk(b"tEXt", b"Comment\0" + bytes([65 + i % 26])) for i in range(5000)]),
-    lambda: FILES["PNG"]()[:33] + b"".join(chunk(b"IDAT", part) for part in pieces(FILES["PNG"]())) + chunk(b"IEND", b""),
-], ids=["large profile", "long EXIF", "five thousand comments", "pixels byte by byte"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: segments(0xE2, b"ICC_PROFILE\0\1\1" + bytes(65_000)),
+        lambda: segments(0xE1, b"Exif\0\0" + bytes(60_000), 6_000_000),
+        lambda: png(*[chunk(b"tEXt", b"Comment\0" + bytes([65 + i % 26])) for i in range(5000)]),
+        lambda: (
+            FILES["PNG"]()[:33]
+            + b"".join(chunk(b"IDAT", part) for part in pieces(FILES["PNG"]()))
+            + chunk(b"IEND", b"")
+        ),
+    ],
+    ids=["large profile", "long EXIF", "five thousand comments", "pixels byte by byte"],
+)
 def test_a_long_header_is_taken(data):
     assert decoding.decode_image(data()).size == (60, 44)
 
@@ -132,14 +164,21 @@ def test_a_long_header_is_taken(data):
 def pieces(data):
     """The compressed pixels of a PNG of ours, byte by byte."""
     start = data.index(b"IDAT") - 4
-    body = data[start + 8:start + 8 + struct.unpack(">I", data[start:start + 4])[0]]
-    return [body[i:i + 1] for i in range(len(body))]
+    body = data[start + 8 : start + 8 + struct.unpack(">I", data[start : start + 4])[0]]
+    return [body[i : i + 1] for i in range(len(body))]
 
 
 def planes():
     """A TIFF of four planes that lie one after the other, each in strips of one row."""
-    where = {273: (LONG, 256, struct.pack("<256I", *range(4000, 4000 + 64 * 256, 64))), 279: listed(64, 256)}
-    tags = grid(64, 64, 1, t278=1, t284=2) | {258: (3, 4, struct.pack("<4H", 8, 8, 8, 8)), 262: 5, 277: 4} | where
+    where = {
+        273: (LONG, 256, struct.pack("<256I", *range(4000, 4000 + 64 * 256, 64))),
+        279: listed(64, 256),
+    }
+    tags = (
+        grid(64, 64, 1, t278=1, t284=2)
+        | {258: (3, 4, struct.pack("<4H", 8, 8, 8, 8)), 262: 5, 277: 4}
+        | where
+    )
     return tiff(tags, bytes(range(256)) * 64, 4000)
 
 
@@ -151,13 +190,17 @@ def one_tile():
 def big_endian():
     tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: 8, 279: 64}
     lines = b"".join(struct.pack(">HHII", tag, LONG, 1, value) for tag, value in tags.items())
-    return (b"MM\0*" + struct.pack(">IH", 8, len(tags)) + lines).ljust(200, b"\0") + bytes(range(64))
+    return (b"MM\0*" + struct.pack(">IH", 8, len(tags)) + lines).ljust(200, b"\0") + bytes(
+        range(64)
+    )
 
 
 TIFFS = {
     "of separate planes": planes,
     "of one tile larger than the picture": one_tile,
-    "with a row a strip": lambda: saved(picture(), "TIFF", compression="tiff_lzw", tiffinfo={278: 1}),
+    "with a row a strip": lambda: saved(
+        picture(), "TIFF", compression="tiff_lzw", tiffinfo={278: 1}
+    ),
     "with 64-bit offsets": lambda: saved(picture(), "TIFF", big_tiff=True),
     "of big-endian numbers": big_endian,
 }

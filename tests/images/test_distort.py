@@ -1,4 +1,5 @@
 """The stated degradations: pictures come out as pictures, the same each time, changed as their names say and no more."""
+
 import io
 
 import numpy as np
@@ -9,10 +10,26 @@ from written import pictures  # noqa: F401
 from detector.images import distort
 from detector.images.distort import ARMS, CONDITIONS, degrade, view_rng
 
-SIZES = [(640, 427), (427, 640), (101, 33), (7, 9), (1, 1), (1, 50), (3000, 10), (10, 3000), (3000, 1)]
-CHANGES = {**{f"{panel}, {level}": change for panel, level, change in CONDITIONS},
-           **{f"{name}, {side}": change for name, *both in ARMS for side, change in zip(("reals", "fakes"), both)},
-           "degraded copy": lambda image: degrade(image, view_rng("ab" * 32, 1))}
+SIZES = [
+    (640, 427),
+    (427, 640),
+    (101, 33),
+    (7, 9),
+    (1, 1),
+    (1, 50),
+    (3000, 10),
+    (10, 3000),
+    (3000, 1),
+]
+CHANGES = {
+    **{f"{panel}, {level}": change for panel, level, change in CONDITIONS},
+    **{
+        f"{name}, {side}": change
+        for name, *both in ARMS
+        for side, change in zip(("reals", "fakes"), both)
+    },
+    "degraded copy": lambda image: degrade(image, view_rng("ab" * 32, 1)),
+}
 EVERY = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 
 
@@ -21,7 +38,9 @@ def condition(panel, level):
 
 
 def noise_of(size, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    )
 
 
 def same(a, b):
@@ -34,10 +53,16 @@ def difference(a, b):
 
 @EVERY
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_any_picture_comes_out_as_one_in_rgb_the_same_each_time_and_the_first_stays_as_it_was(change, size):
+def test_any_picture_comes_out_as_one_in_rgb_the_same_each_time_and_the_first_stays_as_it_was(
+    change, size
+):
     image = noise_of(size)
     first = change(image)
-    assert first.mode == "RGB" and np.asarray(first).shape == (first.height, first.width, 3) and min(first.size) >= 1
+    assert (
+        first.mode == "RGB"
+        and np.asarray(first).shape == (first.height, first.width, 3)
+        and min(first.size) >= 1
+    )
     assert same(first, change(noise_of(size))) and same(image, noise_of(size))
 
 
@@ -47,11 +72,15 @@ def test_a_photograph_stays_recognisable(pictures, change):
     after = change(image)
     if after.size == (224, 224):
         image = distort.square(image)
-    small = [np.asarray(i.convert("L").resize((16, 16), Image.Resampling.BOX), float).ravel() for i in (image, after)]
+    small = [
+        np.asarray(i.convert("L").resize((16, 16), Image.Resampling.BOX), float).ravel()
+        for i in (image, after)
+    ]
     assert np.corrcoef(*small)[0, 1] > 0.6  # 0.7 for a crop, above 0.95 for all others
 
 
 # ---- one by one ----
+
 
 def test_every_condition_has_a_name_of_its_own_and_its_own_effect(pictures):
     names = [(panel, level) for panel, level, _ in CONDITIONS]
@@ -60,10 +89,17 @@ def test_every_condition_has_a_name_of_its_own_and_its_own_effect(pictures):
     assert len(set(names)) == len(names) == len(set(results) - {image.tobytes()})
 
 
-@pytest.mark.parametrize("panel, milder_first", [
-    ("JPEG", [f"quality {q}" for q in (95, 80, 60, 40, 30)]), ("WebP", [f"quality {q}" for q in (95, 80, 60, 40, 30)]),
-    ("resize and back", ["to 0.75", "to 0.5", "to 0.25"]), ("blur", ["sigma 0.5 px", "sigma 1 px", "sigma 2 px"]),
-    ("noise", ["sigma 2", "sigma 5", "sigma 10"])], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "panel, milder_first",
+    [
+        ("JPEG", [f"quality {q}" for q in (95, 80, 60, 40, 30)]),
+        ("WebP", [f"quality {q}" for q in (95, 80, 60, 40, 30)]),
+        ("resize and back", ["to 0.75", "to 0.5", "to 0.25"]),
+        ("blur", ["sigma 0.5 px", "sigma 1 px", "sigma 2 px"]),
+        ("noise", ["sigma 2", "sigma 5", "sigma 10"]),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_a_harder_level_changes_a_photograph_more(pictures, panel, milder_first):
     image = pictures["coffee.png"]
     changed = [difference(condition(panel, level)(image), image) for level in milder_first]
@@ -74,11 +110,17 @@ def test_a_harder_level_changes_a_photograph_more(pictures, panel, milder_first)
 def test_noise_has_the_deviation_that_it_is_named_after(sigma):
     grey = Image.new("RGB", (300, 300), (128, 128, 128))
     added = np.asarray(condition("noise", f"sigma {sigma}")(grey), float) - 128
-    assert added.std() == pytest.approx(np.sqrt(sigma ** 2 + 1 / 12), rel=0.02) and abs(added.mean()) < 0.1  # rounding adds 1/12
+    assert (
+        added.std() == pytest.approx(np.sqrt(sigma**2 + 1 / 12), rel=0.02)
+        and abs(added.mean()) < 0.1
+    )  # rounding adds 1/12
     assert abs(np.corrcoef(added[..., 0].ravel(), added[..., 1].ravel())[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize("size, expected", [((100, 50), (80, 40)), ((101, 33), (81, 26)), ((1, 1), (1, 1)), ((3000, 10), (2400, 8))])
+@pytest.mark.parametrize(
+    "size, expected",
+    [((100, 50), (80, 40)), ((101, 33), (81, 26)), ((1, 1), (1, 1)), ((3000, 10), (2400, 8))],
+)
 def test_a_crop_to_80_percent_keeps_the_middle_of_both_sides(size, expected):
     image = noise_of(size)
     after = condition("crop", "to 80%")(image)
@@ -87,27 +129,44 @@ def test_a_crop_to_80_percent_keeps_the_middle_of_both_sides(size, expected):
     assert same(after, image.crop((left, top, left + expected[0], top + expected[1])))
 
 
-@pytest.mark.parametrize("level, side", [("1080 px q75", 1080), ("768 px q60", 768), ("512 px q40", 512), ("both, one after the other", 512)])
-@pytest.mark.parametrize("size", [(1600, 1200), (1200, 1600), (1080, 720), (768, 5), (500, 400), (8, 8)], ids=str)
+@pytest.mark.parametrize(
+    "level, side",
+    [
+        ("1080 px q75", 1080),
+        ("768 px q60", 768),
+        ("512 px q40", 512),
+        ("both, one after the other", 512),
+    ],
+)
+@pytest.mark.parametrize(
+    "size", [(1600, 1200), (1200, 1600), (1080, 720), (768, 5), (500, 400), (8, 8)], ids=str
+)
 def test_a_site_shrinks_large_uploads_in_proportion_and_never_enlarges(level, side, size):
     after = condition("social media", level)(noise_of(size))
-    expected = size if max(size) <= side else tuple(max(1, round(s * side / max(size))) for s in size)
+    expected = (
+        size if max(size) <= side else tuple(max(1, round(s * side / max(size))) for s in size)
+    )
     assert max(abs(a - e) for a, e in zip(after.size, expected)) <= 1
     assert max(after.size) == min(max(size), side)
 
 
 @pytest.mark.parametrize("scale", [0.75, 0.5, 0.25])
 def test_resizing_scales_both_sides_and_back_gives_the_old_size(scale):
-    assert condition("resize", f"to {scale:g}")(noise_of((400, 200))).size == (400 * scale, 200 * scale)
+    assert condition("resize", f"to {scale:g}")(noise_of((400, 200))).size == (
+        400 * scale,
+        200 * scale,
+    )
     assert condition("resize and back", f"to {scale:g}")(noise_of((401, 203))).size == (401, 203)
 
 
 def written_as(image):
     """What the last step of a change left: (format, quantisation of brightness), by what a second saving no longer changes."""
+
     def again(quality):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
         return difference(Image.open(buffer).convert("RGB"), image)
+
     return min(range(85, 101), key=again)
 
 
@@ -115,7 +174,11 @@ def test_the_arms_make_files_alike_step_by_step(pictures):
     image, arms = pictures["coffee.png"], {name: both for name, *both in ARMS}
     as_jpeg = distort.jpeg(image, 96)
     assert not same(as_jpeg, image) and written_as(as_jpeg) == 96
-    for name, real, fake in (("fakes as JPEG 96", image, as_jpeg), ("both as JPEG 96", as_jpeg, as_jpeg), ("both as PNG", image, image)):
+    for name, real, fake in (
+        ("fakes as JPEG 96", image, as_jpeg),
+        ("both as JPEG 96", as_jpeg, as_jpeg),
+        ("both as PNG", image, image),
+    ):
         assert same(arms[name][0](image), real) and same(arms[name][1](image), fake), name
     for change in arms["both one square, then JPEG 96"]:
         for photo in (image, pictures["rocket.jpg"], noise_of((3, 50))):
@@ -125,21 +188,33 @@ def test_the_arms_make_files_alike_step_by_step(pictures):
 
 # ---- degraded copies ----
 
+
 def test_a_copy_depends_on_the_hash_of_the_file_and_its_number_alone():
-    image, hashes = noise_of((200, 150)), ["ab" * 32, "ab" * 31 + "cd", "ab" * 4 + "cd" * 28, "bb" * 32, "f" * 64, "0" * 64]
-    copies = {(sha256, number): degrade(image, view_rng(sha256, number)) for sha256 in hashes for number in (1, 2, 3)}
+    image, hashes = (
+        noise_of((200, 150)),
+        ["ab" * 32, "ab" * 31 + "cd", "ab" * 4 + "cd" * 28, "bb" * 32, "f" * 64, "0" * 64],
+    )
+    copies = {
+        (sha256, number): degrade(image, view_rng(sha256, number))
+        for sha256 in hashes
+        for number in (1, 2, 3)
+    }
     for (sha256, number), copy in copies.items():
         np.random.seed(number)  # no generator but its own
         assert same(copy, degrade(image, view_rng(sha256, number)))
     distinct = {(copy.size, np.asarray(copy).tobytes()) for copy in copies.values()}
-    assert len(distinct) == (len(hashes) - 1) * 3  # the first 64 bits count: two of these hashes share them
+    assert (
+        len(distinct) == (len(hashes) - 1) * 3
+    )  # the first 64 bits count: two of these hashes share them
 
 
 def test_copies_vary_in_size_and_coarseness_and_none_is_the_image():
     image = noise_of((600, 450))
     copies = [degrade(image, view_rng(f"{i:064x}"[::-1], 1)) for i in range(60)]
     assert not any(same(copy, image) for copy in copies)
-    assert len({copy.size for copy in copies}) > 20 and all(copy.width <= 600 and copy.height <= 450 for copy in copies)
+    assert len({copy.size for copy in copies}) > 20 and all(
+        copy.width <= 600 and copy.height <= 450 for copy in copies
+    )
     # at most 0.4 (resized) x 0.75 (cropped) x 400 / 600 (shared) of the sides goes in one chain
     assert all(min(copy.width / 600, copy.height / 450) > 0.4 * 0.75 * 0.66 for copy in copies)
 
@@ -147,9 +222,11 @@ def test_copies_vary_in_size_and_coarseness_and_none_is_the_image():
 def test_each_copy_is_saved_at_the_end_by_either_format_and_any_quality(monkeypatch):
     saved = []
     for name in ("jpeg", "webp"):
+
         def spy(image, quality, name=name, save=getattr(distort, name)):
             saved.append((name, int(quality)))
             return save(image, quality)
+
         monkeypatch.setattr(distort, name, spy)
     last, image = [], noise_of((40, 30))
     for i in range(300):

@@ -1,4 +1,5 @@
 """What is noted of each file: its facts in every format, its twins, and the group that it belongs to."""
+
 import os
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def photo(pictures):
 
 # ---- the facts of one file ----
 
+
 def grey16(image):
     return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
 
@@ -50,22 +52,43 @@ FILES = {
     "JPEG, grey": ("JPEG", lambda p: jpeg(p.convert("L")), 3),
     "JPEG, CMYK": ("JPEG", lambda p: jpeg(p.convert("CMYK")), 3),
     "JPEG, progressive": ("JPEG", lambda p: jpeg(p, progressive=True), 3),
-    "JPEG, rotated": ("JPEG", lambda p: rotated(p.transpose(Image.Transpose.ROTATE_90), "JPEG", 6, quality=90), 3),
-    "JPEG of several pictures": ("JPEG", lambda p: encode(p, "MPO", save_all=True, append_images=[p.rotate(180)], quality=90), 3),
+    "JPEG, rotated": (
+        "JPEG",
+        lambda p: rotated(p.transpose(Image.Transpose.ROTATE_90), "JPEG", 6, quality=90),
+        3,
+    ),
+    "JPEG of several pictures": (
+        "JPEG",
+        lambda p: encode(p, "MPO", save_all=True, append_images=[p.rotate(180)], quality=90),
+        3,
+    ),
     "PNG": ("PNG", lambda p: encode(p, "PNG"), 0),
     "PNG, grey": ("PNG", lambda p: encode(p.convert("L"), "PNG"), 0),
     "PNG, grey of 16 bits": ("PNG", lambda p: encode(grey16(p), "PNG"), 0),
     "PNG, palette": ("PNG", lambda p: encode(p.quantize(256), "PNG"), 8),
     "PNG, black and white": ("PNG", lambda p: encode(p.convert("1"), "PNG"), 110),
     "PNG, alpha": ("PNG", lambda p: encode(with_alpha(p), "PNG"), 3),
-    "PNG, rotated": ("PNG", lambda p: rotated(p.transpose(Image.Transpose.ROTATE_180), "PNG", 3), 0),
+    "PNG, rotated": (
+        "PNG",
+        lambda p: rotated(p.transpose(Image.Transpose.ROTATE_180), "PNG", 3),
+        0,
+    ),
     "WebP": ("WEBP", lambda p: encode(p, "WEBP", quality=90), 4),
     "WebP, lossless, alpha": ("WEBP", lambda p: encode(with_alpha(p), "WEBP", lossless=True), 3),
-    "WebP, rotated": ("WEBP", lambda p: rotated(p.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "WEBP", 2, lossless=True), 0),
+    "WebP, rotated": (
+        "WEBP",
+        lambda p: rotated(p.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "WEBP", 2, lossless=True),
+        0,
+    ),
     "AVIF": ("AVIF", lambda p: encode(p, "AVIF", quality=90), 4),
     "GIF": ("GIF", lambda p: encode(p.quantize(256), "GIF"), 8),
-    "GIF, animated": ("GIF", lambda p: encode(p.quantize(256), "GIF", save_all=True,
-                                              append_images=[Image.new("P", p.size)]), 8),
+    "GIF, animated": (
+        "GIF",
+        lambda p: encode(
+            p.quantize(256), "GIF", save_all=True, append_images=[Image.new("P", p.size)]
+        ),
+        8,
+    ),
     "BMP": ("BMP", lambda p: encode(p, "BMP"), 0),
     "BMP, palette": ("BMP", lambda p: encode(p.quantize(256), "BMP"), 8),
     "TIFF": ("TIFF", lambda p: encode(p, "TIFF"), 0),
@@ -92,17 +115,29 @@ def test_every_format_is_read_as_the_same_picture_with_its_own_facts(photo, kind
 
 def test_a_turned_file_has_the_sides_of_its_header_and_the_picture_of_its_viewer(photo):
     upright = describe_image(jpeg(photo))[1]
-    turned = describe_image(rotated(photo.transpose(Image.Transpose.ROTATE_90), "JPEG", 6, quality=90))[1]
+    turned = describe_image(
+        rotated(photo.transpose(Image.Transpose.ROTATE_90), "JPEG", 6, quality=90)
+    )[1]
     assert (turned["facts"]["width"], turned["facts"]["height"]) == photo.size[::-1]
     assert near_pairs(np.stack([upright["thumb"], turned["thumb"]])).tolist() == [[0, 1]]
 
 
 def test_the_name_says_nothing_about_the_format(photo, tmp_path):
-    for name, kind in (("real/a.png", "JPEG"), ("real/b.jpg", "PNG"), ("fake/c", "WEBP"), ("fake/d.jpeg", "TIFF")):
+    for name, kind in (
+        ("real/a.png", "JPEG"),
+        ("real/b.jpg", "PNG"),
+        ("fake/c", "WEBP"),
+        ("fake/d.jpeg", "TIFF"),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(encode(photo, kind))
     columns, unreadable = audit.describe_folder(tmp_path)
-    assert unreadable == [] and list(columns["facts"]["format"]) == ["WEBP", "TIFF", "JPEG", "PNG"]  # in the order of the paths
+    assert unreadable == [] and list(columns["facts"]["format"]) == [
+        "WEBP",
+        "TIFF",
+        "JPEG",
+        "PNG",
+    ]  # in the order of the paths
 
 
 def test_quantisation_tells_how_coarsely_a_jpeg_was_saved(photo):
@@ -114,14 +149,20 @@ def test_quantisation_tells_how_coarsely_a_jpeg_was_saved(photo):
 @pytest.mark.parametrize("size", [(1, 1), (1, 150), (15, 400), (7, 9)])
 def test_small_pictures_have_facts_too(size):
     rgb, row = describe_image(encode(Image.new("RGB", size, "teal"), "PNG"))
-    assert rgb.size == size and row["facts"]["blockiness"] == 1 and (row["thumb"] == row["thumb"][0]).all()
+    assert (
+        rgb.size == size
+        and row["facts"]["blockiness"] == 1
+        and (row["thumb"] == row["thumb"][0]).all()
+    )
 
 
 # Set, it names a folder of files as people have them; each is read, or refused with one line.
 if os.environ.get("FORMATS_DIR"):
     ODD_FILES = sorted(path for path in Path(os.environ["FORMATS_DIR"]).iterdir() if path.is_file())
 
-    @pytest.mark.filterwarnings("ignore")  # Pillow warns of oddities in some; users are not shown that
+    @pytest.mark.filterwarnings(
+        "ignore"
+    )  # Pillow warns of oddities in some; users are not shown that
     @pytest.mark.parametrize("path", ODD_FILES, ids=lambda path: path.name)
     def test_a_file_as_people_have_them_is_read_or_refused_with_one_line(path):
         try:
@@ -134,17 +175,25 @@ if os.environ.get("FORMATS_DIR"):
 
 # ---- blockiness ----
 
+
 def test_a_coarse_jpeg_shows_blocks_and_a_photograph_that_never_was_one_does_not(pictures):
     for name in ("astronaut.png", "coffee.png", "chelsea.png"):
-        found = [blockiness(decoding.decode_image(data)) for data in
-                 (encode(pictures[name], "PNG"), *(jpeg(pictures[name], quality) for quality in (90, 50, 15)))]
+        found = [
+            blockiness(decoding.decode_image(data))
+            for data in (
+                encode(pictures[name], "PNG"),
+                *(jpeg(pictures[name], quality) for quality in (90, 50, 15)),
+            )
+        ]
         assert found[0] == pytest.approx(1, abs=0.04)
         assert found[0] - 0.02 < found[1] < found[2] < found[3] and found[3] > 1.25
 
 
 def test_blocks_outlive_a_png(photo):
     image = decoding.decode_image(jpeg(photo, 30))
-    assert describe_image(encode(image, "PNG"))[1]["facts"]["blockiness"] == pytest.approx(blockiness(image))
+    assert describe_image(encode(image, "PNG"))[1]["facts"]["blockiness"] == pytest.approx(
+        blockiness(image)
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -161,14 +210,23 @@ def test_the_middle_of_a_large_picture_is_looked_at_on_the_grid_of_its_blocks(pi
 
 # ---- density ----
 
+
 def test_density_is_what_the_picture_costs_whatever_its_file_does(photo):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (203, 301, 3)).astype(np.uint8))
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (203, 301, 3)).astype(np.uint8)
+    )
     flat = Image.new("RGB", (301, 203), "teal")
     assert density(flat) < 0.05 < density(photo) < 0.7 < density(noise)
     assert density(photo) == pytest.approx(len(jpeg(photo)) / (photo.width * photo.height))
-    facts = [describe_image(data)[1]["facts"] for data in (encode(photo, "PNG"), encode(photo, "BMP"), jpeg(photo, 60))]
+    facts = [
+        describe_image(data)[1]["facts"]
+        for data in (encode(photo, "PNG"), encode(photo, "BMP"), jpeg(photo, 60))
+    ]
     assert facts[0]["density"] == facts[1]["density"] == pytest.approx(density(photo))
-    assert facts[2]["density"] == pytest.approx(density(photo), rel=0.25) and facts[2]["bytes"] < 0.6 * facts[0]["bytes"]
+    assert (
+        facts[2]["density"] == pytest.approx(density(photo), rel=0.25)
+        and facts[2]["bytes"] < 0.6 * facts[0]["bytes"]
+    )
 
 
 def test_the_density_of_a_large_picture_is_that_of_its_middle(pictures):
@@ -180,6 +238,7 @@ def test_the_density_of_a_large_picture_is_that_of_its_middle(pictures):
 
 # ---- twins ----
 
+
 def described(*files):
     """File bytes -> (thumb, sha256) of all of them."""
     made = [describe_image(data)[1] for data in files]
@@ -188,11 +247,14 @@ def described(*files):
 
 COPIES = {
     "byte for byte": lambda p: encode(p, "PNG"),
-    "re-saved as JPEG": lambda p: jpeg(p, 90), "re-saved coarsely": lambda p: jpeg(p, 30),
-    "re-saved as WebP": lambda p: encode(p, "WEBP", quality=60), "re-saved as AVIF": lambda p: encode(p, "AVIF", quality=60),
+    "re-saved as JPEG": lambda p: jpeg(p, 90),
+    "re-saved coarsely": lambda p: jpeg(p, 30),
+    "re-saved as WebP": lambda p: encode(p, "WEBP", quality=60),
+    "re-saved as AVIF": lambda p: encode(p, "AVIF", quality=60),
     "half the size": lambda p: jpeg(p.resize((p.width // 2, p.height // 2))),
     "a messenger's size": lambda p: jpeg(p.resize((160, 160 * p.height // p.width)), 50),
-    "another shape": lambda p: jpeg(p.resize((300, 300))), "grey": lambda p: jpeg(p.convert("L")),
+    "another shape": lambda p: jpeg(p.resize((300, 300))),
+    "grey": lambda p: jpeg(p.convert("L")),
     "a border cut off": lambda p: jpeg(p.crop((4, 4, p.width - 4, p.height - 4))),
     "turned by EXIF": lambda p: rotated(p.transpose(Image.Transpose.ROTATE_180), "JPEG", 3),
 }
@@ -206,10 +268,22 @@ def test_copies_of_a_photograph_are_twins(pictures, copy):
 
 
 def test_different_photographs_are_no_twins(pictures):
-    pieces = [p.crop((x * p.width // 2, y * p.height // 2, (x + 1) * p.width // 2, (y + 1) * p.height // 2))
-              for p in pictures.values() for x in (0, 1) for y in (0, 1)]
-    turned = [p.transpose(turn) for p in pictures.values() for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180)]
-    cluster = twin_clusters(*described(*(jpeg(image) for image in [*pictures.values(), *pieces, *turned])))
+    pieces = [
+        p.crop(
+            (x * p.width // 2, y * p.height // 2, (x + 1) * p.width // 2, (y + 1) * p.height // 2)
+        )
+        for p in pictures.values()
+        for x in (0, 1)
+        for y in (0, 1)
+    ]
+    turned = [
+        p.transpose(turn)
+        for p in pictures.values()
+        for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180)
+    ]
+    cluster = twin_clusters(
+        *described(*(jpeg(image) for image in [*pictures.values(), *pieces, *turned]))
+    )
     assert len(set(cluster)) == 8 + 32 + 16
 
 
@@ -224,8 +298,15 @@ def test_crops_side_by_side_are_twins_only_if_nearly_the_same(pictures, shift, t
 
 def test_copies_of_copies_end_up_in_one_cluster(pictures):
     astronaut, coffee = pictures["astronaut.png"], pictures["coffee.png"]
-    cluster = twin_clusters(*described(encode(astronaut, "PNG"), jpeg(coffee), jpeg(astronaut, 40), jpeg(coffee),
-                                       encode(astronaut, "PNG")))
+    cluster = twin_clusters(
+        *described(
+            encode(astronaut, "PNG"),
+            jpeg(coffee),
+            jpeg(astronaut, 40),
+            jpeg(coffee),
+            encode(astronaut, "PNG"),
+        )
+    )
     assert cluster[0] == cluster[2] == cluster[4] != cluster[1] == cluster[3]
     assert set(cluster) == {0, 1}
 
@@ -238,12 +319,20 @@ def test_no_pairs_among_too_few(n):
 def test_pairs_do_not_depend_on_the_order():
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (30, 64))
-    thumb = np.concatenate([pictures, pictures + rng.integers(-4, 5, pictures.shape)]).clip(0, 255).astype(np.uint8)
+    thumb = (
+        np.concatenate([pictures, pictures + rng.integers(-4, 5, pictures.shape)])
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
     order = rng.permutation(60)
     pairs, permuted = near_pairs(thumb), order[near_pairs(thumb[order])]
     assert (pairs[:, 0] < pairs[:, 1]).all() and len(pairs) == 30
     expected = {frozenset((i, i + 30)) for i in range(30)}
-    assert {frozenset(p) for p in pairs.tolist()} == {frozenset(p) for p in permuted.tolist()} == expected
+    assert (
+        {frozenset(p) for p in pairs.tolist()}
+        == {frozenset(p) for p in permuted.tolist()}
+        == expected
+    )
 
 
 @pytest.mark.parametrize("block", [1, 7, 60, 1000])
@@ -286,23 +375,39 @@ def test_of_no_pictures_there_are_no_clusters():
 
 # ---- groups ----
 
+
 def grouped(labels, sources, sha256=None):
     """-> (groups, words) of pictures that are all different, but for equal hashes."""
     n, rng = len(labels), np.random.default_rng(0)
     sha256 = np.arange(n).astype(str) if sha256 is None else np.array(sha256)
-    return make_groups({"labels": np.array(labels), "sources": np.array(sources), "sha256": sha256,
-                        "thumb": rng.integers(0, 256, (n, 64)).astype(np.uint8)})
+    return make_groups(
+        {
+            "labels": np.array(labels),
+            "sources": np.array(sources),
+            "sha256": sha256,
+            "thumb": rng.integers(0, 256, (n, 64)).astype(np.uint8),
+        }
+    )
 
 
 def same_partition(groups, names):
     return len(set(zip(groups.tolist(), names))) == len(set(groups.tolist())) == len(set(names))
 
 
-@pytest.mark.parametrize("reals, fakes, by_source", [
-    (MIN_OF_CLASS, MIN_SOURCES - MIN_OF_CLASS, True), (MIN_OF_CLASS, MIN_SOURCES - MIN_OF_CLASS - 1, False),
-    (MIN_OF_CLASS - 1, MIN_SOURCES, False), (MIN_SOURCES, MIN_OF_CLASS - 1, False)])
+@pytest.mark.parametrize(
+    "reals, fakes, by_source",
+    [
+        (MIN_OF_CLASS, MIN_SOURCES - MIN_OF_CLASS, True),
+        (MIN_OF_CLASS, MIN_SOURCES - MIN_OF_CLASS - 1, False),
+        (MIN_OF_CLASS - 1, MIN_SOURCES, False),
+        (MIN_SOURCES, MIN_OF_CLASS - 1, False),
+    ],
+)
 def test_sources_are_groups_where_each_class_has_enough_of_them(reals, fakes, by_source):
-    labels, sources = np.repeat([0, 1], [3 * reals, 3 * fakes]), np.repeat([f"s{i}" for i in range(reals + fakes)], 3)
+    labels, sources = (
+        np.repeat([0, 1], [3 * reals, 3 * fakes]),
+        np.repeat([f"s{i}" for i in range(reals + fakes)], 3),
+    )
     groups, words = grouped(labels, sources)
     assert words == ("sources" if by_source else "near-identical images")
     assert same_partition(groups, sources.tolist() if by_source else list(range(len(labels))))
@@ -311,7 +416,9 @@ def test_sources_are_groups_where_each_class_has_enough_of_them(reals, fakes, by
 @pytest.mark.parametrize("number", [MIN_SOURCES - 1, MIN_SOURCES])
 def test_fewer_sources_of_both_classes_are_no_groups(number):
     sources = np.tile([f"s{i}" for i in range(number)], 4)
-    assert grouped(np.repeat([0, 1], 2 * number), sources)[1] == ("sources" if number == MIN_SOURCES else "near-identical images")
+    assert grouped(np.repeat([0, 1], 2 * number), sources)[1] == (
+        "sources" if number == MIN_SOURCES else "near-identical images"
+    )
 
 
 def test_sources_that_share_a_picture_are_one_group_and_images_without_a_source_stand_alone():

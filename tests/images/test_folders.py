@@ -1,4 +1,5 @@
 """Every file below a folder is encoded, counted as bad, or named: nothing disappears."""
+
 import os
 import socket
 
@@ -27,14 +28,26 @@ def data(make_folder, tmp_path):
 @pytest.fixture
 def extract(script, data):
     """Function: flags -> extract_features.py on `data`, as a process."""
+
     def run(*flags, **how):
-        return script("extract_features.py", "--data_dir", data, *flags, CLIP_MODEL=str(small.CHECKPOINT), **how)
+        return script(
+            "extract_features.py",
+            "--data_dir",
+            data,
+            *flags,
+            CLIP_MODEL=str(small.CHECKPOINT),
+            **how,
+        )
+
     return run
 
 
 # ---- folders whose name is no label ----
 
-@pytest.mark.parametrize("name", ["AI-generated", "AI Generated", "ai_generated", "0-real", "Photos"])
+
+@pytest.mark.parametrize(
+    "name", ["AI-generated", "AI Generated", "ai_generated", "0-real", "Photos"]
+)
 def test_hyphens_and_spaces_in_a_label_count_as_underscores(name):
     assert describe(f"train/{name}/1.png").label >= 0
 
@@ -47,8 +60,16 @@ def test_a_folder_that_is_no_label_is_named_with_its_number_of_files(extract, da
     assert "ignored 3 files in 1 folders" in result.stdout
 
 
-@pytest.mark.parametrize("name, label", [("fakes", "fake"), ("Real images", "real"), ("AIgenerated", "ai_generated"),
-                                         ("photograph", "photo"), ("1-fakes", "1_fake")])
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("fakes", "fake"),
+        ("Real images", "real"),
+        ("AIgenerated", "ai_generated"),
+        ("photograph", "photo"),
+        ("1-fakes", "1_fake"),
+    ],
+)
 def test_a_name_close_to_a_label_is_asked_about(name, label, data, capsys):
     (data / name).mkdir()
     (data / name / "1.jpg").touch()
@@ -66,7 +87,9 @@ def test_a_name_like_no_label_is_not_asked_about(name, data, capsys):
 
 def test_with_one_class_missing_the_ignored_folders_are_in_the_error(extract, data):
     (data / "train/fake").rename(data / "train/midjourney")
-    assert_one_line_error(extract(), "only one class", "'real'", "train/midjourney (2 files)", "accepted: ")
+    assert_one_line_error(
+        extract(), "only one class", "'real'", "train/midjourney (2 files)", "accepted: "
+    )
 
 
 def test_strict_ends_with_1_where_a_folder_is_ignored(extract, data, make_folder, tmp_path):
@@ -86,9 +109,22 @@ def test_a_file_beside_the_label_folders_is_named(data, capsys):
 
 # ---- splits ----
 
-@pytest.mark.parametrize("name, split", [
-    ("valid", "val"), ("Validation", "val"), ("val_set", "val"), ("dev", "val"), ("training", "train"), ("Train-Set", "train"),
-    ("training_data", "train"), ("Testing", "test"), ("testset", "test"), ("test images", "test")])
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("valid", "val"),
+        ("Validation", "val"),
+        ("val_set", "val"),
+        ("dev", "val"),
+        ("training", "train"),
+        ("Train-Set", "train"),
+        ("training_data", "train"),
+        ("Testing", "test"),
+        ("testset", "test"),
+        ("test images", "test"),
+    ],
+)
 def test_usual_spellings_of_a_split_are_that_split(name, split):
     assert describe(f"{name}/real/a/1.png")[2:] == (split, "a")
 
@@ -107,13 +143,16 @@ def test_a_folder_close_to_a_split_is_named_with_the_flag(data, capsys):
 
 # ---- what cannot be read ----
 
+
 def test_an_unreadable_folder_is_named_and_ends_with_1(extract, data, make_folder):
     make_folder(data, {"train/real/closed": 2})
     (data / "train/real/closed").chmod(0)
     result = extract(first=without_root)
     (data / "train/real/closed").chmod(0o755)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert f"cannot be read: the folder {data}/train/real/closed (Permission denied)" in result.stderr
+    assert (
+        f"cannot be read: the folder {data}/train/real/closed (Permission denied)" in result.stderr
+    )
     assert "4 images" in result.stdout and "1 folders could not be read" in result.stdout
 
 
@@ -130,9 +169,14 @@ def test_a_folder_that_vanishes_while_it_is_listed_is_no_matter_of_permissions(d
     assert "train/real/a (No such file or directory); look whether" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command, flag", [
-    ("audit.py", "--data_dir"), ("extract_features.py", "--data_dir"),
-    ("classify.py", "--image_path")])
+@pytest.mark.parametrize(
+    "command, flag",
+    [
+        ("audit.py", "--data_dir"),
+        ("extract_features.py", "--data_dir"),
+        ("classify.py", "--image_path"),
+    ],
+)
 def test_an_empty_name_is_no_folder(script, command, flag):
     """As of a variable that was never set."""
     assert_one_line_error(script(command, flag, ""), flag, "no such f")
@@ -146,7 +190,9 @@ def test_where_nothing_can_be_read_it_ends_with_2(extract, data):
 
 
 @pytest.mark.parametrize("closed", ["train/real/a", "train/real/a/000.jpg"])
-def test_rows_of_files_that_cannot_be_looked_at_are_never_gone(extract, data, make_folder, tmp_path, closed):
+def test_rows_of_files_that_cannot_be_looked_at_are_never_gone(
+    extract, data, make_folder, tmp_path, closed
+):
     make_folder(data, {"train/real/a": 1})
     assert extract().returncode == 0
     (data / closed).chmod(0)
@@ -159,7 +205,10 @@ def test_rows_of_files_that_cannot_be_looked_at_are_never_gone(extract, data, ma
 
 # ---- what is no picture of the user's ----
 
-@pytest.mark.parametrize("name", ["@eaDir", ".thumbnails", "_thumbs", ".picasaoriginals", "__MACOSX", "$RECYCLE.BIN"])
+
+@pytest.mark.parametrize(
+    "name", ["@eaDir", ".thumbnails", "_thumbs", ".picasaoriginals", "__MACOSX", "$RECYCLE.BIN"]
+)
 def test_thumbnails_and_thrown_away_files_are_left_out_and_counted(name, data, make_folder, capsys):
     make_folder(data, {f"train/real/{name}": 2})
     assert len(list_images(data)) == 4
@@ -191,7 +240,9 @@ def test_pipes_and_sockets_are_never_opened_and_are_counted(extract, script, dat
 
 def test_a_device_is_special(tmp_path):
     with os.scandir("/dev") as entries:
-        assert {kind_of(entry) for entry in entries if entry.name in ("null", "zero")} == {"special"}
+        assert {kind_of(entry) for entry in entries if entry.name in ("null", "zero")} == {
+            "special"
+        }
 
 
 def test_a_link_that_leads_nowhere_counts_as_a_bad_image(extract, data):
@@ -214,10 +265,13 @@ def test_a_folder_that_a_link_leads_to_keeps_the_label_of_its_own_place(data, ma
 
 # ---- files that are meant to be images ----
 
+
 @pytest.mark.parametrize("name", ["lfs-pointer.jpg", "announces.heic", "announces.jxl", "a.nef"])
 def test_what_is_meant_to_be_an_image_counts_as_bad(extract, data, name):
     assert os.path.splitext(name)[1] in EXTENSIONS
-    (data / "train/real" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (data / "train/real" / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
     assert_one_line_error(extract(), "1 of 5 images cannot be read", "--max_bad_fraction")
 
 

@@ -1,4 +1,5 @@
 """The model file: numpy scores as scikit-learn does, what is saved comes back, and nothing planted in it ever runs."""
+
 import io
 import pickle
 import subprocess
@@ -23,10 +24,15 @@ from detector.model.threshold import verdict
 from detector.training.classifiers import balanced_weights, fit, svc
 
 # Of each kind: a point of its grid, and the estimator that it stands for on `dim` features.
-KINDS = {"svm": ({"C": 3, "gamma": 0.3}, lambda dim: svc()(C=3, gamma=0.3 / dim)),
-         "linear-svm": ({"C": 0.1}, lambda dim: LinearSVC(C=0.1, dual="auto", max_iter=5000, random_state=0)),
-         "logistic": ({"C": 0.1}, lambda dim: LogisticRegression(C=0.1, max_iter=2000)),
-         "mlp": ({"alpha": 1}, lambda dim: MLPClassifier((64,), alpha=1, max_iter=40, random_state=0))}
+KINDS = {
+    "svm": ({"C": 3, "gamma": 0.3}, lambda dim: svc()(C=3, gamma=0.3 / dim)),
+    "linear-svm": (
+        {"C": 0.1},
+        lambda dim: LinearSVC(C=0.1, dual="auto", max_iter=5000, random_state=0),
+    ),
+    "logistic": ({"C": 0.1}, lambda dim: LogisticRegression(C=0.1, max_iter=2000)),
+    "mlp": ({"alpha": 1}, lambda dim: MLPClassifier((64,), alpha=1, max_iter=40, random_state=0)),
+}
 WHATEVER_KIND = set().union(*CLASSIFIERS.values())
 
 
@@ -43,17 +49,26 @@ def of_kind(model):
     common_part = {name: value for name, value in model.items() if name not in WHATEVER_KIND}
 
     def make(kind):
-        return common_part | fit(kind, columns["features"], labels, balanced_weights(labels), 0, **KINDS[kind][0])
+        return common_part | fit(
+            kind, columns["features"], labels, balanced_weights(labels), 0, **KINDS[kind][0]
+        )
+
     return make
 
 
 @pytest.fixture
 def saved(model, tmp_path):
     """Function: the model, or another, with these fields changed (None: left out) -> file, written past every check."""
+
     def save(model=model, **changes):
         path = tmp_path / "model.joblib"
-        path.write_bytes(pickle.dumps({k: v for k, v in {**model, **changes}.items() if v is not None}, protocol=5))
+        path.write_bytes(
+            pickle.dumps(
+                {k: v for k, v in {**model, **changes}.items() if v is not None}, protocol=5
+            )
+        )
         return path
+
     return save
 
 
@@ -62,16 +77,23 @@ def refusal(path):
     with pytest.raises(ModelError) as caught:
         load_model(path)
     message = str(caught.value)
-    assert str(path) in message and "train it again with train_model.py" in message and len(message.splitlines()) == 1
+    assert (
+        str(path) in message
+        and "train it again with train_model.py" in message
+        and len(message.splitlines()) == 1
+    )
     return message
 
 
 # ---- the same numbers as scikit-learn ----
 
+
 def far_off_centre():
     """Means twenty deviations from 0: what float32 forgives least."""
     columns = make_columns(gap=1.0, dim=20)
-    columns["features"] = columns["features"] * np.float32(0.3) + np.linspace(-6, 6, 20, dtype=np.float32)
+    columns["features"] = columns["features"] * np.float32(0.3) + np.linspace(
+        -6, 6, 20, dtype=np.float32
+    )
     return columns
 
 
@@ -81,8 +103,13 @@ def shipped_features():
     return {name: column[rows] for name, column in columns.items() if name != "meta"}
 
 
-DATA = {"separable": make_columns, "noise": lambda: make_columns(gap=0), "1 to 5": lambda: make_columns(real=40, fake=200, gap=1),
-        "far off centre": far_off_centre, "the shipped features": shipped_features}
+DATA = {
+    "separable": make_columns,
+    "noise": lambda: make_columns(gap=0),
+    "1 to 5": lambda: make_columns(real=40, fake=200, gap=1),
+    "far off centre": far_off_centre,
+    "the shipped features": shipped_features,
+}
 
 
 def raw_scores(pipeline, rows):
@@ -94,7 +121,9 @@ def raw_scores(pipeline, rows):
     return pipeline.predict_proba(rows)[:, 1]
 
 
-@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")  # so many rounds and no more, as the recipe has it
+@pytest.mark.filterwarnings(
+    "ignore:Stochastic Optimizer"
+)  # so many rounds and no more, as the recipe has it
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("data", DATA.values(), ids=DATA)
 def test_numpy_gives_the_decision_values_of_the_fitted_pipeline(data, kind):
@@ -106,7 +135,10 @@ def test_numpy_gives_the_decision_values_of_the_fitted_pipeline(data, kind):
     pipeline.fit(features, labels, **{f"{pipeline.steps[-1][0]}__sample_weight": weight})
     new = features + np.float32(0.1)  # rows that it was not fitted on
     for rows in (features, new, new[:1]):
-        ours, theirs = decision(model, rows), raw_scores(pipeline, rows.astype(float))  # in float32 it is the less exact of the two
+        ours, theirs = (
+            decision(model, rows),
+            raw_scores(pipeline, rows.astype(float)),
+        )  # in float32 it is the less exact of the two
         np.testing.assert_allclose(ours, theirs, atol=2e-5 if kind == "svm" else 1e-4, rtol=0)
     assert np.ptp(decision(model, features)) > 0.1  # values to agree on
 
@@ -116,21 +148,37 @@ def test_a_probability_rises_with_the_score_and_never_overflows(model):
     assert (np.diff(p) >= 0).all() and p[0] == 0 and p[-1] == 1
 
 
-@pytest.mark.parametrize("p_fake, threshold, expected", [
-    (0.9, 0.5, ("fake", 0.9)), (0.1, 0.5, ("real", 0.9)), (0.5, 0.5, ("fake", 0.5)), (0.49996, 0.5, ("real", 0.5)),
-    (0.4, 0.3, ("fake", 0.4)), (0.6, 0.7, ("real", 0.4)), (1.0, 0.5, ("fake", 1.0)), (1 / 3, 0.5, ("real", 0.6667)),
-])
-def test_a_verdict_is_the_class_and_its_own_probability_to_four_places(model, p_fake, threshold, expected):
+@pytest.mark.parametrize(
+    "p_fake, threshold, expected",
+    [
+        (0.9, 0.5, ("fake", 0.9)),
+        (0.1, 0.5, ("real", 0.9)),
+        (0.5, 0.5, ("fake", 0.5)),
+        (0.49996, 0.5, ("real", 0.5)),
+        (0.4, 0.3, ("fake", 0.4)),
+        (0.6, 0.7, ("real", 0.4)),
+        (1.0, 0.5, ("fake", 1.0)),
+        (1 / 3, 0.5, ("real", 0.6667)),
+    ],
+)
+def test_a_verdict_is_the_class_and_its_own_probability_to_four_places(
+    model, p_fake, threshold, expected
+):
     assert verdict({**model, "threshold": threshold}, np.float64(p_fake)) == expected
     assert [type(v) for v in verdict(model, np.float64(p_fake))] == [str, float]
 
 
 # ---- the file ----
 
+
 def equal(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return np.array_equal(a, b) and type(a) is type(b) and getattr(a, "dtype", None) == getattr(b, "dtype", None)
+    return (
+        np.array_equal(a, b)
+        and type(a) is type(b)
+        and getattr(a, "dtype", None) == getattr(b, "dtype", None)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,14 +204,19 @@ def test_a_model_that_would_not_load_is_not_saved(model, tmp_path):
 
 
 def test_classifying_imports_no_sklearn_no_torch_no_joblib():
-    code = ("import sys, numpy as np; from detector.model import file, score, threshold; m = file.load_model(sys.argv[1]);"
-            "p = score.probability(m, score.decision(m, np.zeros((2, len(m['center'])), np.float32)));"
-            "threshold.verdict(m, p[0]); print(*sys.modules)")
-    result = subprocess.run([sys.executable, "-c", code, BASELINE], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import sys, numpy as np; from detector.model import file, score, threshold; m ="
+        " file.load_model(sys.argv[1]);p = score.probability(m, score.decision(m, np.zeros((2,"
+        " len(m['center'])), np.float32)));threshold.verdict(m, p[0]); print(*sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, BASELINE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert not {"sklearn", "torch", "joblib", "scipy", "openvino"} & set(result.stdout.split())
 
 
 # ---- refusals ----
+
 
 def in_a_field(model, bomb):
     return {**model, "versions": {**model["versions"], "note": ["deep", {"in": (1, bomb)}]}}
@@ -173,9 +226,13 @@ def in_an_object_array(model, bomb):
     return {**model, "center": np.array([bomb, 1.0], dtype=object)}
 
 
-PLANTS = {"alone": lambda model, bomb: bomb, "beside the fields": lambda model, bomb: {**model, "more": bomb},
-          "deep in a field": in_a_field, "in an object array": in_an_object_array,
-          "as a key": lambda model, bomb: {**model, "metrics": {(bomb,): 1}}}
+PLANTS = {
+    "alone": lambda model, bomb: bomb,
+    "beside the fields": lambda model, bomb: {**model, "more": bomb},
+    "deep in a field": in_a_field,
+    "in an object array": in_an_object_array,
+    "as a key": lambda model, bomb: {**model, "metrics": {(bomb,): 1}},
+}
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
@@ -185,7 +242,7 @@ def test_a_planted_pickle_is_refused_and_never_runs(model, tmp_path, plant, prot
     data = pickle.dumps(plant(model, bomb), protocol=protocol)
     try:
         pickle.loads(data)  # the payload is a live one
-    except TypeError:       # and what it leaves behind, None, may not fit where it stood
+    except TypeError:  # and what it leaves behind, None, may not fit where it stood
         pass
     assert marker.exists()
     marker.rmdir()
@@ -195,8 +252,11 @@ def test_a_planted_pickle_is_refused_and_never_runs(model, tmp_path, plant, prot
 
 
 @pytest.mark.parametrize("compress", [0, 3], ids=["plain", "compressed"])
-@pytest.mark.parametrize("plant", [PLANTS["alone"], PLANTS["beside the fields"], in_an_object_array],
-                         ids=["alone", "beside the fields", "in an object array"])
+@pytest.mark.parametrize(
+    "plant",
+    [PLANTS["alone"], PLANTS["beside the fields"], in_an_object_array],
+    ids=["alone", "beside the fields", "in an object array"],
+)
 def test_a_file_planted_through_joblib_is_refused_and_never_runs(model, tmp_path, plant, compress):
     marker, path = tmp_path / "ran", tmp_path / "model.joblib"
     joblib.dump(plant(model, Planted(marker)), path, compress=compress)
@@ -204,21 +264,41 @@ def test_a_file_planted_through_joblib_is_refused_and_never_runs(model, tmp_path
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["builtins\neval", "builtins\nexec", "numpy\nload", "numpy._core.multiarray\n_reconstruct",
-                                  "os\nsystem", "model\nload_model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "builtins\neval",
+        "builtins\nexec",
+        "numpy\nload",
+        "numpy._core.multiarray\n_reconstruct",
+        "os\nsystem",
+        "model\nload_model",
+    ],
+)
 def test_no_name_but_the_two_of_an_array_is_looked_up(tmp_path, name):
     (tmp_path / "model.joblib").write_bytes(b"c" + name.encode() + b"\n(S'1'\ntR.")
     assert repr(name.replace("\n", ".")) in refusal(tmp_path / "model.joblib")
 
 
 def test_a_planted_name_cannot_break_the_error_into_two_lines(tmp_path):
-    stack_global = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(s)]) + s for s in (b"os\nerror: all is well", b"system")) + b"\x93."
+    stack_global = (
+        b"\x80\x04"
+        + b"".join(b"\x8c" + bytes([len(s)]) + s for s in (b"os\nerror: all is well", b"system"))
+        + b"\x93."
+    )
     (tmp_path / "model.joblib").write_bytes(stack_global)
     refusal(tmp_path / "model.joblib")
 
 
-JUNK = {"empty": b"", "text": b"not a model\n", "a picture": b"\x89PNG\r\n\x1a\n" + bytes(100), "a list": pickle.dumps([1, 2]),
-        "an empty dict": pickle.dumps({}), "a number": pickle.dumps(1), "zeros": bytes(1000)}
+JUNK = {
+    "empty": b"",
+    "text": b"not a model\n",
+    "a picture": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "a list": pickle.dumps([1, 2]),
+    "an empty dict": pickle.dumps({}),
+    "a number": pickle.dumps(1),
+    "zeros": bytes(1000),
+}
 
 
 @pytest.mark.parametrize("data", JUNK.values(), ids=JUNK)
@@ -239,11 +319,18 @@ def estimator(compress):
     return buffer.getvalue()
 
 
-OTHER_FILES = {"text": (b"hello\n", "it is text"), "a page": (b"<html>404</html>", "it is text"), "empty": (b"", "it is empty"),
-               "an npz": (npz(), "zip archive, as .npz"), "an estimator": (estimator(0), "sklearn.svm._classes.LinearSVC"),
-               "a compressed estimator": (estimator(3), "of another kind"), "a truncated model": (BASELINE.read_bytes()[:-100], "cut off"),
-               "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-               "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "of another kind"), "a list": (pickle.dumps([1]), "something else")}
+OTHER_FILES = {
+    "text": (b"hello\n", "it is text"),
+    "a page": (b"<html>404</html>", "it is text"),
+    "empty": (b"", "it is empty"),
+    "an npz": (npz(), "zip archive, as .npz"),
+    "an estimator": (estimator(0), "sklearn.svm._classes.LinearSVC"),
+    "a compressed estimator": (estimator(3), "of another kind"),
+    "a truncated model": (BASELINE.read_bytes()[:-100], "cut off"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "of another kind"),
+    "a list": (pickle.dumps([1]), "something else"),
+}
 
 
 @pytest.mark.parametrize("data, words", OTHER_FILES.values(), ids=OTHER_FILES)
@@ -251,11 +338,15 @@ def test_what_it_is_instead_is_told_in_plain_words(tmp_path, data, words):
     (tmp_path / "model.joblib").write_bytes(data)
     message = refusal(tmp_path / "model.joblib")
     assert "is not a model file: " in message and words in message
-    assert "Error" not in message.replace(str(tmp_path), "") and "pickle" not in message.replace(str(tmp_path), "")
+    assert "Error" not in message.replace(str(tmp_path), "") and "pickle" not in message.replace(
+        str(tmp_path), ""
+    )
 
 
 def test_a_folder_is_told_as_a_folder(tmp_path):
-    with pytest.raises(ModelError, match="is not a model file: it is a folder; name a file from train_model.py"):
+    with pytest.raises(
+        ModelError, match="is not a model file: it is a folder; name a file from train_model.py"
+    ):
         load_model(tmp_path)
 
 
@@ -263,7 +354,7 @@ def test_a_folder_is_told_as_a_folder(tmp_path):
 def test_a_truncated_file_is_refused(saved, kept):
     path = saved()
     data = path.read_bytes()
-    path.write_bytes(data[:int(kept * len(data))])
+    path.write_bytes(data[: int(kept * len(data))])
     refusal(path)
 
 
@@ -283,11 +374,21 @@ def test_an_unknown_kind_of_classifier_is_refused_with_those_that_are_known(save
     assert f"its classifier is {kind!r}" in message and "svm, linear-svm, logistic, mlp" in message
 
 
-OF_KIND = [(kind, name) for kind in KINDS for name in {**(FIELDS if kind == "svm" else {}), **CLASSIFIERS[kind]}]
-ARRAYS = [(kind, name) for kind, name in OF_KIND if isinstance({**FIELDS, **CLASSIFIERS[kind]}[name], tuple)]
+OF_KIND = [
+    (kind, name)
+    for kind in KINDS
+    for name in {**(FIELDS if kind == "svm" else {}), **CLASSIFIERS[kind]}
+]
+ARRAYS = [
+    (kind, name)
+    for kind, name in OF_KIND
+    if isinstance({**FIELDS, **CLASSIFIERS[kind]}[name], tuple)
+]
 
 
-@pytest.mark.parametrize("kind, field", [pair for pair in OF_KIND if pair[1] not in ("format", "classifier")])
+@pytest.mark.parametrize(
+    "kind, field", [pair for pair in OF_KIND if pair[1] not in ("format", "classifier")]
+)
 def test_a_missing_field_is_named(of_kind, saved, kind, field):
     assert f"'{field}'" in refusal(saved(of_kind(kind), **{field: None}))
 
@@ -301,9 +402,21 @@ def test_an_array_with_a_nan_is_refused_by_name(of_kind, saved, kind, field, val
     assert f"'{field}'" in refusal(saved(model, **{field: array}))
 
 
-@pytest.mark.parametrize("changes", [{"gamma": float("nan")}, {"intercept": float("inf")}, {"threshold": "0.5"}, {"gamma": 1},
-                                     {"center": [0.0] * 6}, {"dual_coef": np.zeros((3, 1))}, {"scale": np.ones(6, int)},
-                                     {"encoder": "mine"}, {"threshold_rule": "0.5"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gamma": float("nan")},
+        {"intercept": float("inf")},
+        {"threshold": "0.5"},
+        {"gamma": 1},
+        {"center": [0.0] * 6},
+        {"dual_coef": np.zeros((3, 1))},
+        {"scale": np.ones(6, int)},
+        {"encoder": "mine"},
+        {"threshold_rule": "0.5"},
+    ],
+    ids=str,
+)
 def test_a_field_of_another_kind_is_named(saved, changes):
     assert f"'{next(iter(changes))}'" in refusal(saved(**changes))
 
@@ -339,8 +452,17 @@ def test_a_notice_is_kept_and_a_model_needs_none(saved):
     assert "notice" not in load_model(saved())
 
 
-@pytest.mark.parametrize("encoder", [{}, {"name": "mine"}, {"identity": "ab"}, {"name": "mine", "identity": 5},
-                                     {"name": "mine", "identity": "ab"}], ids=str)
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {},
+        {"name": "mine"},
+        {"identity": "ab"},
+        {"name": "mine", "identity": 5},
+        {"name": "mine", "identity": "ab"},
+    ],
+    ids=str,
+)
 def test_a_model_must_say_which_encoder_it_was_trained_on(saved, encoder):
     assert "which encoder" in refusal(saved(encoder=encoder))
 
@@ -360,20 +482,35 @@ def test_a_missing_file_is_the_users_error(tmp_path):
 
 def dtype_with_state(code, state):
     """A pickle that asks for numpy's type `code` and then sets its state, as only a crafted file does."""
+
     class Crafted:
         def __reduce__(self):
             return np.dtype, (code, False, True), state
+
     return Crafted()
 
 
-@pytest.mark.parametrize("code, state", [
-    ("O", (3, "|", None, None, None, -1, -1, 0)),                     # bytes of the file taken for object pointers
-    ("f8", (3, "<", ("<f8", (10**8,)), None, None, 8, 8, 0)),         # an element that claims to be 800 MB
-], ids=["object pointers", "oversized element"])
+@pytest.mark.parametrize(
+    "code, state",
+    [
+        ("O", (3, "|", None, None, None, -1, -1, 0)),  # bytes of the file taken for object pointers
+        (
+            "f8",
+            (3, "<", ("<f8", (10**8,)), None, None, 8, 8, 0),
+        ),  # an element that claims to be 800 MB
+    ],
+    ids=["object pointers", "oversized element"],
+)
 def test_a_type_with_a_state_of_its_own_is_refused_before_memory_is_read(code, state, tmp_path):
     class Array:
         def __reduce__(self):
-            return np._core.numeric._frombuffer, (b"\1" * 64, dtype_with_state(code, state), (8,), "C")
+            return np._core.numeric._frombuffer, (
+                b"\1" * 64,
+                dtype_with_state(code, state),
+                (8,),
+                "C",
+            )
+
     (tmp_path / "model.joblib").write_bytes(pickle.dumps({"format": Array()}, protocol=5))
     with pytest.raises(ModelError, match="refused|not a model file"):
         load_model(tmp_path / "model.joblib")

@@ -1,4 +1,5 @@
 """Signed model files: with MODEL_PUBLIC_KEY nothing is read that the owner of the key did not sign; without it, anything."""
+
 import base64
 import shutil
 import subprocess
@@ -20,7 +21,9 @@ from detector.service.settings import read_settings
 
 
 def private_pem(key, encryption):
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+    )
 
 
 def write_keys(folder, name="key", key=None):
@@ -28,7 +31,11 @@ def write_keys(folder, name="key", key=None):
     key = key or ed25519.Ed25519PrivateKey.generate()
     private, public = folder / f"{name}.pem", folder / f"{name}.public.pem"
     private.write_bytes(private_pem(key, serialization.NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
     return private, public
 
 
@@ -83,13 +90,25 @@ def with_junk(path):
 WRONG = "model.joblib.sig is no signature of it by MODEL_PUBLIC_KEY=.*key.public.pem"
 
 
-@pytest.mark.parametrize("attack, says", [
-    (unsigned, "it is not signed: .*model.joblib.sig cannot be read .No such file"), (another_byte, WRONG), (another_key, WRONG),
-    (another_model_s, WRONG), (cut, WRONG), (junk, WRONG), (with_junk, WRONG)])
+@pytest.mark.parametrize(
+    "attack, says",
+    [
+        (unsigned, "it is not signed: .*model.joblib.sig cannot be read .No such file"),
+        (another_byte, WRONG),
+        (another_key, WRONG),
+        (another_model_s, WRONG),
+        (cut, WRONG),
+        (junk, WRONG),
+        (with_junk, WRONG),
+    ],
+)
 def test_what_the_owner_of_the_key_did_not_sign_is_refused_with_the_remedy(signed, attack, says):
     path, _, public = signed
     attack(path)
-    with pytest.raises(ModelError, match=f"model.joblib is refused: .*{says}.*; sign it with train_model.py --sign, or") as error:
+    with pytest.raises(
+        ModelError,
+        match=f"model.joblib is refused: .*{says}.*; sign it with train_model.py --sign, or",
+    ) as error:
         load_model(path, public)
     assert len(str(error.value).splitlines()) == 1
 
@@ -105,13 +124,24 @@ def test_a_signature_is_of_64_bytes_on_one_line_as_openssl_makes_one(signed):
     path, private, _ = signed
     command = ["openssl", "pkeyutl", "-sign", "-inkey", private, "-rawin", "-in", path]
     made = subprocess.run(command, capture_output=True, check=True).stdout
-    assert len(made) == 64 and signature.signature_path(path).read_bytes() == base64.b64encode(made) + b"\n"
+    assert (
+        len(made) == 64
+        and signature.signature_path(path).read_bytes() == base64.b64encode(made) + b"\n"
+    )
 
 
 def test_without_the_variable_cryptography_is_not_imported():
-    code = "import sys; from detector.model import file; file.load_model(sys.argv[1]); print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code, BASELINE], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "detector.model.signature" in result.stdout.split() and "cryptography" not in result.stdout.split()
+    code = (
+        "import sys; from detector.model import file; file.load_model(sys.argv[1]);"
+        " print(*sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, BASELINE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (
+        "detector.model.signature" in result.stdout.split()
+        and "cryptography" not in result.stdout.split()
+    )
 
 
 def test_an_empty_variable_is_none(signed, monkeypatch):
@@ -121,9 +151,14 @@ def test_an_empty_variable_is_none(signed, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, given", [("public", "MODEL_PUBLIC_KEY"), ("private", "--sign")])
-def test_where_cryptography_is_missing_it_says_how_to_install_it(tmp_path, monkeypatch, kind, given):
+def test_where_cryptography_is_missing_it_says_how_to_install_it(
+    tmp_path, monkeypatch, kind, given
+):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric", None)
-    with pytest.raises(UsageError, match=f"{given} .*key.pem: needs cryptography .*pip install -r requirements-serve.txt"):
+    with pytest.raises(
+        UsageError,
+        match=f"{given} .*key.pem: needs cryptography .*pip install -r requirements-serve.txt",
+    ):
         signature.read_key(tmp_path / "key.pem", given, kind)
 
 
@@ -131,9 +166,14 @@ def test_a_key_that_is_none_of_its_kind_is_named(signed, tmp_path):
     path, private, public = signed
     _, of_rsa = write_keys(tmp_path, "rsa", rsa.generate_private_key(65537, 2048))
     for key in (private, of_rsa, path):
-        with pytest.raises(UsageError, match=f"MODEL_PUBLIC_KEY {key}: is no public Ed25519 key .* openssl"):
+        with pytest.raises(
+            UsageError, match=f"MODEL_PUBLIC_KEY {key}: is no public Ed25519 key .* openssl"
+        ):
             load_model(path, key)
-    with pytest.raises(UsageError, match="MODEL_PUBLIC_KEY .*nowhere.pem: cannot read .*: No such file .*; make one with"):
+    with pytest.raises(
+        UsageError,
+        match="MODEL_PUBLIC_KEY .*nowhere.pem: cannot read .*: No such file .*; make one with",
+    ):
         load_model(path, tmp_path / "nowhere.pem")
 
 
@@ -146,14 +186,20 @@ def test_train_model_signs_and_an_old_signature_does_not_stay(train, quick, tmp_
 
 
 def with_a_password(folder):
-    key, encryption = ed25519.Ed25519PrivateKey.generate(), serialization.BestAvailableEncryption(b"secret")
+    key, encryption = (
+        ed25519.Ed25519PrivateKey.generate(),
+        serialization.BestAvailableEncryption(b"secret"),
+    )
     (folder / "locked.pem").write_bytes(private_pem(key, encryption))
     return folder / "locked.pem"
 
 
-BAD_KEYS = {"public": lambda folder: write_keys(folder)[1], "password": with_a_password,
-            "missing": lambda folder: folder / "nowhere.pem",
-            "RSA": lambda folder: write_keys(folder, "rsa", rsa.generate_private_key(65537, 2048))[0]}
+BAD_KEYS = {
+    "public": lambda folder: write_keys(folder)[1],
+    "password": with_a_password,
+    "missing": lambda folder: folder / "nowhere.pem",
+    "RSA": lambda folder: write_keys(folder, "rsa", rsa.generate_private_key(65537, 2048))[0],
+}
 
 
 @pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
@@ -176,14 +222,17 @@ def test_classify_refuses_an_unsigned_model_in_one_line(script, signed, photos):
     asked = "--image_path", photos["chelsea.png"], "--model_path", path
     assert script("classify.py", *asked, MODEL_PUBLIC_KEY=str(public)).returncode == 0
     unsigned(path)
-    assert_one_line_error(script("classify.py", *asked, MODEL_PUBLIC_KEY=str(public)), "it is not signed")
+    assert_one_line_error(
+        script("classify.py", *asked, MODEL_PUBLIC_KEY=str(public)), "it is not signed"
+    )
     assert script("classify.py", *asked).returncode == 0
 
 
 def test_the_service_refuses_it_too(signed):
     path, _, public = signed
-    settings = read_settings({"MODEL_PATH": str(path), "MODEL_PUBLIC_KEY": str(public),
-                              "ALLOW_DEMO_MODEL": "1"})
+    settings = read_settings(
+        {"MODEL_PATH": str(path), "MODEL_PUBLIC_KEY": str(public), "ALLOW_DEMO_MODEL": "1"}
+    )
     assert read_model(settings)["sha256"] == load_model(path)["sha256"]
     another_byte(path)
     for refuses in (read_model, check):

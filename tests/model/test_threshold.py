@@ -1,4 +1,5 @@
 """The threshold and the band of 'uncertain' answers: what they promise, and who notices when they were moved."""
+
 import numpy as np
 import pytest
 from made_up import build, make_columns
@@ -20,21 +21,28 @@ def overlapping(real, fake, seed, digits=17):
 
 # ---- the threshold ----
 
+
 def test_without_a_rate_the_threshold_is_one_half():
     labels, p_fake = overlapping(50, 50, 0)
     assert choose_threshold(p_fake, labels) == 0.5
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("digits", [17, 2, 1, 0], ids=["no ties", "few ties", "many ties", "zeros and ones"])
+@pytest.mark.parametrize(
+    "digits", [17, 2, 1, 0], ids=["no ties", "few ties", "many ties", "zeros and ones"]
+)
 @pytest.mark.parametrize("max_fpr", [1e-6, 0.005, 0.01, 0.05, 1 / 3, 0.5, 0.9, 0.995, 0.999])
-def test_a_threshold_for_a_rate_never_calls_more_reals_fake_and_no_lower_one_would_do(max_fpr, digits, seed):
+def test_a_threshold_for_a_rate_never_calls_more_reals_fake_and_no_lower_one_would_do(
+    max_fpr, digits, seed
+):
     labels, p_fake = overlapping(200, 30, seed, digits)
     real = p_fake[labels == 0]
     threshold = choose_threshold(p_fake, labels, max_fpr)
     assert (real >= threshold).mean() <= max_fpr
     below = real[real < threshold].max()
-    assert (real >= below).mean() > max_fpr  # the next real that a lower one would call fake is one too many
+    assert (
+        real >= below
+    ).mean() > max_fpr  # the next real that a lower one would call fake is one too many
     above = real[real >= threshold].min(initial=1)
     assert threshold == pytest.approx((below + above) / 2, abs=1e-12)
 
@@ -46,8 +54,11 @@ def test_a_rate_that_the_reals_can_reach_is_reached_to_the_image(allowed):
     assert (p_fake[labels == 0] >= threshold).sum() == allowed
 
 
-@pytest.mark.parametrize("real", [[1.0, 1.0, 0.2], [0.5, np.nextafter(0.5, 1), 0.1], [1 - 2 ** -53, 1.0, 0.3], [0.0, 0.0, 0.0]],
-                         ids=["sure and wrong", "next to each other", "next to one", "all alike"])
+@pytest.mark.parametrize(
+    "real",
+    [[1.0, 1.0, 0.2], [0.5, np.nextafter(0.5, 1), 0.1], [1 - 2**-53, 1.0, 0.3], [0.0, 0.0, 0.0]],
+    ids=["sure and wrong", "next to each other", "next to one", "all alike"],
+)
 @pytest.mark.parametrize("max_fpr", [0.01, 0.34])
 def test_the_rate_holds_where_there_is_no_number_halfway(real, max_fpr):
     p_fake, labels = np.array([*real, 0.9]), np.array([0, 0, 0, 1])
@@ -56,17 +67,28 @@ def test_the_rate_holds_where_there_is_no_number_halfway(real, max_fpr):
 
 def test_fakes_have_no_say_in_the_threshold_for_a_rate():
     labels, p_fake = overlapping(100, 100, 0)
-    assert choose_threshold(p_fake, labels, 0.1) == choose_threshold(p_fake[labels == 0], labels[labels == 0], 0.1)
+    assert choose_threshold(p_fake, labels, 0.1) == choose_threshold(
+        p_fake[labels == 0], labels[labels == 0], 0.1
+    )
 
 
 # ---- the band ----
 
-@pytest.mark.parametrize("real, fake, error", [(49, 99, 0.1), (99, 49, 0.1), (30, 200, 0.12), (60, 20, 0.05)])
+
+@pytest.mark.parametrize(
+    "real, fake, error", [(49, 99, 0.1), (99, 49, 0.1), (30, 200, 0.12), (60, 20, 0.05)]
+)
 def test_the_band_keeps_its_error_on_new_images_like_those_it_was_made_from(real, fake, error):
-    bands = np.array([choose_band(*overlapping(real, fake, seed)[::-1], 0.5, error) for seed in range(1500)])
+    bands = np.array(
+        [choose_band(*overlapping(real, fake, seed)[::-1], 0.5, error) for seed in range(1500)]
+    )
     for n, held in ((real, beta.cdf(bands[:, 1], 2, 4)), (fake, beta.sf(bands[:, 0], 4, 2))):
-        rank = np.ceil((n + 1) * (1 - error))  # of exchangeable images: that many of n + 1, whatever the classes are like
-        assert held.mean() == pytest.approx(rank / (n + 1), abs=4 * held.std() / np.sqrt(len(held)) + 1e-9)
+        rank = np.ceil(
+            (n + 1) * (1 - error)
+        )  # of exchangeable images: that many of n + 1, whatever the classes are like
+        assert held.mean() == pytest.approx(
+            rank / (n + 1), abs=4 * held.std() / np.sqrt(len(held)) + 1e-9
+        )
         assert rank / (n + 1) >= 1 - error
 
 
@@ -85,12 +107,15 @@ def test_a_verdict_outside_the_band_never_contradicts_the_threshold(threshold, a
     band = choose_band(p_fake, labels, threshold, BAND_ERROR)
     assert band[0] <= threshold <= band[1] and (band.dtype, band.shape) == (np.float64, (2,))
     assert not outside(threshold, band)
-    for p in np.concatenate([np.linspace(0, 1, 1001), band, np.nextafter(band, 2), np.nextafter(band, -1)]):
+    for p in np.concatenate(
+        [np.linspace(0, 1, 1001), band, np.nextafter(band, 2), np.nextafter(band, -1)]
+    ):
         if outside(p, band):
             assert verdict({"threshold": threshold}, p)[0] == ("fake" if p > band[1] else "real")
 
 
 # ---- moved by hand ----
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -101,24 +126,52 @@ RATES = pytest.mark.parametrize("max_fpr", [None, 0.05], ids=["one half", "a rat
 
 
 @RATES
-def test_a_fresh_model_is_not_stale_nor_is_it_when_it_comes_back_from_its_file(model, tmp_path, max_fpr):
+def test_a_fresh_model_is_not_stale_nor_is_it_when_it_comes_back_from_its_file(
+    model, tmp_path, max_fpr
+):
     fresh = set_threshold(model, max_fpr)
     save_model(tmp_path / "m.joblib", fresh)
-    assert stale_threshold(fresh) is None and stale_threshold(load_model(tmp_path / "m.joblib")) is None
+    assert (
+        stale_threshold(fresh) is None
+        and stale_threshold(load_model(tmp_path / "m.joblib")) is None
+    )
 
 
 @RATES
-@pytest.mark.parametrize("change, named", [
-    (lambda m: {"threshold": m["threshold"] + 1e-4}, "threshold"),
-    (lambda m: {"threshold": m["threshold"] - 1e-4}, "threshold"),
-    (lambda m: {"threshold_rule": {**m["threshold_rule"], "max_fpr": 0.2}}, "threshold"),
-    (lambda m: {"calibrator": m["calibrator"] * 1.5}, ""),
-    (lambda m: {"band": m["band"] + [-1e-4, 0]}, "band"),
-    (lambda m: {"band": m["band"] + [0, 1e-4]}, "band"),
-    (lambda m: {"threshold_rule": {**m["threshold_rule"], "band_error": 0.3}}, "band"),
-    (lambda m: {"out_of_fold": {**m["out_of_fold"], "scores": -m["out_of_fold"]["scores"]}}, ""),
-], ids=["threshold up", "threshold down", "another rate", "another sigmoid", "band lower", "band higher", "another error", "other scores"])
-def test_what_does_not_follow_from_the_stored_scores_and_rule_is_told(model, max_fpr, change, named):
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda m: {"threshold": m["threshold"] + 1e-4}, "threshold"),
+        (lambda m: {"threshold": m["threshold"] - 1e-4}, "threshold"),
+        (lambda m: {"threshold_rule": {**m["threshold_rule"], "max_fpr": 0.2}}, "threshold"),
+        (lambda m: {"calibrator": m["calibrator"] * 1.5}, ""),
+        (lambda m: {"band": m["band"] + [-1e-4, 0]}, "band"),
+        (lambda m: {"band": m["band"] + [0, 1e-4]}, "band"),
+        (lambda m: {"threshold_rule": {**m["threshold_rule"], "band_error": 0.3}}, "band"),
+        (
+            lambda m: {"out_of_fold": {**m["out_of_fold"], "scores": -m["out_of_fold"]["scores"]}},
+            "",
+        ),
+    ],
+    ids=[
+        "threshold up",
+        "threshold down",
+        "another rate",
+        "another sigmoid",
+        "band lower",
+        "band higher",
+        "another error",
+        "other scores",
+    ],
+)
+def test_what_does_not_follow_from_the_stored_scores_and_rule_is_told(
+    model, max_fpr, change, named
+):
     fresh = set_threshold(model, max_fpr)
     told = stale_threshold({**fresh, **change(fresh)})
-    assert told and f"its {named}" in told and "its own scores and rule give" in told and len(told.splitlines()) == 1
+    assert (
+        told
+        and f"its {named}" in told
+        and "its own scores and rule give" in told
+        and len(told.splitlines()) == 1
+    )

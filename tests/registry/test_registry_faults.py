@@ -240,8 +240,9 @@ def test_where_space_ends_while_registering_nothing_is_registered(
 ):  # noqa: F811
     before = files(request.getfixturevalue("filled")) if there == "filled" else []
     code = (
-        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1)); sys.argv = sys.argv[1:]; "
-        "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1));"
+        " sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]);"
+        " runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     script, model = str(ROOT / "registry.py"), place / "worse.joblib"
     result = subprocess.run(
@@ -312,9 +313,7 @@ def race():
         yield call
 
 
-def test_of_two_that_need_a_new_registry_both_are_registered(
-    race, place, tmp_path, monkeypatch
-):  # noqa: F811
+def test_of_two_that_need_a_new_registry_both_are_registered(race, place, tmp_path, monkeypatch):  # noqa: F811
     for attempt in range(2):
         (tmp_path / f"{attempt}").mkdir()
         use(monkeypatch, tmp_path / f"{attempt}")

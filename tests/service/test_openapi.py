@@ -1,4 +1,5 @@
 """The OpenAPI document: valid, complete, and true of the running app: its routes, its statuses, its answers, its limits."""
+
 import io
 
 import pytest
@@ -38,8 +39,11 @@ def keyed(tmp_path_factory, compiled_once):  # noqa: F811
 
 # ---- the document ----
 
+
 def test_it_is_valid_openapi_3_1():
-    assert list(OpenAPIV31SpecValidator(DOCUMENT).iter_errors()) == [] and DOCUMENT["openapi"].startswith("3.1.")
+    assert list(OpenAPIV31SpecValidator(DOCUMENT).iter_errors()) == [] and DOCUMENT[
+        "openapi"
+    ].startswith("3.1.")
 
 
 def test_it_is_what_the_service_serves(client):
@@ -48,16 +52,24 @@ def test_it_is_what_the_service_serves(client):
 
 def test_every_route_is_in_it_and_everything_in_it_is_a_route(client):
     """HEAD and OPTIONS come with every route by themselves, and its introduction says so."""
-    routes = {(method.lower(), rule.rule) for rule in client.application.url_map.iter_rules()
-              for method in rule.methods - {"HEAD", "OPTIONS"}}
+    routes = {
+        (method.lower(), rule.rule)
+        for rule in client.application.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+    }
     assert routes == set(OPERATIONS)
-    assert "`HEAD`" in DOCUMENT["info"]["description"] and "`OPTIONS`" in DOCUMENT["info"]["description"]
+    assert (
+        "`HEAD`" in DOCUMENT["info"]["description"]
+        and "`OPTIONS`" in DOCUMENT["info"]["description"]
+    )
 
 
 def test_a_token_is_asked_for_where_it_says_so():
     without = {path for (_, path), operation in OPERATIONS.items() if operation["security"] == []}
     assert without == set(app.OPEN)
-    assert {path for (_, path), operation in OPERATIONS.items() if {} not in operation["security"]} - without == {"/feedback"}
+    assert {
+        path for (_, path), operation in OPERATIONS.items() if {} not in operation["security"]
+    } - without == {"/feedback"}
 
 
 @pytest.mark.parametrize("where, schema, value", EXAMPLES, ids=[where for where, _, _ in EXAMPLES])
@@ -66,16 +78,31 @@ def test_every_example_is_as_its_schema_says(where, schema, value):
 
 
 def test_every_json_body_and_every_error_has_an_example():
-    bodies = [resolve(response) for operation in OPERATIONS.values() for response in operation["responses"].values()]
+    bodies = [
+        resolve(response)
+        for operation in OPERATIONS.values()
+        for response in operation["responses"].values()
+    ]
     for body in bodies:
         for kind, content in body["content"].items():
-            assert kind != "application/json" or "example" in content or "examples" in content \
-                or "OpenAPI" in body["description"], body["description"]
+            assert (
+                kind != "application/json"
+                or "example" in content
+                or "examples" in content
+                or "OpenAPI" in body["description"]
+            ), body["description"]
 
 
 def test_the_limits_are_told_in_words_with_the_settings_defaults():
     words = DOCUMENT["info"]["description"]
-    for name in ("MAX_UPLOAD_BYTES", "MAX_PIXELS", "BATCH_LIMIT", "BODY_TIMEOUT_S", "QUEUE_LIMIT", "QUEUE_TIMEOUT_S"):
+    for name in (
+        "MAX_UPLOAD_BYTES",
+        "MAX_PIXELS",
+        "BATCH_LIMIT",
+        "BODY_TIMEOUT_S",
+        "QUEUE_LIMIT",
+        "QUEUE_TIMEOUT_S",
+    ):
         assert f"(`{name}`, {int(SETTINGS[name][0]):,})" in words
     for limit in (f"{FIELD_BYTES:,} bytes", f"{decoding.MAX_ASPECT} times the other"):
         assert limit in words
@@ -85,7 +112,10 @@ def test_the_limits_are_told_in_words_with_the_settings_defaults():
 
 def test_it_says_what_a_confidence_is_and_that_it_may_be_below_one_half():
     words = DOCUMENT["components"]["schemas"]["Confidence"]["description"]
-    assert "Calibrated probability of the class answered, at equal shares of both classes" in words and "below 0.5" in words
+    assert (
+        "Calibrated probability of the class answered, at equal shares of both classes" in words
+        and "below 0.5" in words
+    )
 
 
 # ---- the two shapes of a verdict ----
@@ -99,21 +129,35 @@ def verdict_schema():
 
 def test_the_plain_verdict_is_exactly_two_keys():
     assert faults(verdict_schema(), PLAIN) == []
-    for wrong in ({**PLAIN, "note": 1}, {**PLAIN, "p_fake": 0.05}, {"classification": "real"}, {"confidence": 0.95}, {}, [PLAIN],
-                  {**PLAIN, "classification": "unknown"}, {**PLAIN, "confidence": 1.2}, {**PLAIN, "confidence": "0.95"},
-                  {**PLAIN, "error": "both"}):
+    for wrong in (
+        {**PLAIN, "note": 1},
+        {**PLAIN, "p_fake": 0.05},
+        {"classification": "real"},
+        {"confidence": 0.95},
+        {},
+        [PLAIN],
+        {**PLAIN, "classification": "unknown"},
+        {**PLAIN, "confidence": 1.2},
+        {**PLAIN, "confidence": "0.95"},
+        {**PLAIN, "error": "both"},
+    ):
         assert faults(verdict_schema(), wrong), wrong
 
 
 def test_the_detailed_verdict_is_all_of_its_keys():
-    whole = documented("post", "/classify", 200)["content"]["application/json"]["examples"]["details"]["value"]
+    whole = documented("post", "/classify", 200)["content"]["application/json"]["examples"][
+        "details"
+    ]["value"]
     assert faults(verdict_schema(), whole) == []
     for missing in whole:
-        assert faults(verdict_schema(), {name: value for name, value in whole.items() if name != missing}), missing
+        assert faults(
+            verdict_schema(), {name: value for name, value in whole.items() if name != missing}
+        ), missing
     assert faults(verdict_schema(), {**whole, "more": 1})
 
 
 # ---- real answers ----
+
 
 def broken(*_, **__):
     raise RuntimeError("secret")
@@ -121,8 +165,13 @@ def broken(*_, **__):
 
 def short(client, path, headers):
     """A body that ends before the length that was announced: what is left of one that came too slowly."""
-    return client.post(path, input_stream=io.BytesIO(b"--x\r\n"), headers=headers, environ_overrides={"CONTENT_LENGTH": "500"},
-                       content_type="application/json" if path == "/feedback" else FORM)
+    return client.post(
+        path,
+        input_stream=io.BytesIO(b"--x\r\n"),
+        headers=headers,
+        environ_overrides={"CONTENT_LENGTH": "500"},
+        content_type="application/json" if path == "/feedback" else FORM,
+    )
 
 
 def failing(client, monkeypatch, method, path):
@@ -146,20 +195,41 @@ def ask(client, keyed, monkeypatch, method, path, status):
     if status == 408:
         return short(keyed, path, TOKEN)
     if status == 413:
-        return keyed.post(path, data=bytes(30_000), headers=TOKEN, content_type="application/json" if "feed" in path else FORM)
+        return keyed.post(
+            path,
+            data=bytes(30_000),
+            headers=TOKEN,
+            content_type="application/json" if "feed" in path else FORM,
+        )
     if status == 415 and path != "/classify":
         return keyed.post(path, data=b"x", headers={**TOKEN, "Content-Encoding": "gzip"})
     if path in VERDICTS:
         image = {200: picture(), 415: b"hello", 422: picture()[:-500]}.get(status)
         return upload(client, path, *([] if image is None else [image]))
     if path == "/feedback" and status != 403:
-        return keyed.post(path, json={"request_id": "a.0", "label": "fake" if status == 200 else "maybe"}, headers=TOKEN)
-    return client.open(path, method=method.upper(), json={"request_id": "a", "label": "fake"} if status == 403 else None)
+        return keyed.post(
+            path,
+            json={"request_id": "a.0", "label": "fake" if status == 200 else "maybe"},
+            headers=TOKEN,
+        )
+    return client.open(
+        path,
+        method=method.upper(),
+        json={"request_id": "a", "label": "fake"} if status == 403 else None,
+    )
 
 
-@pytest.mark.parametrize("method, path, status", [(method, path, int(status)) for (method, path), operation in OPERATIONS.items()
-                                                  for status in operation["responses"]])
-def test_each_documented_status_is_given_and_its_answer_is_as_documented(client, keyed, monkeypatch, method, path, status):
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        (method, path, int(status))
+        for (method, path), operation in OPERATIONS.items()
+        for status in operation["responses"]
+    ],
+)
+def test_each_documented_status_is_given_and_its_answer_is_as_documented(
+    client, keyed, monkeypatch, method, path, status
+):
     response = ask(client, keyed, monkeypatch, method, path, status)
     assert response.status_code == status, response.text
     assert_as_documented(response, documented(method, path, status))
@@ -175,13 +245,21 @@ def test_verdicts_are_as_documented_with_and_without_details(client, path, query
 
 
 def test_a_batch_with_errors_in_it_is_as_documented(client):
-    response = upload(client, "/classify/batch?details=1", picture(), b"hello", picture()[:-500], b"")
+    response = upload(
+        client, "/classify/batch?details=1", picture(), b"hello", picture()[:-500], b""
+    )
     assert_as_documented(response, documented("post", "/classify/batch", 200))
     assert ["error" in result for result in response.json["results"]] == [False, True, True, True]
 
 
-@pytest.mark.parametrize("method, path, name", [("get", "/nowhere", "NotFound"), ("post", "/openapi.json/", "NotFound"),
-                                                *[("delete", path, "MethodNotAllowed") for path in DOCUMENT["paths"]]])
+@pytest.mark.parametrize(
+    "method, path, name",
+    [
+        ("get", "/nowhere", "NotFound"),
+        ("post", "/openapi.json/", "NotFound"),
+        *[("delete", path, "MethodNotAllowed") for path in DOCUMENT["paths"]],
+    ],
+)
 def test_unknown_paths_and_other_methods_are_as_documented(client, method, path, name):
     response = client.open(path, method=method.upper())
     assert response.status_code == {"NotFound": 404, "MethodNotAllowed": 405}[name]
@@ -189,5 +267,7 @@ def test_unknown_paths_and_other_methods_are_as_documented(client, method, path,
 
 
 def test_every_status_that_the_app_can_answer_with_is_in_it():
-    told = {int(status) for operation in OPERATIONS.values() for status in operation["responses"]} | {404, 405}
+    told = {
+        int(status) for operation in OPERATIONS.values() for status in operation["responses"]
+    } | {404, 405}
     assert told == {200, 400, 401, 403, 404, 405, 408, 413, 415, 422, 500, 503}

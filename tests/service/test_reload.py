@@ -1,4 +1,5 @@
 """SIGHUP: a good new model replaces the old one without losing a request, any other leaves it serving and says so."""
+
 import copy
 import subprocess
 import sys
@@ -54,11 +55,16 @@ def version(detector):
 
 def shown(engine):
     """Versions that stand in detector_model_info."""
-    return [sample.labels["version"] for family in engine.telemetry.registry.collect() if family.name == "detector_model_info"
-            for sample in family.samples]
+    return [
+        sample.labels["version"]
+        for family in engine.telemetry.registry.collect()
+        if family.name == "detector_model_info"
+        for sample in family.samples
+    ]
 
 
 # ---- a good one ----
+
 
 def test_a_good_new_file_takes_over_under_its_own_version(engine, path, caplog):
     old = engine.detector
@@ -68,7 +74,11 @@ def test_a_good_new_file_takes_over_under_its_own_version(engine, path, caplog):
     assert engine.detector.model["sha256"] == sha256(path.read_bytes()) and shown(engine) == ["v2"]
     assert engine.detector.encoder is old.encoder  # not loaded again
     (line,) = lines(caplog, "ready")
-    assert (line["level"], line["version"], line["sha256"]) == ("info", "v2", engine.detector.model["sha256"])
+    assert (line["level"], line["version"], line["sha256"]) == (
+        "info",
+        "v2",
+        engine.detector.model["sha256"],
+    )
     assert line["seconds"] >= 0 and lines(caplog, "load_failed") == []
 
 
@@ -83,12 +93,16 @@ def test_a_file_that_is_the_same_changes_nothing_and_drift_is_measured_on(engine
 
 def test_an_encoder_that_serves_already_is_proved_and_not_warmed_again(engine, path, monkeypatch):
     passes, encode = [], Encoder.encode
-    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: passes.append(len(pixels)) or encode(self, pixels))
+    monkeypatch.setattr(
+        Encoder, "encode", lambda self, pixels: passes.append(len(pixels)) or encode(self, pixels)
+    )
     model_file(path, **versions("v2"))
     assert reload(engine) == "ok" and passes == [1]
 
 
-def test_an_encoder_that_is_not_prepared_is_not_prepared_by_the_service(engine, path, caplog, monkeypatch):
+def test_an_encoder_that_is_not_prepared_is_not_prepared_by_the_service(
+    engine, path, caplog, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "detector.encoders.prepare", None)  # to import it would fail
     baseline_for(path, name="ViT-B/32")
     assert reload(engine) == "failed"
@@ -96,7 +110,9 @@ def test_an_encoder_that_is_not_prepared_is_not_prepared_by_the_service(engine, 
     assert "prepare_clip.py --clip_model ViT-B/32" in line["message"]
 
 
-def test_a_demonstration_is_called_one_in_the_log_and_other_models_are_not(engine, path, tmp_path, caplog):
+def test_a_demonstration_is_called_one_in_the_log_and_other_models_are_not(
+    engine, path, tmp_path, caplog
+):
     model_file(path, **versions("v2"))
     reload(engine)
     (line,) = lines(caplog, "demonstration")
@@ -105,12 +121,16 @@ def test_a_demonstration_is_called_one_in_the_log_and_other_models_are_not(engin
     other_encoder()
     baseline_for(path)
     reload(engine)
-    assert lines(caplog, "demonstration") == [] and lines(caplog, "ready")[0]["demonstration"] == "false"
+    assert (
+        lines(caplog, "demonstration") == []
+        and lines(caplog, "ready")[0]["demonstration"] == "false"
+    )
 
 
 def test_answers_change_with_the_model_and_not_before(engine, path):
     def ask():
         return engine.judge(engine.ready(), [picture()])[1][0]["classification"]
+
     before = ask()
     contrary(path, "v2")
     assert ask() == before
@@ -124,12 +144,17 @@ def test_a_request_that_began_before_the_swap_is_finished_by_the_model_it_began_
     contrary(path, "v2")
     reload(engine)
     (after,) = engine.judge(began, [picture()])[1]
-    assert (after["classification"], after["p_fake"]) == (before["classification"], before["p_fake"])
+    assert (after["classification"], after["p_fake"]) == (
+        before["classification"],
+        before["p_fake"],
+    )
     name = {"classification": before["classification"]}
     assert counted(telemetry, "verdicts_total", model_version=version(began), **name) == 2
     assert counted(telemetry, "verdicts_total", model_version="v2", **name) == 0
     assert telemetry.drift.seen == 0  # it tells nothing about the new model's images
-    assert sum(counted(telemetry, "scores_total", model_version="v2", bin=i) for i in range(10)) == 0
+    assert (
+        sum(counted(telemetry, "scores_total", model_version="v2", bin=i) for i in range(10)) == 0
+    )
 
 
 def test_while_a_new_model_loads_the_old_one_answers(engine, path, monkeypatch):
@@ -139,6 +164,7 @@ def test_while_a_new_model_loads_the_old_one_answers(engine, path, monkeypatch):
         began.set()
         assert may.wait(PATIENCE)
         return load(*args)
+
     monkeypatch.setattr(service_engine, "load_detector", slow)
     old = engine.detector
     model_file(path, **versions("v2"))
@@ -149,13 +175,16 @@ def test_while_a_new_model_loads_the_old_one_answers(engine, path, monkeypatch):
     assert engine.detector is not old
 
 
-def test_what_is_asked_while_a_model_loads_becomes_one_more_load_after_it(engine, path, monkeypatch):
+def test_what_is_asked_while_a_model_loads_becomes_one_more_load_after_it(
+    engine, path, monkeypatch
+):
     load, may, seen = service_engine.load_detector, threading.Event(), []
 
     def slow(*args):
         seen.append(load_model(path)["versions"]["model"])
         assert may.wait(PATIENCE)
         return load(*args)
+
     monkeypatch.setattr(service_engine, "load_detector", slow)
     engine.reload()
     until(lambda: len(seen) == 1)
@@ -170,12 +199,14 @@ def test_what_is_asked_while_a_model_loads_becomes_one_more_load_after_it(engine
 
 # ---- a bad one ----
 
+
 def torn(path, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
 def planted(path, tmp_path):
     import pickle
+
     path.write_bytes(pickle.dumps(Planted(tmp_path / "marker")))
 
 
@@ -183,32 +214,48 @@ def without_scores(path, tmp_path):
     model_file(path, out_of_fold={})
 
 
-BROKEN = {"text": (lambda path, _: path.write_text("hello"), "is not a model file: it is text"),
-          "torn": (torn, "is not a model file: it is cut off or damaged"),
-          "empty": (lambda path, _: path.write_bytes(b""), "is not a model file: it is empty"),
-          "missing": (lambda path, _: path.unlink(), "no such file"),
-          "planted": (planted, "may be planted"), "old": (lambda path, _: model_file_of_format_1(path), "its format is 1"),
-          "of another encoder": (lambda path, _: baseline_for(path, name="mine"), "prepare_clip.py"),
-          "of a damaged encoder": (lambda path, _: other_encoder(golden=[0.5] * DIM) and baseline_for(path), "cannot be trusted"),
-          "of an encoder with a short record": (lambda path, _: other_encoder(golden=[1.0]) and baseline_for(path), ""),
-          "without scores": (without_scores, "")}
+BROKEN = {
+    "text": (lambda path, _: path.write_text("hello"), "is not a model file: it is text"),
+    "torn": (torn, "is not a model file: it is cut off or damaged"),
+    "empty": (lambda path, _: path.write_bytes(b""), "is not a model file: it is empty"),
+    "missing": (lambda path, _: path.unlink(), "no such file"),
+    "planted": (planted, "may be planted"),
+    "old": (lambda path, _: model_file_of_format_1(path), "its format is 1"),
+    "of another encoder": (lambda path, _: baseline_for(path, name="mine"), "prepare_clip.py"),
+    "of a damaged encoder": (
+        lambda path, _: other_encoder(golden=[0.5] * DIM) and baseline_for(path),
+        "cannot be trusted",
+    ),
+    "of an encoder with a short record": (
+        lambda path, _: other_encoder(golden=[1.0]) and baseline_for(path),
+        "",
+    ),
+    "without scores": (without_scores, ""),
+}
 
 
 def model_file_of_format_1(path):
     import pickle
+
     path.write_bytes(pickle.dumps({**load_model(BASELINE), "format": 1}, protocol=5))
 
 
 def assert_the_old_one_serves(engine, old, caplog, *words):
     assert engine.detector is engine.ready() is old and shown(engine) == [version(old)]
     (line,) = lines(caplog, "load_failed")
-    assert line["level"] == "error" and line["old_model_serves"] is True and len(line["message"].splitlines()) == 1
+    assert (
+        line["level"] == "error"
+        and line["old_model_serves"] is True
+        and len(line["message"].splitlines()) == 1
+    )
     assert all(word in line["message"] for word in ("the model cannot be loaded", *words))
     assert lines(caplog, "ready") == [] and counted(engine.telemetry, "ready") == 1
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_cannot_serve_leaves_the_old_model_serving_and_says_why(engine, path, tmp_path, caplog, name):
+def test_a_file_that_cannot_serve_leaves_the_old_model_serving_and_says_why(
+    engine, path, tmp_path, caplog, name
+):
     old, (spoil, word) = engine.detector, BROKEN[name]
     spoil(path, tmp_path)
     assert reload(engine) == "failed"
@@ -218,7 +265,9 @@ def test_a_file_that_cannot_serve_leaves_the_old_model_serving_and_says_why(engi
     assert reload(engine) == "ok" and version(engine.detector) == "v2" and engine.error is None
 
 
-def test_a_model_that_is_not_the_pinned_one_is_left_until_the_pin_is_its_own(path, tmp_path, caplog):
+def test_a_model_that_is_not_the_pinned_one_is_left_until_the_pin_is_its_own(
+    path, tmp_path, caplog
+):
     pin = tmp_path / "pin"
     pin.write_text(sha256(path.read_bytes()))
     engine = engine_on(MODEL_PATH=path, MODEL_SHA256_FILE=pin)
@@ -239,10 +288,15 @@ def test_a_demonstration_does_not_take_over_without_permission(path, caplog):
     assert_the_old_one_serves(engine, old, caplog, "ALLOW_DEMO_MODEL=1")
 
 
-@pytest.mark.parametrize("error, traced", [(ModelError("mend it"), False), (RuntimeError("our bug"), True)])
-def test_a_bug_has_a_traceback_in_the_log_what_a_user_can_mend_has_none(engine, path, caplog, monkeypatch, error, traced):
+@pytest.mark.parametrize(
+    "error, traced", [(ModelError("mend it"), False), (RuntimeError("our bug"), True)]
+)
+def test_a_bug_has_a_traceback_in_the_log_what_a_user_can_mend_has_none(
+    engine, path, caplog, monkeypatch, error, traced
+):
     def broken(*_, **__):
         raise error
+
     monkeypatch.setattr(Detector, "__init__", broken)
     old = engine.detector
     model_file(path, **versions("v2"))
@@ -253,25 +307,37 @@ def test_a_bug_has_a_traceback_in_the_log_what_a_user_can_mend_has_none(engine, 
 
 # ---- before the first ----
 
+
 def test_after_a_first_file_that_cannot_serve_it_says_why_and_a_reload_mends_it(tmp_path, caplog):
     path = tmp_path / "m.joblib"
     path.write_text("hello")
     engine = engine_on(MODEL_PATH=path)
     with pytest.raises(Busy, match="cannot be loaded: the service's log says why") as error:
         engine.ready()
-    assert error.value.reason == engine.refusal().reason == "not_ready" and str(error.value) == str(engine.refusal())
+    assert error.value.reason == engine.refusal().reason == "not_ready" and str(error.value) == str(
+        engine.refusal()
+    )
     (line,) = lines(caplog, "load_failed")
-    assert "m.joblib is not a model file" in line["message"] and line["old_model_serves"] is False and counted(engine.telemetry, "ready") == 0 and shown(engine) == []
+    assert (
+        "m.joblib is not a model file" in line["message"]
+        and line["old_model_serves"] is False
+        and counted(engine.telemetry, "ready") == 0
+        and shown(engine) == []
+    )
     model_file(path)
     assert reload(engine) == "ok"
     assert engine.ready() is engine.detector and counted(engine.telemetry, "ready") == 1
 
 
 def test_the_first_load_is_not_counted_as_a_reload(engine):
-    assert all(counted(engine.telemetry, "reloads_total", result=result) == 0 for result in ("ok", "failed"))
+    assert all(
+        counted(engine.telemetry, "reloads_total", result=result) == 0
+        for result in ("ok", "failed")
+    )
 
 
 # ---- keys ----
+
 
 def test_keys_are_read_again_with_the_model(path, tmp_path):
     file = keys_file(tmp_path / "keys", ann="1")
@@ -281,8 +347,14 @@ def test_keys_are_read_again_with_the_model(path, tmp_path):
     assert reload(engine) == "ok" and list(engine.keys) == ["ann", "ben"]
 
 
-@pytest.mark.parametrize("content", ["ann nothex\n", "", "# ann\n", None], ids=["not a hash", "empty", "comments", "missing"])
-def test_keys_that_cannot_be_read_leave_the_old_ones_and_the_model_is_read_all_the_same(path, tmp_path, caplog, content):
+@pytest.mark.parametrize(
+    "content",
+    ["ann nothex\n", "", "# ann\n", None],
+    ids=["not a hash", "empty", "comments", "missing"],
+)
+def test_keys_that_cannot_be_read_leave_the_old_ones_and_the_model_is_read_all_the_same(
+    path, tmp_path, caplog, content
+):
     file = tmp_path / "keys"
     engine = engine_on(MODEL_PATH=path, API_KEYS_FILE=keys_file(file, ann="1"))
     old = copy.copy(engine.keys)
@@ -291,7 +363,11 @@ def test_keys_that_cannot_be_read_leave_the_old_ones_and_the_model_is_read_all_t
     assert reload(engine) == "failed"
     assert engine.keys == old and version(engine.detector) == "v2"
     (line,) = lines(caplog, "load_failed")
-    assert "the old keys stay" in line["message"] and "keys" in line["message"] and line["level"] == "error"
+    assert (
+        "the old keys stay" in line["message"]
+        and "keys" in line["message"]
+        and line["level"] == "error"
+    )
 
 
 TWO_ENCODERS = """
@@ -307,6 +383,11 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 def test_signals_are_heard_after_encoders_have_come_and_gone():
     """OpenVINO gives a thread a stack for signals, and of two plugins one left the other's, which was gone: the next signal ended the process."""
-    done = subprocess.run([sys.executable, "-c", TWO_ENCODERS, small.ENCODER], cwd=HERE,
-                          capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_ENCODERS, small.ENCODER],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

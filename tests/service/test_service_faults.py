@@ -1,4 +1,5 @@
 """The live service when things go wrong around it: signals, a killed worker, a model file replaced, load, no disk."""
+
 import json
 import os
 import shutil
@@ -42,9 +43,15 @@ def another(path, version, source=BASELINE):
 
 # ---- signals ----
 
+
 def send(pool, server, count):
     """Uploads at the same time -> the futures of their answers."""
-    return [pool.submit(requests.post, f"{server.url}/classify", files={"image": picture()}, timeout=PATIENCE) for _ in range(count)]
+    return [
+        pool.submit(
+            requests.post, f"{server.url}/classify", files={"image": picture()}, timeout=PATIENCE
+        )
+        for _ in range(count)
+    ]
 
 
 def takes_new_connections(server):
@@ -75,12 +82,18 @@ def test_a_worker_that_is_killed_is_replaced_and_ready_again(serve, photo):
     assert server.post(photo).json() == verdict
 
 
-def test_a_killed_worker_comes_back_unready_but_alive_where_the_file_is_broken_meanwhile(serve, tmp_path):
+def test_a_killed_worker_comes_back_unready_but_alive_where_the_file_is_broken_meanwhile(
+    serve, tmp_path
+):
     server = serve()
     (tmp_path / "model.joblib").write_bytes(b"broken")
     os.kill(worker_of(server), signal.SIGKILL)
-    wait_for(lambda: server.status() == 503 and events(server, "load_failed"))  # 503 while it loads, too
-    assert_error(server.session.get(f"{server.url}/readyz", timeout=PATIENCE), 503, "cannot be loaded")
+    wait_for(
+        lambda: server.status() == 503 and events(server, "load_failed")
+    )  # 503 while it loads, too
+    assert_error(
+        server.session.get(f"{server.url}/readyz", timeout=PATIENCE), 503, "cannot be loaded"
+    )
     assert "not a model file" in events(server, "load_failed")[-1]["message"]
     assert server.session.get(f"{server.url}/healthz", timeout=PATIENCE).status_code == 200
     shutil.copy(BASELINE, tmp_path / "model.joblib")
@@ -90,14 +103,18 @@ def test_a_killed_worker_comes_back_unready_but_alive_where_the_file_is_broken_m
 
 # ---- a model file that is replaced ----
 
+
 def test_sighup_swaps_the_model_without_losing_a_request(serve, photo, tmp_path):
     server, stop, seen = serve(), threading.Event(), []
 
     def ask():
         with requests.Session() as session:
             while not stop.is_set():
-                answer = session.post(f"{server.url}/classify", files={"image": photo}, timeout=PATIENCE)
+                answer = session.post(
+                    f"{server.url}/classify", files={"image": photo}, timeout=PATIENCE
+                )
                 seen.append((answer.status_code, answer.headers.get("X-Model-Version")))
+
     askers = [threading.Thread(target=ask) for _ in range(3)]
     for asker in askers:
         asker.start()
@@ -119,7 +136,11 @@ def test_sighup_swaps_the_model_without_losing_a_request(serve, photo, tmp_path)
 def test_a_broken_file_leaves_the_old_model_serving_and_says_so(serve, photo, tmp_path, content):
     server = serve()
     verdict = server.post(photo).json()
-    (tmp_path / "model.joblib").unlink() if content is None else (tmp_path / "model.joblib").write_bytes(content)
+    (
+        (tmp_path / "model.joblib").unlink()
+        if content is None
+        else (tmp_path / "model.joblib").write_bytes(content)
+    )
     server.process.send_signal(signal.SIGHUP)
     wait_for(lambda: metric(server, 'detector_reloads_total{result="failed"}') == 1)
     assert (server.status(), server.post(photo).json()) == (200, verdict)
@@ -143,14 +164,26 @@ def test_a_pinned_model_is_replaced_only_together_with_its_pin(serve, photo, tmp
 def test_a_model_that_is_not_the_pinned_one_does_not_start(script, tmp_path):
     (tmp_path / "pin").write_text("0" * 64)
     result = script("app.py", cwd=tmp_path, MODEL_SHA256_FILE="pin", **DEMO)
-    assert result.returncode == 2 and "MODEL_SHA256_FILE" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (
+        result.returncode == 2
+        and "MODEL_SHA256_FILE" in result.stderr
+        and len(result.stderr.splitlines()) == 1
+    )
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"HOST": "nosuchhost.invalid"}, "HOST=nosuchhost.invalid PORT="), ({"HOST": "203.0.113.1"}, "HOST=203.0.113.1 PORT="),
-    ({"HOST": "localhost:80"}, "HOST=localhost:80 PORT="), ({"SLOTS": "99999999"}, "SLOTS=99999999, QUEUE_LIMIT=16"),
-    ({"API_KEYS_FILE": "nowhere"}, "API_KEYS_FILE: cannot read"), ({"MODEL_SHA256_FILE": "nowhere"}, "MODEL_SHA256_FILE: cannot read"),
-    ({"MODEL_PATH": "nowhere"}, "models/baseline.joblib")], ids=str)
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"HOST": "nosuchhost.invalid"}, "HOST=nosuchhost.invalid PORT="),
+        ({"HOST": "203.0.113.1"}, "HOST=203.0.113.1 PORT="),
+        ({"HOST": "localhost:80"}, "HOST=localhost:80 PORT="),
+        ({"SLOTS": "99999999"}, "SLOTS=99999999, QUEUE_LIMIT=16"),
+        ({"API_KEYS_FILE": "nowhere"}, "API_KEYS_FILE: cannot read"),
+        ({"MODEL_SHA256_FILE": "nowhere"}, "MODEL_SHA256_FILE: cannot read"),
+        ({"MODEL_PATH": "nowhere"}, "models/baseline.joblib"),
+    ],
+    ids=str,
+)
 def test_a_setting_that_cannot_be_used_ends_the_start_in_one_line(script, settings, words):
     assert_one_line_error(script("app.py", **{**DEMO, "PORT": str(free_port()), **settings}), words)
 
@@ -158,7 +191,11 @@ def test_a_setting_that_cannot_be_used_ends_the_start_in_one_line(script, settin
 def test_a_port_that_is_taken_is_told_at_once(script):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert_one_line_error(script("app.py", **{**DEMO, "PORT": port}), f"PORT={port}: cannot listen there", "set another")
+        assert_one_line_error(
+            script("app.py", **{**DEMO, "PORT": port}),
+            f"PORT={port}: cannot listen there",
+            "set another",
+        )
 
 
 def test_a_cache_of_encoders_is_found_from_the_folder_it_was_started_in(tmp_path, photo):
@@ -174,12 +211,18 @@ def test_a_cache_of_encoders_is_found_from_the_folder_it_was_started_in(tmp_path
 def test_it_listens_on_ipv6_as_well(tmp_path):
     server = Live(tmp_path, HOST="::")  # and with it, as everywhere but on a few systems, on IPv4
     try:
-        assert requests.get(server.url.replace("127.0.0.1", "[::1]") + "/healthz", timeout=PATIENCE).status_code == 200
+        assert (
+            requests.get(
+                server.url.replace("127.0.0.1", "[::1]") + "/healthz", timeout=PATIENCE
+            ).status_code
+            == 200
+        )
     finally:
         assert server.stop() == 0
 
 
 # ---- load ----
+
 
 def test_beyond_the_queue_it_says_503_and_when_to_come_again_and_stays_healthy(held):
     server, stand_still = held(SLOTS="1", QUEUE_LIMIT="2", QUEUE_TIMEOUT_S=str(PATIENCE))
@@ -187,7 +230,10 @@ def test_beyond_the_queue_it_says_503_and_when_to_come_again_and_stays_healthy(h
         with stand_still:
             answers = send(pool, server, 12)
             wait_for(lambda: metric(server, 'detector_rejections_total{reason="queue_full"}') == 9)
-            assert metric(server, "detector_slots_busy") == 1 and metric(server, "detector_queue_depth") == 2
+            assert (
+                metric(server, "detector_slots_busy") == 1
+                and metric(server, "detector_queue_depth") == 2
+            )
             assert server.session.get(f"{server.url}/healthz", timeout=PATIENCE).status_code == 200
         answers = [answer.result() for answer in answers]
     turned_away = [answer for answer in answers if answer.status_code != 200]
@@ -202,21 +248,33 @@ def test_a_wait_has_an_end(held):
     with ThreadPoolExecutor(12) as pool:
         with stand_still:
             answers = send(pool, server, 12)
-            wait_for(lambda: metric(server, 'detector_rejections_total{reason="queue_timeout"}') == 11)
+            wait_for(
+                lambda: metric(server, 'detector_rejections_total{reason="queue_timeout"}') == 11
+            )
         assert sorted(answer.result().status_code for answer in answers) == [200] + [503] * 11
 
 
 @pytest.mark.long
 def test_more_connections_than_there_may_be_open_files_end_no_worker(tmp_path, photo, monkeypatch):
     plain = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: plain(
-        ["bash", "-c", 'ulimit -n 160; exec "$@"', "bash", *map(str, command)], **options))
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda command, **options: plain(
+            ["bash", "-c", 'ulimit -n 160; exec "$@"', "bash", *map(str, command)], **options
+        ),
+    )
     server = Live(tmp_path)
     monkeypatch.undo()
     address, worker = ("127.0.0.1", int(server.url.rsplit(":")[-1])), worker_of(server)
     silent = [socket.create_connection(address) for _ in range(200)]
     try:
-        assert requests.post(f"{server.url}/classify", files={"image": photo}, timeout=PATIENCE).status_code == 200
+        assert (
+            requests.post(
+                f"{server.url}/classify", files={"image": photo}, timeout=PATIENCE
+            ).status_code
+            == 200
+        )
         assert worker_of(server) == worker
     finally:
         for one in silent:
@@ -244,7 +302,12 @@ def test_it_runs_with_a_read_only_file_system(tmp_path, photo, monkeypatch):
     plain = subprocess.Popen
 
     def popen(command, cwd, **options):
-        return plain(["unshare", "--mount", "bash", "-c", READ_ONLY, "bash", str(cwd), *map(str, command)], cwd=ROOT, **options)
+        return plain(
+            ["unshare", "--mount", "bash", "-c", READ_ONLY, "bash", str(cwd), *map(str, command)],
+            cwd=ROOT,
+            **options,
+        )
+
     monkeypatch.setattr(subprocess, "Popen", popen)
     server = Live(tmp_path)
     monkeypatch.undo()

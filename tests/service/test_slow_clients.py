@@ -1,4 +1,5 @@
 """Clients that are slow on purpose: cut off in time, and nobody else waits for them."""
+
 import os
 import re
 import select
@@ -17,8 +18,10 @@ from patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
-HEAD = (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
-        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+HEAD = (
+    b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+    b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+)
 
 
 def connect(server):
@@ -66,7 +69,9 @@ def test_what_comes_of_a_body_after_it_was_cut_off_is_no_request(serve):
 def test_a_chunked_body_that_stops_is_cut_off_as_well(serve):
     server = serve(BODY_TIMEOUT_S="1")
     with connect(server) as slow:
-        slow.sendall(HEAD.replace(b"Content-Length: 100000", b"Transfer-Encoding: chunked") + b"100\r\nabc")
+        slow.sendall(
+            HEAD.replace(b"Content-Length: 100000", b"Transfer-Encoding: chunked") + b"100\r\nabc"
+        )
         assert slow.recv(4096).startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 "))
 
 
@@ -77,8 +82,15 @@ def test_headers_that_never_end_are_cut_off_as_well(serve):
         assert slow.recv(4096) == b""
 
 
-@pytest.mark.parametrize("head", [b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b"GET /healthz HTTP/1.0\r\n\r\n",
-                                  b"nonsense\r\n\r\n"], ids=["close", "HTTP/1.0", "nonsense"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /healthz HTTP/1.0\r\n\r\n",
+        b"nonsense\r\n\r\n",
+    ],
+    ids=["close", "HTTP/1.0", "nonsense"],
+)
 def test_clients_that_do_not_close_after_their_answer_make_nobody_wait(serve, head):
     server = serve()
     lingering = [connect(server) for _ in range(60)]
@@ -95,12 +107,15 @@ def test_clients_that_do_not_close_after_their_answer_make_nobody_wait(serve, he
 
 def test_a_request_that_has_arrived_and_takes_long_keeps_its_connection(held):
     """A body that begins when the request is in work already, and does not arrive, is cut off later than the request would be."""
-    (server, stand_still) = held(BODY_TIMEOUT_S="2")
+    server, stand_still = held(BODY_TIMEOUT_S="2")
     ready = requests.Request("POST", server.url, files={"image": picture()}).prepare()
     with connect(server) as long, connect(server) as later:
         with stand_still:
-            long.sendall(f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: {ready.headers['Content-Type']}\r\n"
-                         f"Content-Length: {len(ready.body)}\r\n\r\n".encode() + ready.body)
+            long.sendall(
+                "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type:"
+                f" {ready.headers['Content-Type']}\r\nContent-Length: {len(ready.body)}\r\n\r\n".encode()
+                + ready.body
+            )
             wait_for(lambda: metric(server, "detector_slots_busy") == 1)
             later.sendall(HEAD)
             assert answer_of(later).startswith(b"HTTP/1.1 408 ")
@@ -111,12 +126,26 @@ def test_a_request_that_has_arrived_and_takes_long_keeps_its_connection(held):
 
 
 def test_clients_that_never_read_their_answers_are_cut_off(tmp_path):
-    patch = "from detector.service import worker\nassert worker.ANSWER_S == 60\nworker.ANSWER_S = 4\n"
+    patch = (
+        "from detector.service import worker\nassert worker.ANSWER_S == 60\nworker.ANSWER_S = 4\n"
+    )
     (tmp_path / "conf.py").write_text(patch + (ROOT / "gunicorn.conf.py").read_text())
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "gunicorn", "-c", tmp_path / "conf.py", "app:create_app()"], cwd=ROOT,
-                               env={**os.environ, **DEMO, "GUNICORN_CMD_ARGS": PATIENT, "PORT": str(port), "SLOTS": "1", "QUEUE_LIMIT": "0",
-                                    "SPARE_THREADS": "1", "BODY_TIMEOUT_S": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gunicorn", "-c", tmp_path / "conf.py", "app:create_app()"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            **DEMO,
+            "GUNICORN_CMD_ARGS": PATIENT,
+            "PORT": str(port),
+            "SLOTS": "1",
+            "QUEUE_LIMIT": "0",
+            "SPARE_THREADS": "1",
+            "BODY_TIMEOUT_S": "1",
+        },
+        stderr=subprocess.DEVNULL,
+    )
     try:
         wait_for(lambda: answers(port))
         with deaf_client(port), deaf_client(port):  # one for each thread

@@ -1,4 +1,5 @@
 """Calls of several threads become one pass of the encoder: each gets its own rows, nobody waits without need, nobody is lost."""
+
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -46,8 +47,18 @@ def pool():
         yield pool
 
 
-@pytest.mark.parametrize("calls, sizes", [([], [1]), ([1], [1, 1]), ([1, 1, 1, 1], [1, 4]), ([1] * 9, [1, 4, 4, 1]),
-                                          ([3, 2, 2, 1], [1, 3, 4, 1]), ([16, 1], [1, 16, 1]), ([1, 16], [1, 1, 16])])
+@pytest.mark.parametrize(
+    "calls, sizes",
+    [
+        ([], [1]),
+        ([1], [1, 1]),
+        ([1, 1, 1, 1], [1, 4]),
+        ([1] * 9, [1, 4, 4, 1]),
+        ([3, 2, 2, 1], [1, 3, 4, 1]),
+        ([16, 1], [1, 16, 1]),
+        ([1, 16], [1, 1, 16]),
+    ],
+)
 def test_what_waits_goes_together_in_the_order_it_came_and_each_gets_its_own(pool, calls, sizes):
     held = Held()
     together = Together(held)
@@ -70,7 +81,9 @@ def test_a_call_alone_starts_at_once():
 def test_an_error_reaches_all_of_its_pass_and_nobody_else(pool):
     held = Held()
     together = Together(held)
-    first, *others, last = waiting(together, pool, held, [rows(5), rows(-1), rows(6), rows(7), rows(8)])
+    first, *others, last = waiting(
+        together, pool, held, [rows(5), rows(-1), rows(6), rows(7), rows(8)]
+    )
     held.go.set()
     assert first.result(PATIENCE)[0] == 2 and last.result(PATIENCE)[0] == 16
     for future in others:

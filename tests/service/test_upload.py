@@ -1,4 +1,5 @@
 """What arrives at /classify in another way than documented: taken where that is plain, else told what arrived and what to send."""
+
 import gzip
 import io
 import json
@@ -25,7 +26,11 @@ def keyed(tmp_path_factory, compiled_once):  # noqa: F811
 
 
 def part(body, name=b'name="image"', filename=None, *headers):
-    named = b"Content-Disposition: form-data; " + name + (b"" if filename is None else b'; filename="' + filename + b'"')
+    named = (
+        b"Content-Disposition: form-data; "
+        + name
+        + (b"" if filename is None else b'; filename="' + filename + b'"')
+    )
     return b"--x\r\n" + b"\r\n".join([named, *headers]) + b"\r\n\r\n" + body + b"\r\n"
 
 
@@ -37,40 +42,82 @@ def verdict_of(client, body, path="/classify", **options):
 
 # ---- taken all the same ----
 
+
 @pytest.mark.parametrize("data", [PICTURE, LARGE], ids=["small", "large"])
 def test_an_image_without_a_file_name_is_an_image(client, data):
     named = part(data, filename=b"a.png") + END
     assert verdict_of(client, part(data) + END) == verdict_of(client, named)
-    assert verdict_of(client, part(data) * 3 + END, "/classify/batch") == verdict_of(client, part(data, filename=b"a") * 3 + END, "/classify/batch")
+    assert verdict_of(client, part(data) * 3 + END, "/classify/batch") == verdict_of(
+        client, part(data, filename=b"a") * 3 + END, "/classify/batch"
+    )
 
 
 def test_without_a_name_the_limit_is_that_of_every_body(client):
-    assert_error(client.post("/classify", data=part(bytes(11_000_000)) + END, content_type=FORM), 413, "of 11,000,", "10,485,760 bytes")
+    assert_error(
+        client.post("/classify", data=part(bytes(11_000_000)) + END, content_type=FORM),
+        413,
+        "of 11,000,",
+        "10,485,760 bytes",
+    )
 
 
-@pytest.mark.parametrize("form", [
-    part(PICTURE, filename=b"M\xfcller.png"), part(PICTURE, filename="Мама.png".encode("cp1251")), part(PICTURE, filename=b"a" * 5000),
-    part(PICTURE, b"name=image", b"a"), part(PICTURE, b"name=\"image\"; filename*=utf-8''%d0%9c"),
-    part(PICTURE, b'name="image"', b"a", b"Content-Type: image/png; charset=utf-16"),
-    part(PICTURE, b'name="image"', b"a", b"Content-Transfer-Encoding: binary", b"Content-Length: 3"),
-    b"a preamble\r\n" + part(PICTURE, filename=b"a"), part(b"my note", b'name="note"') + part(PICTURE, filename=b"a"),
-    part(PICTURE, b'name="file"', b"a") + part(PICTURE, filename=b"a"),
-    part(LARGE, b'name="file"', b"a") + part(PICTURE, filename=b"a")],
-    ids=["latin-1", "cp1251", "long", "no quotes", "encoded", "charset", "a length that lies", "preamble", "note", "two files",
-         "a large file"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        part(PICTURE, filename=b"M\xfcller.png"),
+        part(PICTURE, filename="Мама.png".encode("cp1251")),
+        part(PICTURE, filename=b"a" * 5000),
+        part(PICTURE, b"name=image", b"a"),
+        part(PICTURE, b"name=\"image\"; filename*=utf-8''%d0%9c"),
+        part(PICTURE, b'name="image"', b"a", b"Content-Type: image/png; charset=utf-16"),
+        part(
+            PICTURE,
+            b'name="image"',
+            b"a",
+            b"Content-Transfer-Encoding: binary",
+            b"Content-Length: 3",
+        ),
+        b"a preamble\r\n" + part(PICTURE, filename=b"a"),
+        part(b"my note", b'name="note"') + part(PICTURE, filename=b"a"),
+        part(PICTURE, b'name="file"', b"a") + part(PICTURE, filename=b"a"),
+        part(LARGE, b'name="file"', b"a") + part(PICTURE, filename=b"a"),
+    ],
+    ids=[
+        "latin-1",
+        "cp1251",
+        "long",
+        "no quotes",
+        "encoded",
+        "charset",
+        "a length that lies",
+        "preamble",
+        "note",
+        "two files",
+        "a large file",
+    ],
+)
 def test_the_names_types_and_company_of_a_file_do_not_matter(client, form):
     assert verdict_of(client, form + END) == verdict_of(client, part(PICTURE, filename=b"a") + END)
 
 
 @pytest.mark.parametrize("boundary", ["x", '"x"', "x; charset=utf-8", "x ; foo=bar"])
 def test_the_boundary_may_be_written_in_several_ways(client, boundary):
-    sent = client.post("/classify", data=part(PICTURE, filename=b"a") + END, content_type=f"Multipart/Form-Data; boundary={boundary}")
+    sent = client.post(
+        "/classify",
+        data=part(PICTURE, filename=b"a") + END,
+        content_type=f"Multipart/Form-Data; boundary={boundary}",
+    )
     assert sent.status_code == 200
 
 
 def test_a_chunked_form_is_a_form(client):
-    sent = client.post("/classify", input_stream=io.BytesIO(part(LARGE) + END), content_type=FORM, headers={"Transfer-Encoding": "chunked"},
-                       environ_overrides={"wsgi.input_terminated": True})
+    sent = client.post(
+        "/classify",
+        input_stream=io.BytesIO(part(LARGE) + END),
+        content_type=FORM,
+        headers={"Transfer-Encoding": "chunked"},
+        environ_overrides={"wsgi.input_terminated": True},
+    )
     assert sent.json == verdict_of(client, part(LARGE) + END)
 
 
@@ -78,40 +125,81 @@ def test_a_chunked_form_is_a_form(client):
 
 WHOLE = part(PICTURE, filename=b"a")
 REFUSED = {
-    "no body": (b"", None, "no body"), "a form of no bytes": (b"", FORM, "no body"), "no type": (PICTURE, None, "without a Content-Type"),
-    "a raw image": (PICTURE, "image/jpeg", "'image/jpeg'"), "bytes": (PICTURE, "application/octet-stream", "'application/octet-stream'"),
-    "JSON": (b'{"image": "iVBORw0KGgo="}', "application/json", "'application/json'"), "text": (b"image", "text/plain; charset=x", "'text/plain'"),
-    "urlencoded": (b"image=%40photo.jpg", "application/x-www-form-urlencoded", "'application/x-www-form-urlencoded'"),
-    "another multipart": (WHOLE + END, "multipart/mixed; boundary=x", "'multipart/mixed'"), "a long type": (b"a", "a" * 5000 + "/b", "'aaa"),
-    "no boundary": (WHOLE + END, "multipart/form-data", "without its boundary: leave the Content-Type to the client"),
+    "no body": (b"", None, "no body"),
+    "a form of no bytes": (b"", FORM, "no body"),
+    "no type": (PICTURE, None, "without a Content-Type"),
+    "a raw image": (PICTURE, "image/jpeg", "'image/jpeg'"),
+    "bytes": (PICTURE, "application/octet-stream", "'application/octet-stream'"),
+    "JSON": (b'{"image": "iVBORw0KGgo="}', "application/json", "'application/json'"),
+    "text": (b"image", "text/plain; charset=x", "'text/plain'"),
+    "urlencoded": (
+        b"image=%40photo.jpg",
+        "application/x-www-form-urlencoded",
+        "'application/x-www-form-urlencoded'",
+    ),
+    "another multipart": (WHOLE + END, "multipart/mixed; boundary=x", "'multipart/mixed'"),
+    "a long type": (b"a", "a" * 5000 + "/b", "'aaa"),
+    "no boundary": (
+        WHOLE + END,
+        "multipart/form-data",
+        "without its boundary: leave the Content-Type to the client",
+    ),
     "an empty boundary": (WHOLE + END, "multipart/form-data; boundary=", "without its boundary"),
     "another boundary": (WHOLE + END, "multipart/form-data; boundary=y", "not in the body"),
-    "a foreign boundary": (WHOLE + END, 'multipart/form-data; boundary="\u00fc"', "not in the body"),
-    "a raw image as a form": (LARGE, FORM, "not in the body"), "no closing boundary": (WHOLE, FORM, "without its closing boundary"),
+    "a foreign boundary": (
+        WHOLE + END,
+        'multipart/form-data; boundary="\u00fc"',
+        "not in the body",
+    ),
+    "a raw image as a form": (LARGE, FORM, "not in the body"),
+    "no closing boundary": (WHOLE, FORM, "without its closing boundary"),
     "cut off in the image": (WHOLE[:-500], FORM, "without its closing boundary"),
-    "cut off in the headers": (b'--x\r\nContent-Disposition: form-data; name="im', FORM, "do not end"),
+    "cut off in the headers": (
+        b'--x\r\nContent-Disposition: form-data; name="im',
+        FORM,
+        "do not end",
+    ),
     "headers without end": (b"--x\r\n" + b"A: b\r\n" * 200_000, FORM, "too long"),
     "no disposition": (b"--x\r\nA: b\r\n\r\nabc\r\n" + END, FORM, "no Content-Disposition"),
-    "an empty form": (END, FORM, "the form is empty"), "another field": (part(PICTURE, b'name="file"', b"a") + END, FORM, "only 'file'"),
-    "other fields": (part(PICTURE, b'name="images[]"', b"a") + part(b"a", b'name="Image"') + END, FORM, "only 'Image', 'images[]'"),
-    "a long name": (part(PICTURE, b'name="' + b"n" * 5000 + b'"', b"a") + END, FORM, "only one with another name"),
+    "an empty form": (END, FORM, "the form is empty"),
+    "another field": (part(PICTURE, b'name="file"', b"a") + END, FORM, "only 'file'"),
+    "other fields": (
+        part(PICTURE, b'name="images[]"', b"a") + part(b"a", b'name="Image"') + END,
+        FORM,
+        "only 'Image', 'images[]'",
+    ),
+    "a long name": (
+        part(PICTURE, b'name="' + b"n" * 5000 + b'"', b"a") + END,
+        FORM,
+        "only one with another name",
+    ),
     "no name": (part(PICTURE, b"", b"a") + END, FORM, "only one with another name"),
-    "curl without @": (part(b"photo.jpg") + END, FORM, "9 bytes of text"), "a data URL": (part(b"data:image/png;base64,iVBORw0") + END, FORM, "29 bytes of text"),
-    "no file chosen": (part(b"", filename=b"") + END, FORM, "is empty")}
+    "curl without @": (part(b"photo.jpg") + END, FORM, "9 bytes of text"),
+    "a data URL": (part(b"data:image/png;base64,iVBORw0") + END, FORM, "29 bytes of text"),
+    "no file chosen": (part(b"", filename=b"") + END, FORM, "is empty"),
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("body, kind, arrived", REFUSED.values(), ids=REFUSED)
-def test_what_arrived_and_what_to_send_is_told_and_counted_once(client, caplog, path, body, kind, arrived):
+def test_what_arrived_and_what_to_send_is_told_and_counted_once(
+    client, caplog, path, body, kind, arrived
+):
     caplog.set_level("INFO")
     telemetry = client.application.extensions["telemetry"]
     before = counted(telemetry, "requests_total", route=path, status=400)
-    response = client.post(path, input_stream=io.BytesIO(body), content_length=len(body), content_type=kind)
+    response = client.post(
+        path, input_stream=io.BytesIO(body), content_length=len(body), content_type=kind
+    )
     assert_error(response, 400, arrived, f"curl -F image=@FILE URL{path}")
     assert len(response.text) < 300
     assert counted(telemetry, "requests_total", route=path, status=400) == before + 1
     (line,) = lines(caplog)
-    assert (line["event"], line["status"], line["error"]) == ("request", 400, response.json["error"])
+    assert (line["event"], line["status"], line["error"]) == (
+        "request",
+        400,
+        response.json["error"],
+    )
 
 
 def test_a_file_of_text_is_no_image_and_not_a_missing_file(client):
@@ -121,37 +209,71 @@ def test_a_file_of_text_is_no_image_and_not_a_missing_file(client):
 
 @pytest.mark.parametrize("text", ["photo.jpg", "SECRET"])
 def test_the_text_of_a_field_is_not_repeated(client, text):
-    assert text not in client.post("/classify", data=part(text.encode()) + END, content_type=FORM).text
+    assert (
+        text not in client.post("/classify", data=part(text.encode()) + END, content_type=FORM).text
+    )
 
 
-@pytest.mark.parametrize("count, status, words", [(2, 400, "2 fields 'image', expected 1: send several to /classify/batch"),
-                                                  (17, 400, "17 fields 'image'"), (18, 413, "more than 16 images")])
+@pytest.mark.parametrize(
+    "count, status, words",
+    [
+        (2, 400, "2 fields 'image', expected 1: send several to /classify/batch"),
+        (17, 400, "17 fields 'image'"),
+        (18, 413, "more than 16 images"),
+    ],
+)
 def test_an_image_too_many_is_told_by_number(client, count, status, words):
-    assert_error(client.post("/classify", data=WHOLE * count + END, content_type=FORM), status, words)
+    assert_error(
+        client.post("/classify", data=WHOLE * count + END, content_type=FORM), status, words
+    )
 
 
-@pytest.mark.parametrize("count, words", [(17, "17 images, at most 16"), (18, "more than 16 images")])
+@pytest.mark.parametrize(
+    "count, words", [(17, "17 images, at most 16"), (18, "more than 16 images")]
+)
 def test_a_batch_too_large_says_how_many_are_taken(client, count, words):
-    assert_error(client.post("/classify/batch", data=WHOLE * count + END, content_type=FORM), 413, words)
+    assert_error(
+        client.post("/classify/batch", data=WHOLE * count + END, content_type=FORM), 413, words
+    )
 
 
 def test_fields_too_many_are_told_as_fields(client):
     notes = b"".join(part(b"a", b'name="n%d"' % i) for i in range(17))
-    assert_error(client.post("/classify", data=notes + WHOLE + END, content_type=FORM), 413, "more than 17 fields")
+    assert_error(
+        client.post("/classify", data=notes + WHOLE + END, content_type=FORM),
+        413,
+        "more than 17 fields",
+    )
 
 
 def test_a_text_field_that_is_too_large_is_told_by_name_and_limit(client):
     body = part(b"a" * 600_000, b'name="note"') + WHOLE + END
-    assert_error(client.post("/classify", data=body, content_type=FORM), 413, "'note'", "500,000 bytes")
+    assert_error(
+        client.post("/classify", data=body, content_type=FORM), 413, "'note'", "500,000 bytes"
+    )
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/feedback"])
-@pytest.mark.parametrize("coding, status", [("gzip", 415), ("br", 415), ("GZIP, gzip", 415), ("x" * 5000, 415), ("identity", None), ("", None)])
+@pytest.mark.parametrize(
+    "coding, status",
+    [
+        ("gzip", 415),
+        ("br", 415),
+        ("GZIP, gzip", 415),
+        ("x" * 5000, 415),
+        ("identity", None),
+        ("", None),
+    ],
+)
 def test_a_compressed_body_is_not_taken_and_is_told_as_one(keyed, path, coding, status):
     json_of = json.dumps({"request_id": "a", "label": "fake"}).encode()
     body, kind = (json_of, "application/json") if path == "/feedback" else (WHOLE + END, FORM)
-    sent = keyed.post(path, data=gzip.compress(body) if status else body, content_type=kind,
-                       headers={"Content-Encoding": coding, "Authorization": "Bearer 1"})
+    sent = keyed.post(
+        path,
+        data=gzip.compress(body) if status else body,
+        content_type=kind,
+        headers={"Content-Encoding": coding, "Authorization": "Bearer 1"},
+    )
     if status is None:
         assert sent.status_code == 200
     else:
@@ -160,13 +282,29 @@ def test_a_compressed_body_is_not_taken_and_is_told_as_one(keyed, path, coding, 
 
 # ---- feedback ----
 
-@pytest.mark.parametrize("body, kind, words", [
-    (b"", None, "without a Content-Type"), (b"request_id=a&label=real", "application/x-www-form-urlencoded", "urlencoded'"),
-    (b"{", "application/json", "no JSON object"), (b"[1]", "application/json", "no JSON object"), (b"[" * 1900, "application/json", "no JSON object"),
-    (b'{"request_id": "a"}', "application/json", "other keys"), (b'{"request_id": "a", "label": "real", "note": 1}', "application/json", "other keys"),
-    (b'{"request_id": "a", "label": "Fake"}', "application/json", "neither 'real' nor 'fake'"),
-    (b'{"request_id": "a", "label": ["real"]}', "application/json", "neither 'real' nor 'fake'"),
-    (b'{"request_id": 5, "label": "real"}', "application/json", "request_id"), (b'{"request_id": "a b", "label": "real"}', "application/json", "request_id")])
+
+@pytest.mark.parametrize(
+    "body, kind, words",
+    [
+        (b"", None, "without a Content-Type"),
+        (b"request_id=a&label=real", "application/x-www-form-urlencoded", "urlencoded'"),
+        (b"{", "application/json", "no JSON object"),
+        (b"[1]", "application/json", "no JSON object"),
+        (b"[" * 1900, "application/json", "no JSON object"),
+        (b'{"request_id": "a"}', "application/json", "other keys"),
+        (b'{"request_id": "a", "label": "real", "note": 1}', "application/json", "other keys"),
+        (b'{"request_id": "a", "label": "Fake"}', "application/json", "neither 'real' nor 'fake'"),
+        (
+            b'{"request_id": "a", "label": ["real"]}',
+            "application/json",
+            "neither 'real' nor 'fake'",
+        ),
+        (b'{"request_id": 5, "label": "real"}', "application/json", "request_id"),
+        (b'{"request_id": "a b", "label": "real"}', "application/json", "request_id"),
+    ],
+)
 def test_feedback_that_is_none_says_what_is_wrong_and_what_to_send(keyed, body, kind, words):
-    sent = keyed.post("/feedback", data=body, content_type=kind, headers={"Authorization": "Bearer 1"})
+    sent = keyed.post(
+        "/feedback", data=body, content_type=kind, headers={"Authorization": "Bearer 1"}
+    )
     assert_error(sent, 400, words, "send Content-Type: application/json", '"request_id"')

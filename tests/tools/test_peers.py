@@ -1,4 +1,5 @@
 """benchmarks/peers.py: figures from scores and verdicts; what a user gets wrong is one line."""
+
 import os
 import re
 import shlex
@@ -60,7 +61,9 @@ def test_an_image_that_a_detector_does_not_read_is_left_out_for_all(capsys):
 
 
 def test_a_process_answers_image_by_image(tmp_path):
-    lines, first, peak = peers.judge(detector("import time; time.sleep(0.5)" + KNOWN), ["a", "b", "c", "d"], tmp_path)
+    lines, first, peak = peers.judge(
+        detector("import time; time.sleep(0.5)" + KNOWN), ["a", "b", "c", "d"], tmp_path
+    )
     assert [answer for answer, _ in lines] == [[0.1, 0, 0], [0.9, 1, 0], [0.5, 0, 1], "'d'"]
     assert first >= 0.5 > min(seconds for _, seconds in lines) and peak > 1
 
@@ -72,10 +75,14 @@ def test_times_are_of_all_starts_and_answers_of_the_last(tmp_path):
     assert float(seconds) >= 0 and " to " in start and int(peak) > 1
 
 
-@pytest.mark.parametrize("text, words", [
-    ("import sys; sys.exit(3)", "ended with 3"),
-    ("raise OSError('no weights')", "ended with 1: OSError: no weights"),
-    ("pass", "ended with 0")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("import sys; sys.exit(3)", "ended with 3"),
+        ("raise OSError('no weights')", "ended with 1: OSError: no weights"),
+        ("pass", "ended with 0"),
+    ],
+)
 def test_a_detector_that_cannot_start_is_one_line(text, words, tmp_path):
     with pytest.raises(peers.UsageError, match=words):
         peers.judge(detector(text), ["a"], tmp_path)
@@ -114,11 +121,15 @@ def test_its_own_commands_are_taken_and_a_draw_is_even(make_folder, tmp_path, mo
     assert sorted(chosen) == sorted(2 * [(split, i) for split in peers.SPLITS for i in (0, 1)])
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
-    (["--data_dir", "data", "--limit", "0"], "--limit 0: must be at least 1"),
-    (["--data_dir", "data", "--splits", "test", "val"], "--splits val: --data_dir data has no"),
-    (["--data_dir", "data", "--model_path", "none"], "--model_path none: no such file")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
+        (["--data_dir", "data", "--limit", "0"], "--limit 0: must be at least 1"),
+        (["--data_dir", "data", "--splits", "test", "val"], "--splits val: --data_dir data has no"),
+        (["--data_dir", "data", "--model_path", "none"], "--model_path none: no such file"),
+    ],
+)
 def test_wrong_flags(flags, words, make_folder, tmp_path):
     make_folder(tmp_path / "data", {"test/real": 2, "test/fake": 2})
     command = [sys.executable, "-m", "benchmarks.peers", *flags]

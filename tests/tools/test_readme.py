@@ -4,6 +4,7 @@ The commands run in order in one folder that holds what a reader would have: dat
 A small checkpoint with random weights stands in for OpenAI's CLIP, which is a download of 890 MB; the commands are the same.
 The first block, and the pages in docs/, run with the weights that `make test` fetches.
 """
+
 import importlib.util
 import json
 import os
@@ -34,18 +35,31 @@ ELSEWHERE = {
     "docker ": "no engine at hand: test_deploy.py holds the Dockerfile against the repository",
     'curl -H "Authorization': "needs a service with keys: test_keys.py",
     "python evaluate.py --feedback": "needs the log of a service that was used: test_feedback.py",
-    "kubectl ": "no cluster at hand: test_manifests.py holds the manifests against Kubernetes' schemas",
+    "kubectl ": (
+        "no cluster at hand: test_manifests.py holds the manifests against Kubernetes' schemas"
+    ),
 }
-SHORTER = {"finetune_clip.py": " --steps 2 --batch_size 8 --keep 0.75"}  # the same command, not the half hour, and enough left to train on
-IN_ITS_PLACE = {"--clip_model ViT-L/14": "--clip_model start.pt",  # a small checkpoint with random weights
-                "CLIP_MODEL=ViT-B/16-8bit": "CLIP_MODEL=start.pt"}
+SHORTER = {
+    "finetune_clip.py": " --steps 2 --batch_size 8 --keep 0.75"
+}  # the same command, not the half hour, and enough left to train on
+IN_ITS_PLACE = {
+    "--clip_model ViT-L/14": "--clip_model start.pt",  # a small checkpoint with random weights
+    "CLIP_MODEL=ViT-B/16-8bit": "CLIP_MODEL=start.pt",
+}
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory, make_folder, photos):
     """A folder as a reader has it after cloning, and the environment in which the commands run."""
     place = tmp_path_factory.mktemp("reader")
-    make_folder(place / "data", {f"{split}/{label}": n for split, n in (("train", 40), ("test", 15)) for label in ("real", "fake")})
+    make_folder(
+        place / "data",
+        {
+            f"{split}/{label}": n
+            for split, n in (("train", 40), ("test", 15))
+            for label in ("real", "fake")
+        },
+    )
     make_folder(place / "more", {f"train/{label}": 10 for label in ("real", "fake")}, seed=1)
     make_folder(place / "folder", {".": 3})
     make_folder(place / "golden", {label: 5 for label in ("real", "fake")})
@@ -57,23 +71,44 @@ def reader(tmp_path_factory, make_folder, photos):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    return place, {**os.environ, "PATH": path, "CLIP_MODEL": str(small.CHECKPOINT), "CLIP_CACHE": str(OPENAI_CACHE), "PORT": port,
-                   "ALLOW_DEMO_MODEL": "1", "GIT_DIR": "/nowhere", "CODE_COMMIT": "c0de" * 10}  # not dirty while one works on it
+    return place, {
+        **os.environ,
+        "PATH": path,
+        "CLIP_MODEL": str(small.CHECKPOINT),
+        "CLIP_CACHE": str(OPENAI_CACHE),
+        "PORT": port,
+        "ALLOW_DEMO_MODEL": "1",
+        "GIT_DIR": "/nowhere",
+        "CODE_COMMIT": "c0de" * 10,
+    }  # not dirty while one works on it
 
 
 def run(command, place, env):
-    return subprocess.run(["bash", "-c", command.replace(":8000", ":" + env["PORT"])], cwd=place, env=env,
-                          capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        ["bash", "-c", command.replace(":8000", ":" + env["PORT"])],
+        cwd=place,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
 
 
 def start_service(command, place, env):
     """Start it as a reader would in another terminal; return when it is ready."""
-    server = subprocess.Popen(["bash", "-c", "exec env " + command], cwd=place, env=env, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        ["bash", "-c", "exec env " + command],
+        cwd=place,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{env['PORT']}/readyz", timeout=PATIENCE).close()
+            urllib.request.urlopen(
+                f"http://127.0.0.1:{env['PORT']}/readyz", timeout=PATIENCE
+            ).close()
             return server
         except OSError:
             assert server.poll() is None, "the service ended"
@@ -87,6 +122,7 @@ def test_every_command_runs_in_the_order_of_the_page(reader, wheel):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed: finetune_clip.py and prepare_clip.py need it")
     import small_clip
+
     place, env = reader
     small_clip.save_state_dict(small_clip.small_vit(None), place / "start.pt")
     server = None
@@ -99,9 +135,17 @@ def test_every_command_runs_in_the_order_of_the_page(reader, wheel):
                 continue
             for theirs, small in IN_ITS_PLACE.items():
                 command = command.replace(theirs, small)
-            result = run(command + next((more for name, more in SHORTER.items() if name in command), ""), place, env)
-            assert result.returncode == 0 or re.search("audit|golden", command) and result.returncode == 1 \
-                and "Traceback" not in result.stderr, command + "\n" + result.stderr
+            result = run(
+                command + next((more for name, more in SHORTER.items() if name in command), ""),
+                place,
+                env,
+            )
+            assert (
+                result.returncode == 0
+                or re.search("audit|golden", command)
+                and result.returncode == 1
+                and "Traceback" not in result.stderr
+            ), command + "\n" + result.stderr
     finally:
         if server:
             server.send_signal(signal.SIGTERM)
@@ -112,9 +156,16 @@ def test_the_printed_outputs_are_those_that_the_page_shows(reader, wheel):
     place, env = reader
     shown = {block.splitlines()[-1]: output for block, output in BLOCKS if output}
     assert run("python -m tools.samples", place, env).stdout.startswith("samples: ")
-    first = run("rm -f model.joblib; python classify.py --image_path samples/{china,flower,grace_hopper}.jpg", place, env)
+    first = run(
+        "rm -f model.joblib; python classify.py --image_path"
+        " samples/{china,flower,grace_hopper}.jpg",
+        place,
+        env,
+    )
     expected = next(output for command, output in shown.items() if command.endswith("samples"))
-    assert re.sub(r"\d\.\d\d", "0.00", first.stderr + first.stdout) == re.sub(r"\d\.\d\d", "0.00", expected)
+    assert re.sub(r"\d\.\d\d", "0.00", first.stderr + first.stdout) == re.sub(
+        r"\d\.\d\d", "0.00", expected
+    )
     for output in shown.values():
         if output.startswith("{"):
             assert list(json.loads(output)) == ["classification", "confidence"]
@@ -123,13 +174,22 @@ def test_the_printed_outputs_are_those_that_the_page_shows(reader, wheel):
 def test_every_make_target_exists():
     for command in COMMANDS:
         if command.startswith("make "):
-            assert subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True).returncode == 0, command
+            assert (
+                subprocess.run(
+                    ["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True
+                ).returncode
+                == 0
+            ), command
 
 
 def test_the_settings_table_is_the_code_s():
     from detector.service.settings import SETTINGS
+
     table = re.findall(r"^\| `([A-Z0-9_]+)` \| (.*?) \| (.*) \|$", README, re.MULTILINE)
-    assert table == [(name, f"`{default}`" if default else "", text) for name, (default, text) in SETTINGS.items()]
+    assert table == [
+        (name, f"`{default}`" if default else "", text)
+        for name, (default, text) in SETTINGS.items()
+    ]
 
 
 def test_the_figures_of_the_shipped_model_are_its_own():
@@ -139,6 +199,7 @@ def test_the_figures_of_the_shipped_model_are_its_own():
 
 def test_the_number_of_distortions_is_the_code_s():
     from detector.images.distort import CONDITIONS
+
     assert f"{len(CONDITIONS)} distortions" in README
 
 
@@ -156,18 +217,30 @@ def test_the_table_of_pods_is_the_benchmark_s():
 def test_the_tables_of_speed_are_the_benchmarks():
     """benchmarks/speed.md keeps what the commands in it printed, and on which machine."""
     section = README.split("### How fast is it?")[1].split("\n## ")[0]
-    tables, kept = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE), (ROOT / "benchmarks" / "speed.md").read_text()
+    tables, kept = (
+        re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE),
+        (ROOT / "benchmarks" / "speed.md").read_text(),
+    )
     assert len(tables) >= 7 and [table for table in tables if table not in kept] == []
 
 
 @pytest.mark.parametrize("script", ["extract_features.py", "train_model.py", "classify.py"])
-def test_the_help_of_the_three_user_scripts_fits_one_screen_and_names_the_user_s_flags_first(script):
-    text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True,
-                          env={**os.environ, "COLUMNS": "80"}).stdout.splitlines()
+def test_the_help_of_the_three_user_scripts_fits_one_screen_and_names_the_user_s_flags_first(
+    script,
+):
+    text = subprocess.run(
+        [sys.executable, ROOT / script, "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+    ).stdout.splitlines()
     assert len(text) <= 40 and max(map(len, text)) <= 80
     flags = re.findall(r"^  (--\w+)", "\n".join(text), re.MULTILINE)
-    users = {"extract_features.py": ["--data_dir", "--output_file"], "classify.py": ["--image_path", "--model_path"],
-             "train_model.py": ["--features_file", "--model_output_path"]}[script]
+    users = {
+        "extract_features.py": ["--data_dir", "--output_file"],
+        "classify.py": ["--image_path", "--model_path"],
+        "train_model.py": ["--features_file", "--model_output_path"],
+    }[script]
     assert flags[:2] == users
 
 

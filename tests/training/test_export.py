@@ -1,4 +1,5 @@
 """train_model.py --export_sklearn: scikit-learn's own objects, with the model's numbers, read back without trust in any type."""
+
 import numpy as np
 import pytest
 import skops.io
@@ -15,7 +16,12 @@ from detector.base.errors import UsageError
 from detector.model.score import decision
 from detector.training import classifiers, export
 
-OF_KIND = {"svm": SVC, "linear-svm": LinearSVC, "logistic": LogisticRegression, "mlp": MLPClassifier}
+OF_KIND = {
+    "svm": SVC,
+    "linear-svm": LinearSVC,
+    "logistic": LogisticRegression,
+    "mlp": MLPClassifier,
+}
 NEW = make_columns(seed=2)["features"]
 
 
@@ -37,9 +43,14 @@ def decided(pipeline, features):
 def test_what_is_read_back_decides_as_the_model_does(train, tmp_path, kind):
     model, *_ = train(make_columns(gap=1), classifier=kind, export_sklearn=tmp_path / "model.skops")
     pipeline = read(tmp_path / "model.skops")
-    assert type(pipeline) is Pipeline and [type(step) for step in pipeline] == [StandardScaler, OF_KIND[kind]]
+    assert type(pipeline) is Pipeline and [type(step) for step in pipeline] == [
+        StandardScaler,
+        OF_KIND[kind],
+    ]
     scores = decision(model, NEW)
-    np.testing.assert_allclose(decided(pipeline, NEW), scores, atol=5e-5 if kind == "svm" else 1e-5, rtol=0)
+    np.testing.assert_allclose(
+        decided(pipeline, NEW), scores, atol=5e-5 if kind == "svm" else 1e-5, rtol=0
+    )
     assert np.ptp(scores) > 0.1 and np.array_equal(pipeline.predict(NEW), scores > 0)
     for name in ("C", "alpha"):
         assert getattr(pipeline[-1], name, None) == model["hyperparameters"].get(name)
@@ -58,34 +69,64 @@ def test_an_svm_is_scikit_learns_to_the_last_attribute_whoever_trained_it(monkey
     exported = export.pipeline(build(columns), 0)[-1]
     monkeypatch.setattr(classifiers, "svc", lambda: SVC)
     model = build(columns)
-    labels, weight = columns["labels"].astype(int), classifiers.row_weights(columns["labels"].astype(int), columns["sources"])
+    labels, weight = (
+        columns["labels"].astype(int),
+        classifiers.row_weights(columns["labels"].astype(int), columns["sources"]),
+    )
     rows = StandardScaler().fit_transform(columns["features"])
-    fitted = SVC(C=model["hyperparameters"]["C"], gamma=model["gamma"]).fit(rows, labels, sample_weight=weight)
-    for ours, atol in ((exported, 1e-2), (export.pipeline(model, 0)[-1], 1e-6)):  # two solvers end a tolerance apart
+    fitted = SVC(C=model["hyperparameters"]["C"], gamma=model["gamma"]).fit(
+        rows, labels, sample_weight=weight
+    )
+    for ours, atol in (
+        (exported, 1e-2),
+        (export.pipeline(model, 0)[-1], 1e-6),
+    ):  # two solvers end a tolerance apart
         assert type(ours) is SVC and ours.get_params() == fitted.get_params()
-        assert set(vars(fitted)) - set(vars(ours)) <= {"class_weight_", "_num_iter", "n_iter_", "_effective_probability"}
+        assert set(vars(fitted)) - set(vars(ours)) <= {
+            "class_weight_",
+            "_num_iter",
+            "n_iter_",
+            "_effective_probability",
+        }
         for name in ("support_vectors_", "n_support_", "dual_coef_", "intercept_", "classes_"):
-            np.testing.assert_allclose(getattr(ours, name), getattr(fitted, name), atol=atol, rtol=0, err_msg=name)
+            np.testing.assert_allclose(
+                getattr(ours, name), getattr(fitted, name), atol=atol, rtol=0, err_msg=name
+            )
 
 
 def test_nothing_is_exported_and_skops_is_not_imported_unless_asked(command, tmp_path):
     result = command(PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0 and not list(tmp_path.glob("*.skops"))
-    assert "| detector.training.export" in result.stderr.replace("  ", "") and "skops" not in result.stderr
+    assert (
+        "| detector.training.export" in result.stderr.replace("  ", "")
+        and "skops" not in result.stderr
+    )
 
 
 # ---- refusals, before the training ----
 
+
 def test_where_skops_is_missing_it_says_how_to_install_it(monkeypatch, train, tmp_path):
     find = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "skops" else find(name))
-    with pytest.raises(UsageError, match="--export_sklearn .*a.skops: needs skops, .*pip install -r requirements.txt"):
+    monkeypatch.setattr(
+        export.importlib.util, "find_spec", lambda name: None if name == "skops" else find(name)
+    )
+    with pytest.raises(
+        UsageError,
+        match="--export_sklearn .*a.skops: needs skops, .*pip install -r requirements.txt",
+    ):
         train(make_columns(), export_sklearn=tmp_path / "a.skops")
     assert not (tmp_path / "model.joblib").exists()
 
 
-@pytest.mark.parametrize("place, words", [("/proc/nowhere/a.skops", "cannot be written"), ("", "is a folder; name a file in it"),
-                                          ("out.joblib", "is the model file's place; name another")])
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("/proc/nowhere/a.skops", "cannot be written"),
+        ("", "is a folder; name a file in it"),
+        ("out.joblib", "is the model file's place; name another"),
+    ],
+)
 def test_a_place_that_cannot_be_written_is_one_line(command, tmp_path, place, words):
     result = command("--export_sklearn", tmp_path / place)
     assert_one_line_error(result, f"--export_sklearn {tmp_path / place}", words)

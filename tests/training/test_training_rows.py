@@ -1,4 +1,5 @@
 """Which images train and which test: the folders' split or our own, whole groups, copies of an image always together."""
+
 import numpy as np
 import pytest
 from made_up import make_columns, training_arguments, with_views, write_features
@@ -22,6 +23,7 @@ def chosen(columns, **changes):
 
 # ---- which rows ----
 
+
 def test_the_folders_split_is_used():
     columns = make_columns()
     rows, test, _, how = chosen(columns)
@@ -44,7 +46,9 @@ def test_without_test_images_a_fifth_of_train_tests():
     columns = make_columns(real=90, fake=90)
     columns["splits"] = np.where(columns["splits"] == "test", "external", "train")
     rows, test, _, how = chosen(columns)
-    assert "our own split" in how and set(columns["splits"][np.concatenate([rows, test])]) == {"train"}
+    assert "our own split" in how and set(columns["splits"][np.concatenate([rows, test])]) == {
+        "train"
+    }
     assert (len(rows), len(test)) == (96, 24)
 
 
@@ -61,7 +65,9 @@ def test_train_splits_chooses_what_to_train_on():
     columns = make_columns()
     columns["splits"][::4] = "extra"
     rows, test, _, _ = chosen(columns, train_splits="train,extra")
-    assert set(columns["splits"][rows]) == {"train", "extra"} and set(columns["splits"][test]) == {"test"}
+    assert set(columns["splits"][rows]) == {"train", "extra"} and set(columns["splits"][test]) == {
+        "test"
+    }
 
 
 def test_images_to_train_on_never_test_even_where_the_user_names_the_test_split():
@@ -89,12 +95,15 @@ def test_what_is_left_out_is_said(train):
 
 # ---- groups ----
 
+
 def with_twins(columns, copies=4, seed=0):
     """Every picture there `copies` times: other bytes, nearly the same thumbnail."""
     rng = np.random.default_rng(seed)
     many = {name: np.repeat(column, copies, axis=0) for name, column in columns.items()}
     many["sha256"] = np.array([f"{i:064x}" for i in range(len(many["sha256"]))])
-    many["thumb"] = np.clip(many["thumb"].astype(int) + rng.integers(-1, 2, many["thumb"].shape), 0, 255).astype(np.uint8)
+    many["thumb"] = np.clip(
+        many["thumb"].astype(int) + rng.integers(-1, 2, many["thumb"].shape), 0, 255
+    ).astype(np.uint8)
     return many
 
 
@@ -111,20 +120,26 @@ def test_byte_identical_files_are_one_group():
     assert groups[5] == groups[100] and len(set(groups)) == 119
 
 
-@pytest.mark.parametrize("sources, kind", [(3, "near-identical images"), (9, "near-identical images"), (12, "sources")])
+@pytest.mark.parametrize(
+    "sources, kind", [(3, "near-identical images"), (9, "near-identical images"), (12, "sources")]
+)
 def test_ten_sources_or_more_are_groups_fewer_are_not(sources, kind):
     columns = make_columns()
     columns["sources"] = np.array([f"source {i % sources}" for i in range(120)])
     groups, found = make_groups(columns)
     assert found == kind
     if kind == "sources":
-        assert all(len(set(groups[columns["sources"] == name])) == 1 for name in set(columns["sources"]))
+        assert all(
+            len(set(groups[columns["sources"] == name])) == 1 for name in set(columns["sources"])
+        )
         assert len(set(groups)) == sources
 
 
 def test_ten_sources_of_which_too_few_hold_one_class_are_no_groups():
     columns = make_columns()
-    columns["sources"] = np.array([f"camera {i % 12}" for i in range(60)] + [f"generator {i % 2}" for i in range(60)])
+    columns["sources"] = np.array(
+        [f"camera {i % 12}" for i in range(60)] + [f"generator {i % 2}" for i in range(60)]
+    )
     assert make_groups(columns)[1] == "near-identical images"
 
 
@@ -180,8 +195,13 @@ def test_copies_neither_count_as_images_nor_as_one_picture_repeated(train, flags
     with pytest.raises(UsageError, match=f"{fewest} real images to train on"):
         chosen(with_views(make_columns(real=fewest, fake=60, splits=False), 3), **flags)
     columns = with_views(make_columns(real=30, fake=30), 60)
-    assert len(chosen(columns, **flags)[0])  # 61 rows of one picture each, and no copies among the files
-    assert "40 images to train, and 120 degraded copies, 20 to test" in train(with_views(make_columns(real=30, fake=30), 3))[3]
+    assert len(
+        chosen(columns, **flags)[0]
+    )  # 61 rows of one picture each, and no copies among the files
+    assert (
+        "40 images to train, and 120 degraded copies, 20 to test"
+        in train(with_views(make_columns(real=30, fake=30), 3))[3]
+    )
 
 
 def test_fold_rows_refuses_fewer_groups_than_folds():
@@ -190,18 +210,26 @@ def test_fold_rows_refuses_fewer_groups_than_folds():
         fold_rows(labels, np.concatenate([np.arange(50) % 4, 10 + np.arange(50)]), 0)
 
 
-@pytest.mark.parametrize("copies, others, stops", [(51, 100, True), (50, 100, False), (60, 1300, False), (70, 1300, True)])
-def test_one_picture_above_5_percent_of_the_data_and_50_images_stops_everything(copies, others, stops):
+@pytest.mark.parametrize(
+    "copies, others, stops",
+    [(51, 100, True), (50, 100, False), (60, 1300, False), (70, 1300, True)],
+)
+def test_one_picture_above_5_percent_of_the_data_and_50_images_stops_everything(
+    copies, others, stops
+):
     columns = make_columns(real=copies + others - 40, fake=40)
     columns["thumb"][:copies] = columns["thumb"][0]
     if not stops:
         assert np.bincount(rows.group_rows(columns)[0]).max() == copies
         return
-    with pytest.raises(UsageError, match=f"^{copies} of {copies + others} images look like one .*remove the copies"):
+    with pytest.raises(
+        UsageError, match=f"^{copies} of {copies + others} images look like one .*remove the copies"
+    ):
         rows.group_rows(columns)
 
 
 # ---- distinct images ----
+
 
 def joined(*several):
     return {name: np.concatenate([columns[name] for columns in several]) for name in several[0]}
@@ -209,28 +237,53 @@ def joined(*several):
 
 def test_a_features_file_given_twice_changes_no_model_no_figure_and_no_warning(train, quick):
     columns = with_views(make_columns(), 1)
-    once, twice = train(columns, max_fpr=0.01, name="once"), train(columns, columns, max_fpr=0.01, name="twice")
+    once, twice = (
+        train(columns, max_fpr=0.01, name="once"),
+        train(columns, columns, max_fpr=0.01, name="twice"),
+    )
     assert "240 rows repeat an image that is there already: dropped" in twice[3]
-    assert twice[3].replace("240 rows repeat an image that is there already: dropped\n", "").count("warning") == once[3].count("warning") == 1
+    assert (
+        twice[3]
+        .replace("240 rows repeat an image that is there already: dropped\n", "")
+        .count("warning")
+        == once[3].count("warning")
+        == 1
+    )
     assert twice[1] == once[1]
     assert twice[0].pop("sha256") == once[0].pop("sha256")  # of the model file
 
 
 def test_a_draw_of_repeated_rows_is_a_draw_of_distinct_ones(tmp_path):
-    columns, few = with_views(make_columns(real=300, fake=300), 1), with_views(make_columns(real=300, fake=300), 3)
-    once, twice, grown = ([FeaturesFile(write_features(tmp_path / f"{name}{i}.npz", part)) for i, part in enumerate(parts)]
-                          for name, parts in (("a", [columns]), ("b", [columns, columns]), ("c", [columns, few])))
+    columns, few = (
+        with_views(make_columns(real=300, fake=300), 1),
+        with_views(make_columns(real=300, fake=300), 3),
+    )
+    once, twice, grown = (
+        [
+            FeaturesFile(write_features(tmp_path / f"{name}{i}.npz", part))
+            for i, part in enumerate(parts)
+        ]
+        for name, parts in (("a", [columns]), ("b", [columns, columns]), ("c", [columns, few]))
+    )
     (one, _), (two, total) = load_rows(once, 400), load_rows(twice, 400)
-    assert 390 < len(two["labels"]) <= 400 and total == 1200 and all(np.array_equal(one[name], two[name]) for name in COLUMNS)
+    assert (
+        390 < len(two["labels"]) <= 400
+        and total == 1200
+        and all(np.array_equal(one[name], two[name]) for name in COLUMNS)
+    )
     whole, total = load_rows(twice, 1200)
     assert len(whole["labels"]) == total == 1200
     drawn, _ = load_rows(grown, 400)
-    assert set(zip(drawn["sha256"], drawn["view"])) == {(digest, view) for digest in set(drawn["sha256"]) for view in range(4)}
+    assert set(zip(drawn["sha256"], drawn["view"])) == {
+        (digest, view) for digest in set(drawn["sha256"]) for view in range(4)
+    }
 
 
 def test_an_image_in_train_and_in_test_stays_in_both_as_a_leak_and_counts_once_after_a_resplit():
     columns = make_columns()
-    again = {name: values[:10] for name, values in columns.items()} | {"splits": np.full(10, "test")}
+    again = {name: values[:10] for name, values in columns.items()} | {
+        "splits": np.full(10, "test")
+    }
     both = without_repeats(joined(columns, again))
     assert len(both["labels"]) == 130
     rows, test, *_ = chosen(both)
@@ -250,4 +303,6 @@ def test_repeats_do_not_make_up_for_missing_images():
 def test_one_image_under_both_labels_is_no_repeat(capsys):
     columns = make_columns()
     columns["sha256"][0] = columns["sha256"][100]
-    assert len(without_repeats(columns)["labels"]) == 120 and "repeat" not in capsys.readouterr().err
+    assert (
+        len(without_repeats(columns)["labels"]) == 120 and "repeat" not in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
 """A detector in this process: the same answers in one forward pass or another, alone or among others."""
+
 import numpy as np
 import pytest
 from made_up import BASELINE
@@ -33,6 +34,13 @@ def test_a_bad_image_does_not_shift_the_answers_of_the_others(crops, tmp_path, b
     found = dict(classify_all(detector, paths, MAX_PIXELS, batch))
     assert isinstance(found.pop(bad), UnsupportedImage)
     found = {path: verdict.p_fake for path, (verdict, _) in found.items()}
-    alone = {path: verdict.p_fake for path, (verdict, _) in classify_all(detector, crops[:7], MAX_PIXELS, 1)}
-    assert list(found) == list(alone) and list(found.values()) == pytest.approx(list(alone.values()), abs=1e-5)  # model.rbf
-    assert np.diff(sorted(alone.values())).min() > 3e-4  # so an answer at another's place would show
+    alone = {
+        path: verdict.p_fake
+        for path, (verdict, _) in classify_all(detector, crops[:7], MAX_PIXELS, 1)
+    }
+    assert list(found) == list(alone) and list(found.values()) == pytest.approx(
+        list(alone.values()), abs=1e-5
+    )  # model.rbf
+    assert (
+        np.diff(sorted(alone.values())).min() > 3e-4
+    )  # so an answer at another's place would show
