@@ -1,21 +1,26 @@
 """Fixtures: real photographs that installed packages bring, a labelled folder made of them, the scripts as subprocesses."""
 
-import ctypes
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
-
 import small
+from commands import OPENAI_CACHE, ROOT
+from live import Live
+from made_up import BASELINE, write_features
+from PIL import Image
+from threadpoolctl import threadpool_limits
 
-from detector.encoders import catalogue
+from detector.base.files import sha256
+from detector.encoders import catalogue, runtime
+from detector.images import decoding
+from detector.model.file import load_model
 from detector.service.settings import SETTINGS
 
 
@@ -39,9 +44,6 @@ def clean_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "home" / ".clip"))
     small.link_encoder(tmp_path / "home" / ".clip")
-
-
-OPENAI_CACHE = ROOT / ".clip"  # `make test` fills it
 
 
 @pytest.fixture(scope="session")
@@ -145,21 +147,119 @@ def script(tmp_path):
     return run
 
 
-def without_root():
-    """Root gives up its right to pass over permissions, as the tests of unreadable folders need."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, by prctl(PR_CAPBSET_DROP)
-        ctypes.CDLL(None).prctl(24, capability)
+COMPILED = {}
 
 
-def assert_one_line_error(result, *words, code=2):
-    """Exit code and one line on stderr that says all of `words`; no traceback."""
-    text = result.stderr if isinstance(result.stderr, str) else result.stderr.decode()
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert result.returncode == code, text
-    assert "Traceback" not in text
-    assert len(lines) == 1, text
-    for word in words:
-        assert str(word) in lines[0], lines[0]
+@pytest.fixture(scope="module")
+def compiled_once():
+    """OpenVINO compiles the same weights once and not for every engine: that is most of the time that loading takes."""
+    compile_anew = runtime.openvino_forward
+
+    def compile_once(folder, *options):
+        key = sha256((Path(folder) / "encoder.bin").read_bytes()), *options
+        if key not in COMPILED:
+            COMPILED[key] = compile_anew(folder, *options)
+        return COMPILED[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "openvino_forward", compile_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For matrices this small a second thread of torch costs more than it gives."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pictures(photos):
+    """The photographs, decoded: {name: PIL image, RGB}."""
+    return {name: decoding.decode_image(path.read_bytes()) for name, path in photos.items()}
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Function: settings -> the live service, on a copy of the small model that may be replaced."""
+    started = []
+
+    def start(**settings):
+        shutil.copy(BASELINE, tmp_path / "model.joblib")
+        started.append(Live(tmp_path, MODEL_PATH="model.joblib", **settings))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """Function: columns or features files, and flags -> (model, metrics.json, stdout, stderr) of one training."""
+    import sklearn.ensemble  # noqa: F401  loaded here, so that the limit below reaches its threads
+
+    import train_model
+    from detector.training import recipe
+
+    monkeypatch.setattr(recipe, "code_commit", lambda: "0123abc")
+
+    def run(*data, name="model", **flags):
+        files = [
+            write_features(tmp_path / f"{name}{i}.npz", part) if isinstance(part, dict) else part
+            for i, part in enumerate(data)
+        ]
+        output = tmp_path / f"{name}.joblib"
+        given = [
+            word
+            for flag, value in flags.items()
+            for word in (f"--{flag}", *([] if value is True else [str(value)]))
+        ]
+        with threadpool_limits(
+            1
+        ):  # so small a training is nothing but threads that wait for each other
+            train_model.main(
+                ["--features_file", *map(str, files), "--model_output_path", str(output), *given]
+            )
+        captured = capsys.readouterr()
+        return (
+            load_model(output),
+            json.loads((tmp_path / f"{name}_report" / "metrics.json").read_text()),
+            captured.out,
+            captured.err,
+        )
+
+    return run
+
+
+@pytest.fixture
+def command(script, tmp_path):
+    """Function: train_model.py as a process on a features file, into tmp_path / 'out.joblib'."""
+
+    def run(*flags, features=None, **env):
+        return script(
+            "train_model.py",
+            "--features_file",
+            *(features or [write_features(tmp_path / "f.npz")]),
+            "--model_output_path",
+            tmp_path / "out.joblib",
+            *flags,
+            **{"OMP_NUM_THREADS": "1", **env},
+        )
+
+    return run
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The search takes the first point of the grid: for tests that are not about what it finds."""
+    from detector.training import classifiers, recipe
+
+    monkeypatch.setattr(recipe, "search", lambda kind, *_: classifiers.GRIDS[kind][0])
 
 
 def pytest_addoption(parser):

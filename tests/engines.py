@@ -10,38 +10,17 @@ from threading import Event, Thread
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import requests
 from live import DEMO, ready_client
 from made_up import BASELINE
 from patience import PATIENCE
 from PIL import Image
 
-from detector.base.files import sha256
-from detector.encoders import runtime
 from detector.model.file import load_model, save_model
 from detector.service.engine import Engine, named
 from detector.service.settings import read_settings
 from detector.service.telemetry import JsonFormatter, Telemetry
 from detector.verdict import Detector
-
-COMPILED = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """OpenVINO compiles the same weights once and not for every engine: that is most of the time that loading takes."""
-    compile_anew = runtime.openvino_forward
-
-    def compile_once(folder, *options):
-        key = sha256((Path(folder) / "encoder.bin").read_bytes()), *options
-        if key not in COMPILED:
-            COMPILED[key] = compile_anew(folder, *options)
-        return COMPILED[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "openvino_forward", compile_once)
-        yield
 
 
 def until(condition):

@@ -9,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import small
-from conftest import ROOT
+from commands import ROOT
 from patience import PATIENCE
 
 import extract_features
@@ -24,43 +23,12 @@ FEW = {"train/real/camera": 8, "train/fake/gan": 8, "test/real/camera": 4, "test
 SETTINGS = {"CLIP_MODEL": str(small.CHECKPOINT), "GIT_DIR": "/nowhere", "CODE_COMMIT": "c0de"}
 
 
-@pytest.fixture(autouse=True)
-def settings(clean_environment, monkeypatch):
-    for name, value in SETTINGS.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(scope="module")
-def few(make_folder, tmp_path_factory):
-    """24 images that no test changes."""
-    return make_folder(tmp_path_factory.mktemp("few"), FEW)
-
-
-@pytest.fixture
-def own(few, tmp_path):
-    """A copy of the 24 images, to change."""
-    return shutil.copytree(few, tmp_path / "own")
-
-
 def extract(data_dir, output, *flags):
     """The command, in this process; -> the columns it wrote."""
     extract_features.main(
         ["--data_dir", str(data_dir), "--output_file", str(output), *map(str, flags)]
     )
     return load_features(output)
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """List that grows by the size of each batch that is encoded."""
-    sizes, encode = [], runtime.Encoder.encode
-
-    def count(self, pixels):
-        sizes.append(len(pixels))
-        return encode(self, pixels)
-
-    monkeypatch.setattr(runtime.Encoder, "encode", count)
-    return sizes
 
 
 def digest(path):

@@ -1,20 +1,16 @@
 """The service under test: Flask's test client with a model loaded, and the service as a process of its own."""
 
-import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
-import pytest
 import requests
-from conftest import ROOT
+from commands import ROOT
 from made_up import BASELINE
 from patience import PATIENCE
 
@@ -25,22 +21,6 @@ PATIENT = (  # of gunicorn: a machine may be slow to start and to stop
     f"--timeout {PATIENCE} --graceful-timeout {PATIENCE}"
 )
 # The service's own gunicorn.conf.py, and images that wait for the lock on a file before they are made the encoder's input.
-HELD = """
-exec(compile(open({conf!r}).read(), {conf!r}, "exec"))
-import fcntl
-as_it_is = post_worker_init
-
-def post_worker_init(worker):
-    as_it_is(worker)
-    from detector.verdict import Detector
-    pixels = Detector.pixels
-
-    def wait(self, image):
-        with open({gate!r}) as gate:
-            fcntl.flock(gate, fcntl.LOCK_SH)
-        return pixels(self, image)
-    Detector.pixels = wait
-"""
 
 
 def assert_error(response, status, *words):
@@ -126,45 +106,6 @@ class Live:
             return self.process.wait(PATIENCE)
         finally:
             self.process.kill()
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Function: settings -> the live service, on a copy of the small model that may be replaced."""
-    started = []
-
-    def start(**settings):
-        shutil.copy(BASELINE, tmp_path / "model.joblib")
-        started.append(Live(tmp_path, MODEL_PATH="model.joblib", **settings))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.stop()
-
-
-@pytest.fixture
-def held(serve, tmp_path):
-    """Function: settings -> (the live service, a context in which every image that it decodes stands still until the end)."""
-    gate, conf = tmp_path / "gate", tmp_path / "held.conf.py"
-    gate.touch()
-    conf.write_text(HELD.format(conf=str(ROOT / "gunicorn.conf.py"), gate=str(gate)))
-
-    @contextmanager
-    def stand_still():
-        with open(gate) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    return lambda **settings: (
-        serve(GUNICORN_CMD_ARGS=f"{PATIENT} --config {conf}", **settings),
-        stand_still(),
-    )
-
-
-@pytest.fixture(scope="module")
-def photo(photos):
-    return photos["china.jpg"].read_bytes()
 
 
 def metric(server, name):

@@ -24,6 +24,7 @@ from detector.training.classifiers import calibrated, fit, fold_rows, out_of_fol
 from detector.training.rows import Rows
 
 ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": 6}
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 BASELINE = (
     small.FOLDER / "small.joblib"
 )  # a model of photographs and the same with red and blue exchanged

@@ -3,7 +3,7 @@
 import json
 
 import jsonschema
-from conftest import ROOT
+from commands import ROOT
 
 DOCUMENT = json.loads((ROOT / "detector" / "service" / "openapi.json").read_text())
 OPERATIONS = {

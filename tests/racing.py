@@ -10,7 +10,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-from conftest import ROOT
+from commands import ROOT
 
 from detector.registry import champion, store
 

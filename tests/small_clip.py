@@ -7,26 +7,13 @@ photographs, until most different images fall below cosine 0.5; and comparisons 
 
 import warnings
 
+import clip.model
 import numpy as np
-import pytest
+import torch
 from PIL import Image
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of clip-anytorch's own imports
-    import clip.model
-    import torch
 
 from detector.finetuning.descent import clip_state_dict
 from detector.images import preprocessing
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For matrices this small a second thread of torch costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def crops(photos):

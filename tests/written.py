@@ -2,10 +2,7 @@
 
 import io
 
-import pytest
 from PIL import Image
-
-from detector.images import decoding
 
 
 def encode(image, kind, **options):
@@ -24,9 +21,3 @@ def rotated(image, kind, orientation, **options):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encode(image, kind, exif=exif, **options)
-
-
-@pytest.fixture(scope="session")
-def pictures(photos):
-    """The photographs, decoded: {name: PIL image, RGB}."""
-    return {name: decoding.decode_image(path.read_bytes()) for name, path in photos.items()}

@@ -4,7 +4,7 @@ import ast
 from functools import cache
 
 import pytest
-from conftest import ROOT
+from commands import ROOT
 
 # folder of detector/ -> the folders that it may import; docs/development.md draws it
 MAY_IMPORT = {

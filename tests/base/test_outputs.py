@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import small
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from made_up import BASELINE, make_columns, write_features
 
 from detector.base.console import printable

@@ -9,7 +9,7 @@ import numpy as np
 import prometheus_client
 import pytest
 import yaml
-from conftest import ROOT
+from commands import ROOT
 from live import post, ready_client
 from made_up import SHIPPED
 from prometheus_client.parser import text_string_to_metric_families

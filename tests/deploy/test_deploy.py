@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 import yaml
-from conftest import ROOT
+from commands import ROOT
 
 sys.path.insert(0, str(ROOT / "deploy"))
 from check_image import read_dockerfile, read_env, read_stages, steps_of

@@ -11,7 +11,7 @@ import subprocess
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
+from commands import ROOT
 from live import DEMO
 from test_deploy import PREPARED, closure, environment, uncopied, values
 

@@ -9,7 +9,7 @@ import shlex
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
+from commands import ROOT
 from test_deploy import closure, ignored
 
 import extract_features

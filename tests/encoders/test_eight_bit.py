@@ -10,7 +10,7 @@ import archives
 import numpy as np
 import pytest
 import small
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 
 from detector.base.errors import EncoderError
 from detector.encoders import catalogue, eight_bit, prepare, runtime, weights
@@ -114,10 +114,8 @@ def test_features_of_photographs_are_those_of_clip_load_on_the_same_weights(
     openai, pixels, arrays, tmp_path
 ):
     """The one parity test on OpenAI's own weights; the others use random ones."""
-    torch = pytest.importorskip(
-        "torch", reason="the reference is CLIP in torch: pip install -r requirements.txt"
-    )
     import small_clip
+    import torch
 
     arch = weights.architecture(arrays)
     path = small_clip.save_state_dict(prepare.torch_tower(arrays, arch), tmp_path / "vit-b-16.pt")

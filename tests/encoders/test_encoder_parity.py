@@ -9,21 +9,17 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import clip
 import numpy as np
 import pytest
+import small_clip
+import torch
 
 from detector.base.errors import EncoderError
 from detector.encoders import prepare, runtime, weights
 from detector.images import preprocessing
 
-torch = pytest.importorskip(
-    "torch", reason="the reference is CLIP in torch: pip install -r requirements.txt"
-)
-clip = pytest.importorskip(
-    "clip", reason="the reference is CLIP in torch: pip install -r requirements.txt"
-)
-import small_clip
-from small_clip import one_thread  # noqa: F401
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXACT = 0.99999  # lowest cosine of any image in float32
 CLOSE = 0.9995  # mean cosine in bfloat16 (and of any single image, CLOSE_EACH)

@@ -8,12 +8,7 @@ import time
 
 import numpy as np
 import pytest
-
-pytestmark = pytest.mark.long
-torch = pytest.importorskip(
-    "torch", reason="torch is not installed: a full-size checkpoint needs it"
-)
-pytest.importorskip("clip", reason="clip is not installed: a full-size checkpoint needs it")
+import torch
 from PIL import Image
 from small_clip import centred_cosines, pairwise_cosines, rounded, save_state_dict
 
@@ -21,6 +16,8 @@ from detector.encoders import prepare, runtime
 from detector.features.file import load_features
 from detector.images import preprocessing
 from detector.model.file import load_model
+
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,15 @@ identity, the model and what classifies follow."""
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error
+import small_clip
+import torch
+from commands import assert_one_line_error
 
 from detector.base.errors import EncoderError
 from detector.encoders import layers, prepare, runtime, vit, weights
 from detector.features.file import load_features
 
-torch = pytest.importorskip(
-    "torch", reason="the reference is CLIP in torch: pip install -r requirements.txt"
-)
-clip = pytest.importorskip(
-    "clip", reason="the reference is CLIP in torch: pip install -r requirements.txt"
-)
-import small_clip
-from small_clip import one_thread  # noqa: F401
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ASKED = {"vit": ["penultimate", "multi", "2"], "resnet": ["penultimate", "multi", "1,3"]}
 WIDTH = {

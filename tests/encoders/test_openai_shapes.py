@@ -4,18 +4,13 @@ import warnings
 
 import numpy as np
 import pytest
+import small_clip
+import torch
 from PIL import Image
 
 from detector.encoders import layers, prepare, runtime, weights
 
 pytestmark = pytest.mark.long
-torch = pytest.importorskip(
-    "torch", reason="the reference is CLIP in torch: pip install -r requirements.txt"
-)
-pytest.importorskip(
-    "clip", reason="the reference is CLIP in torch: pip install -r requirements.txt"
-)
-import small_clip
 
 # resolution, patch, width, output of clip.model.VisionTransformer
 SHAPES = {

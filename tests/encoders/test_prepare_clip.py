@@ -16,25 +16,22 @@ import sys
 import threading
 from pathlib import Path
 
+import clip
 import numpy as np
 import pytest
 import small
-from conftest import ROOT, assert_one_line_error
+import small_clip
+import torch
+from commands import ROOT, assert_one_line_error
 
 from detector.base.errors import EncoderError
 from detector.encoders import catalogue, prepare, runtime
 
-torch = pytest.importorskip(
-    "torch", reason="preparing an encoder needs torch: pip install -r requirements.txt"
-)
-clip = pytest.importorskip(
-    "clip", reason="preparing an encoder needs clip: pip install -r requirements.txt"
-)
-import small_clip
-from small_clip import one_thread  # noqa: F401
-
 # pooch leaves the connection of a failed download to the garbage collector; the fixture `server` calls it
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 NAME, FILE = "ViT-L/14", "ViT-L-14.pt"
 
 

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from engines import compiled_once, model_file  # noqa: F401
+from engines import model_file
 from live import DEMO
 from made_up import BASELINE, baseline_for, other_encoder
 
@@ -24,6 +24,8 @@ from detector.model.score import decision
 from detector.service.engine import check, check_pin, load_detector, prove, read_model
 from detector.service.settings import read_settings
 from detector.service.together import TOGETHER
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 HASH = "0123456789abcdef" * 4
 

@@ -7,13 +7,9 @@ import sys
 import numpy as np
 import pytest
 import small
-from PIL import Image
-
-pytest.importorskip("nncf", reason="nncf is not installed: pip install -r requirements/dev.txt")
-pytest.importorskip("clip")
-
 import small_clip
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
+from PIL import Image
 
 from detector.base.errors import EncoderError, UsageError
 from detector.encoders import closeness, prepare, quantize, runtime

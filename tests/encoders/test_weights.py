@@ -9,7 +9,7 @@ import archives
 import numpy as np
 import pytest
 import small
-from conftest import assert_one_line_error
+from commands import assert_one_line_error
 from made_up import Planted
 
 from detector.base.errors import EncoderError
@@ -40,10 +40,8 @@ def test_a_state_dict_written_by_hand_gives_its_arrays(tmp_path):
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @pytest.mark.parametrize("form", ["state dict", "archive"])
 def test_both_forms_that_torch_writes_give_torchs_own_numbers(kind, form, photos, tmp_path):
-    torch = pytest.importorskip(
-        "torch", reason="torch writes these files: pip install -r requirements.txt"
-    )
     import small_clip
+    import torch
 
     tower = small_clip.SMALL[kind](small_clip.crops(photos))
     found = weights.read_checkpoint(small_clip.FORMS[form](tower, tmp_path / "c.pt"))
@@ -56,9 +54,8 @@ def test_both_forms_that_torch_writes_give_torchs_own_numbers(kind, form, photos
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_any_precision_of_a_checkpoint_is_read_as_float16(dtype, tmp_path):
-    torch = pytest.importorskip(
-        "torch", reason="torch writes these files: pip install -r requirements.txt"
-    )
+    import torch
+
     tensors = {
         name: torch.from_numpy(array).to(getattr(torch, dtype)) for name, array in ARRAYS.items()
     }
@@ -68,9 +65,8 @@ def test_any_precision_of_a_checkpoint_is_read_as_float16(dtype, tmp_path):
 
 
 def test_views_transposes_and_parameters_are_read_as_torch_means_them(tmp_path):
-    torch = pytest.importorskip(
-        "torch", reason="torch writes these files: pip install -r requirements.txt"
-    )
+    import torch
+
     tensors = {f"visual.{name}": torch.from_numpy(array) for name, array in ARRAYS.items()}
     shared = torch.zeros(3, 128, dtype=torch.float16)
     shared[1] = tensors[f"visual.{VECTOR}"]
@@ -97,9 +93,8 @@ def test_the_identity_is_that_which_torch_towers_had():
 
 
 def test_the_identity_of_a_resnet_is_that_which_torch_towers_had():
-    torch = pytest.importorskip(
-        "torch", reason="a ResNet is made in torch: pip install -r requirements.txt"
-    )
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import clip.model
@@ -244,9 +239,8 @@ def test_a_bit_that_flipped_is_told(tmp_path):
 
 
 def test_torchs_old_format_is_told_with_the_way_out(tmp_path):
-    torch = pytest.importorskip(
-        "torch", reason="torch writes these files: pip install -r requirements.txt"
-    )
+    import torch
+
     torch.save(
         {"visual.proj": torch.zeros(2, 2)}, tmp_path / "c.pt", _use_new_zipfile_serialization=False
     )

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import small
-from conftest import assert_one_line_error
+from commands import assert_one_line_error
 from made_up import make_columns, write_features
 from PIL import Image
 from test_facts import COPIES
-from written import encode, jpeg, pictures  # noqa: F401
+from written import encode, jpeg
 
 from detector.evaluation import audit, rules
 from detector.evaluation.audit import audit_labels, labels_of, leak_sentence, sentences

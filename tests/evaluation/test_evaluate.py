@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import small
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from made_up import BASELINE, DIM, ENCODER, build, make_columns, with_views, write_features
 from PIL import Image
 

@@ -9,7 +9,7 @@ import tracemalloc
 from collections import Counter
 
 import pytest
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from live import Live
 from made_up import BASELINE
 from patience import PATIENCE

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from live import Live, free_port
 from patience import PATIENCE
 from standins import MODEL, REAL, Stub, make_models, pushed, pushgateway, tinted

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
 from PIL import Image
 from test_audit import NOTHING
 from test_metrics import scored

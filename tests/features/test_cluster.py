@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import requests
 import small
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from engines import until
-from extracting import FEW, SETTINGS, extract, few, own, settings  # noqa: F401
+from extracting import SETTINGS, extract
 from live import free_port
 from made_up import DIM, make_columns, other_encoder
 from patience import PATIENCE
@@ -33,7 +33,8 @@ from detector.features.extraction import read_row
 from detector.features.file import load_features
 from detector.images.folders import Entry
 
-pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements/ray.txt")
+pytestmark = pytest.mark.usefixtures("settings")
+
 long = pytest.mark.long
 MANY = {"train/real/camera": 60, "train/fake/gan": 60, "test/real/camera": 20, "test/fake/gan": 20}
 PARTS = 5  # of them, at 16 batches of 2

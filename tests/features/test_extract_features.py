@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import small
-from conftest import ROOT, assert_one_line_error
-from extracting import another_encoder, digest, encoded, extract, few, names, own, settings  # noqa: F401
+from commands import ROOT, assert_one_line_error
+from extracting import another_encoder, digest, extract, names
 from made_up import DIM
 from PIL import Image
 
@@ -25,6 +25,8 @@ from detector.features.extraction import draw
 from detector.images import decoding, preprocessing
 from detector.images.facts import FACTS
 from detector.images.folders import Entry
+
+pytestmark = pytest.mark.usefixtures("settings")
 
 # ---- the file ----
 

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from extracting import BLOWS, digest, encoded, extract, few, names, own, rows, settings, strike  # noqa: F401
+from extracting import BLOWS, digest, extract, names, rows, strike
 from made_up import make_columns, with_views
 from patience import costs_at_most
 from PIL import Image
@@ -12,6 +12,8 @@ from PIL import Image
 from detector.features.columns import join_columns
 from detector.features.file import load_features
 from detector.features.growing import digests_of, whats_new, words
+
+pytestmark = pytest.mark.usefixtures("settings")
 
 
 def grown(old, *more):

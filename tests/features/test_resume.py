@@ -13,21 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from extracting import (  # noqa: F401
+from extracting import (
     BLOWS,
     FEW,
     SETTINGS,
     another_encoder,
     command,
     digest,
-    encoded,
     extract,
-    few,
     finish,
     names,
-    own,
     rows,
-    settings,
     strike,
 )
 from patience import PATIENCE
@@ -36,7 +32,7 @@ from PIL import Image
 from detector.encoders import runtime
 from detector.features.file import load_features
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("settings")]
 
 MANY = {"train/real/camera": 40, "train/fake/gan": 40, "test/real/camera": 20, "test/fake/gan": 20}
 PARTS = 60  # of them in batches of 2

@@ -1,18 +1,13 @@
 """More rows than --max_rows: what is drawn of them."""
 
 import numpy as np
-import pytest
-from conftest import assert_one_line_error
+from commands import assert_one_line_error
 from made_up import make_columns, with_views, write_features
+from test_storage import write_dataset
 
 from detector.features.columns import COLUMNS, join_columns
 from detector.features.file import FeaturesFile, load_rows, sample_rows
 from detector.model.file import load_model
-
-pytest.importorskip(
-    "pyarrow", reason="pyarrow is not installed: pip install -r requirements/ray.txt"
-)
-from test_storage import write_dataset
 
 # ---- the draw ----
 

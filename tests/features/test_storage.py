@@ -3,18 +3,15 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from conftest import assert_one_line_error
+from commands import assert_one_line_error
 from made_up import BASELINE, ENCODER, make_columns, with_views, write_features
 
 from detector.base.errors import UsageError
 from detector.features import file, storage
 from detector.features.columns import COLUMNS, join_columns
 from detector.features.file import load_features, load_rows
-
-pq = pytest.importorskip(
-    "pyarrow.parquet", reason="pyarrow is not installed: pip install -r requirements/ray.txt"
-)
 
 
 def rich_columns():

@@ -9,13 +9,15 @@ import threading
 import numpy as np
 import pytest
 import small
-from extracting import digest, encoded, extract, few, names, own, settings  # noqa: F401
+from extracting import digest, extract, names
 from made_up import DIM
 
 from detector.encoders import runtime
 from detector.features.columns import COLUMNS
 from detector.images import decoding, preprocessing
 from detector.images.distort import degrade, view_rng
+
+pytestmark = pytest.mark.usefixtures("settings")
 
 ABOUT_THE_FILE = [name for name in COLUMNS if name not in ("features", "view")]
 

@@ -2,15 +2,14 @@
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="torch is not installed: training an encoder needs it")
-pytest.importorskip("clip", reason="clip is not installed: training an encoder needs it")
 import small_clip
-from small_clip import one_thread  # noqa: F401
+import torch
 
 from detector.base.errors import UsageError
 from detector.finetuning import adapters
 from detector.finetuning.descent import clip_state_dict, descend
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = list(small_clip.SMALL)
 

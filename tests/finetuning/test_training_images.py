@@ -8,9 +8,7 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch", reason="torch is not installed: training an encoder needs it")
-from conftest import ROOT
+from commands import ROOT
 
 from detector.base.errors import UsageError
 from detector.finetuning import images

@@ -9,14 +9,12 @@ import os
 import re
 import shutil
 
+import clip
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="torch is not installed: training an encoder needs it")
-clip = pytest.importorskip("clip", reason="clip is not installed: training an encoder needs it")
 import small_clip
-from conftest import assert_one_line_error
-from small_clip import one_thread  # noqa: F401
+import torch
+from commands import assert_one_line_error
 
 import finetune_clip
 from detector.base.errors import DetectorError
@@ -25,6 +23,8 @@ from detector.encoders import prepare, runtime
 from detector.features.file import load_features
 from detector.finetuning import images, tuning
 from detector.finetuning.descent import clip_state_dict
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = ["--steps", "4", "--every", "2", "--batch_size", "4"]
 

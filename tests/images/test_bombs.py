@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
 from crafted import BOMBS, LONG, POLYGLOTS, grid, listed, png, segments, tiff
 from patience import PATIENCE
 from PIL import Image

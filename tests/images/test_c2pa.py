@@ -8,19 +8,15 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import c2pa
 import numpy as np
 import pytest
-from PIL import Image
-
-c2pa = pytest.importorskip(
-    "c2pa", reason="c2pa-python is not installed: pip install -r requirements/c2pa.txt"
-)
-
-from crafted import png, segments
-from engines import client_on, compiled_once, until, upload  # noqa: F401
+from crafted import segments
+from engines import client_on, until, upload
 from live import Live
 from made_up import BASELINE
 from patience import PATIENCE, costs_at_most
+from PIL import Image
 from signed import (
     TERMS,
     box,
@@ -39,6 +35,8 @@ from test_decoding import chunk, picture, saved
 from detector.images import decoding, provenance
 from detector.images.provenance import MADE, PARTLY, TAKEN, read_provenance
 from detector.verdict import Detector
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SIGNED = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF")
 UNTRUSTED = ["signingCredential.untrusted"]
@@ -456,7 +454,7 @@ def test_changed_bytes_of_a_store_never_raise_and_are_never_valid_with_another_c
 
 
 @pytest.fixture(scope="module")
-def client(compiled_once):  # noqa: F811
+def client(compiled_once):
     return client_on()
 
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
 from made_up import make_columns, write_features
 
 from detector.base.errors import UsageError

@@ -6,26 +6,17 @@ so what concerns broken files runs with warnings as users have them.
 
 import io
 import struct
-import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pillow_heif
 import pytest
-from conftest import ROOT
+from commands import ROOT
 from PIL import Image, ImageFile
 
 from detector.base.errors import BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
 from detector.base.files import read_bytes
 from detector.images import decoding, formats
-
-
-@pytest.fixture
-def as_users_have_it():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def saved(image, kind, **options):

@@ -5,7 +5,6 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from written import pictures  # noqa: F401
 
 from detector.images import distort
 from detector.images.distort import ARMS, CONDITIONS, degrade, view_rng

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from written import encode, jpeg, pictures, rotated  # noqa: F401
+from written import encode, jpeg, rotated
 
 from detector.base.errors import ImageError
 from detector.base.files import sha256

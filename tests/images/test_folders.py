@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import small
-from conftest import assert_one_line_error, without_root
+from commands import assert_one_line_error, without_root
 
 from detector.features.file import load_features
 from detector.images.folders import (

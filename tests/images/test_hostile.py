@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crafted import BOMBS, POLYGLOTS, bmp, gif, grid, png, tiff
-from engines import client_on, compiled_once, upload  # noqa: F401
+from engines import client_on, upload
 from live import Live, assert_error
 from patience import PATIENCE, costs_at_most
 from test_decoding import FILES, picture, saved
 
 from detector.service.upload import FIELD_BYTES
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 LIMIT = 10_485_760
 PATHS = ("/classify", "/classify/batch")
@@ -29,7 +31,7 @@ VERDICT = ["classification", "confidence"]
 
 
 @pytest.fixture(scope="module")
-def client(compiled_once):  # noqa: F811
+def client(compiled_once):
     return client_on()
 
 

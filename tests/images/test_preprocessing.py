@@ -11,18 +11,11 @@ import warnings
 
 import numpy as np
 import pytest
+from clip.clip import _transform
 from PIL import Image
 
 from detector.base.errors import UnsupportedImage
 from detector.images import decoding, preprocessing
-
-pytest.importorskip(
-    "torch", reason="CLIP's own transform needs torch: pip install -r requirements.txt"
-)
-pytest.importorskip(
-    "clip", reason="CLIP's own transform needs clip: pip install -r requirements.txt"
-)
-from clip.clip import _transform
 
 RESOLUTIONS = (224, 160, 336)
 # Sides of one pixel, longest shapes, sides about the resolution (crop offsets of .5 round to even), common photographs

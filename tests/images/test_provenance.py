@@ -7,14 +7,14 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
 from crafted import LONG, grid, png, segments, tiff
-from engines import client_on, compiled_once, lines, upload  # noqa: F401
+from engines import client_on, lines, upload
 from made_up import BASELINE
 from openapi_document import DOCUMENT, faults
 from patience import costs_at_most
 from PIL import Image, PngImagePlugin
-from test_decoding import as_users_have_it, chunk, picture, saved  # noqa: F401
+from test_decoding import chunk, picture, saved
 
 from detector.images import decoding
 from detector.images.provenance import (
@@ -31,6 +31,8 @@ from detector.images.provenance import (
     read_provenance,
 )
 from detector.verdict import Detector
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 WEBUI = (
     "a secret garden\nNegative prompt: blur\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1,"
@@ -588,7 +590,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_crafted_metadata_costs_no_second_and_breaks_nothing(what, as_users_have_it):  # noqa: F811
+def test_crafted_metadata_costs_no_second_and_breaks_nothing(what, as_users_have_it):
     image = decoding.open_image(HOSTILE[what]())
     decoding.load_rgb(image)
     with costs_at_most(10):
@@ -608,7 +610,7 @@ def test_what_a_parser_raises_says_nothing(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def client(compiled_once):  # noqa: F811
+def client(compiled_once):
     return client_on()
 
 

@@ -1,6 +1,6 @@
 """tools/samples.py: photographs that the installed packages carry, in one folder."""
 
-from conftest import assert_one_line_error
+from commands import assert_one_line_error
 
 from detector.images import samples
 

@@ -8,7 +8,7 @@ import sys
 import joblib
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
 from made_up import BASELINE, Planted, build, make_columns
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier

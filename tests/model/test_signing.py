@@ -6,18 +6,19 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
-from engines import compiled_once, engine_on, lines, model_file, reload, versions  # noqa: F401
+from engines import engine_on, lines, model_file, reload, versions
 from made_up import BASELINE, make_columns
-from trained import command, quick, train  # noqa: F401
 
 from detector.base.errors import ModelError, UsageError
 from detector.model import signature
 from detector.model.file import load_model
 from detector.service.engine import check, read_model
 from detector.service.settings import read_settings
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def private_pem(key, encryption):

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from live import free_port
 from racing import one_of_two_is_promoted, one_of_two_is_registered, racers
 from standins import Stub
-from test_registry import address, place, server  # noqa: F401
 
 import registry
 from detector.base.errors import UsageError
@@ -22,7 +21,6 @@ from detector.model.file import load_model, save_model
 from detector.model.signature import signature_path
 from detector.registry import champion, versions
 
-mlflow = pytest.importorskip("mlflow", reason="pip install -r requirements/mlflow.txt")
 pytestmark = [  # MLflow takes its time to start, and uses what SQLAlchemy will drop
     pytest.mark.long,
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
@@ -35,7 +33,7 @@ PLAIN_USER = ["setpriv", *BOUND] if not os.geteuid() else []  # the permissions 
 
 
 @pytest.fixture(autouse=True)
-def here(address, monkeypatch, tmp_path):  # noqa: F811
+def here(address, monkeypatch, tmp_path):
     """The registry is a file in a folder of this test's own."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -44,7 +42,7 @@ def here(address, monkeypatch, tmp_path):  # noqa: F811
 
 
 @pytest.fixture
-def server():  # noqa: F811
+def server():
     """No server here; the tests of one are in test_registry.py."""
     return type("None", (), {"address": ""})
 
@@ -141,7 +139,7 @@ def test_reading_makes_no_registry_and_neither_does_a_model_that_is_not_there(re
 
 
 @pytest.fixture
-def filled(here, place):  # noqa: F811
+def filled(here, place):
     """The folder with two versions of `d`, v1.0.0 the champion."""
     for name in ("good", "better"):
         registry.main(["register", "d", str(place / f"{name}.joblib")])
@@ -195,7 +193,7 @@ def test_a_file_that_another_program_holds_is_said_to_be(filled, refused):
         refused(["list"], "mlflow.db: database is locked; another program holds it")
 
 
-def test_a_file_that_may_only_be_read_is_listed_and_nothing_else(filled, place):  # noqa: F811
+def test_a_file_that_may_only_be_read_is_listed_and_nothing_else(filled, place):
     Path("mlflow.db").chmod(0o444)
     before = files(filled)
 
@@ -219,7 +217,7 @@ def test_a_file_that_may_only_be_read_is_listed_and_nothing_else(filled, place):
     assert files(filled) == before
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, place):  # noqa: F811
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, place):
     here.chmod(0o555)
     command = [
         *PLAIN_USER,
@@ -237,7 +235,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, place):  # no
 @pytest.mark.parametrize("limit, there", [(200_000, "new"), (20_000, "filled")])
 def test_where_space_ends_while_registering_nothing_is_registered(
     here, place, request, limit, there
-):  # noqa: F811
+):
     before = files(request.getfixturevalue("filled")) if there == "filled" else []
     code = (
         f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1));"
@@ -265,7 +263,7 @@ def test_a_user_of_no_name_is_recorded_by_number(monkeypatch):
 
 def test_a_registry_that_was_moved_is_read_and_written_where_it_is_now(
     filled, place, tmp_path, monkeypatch
-):  # noqa: F811
+):
     moved = tmp_path / "moved"
     filled.rename(moved)
     monkeypatch.chdir(tmp_path)
@@ -313,7 +311,7 @@ def race():
         yield call
 
 
-def test_of_two_that_need_a_new_registry_both_are_registered(race, place, tmp_path, monkeypatch):  # noqa: F811
+def test_of_two_that_need_a_new_registry_both_are_registered(race, place, tmp_path, monkeypatch):
     for attempt in range(2):
         (tmp_path / f"{attempt}").mkdir()
         use(monkeypatch, tmp_path / f"{attempt}")
@@ -329,7 +327,7 @@ def test_of_two_that_need_a_new_registry_both_are_registered(race, place, tmp_pa
 
 
 @pytest.fixture
-def twins(place, tmp_path):  # noqa: F811
+def twins(place, tmp_path):
     """Two different files that both say v1.1.0."""
     for name in ("a", "b"):
         model = load_model(place / "better.joblib")
@@ -349,7 +347,7 @@ def test_of_two_files_registered_as_one_version_at_once_one_is_refused(race, twi
 
 
 @pytest.fixture
-def three(place):  # noqa: F811
+def three(place):
     def register(name):
         for model in ("good", "better", "worse"):
             registry.main(["register", name, str(place / f"{model}.joblib")])

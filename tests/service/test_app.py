@@ -14,7 +14,7 @@ import flask
 import numpy as np
 import pytest
 import requests
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from live import DEMO, Live, assert_error, post, ready_client, wait_for, wait_until_ready
 from made_up import BASELINE, NOTICE, baseline_for, other_encoder
 from patience import PATIENCE

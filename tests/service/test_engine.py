@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from engines import compiled_once, counted, engine_on, meanwhile, picture, until  # noqa: F401
+from engines import counted, engine_on, meanwhile, picture, until
 from made_up import BASELINE
 from patience import PATIENCE
 
@@ -19,6 +19,8 @@ from detector.service import engine as service_engine
 from detector.service.engine import Busy, Slots
 from detector.service.together import TOGETHER
 from detector.verdict import Detector
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 # ---- slots ----
 

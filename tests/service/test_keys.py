@@ -4,11 +4,13 @@ import hashlib
 import json
 
 import pytest
-from engines import client_on, compiled_once, counted, keys_file, lines, picture, upload  # noqa: F401
+from engines import client_on, counted, keys_file, lines, picture, upload
 from live import assert_error
 
 from detector.base.errors import UsageError
 from detector.service.settings import read_keys
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 TOKEN, OTHER = "correct-horse-battery", "staple-staple-staple"
 OPEN = ["/", "/healthz", "/readyz", "/metrics", "/openapi.json"]
@@ -22,14 +24,14 @@ BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory, compiled_once):  # noqa: F811
+def client(tmp_path_factory, compiled_once):
     return client_on(
         API_KEYS_FILE=keys_file(tmp_path_factory.mktemp("keys") / "keys", ann=TOKEN, ben=OTHER)
     )
 
 
 @pytest.fixture(scope="module")
-def without(compiled_once):  # noqa: F811
+def without(compiled_once):
     return client_on()
 
 

@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from engines import client_on, compiled_once, keys_file, picture, upload  # noqa: F401
+from engines import client_on, keys_file, picture, upload
 from openapi_document import (
     DOCUMENT,
     OPERATIONS,
@@ -20,6 +20,8 @@ from detector.service import app
 from detector.service.settings import SETTINGS
 from detector.service.upload import FIELD_BYTES
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 TOKEN = {"Authorization": "Bearer correct-horse"}
 VERDICTS = ("/classify", "/classify/batch")
 EXAMPLES = list(examples(DOCUMENT))
@@ -27,12 +29,12 @@ FORM = "multipart/form-data; boundary=x"
 
 
 @pytest.fixture(scope="module")
-def client(compiled_once):  # noqa: F811
+def client(compiled_once):
     return client_on(MAX_UPLOAD_BYTES="20000")
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory, compiled_once):  # noqa: F811
+def keyed(tmp_path_factory, compiled_once):
     keys = keys_file(tmp_path_factory.mktemp("keys") / "keys", ann="correct-horse")
     return client_on(API_KEYS_FILE=keys, MAX_UPLOAD_BYTES="20000")
 

@@ -6,22 +6,14 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from engines import (  # noqa: F401
-    client_on,
-    compiled_once,
-    counted,
-    held,
-    keys_file,
-    lines,
-    picture,
-    until,
-    upload,
-)
+from engines import client_on, counted, held, keys_file, lines, picture, until, upload
 from live import DEMO, assert_error
 from patience import PATIENCE
 
 from detector.service import app
 from detector.verdict import Detector
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 PATHS = ["/classify", "/classify/batch"]
 
@@ -36,7 +28,7 @@ def another(client):
 
 
 @pytest.fixture
-def client(compiled_once):  # noqa: F811
+def client(compiled_once):
     return client_on(SLOTS="1", QUEUE_LIMIT="0", QUEUE_TIMEOUT_S="7")
 
 
@@ -75,7 +67,7 @@ def test_meanwhile_everything_that_needs_no_slot_is_answered(busy, path):
 
 def test_a_stranger_learns_that_a_token_is_needed_and_not_how_busy_it_is(
     compiled_once, monkeypatch, tmp_path
-):  # noqa: F811
+):
     client = client_on(
         SLOTS="1", QUEUE_LIMIT="0", API_KEYS_FILE=keys_file(tmp_path / "keys", ann="1")
     )
@@ -186,7 +178,7 @@ def test_when_the_slot_is_free_again_so_is_the_service(client, monkeypatch):
 @pytest.mark.parametrize("path", PATHS)
 def test_a_wait_that_finds_no_slot_ends_with_503_after_the_timeout(
     compiled_once, monkeypatch, path
-):  # noqa: F811
+):
     client = client_on(SLOTS="1", QUEUE_LIMIT="1", QUEUE_TIMEOUT_S="1")
     telemetry = engine_of(client).telemetry
     with held(monkeypatch, telemetry, lambda: upload(another(client), "/classify", picture())):
@@ -202,7 +194,7 @@ def test_a_wait_that_finds_no_slot_ends_with_503_after_the_timeout(
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_where_as_many_wait_as_may_one_more_is_turned_away(compiled_once, monkeypatch, path):  # noqa: F811
+def test_where_as_many_wait_as_may_one_more_is_turned_away(compiled_once, monkeypatch, path):
     client, answers = client_on(SLOTS="1", QUEUE_LIMIT="1", QUEUE_TIMEOUT_S=str(PATIENCE)), []
     telemetry = engine_of(client).telemetry
     waiter = threading.Thread(target=lambda: answers.append(upload(client, path, picture())))
@@ -217,7 +209,7 @@ def test_where_as_many_wait_as_may_one_more_is_turned_away(compiled_once, monkey
 
 def test_one_that_waits_gets_its_verdict_and_is_told_how_long_it_took(
     compiled_once, monkeypatch, caplog
-):  # noqa: F811
+):
     caplog.set_level("INFO")
     client, answers = client_on(SLOTS="1", QUEUE_LIMIT="1", QUEUE_TIMEOUT_S=str(PATIENCE)), []
     second = threading.Thread(

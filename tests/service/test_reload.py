@@ -8,8 +8,7 @@ import time
 
 import pytest
 import small
-from engines import (  # noqa: F401
-    compiled_once,
+from engines import (
     contrary,
     counted,
     engine_on,
@@ -33,6 +32,8 @@ from detector.model.file import load_model
 from detector.service import engine as service_engine
 from detector.service.engine import Busy
 from detector.verdict import Detector
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from engines import (  # noqa: F401
+from engines import (
     client_on,
-    compiled_once,
     contrary,
     counted,
     held,
@@ -30,6 +29,8 @@ from detector.evaluation import metrics
 from detector.model.file import load_model
 from detector.verdict import Detector
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 VERDICT, BATCH = "/classify", "/classify/batch"
 DETAILS = {
     "p_fake": float,
@@ -44,7 +45,7 @@ TIMINGS = ["wait_s", "read_s", "decode_s", "encode_s", "classify_s"]
 
 
 @pytest.fixture(scope="module")
-def client(compiled_once):  # noqa: F811
+def client(compiled_once):
     return client_on()
 
 
@@ -111,7 +112,7 @@ def test_a_batch_of_nothing_but_errors_is_answered_all_the_same(client):
 
 
 @pytest.fixture(scope="module")
-def of_three(compiled_once):  # noqa: F811
+def of_three(compiled_once):
     return client_on(BATCH_LIMIT="3")
 
 

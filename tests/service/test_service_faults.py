@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from engines import picture
-from live import DEMO, Live, assert_error, free_port, held, metric, photo, serve, wait_for  # noqa: F401
+from live import DEMO, Live, assert_error, free_port, metric, wait_for
 from made_up import BASELINE, baseline_for, other_encoder
 from patience import PATIENCE
 

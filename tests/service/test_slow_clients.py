@@ -11,9 +11,9 @@ from contextlib import suppress
 
 import pytest
 import requests
-from conftest import ROOT
+from commands import ROOT
 from engines import picture
-from live import DEMO, PATIENT, free_port, held, metric, photo, serve, wait_for  # noqa: F401
+from live import DEMO, PATIENT, free_port, metric, wait_for
 from patience import PATIENCE
 
 pytestmark = pytest.mark.slow

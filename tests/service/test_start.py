@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import small
-from conftest import ROOT
+from commands import ROOT
 
 SLOW = {
     "numpy",

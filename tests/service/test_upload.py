@@ -5,8 +5,10 @@ import io
 import json
 
 import pytest
-from engines import client_on, compiled_once, counted, keys_file, lines, picture  # noqa: F401
+from engines import client_on, counted, keys_file, lines, picture
 from live import assert_error
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 PATHS = ("/classify", "/classify/batch")
 FORM = "multipart/form-data; boundary=x"
@@ -16,12 +18,12 @@ LARGE = picture(0, 600, 420)  # 750 kB, more than any other field may have
 
 
 @pytest.fixture(scope="module")
-def client(compiled_once):  # noqa: F811
+def client(compiled_once):
     return client_on()
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory, compiled_once):  # noqa: F811
+def keyed(tmp_path_factory, compiled_once):
     return client_on(API_KEYS_FILE=keys_file(tmp_path_factory.mktemp("keys") / "keys", ann="1"))
 
 

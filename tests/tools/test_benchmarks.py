@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import small
-from conftest import ROOT
+from commands import ROOT
 
 from detector.base.errors import UsageError
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import OPENAI_CACHE, ROOT
+from commands import OPENAI_CACHE, ROOT
 
 from detector.images import samples
 

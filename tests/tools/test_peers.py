@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 
 from benchmarks import peers
 from detector.images.folders import Entry

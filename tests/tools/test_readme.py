@@ -19,7 +19,7 @@ import urllib.request
 
 import pytest
 import small
-from conftest import OPENAI_CACHE, ROOT
+from commands import OPENAI_CACHE, ROOT
 from patience import PATIENCE
 
 README = (ROOT / "README.md").read_text()

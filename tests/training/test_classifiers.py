@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
 from made_up import (
     build,
     make_columns,
@@ -21,7 +21,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.svm import SVC, LinearSVC
 
-import train_model
 from detector.base.errors import UsageError
 from detector.evaluation import metrics
 from detector.model.score import decision, probability

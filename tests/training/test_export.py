@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import skops.io
-from conftest import assert_one_line_error
+from commands import assert_one_line_error
 from made_up import build, make_columns
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
-from trained import command, train  # noqa: F401
 
 from detector.base.errors import UsageError
 from detector.model.score import decision

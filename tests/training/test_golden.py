@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
 from make_golden import GOLDEN, features_of
 
 from detector.evaluation.metrics import measure

@@ -8,17 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error
-from made_up import (
-    ENCODER,
-    build,
-    make_columns,
-    training_arguments,
-    training_rows,
-    with_views,
-    write_features,
-)
-from trained import command, quick, train  # noqa: F401
+from commands import ROOT, assert_one_line_error
+from made_up import ENCODER, build, make_columns, training_rows, with_views, write_features
 
 from detector.base.errors import UsageError
 from detector.evaluation.plots import PLOTS

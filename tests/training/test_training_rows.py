@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from made_up import make_columns, training_arguments, with_views, write_features
-from trained import quick, train  # noqa: F401
 
 from detector.base.errors import UsageError
 from detector.evaluation import probes

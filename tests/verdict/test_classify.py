@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import small
-from conftest import ROOT, assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from made_up import BASELINE, NOTICE, baseline_for, other_encoder
 
 from detector.images import provenance

@@ -6,8 +6,8 @@ import signal
 import numpy as np
 import pytest
 import small
-from conftest import assert_one_line_error
-from live import metric, serve, wait_for  # noqa: F401
+from commands import assert_one_line_error
+from live import metric, wait_for
 from PIL import Image
 
 from detector.base import errors
@@ -217,7 +217,7 @@ def test_evaluating_the_folder_and_its_features_file_agree(script, trained):
 @pytest.mark.long
 def test_the_live_service_looks_at_crops_too_and_takes_over_from_a_model_without(
     script, serve, trained, tmp_path
-):  # noqa: F811
+):
     """Both models share the encoder and its passes, though their images are of other numbers of pieces."""
     plain = trained / "plain.joblib"
     done = script(
