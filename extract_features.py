@@ -1,12 +1,14 @@
-"""Folder of images -> features.npz: CLIP features of each, with labels, splits and sources from the folder names.
+"""Encode a folder of images with CLIP and write features.npz. Folder names give labels and splits.
 
     python extract_features.py --data_dir DIR --output_file features.npz
     CLIP_MODEL=ViT-B/16-8bit python extract_features.py --data_dir DIR
     python extract_features.py --data_dir DIR --limit 4000 --views 3
-    python extract_features.py --data_dir s3://bucket/images --output_file s3://bucket/features.parquet --ray auto
+    python extract_features.py --data_dir s3://bucket/images \\
+        --output_file s3://bucket/features.parquet --ray auto
 
-Folders: train/real/..., train/fake/..., test/real/..., test/fake/... as in the Kaggle set; other folders on the path
-are the source (a generator, a camera). Interrupted runs go on; images added later are encoded alone.
+Folders are train/real/..., train/fake/..., test/real/..., test/fake/..., as in the Kaggle set.
+The other folders of a path are the source (a generator, a camera). Run the command again to resume
+an interrupted run, or to encode images that were added later.
 """
 
 import argparse
@@ -19,9 +21,30 @@ from detector.base.errors import UsageError
 from detector.base.files import only_writer
 from detector.encoders.layers import layers_flag
 
+# flag: (least, most) value
+LIMITS = {
+    "limit": (1, None),
+    "batch_size": (1, None),
+    "max_pixels": (1, None),
+    "views": (0, MAX_VIEWS),
+    "crops": (0, MAX_CROPS),
+}
+
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    add_encoder_arguments(parser)
+    add_selection_arguments(parser)
+    add_folder_arguments(parser)
+    add_run_arguments(parser)
+    args = parser.parse_args(argv)
+    args.output_file = args.output_file or ("features.parquet" if args.ray else "features.npz")
+    check_numbers(args)
+    check_places(args)
+    return args
+
+
+def add_encoder_arguments(parser):
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
     parser.add_argument(
         "--output_file", metavar="FILE", help="features to write (default: features.npz)"
@@ -39,21 +62,31 @@ def parse_args(argv):
         metavar="L",
         help="final, penultimate, multi, or blocks (8,14,20) whose outputs are joined",
     )
+
+
+def add_selection_arguments(parser):
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="a draw of N images, even over class and split"
+        "--limit", type=int, metavar="N", help="draw N images, evenly over class and split"
     )
     parser.add_argument(
-        "--views", type=int, default=0, metavar="N", help="degraded copies of each image beside it"
+        "--views", type=int, default=0, metavar="N", help="also encode N degraded copies per image"
     )
     parser.add_argument(
-        "--crops", type=int, default=0, metavar="N", help="squares of it in full resolution, too"
+        "--crops",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also encode N full-resolution crops of each image",
     )
-    parser.add_argument("--prune", action="store_true", help="drop the rows of files that are gone")
+
+
+def add_folder_arguments(parser):
+    parser.add_argument("--prune", action="store_true", help="drop the rows of deleted files")
     parser.add_argument(
-        "--strict", action="store_true", help="exit code 1 where a folder is ignored"
+        "--strict", action="store_true", help="exit with code 1 if a folder is ignored"
     )
     parser.add_argument(
-        "--unlabelled", action="store_true", help="take any folder; all labels are -1"
+        "--unlabelled", action="store_true", help="accept any folder; all labels are -1"
     )
     parser.add_argument(
         "--split_names",
@@ -66,11 +99,14 @@ def parse_args(argv):
         type=float,
         default=0.05,
         metavar="X",
-        help="share of unreadable images that fails the run",
+        help="fail if more than this share of the images is unreadable",
     )
     parser.add_argument(
-        "--max_pixels", type=int, default=MAX_PIXELS, metavar="N", help="largest image taken"
+        "--max_pixels", type=int, default=MAX_PIXELS, metavar="N", help="largest image accepted"
     )
+
+
+def add_run_arguments(parser):
     parser.add_argument(
         "--batch_size",
         type=int,
@@ -84,47 +120,40 @@ def parse_args(argv):
         "--precision",
         choices=["auto", "float32", "bfloat16", "int8"],
         default="auto",
-        help="auto: the encoder's, else the fastest; int8: see prepare_clip.py",
+        help="auto: the encoder's own, else the fastest; int8: see prepare_clip.py",
     )
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help=(
-            "on a Ray cluster, into features.parquet; local starts one here; auto: the one we"
-            " are on"
-        ),
+        help="encode on Ray into features.parquet; Ray address: 'local' starts Ray here, "
+        "'auto' joins this machine's cluster",
     )
-    args = parser.parse_args(argv)
-    args.output_file = args.output_file or ("features.parquet" if args.ray else "features.npz")
-    for name, least, most in (
-        ("limit", 1, None),
-        ("batch_size", 1, None),
-        ("max_pixels", 1, None),
-        ("views", 0, MAX_VIEWS),
-        ("crops", 0, MAX_CROPS),
-    ):
-        if (value := getattr(args, name)) is not None and not least <= value <= (most or value):
-            raise UsageError(
-                f"--{name} {value}: must be at least {least}"
-                + (f", at most {most}" if most else "")
-            )
+
+
+def check_numbers(args):
+    for name, (least, most) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= (most or value):
+            limit = f"at least {least}" + (f", at most {most}" if most else "")
+            raise UsageError(f"--{name} {value}: must be {limit}")
+
+
+def check_places(args):
     need_folder(args.data_dir)
-    for flag in () if args.ray else ("data_dir", "output_file"):
-        if (
-            is_remote(value := getattr(args, flag))
-            or flag == "output_file"
-            and value.endswith(".parquet")
-        ):
-            raise UsageError(
-                f"--{flag} {value}: object stores and Parquet need --ray (--ray local starts Ray"
-                " here)"
-            )
     if args.ray and args.output_file.endswith(".npz"):
         raise UsageError(
-            f"--output_file {args.output_file}: --ray writes a folder of Parquet files; name it"
-            " features.parquet"
+            f"--output_file {args.output_file}: --ray writes a folder of Parquet files; name it "
+            "features.parquet"
         )
-    return args
+    if args.ray:
+        return
+    for flag in ("data_dir", "output_file"):
+        place = getattr(args, flag)
+        if is_remote(place) or flag == "output_file" and place.endswith(".parquet"):
+            raise UsageError(
+                f"--{flag} {place}: object stores and Parquet need --ray (--ray local starts Ray "
+                "here)"
+            )
 
 
 def main(argv=None):

