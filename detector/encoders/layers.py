@@ -1,10 +1,12 @@
-"""What of a vision tower becomes features: CLIP's embedding, the layer before its projection, or outputs of blocks, joined.
+"""Choose which layers of a vision tower give the features.
 
-    layers = canonical("multi", architecture(visual))      # '8,14,20,final' of a ViT-L/14
-    module = with_layers(visual, layers)                    # pixels float32 [n, 3, r, r] -> features [n, d]
+    layers = canonical("multi", architecture(visual))  # '8,14,20,final' for a ViT-L/14
+    module = with_layers(visual, layers)  # pixels float32 [n, 3, r, r] -> features [n, d]
 
-`final` and `penultimate` are the numbers as they are. Blocks (of a ViT: the class token after them; of a ResNet: the mean of a stage's
-output) are scaled to length 1 each, since those of late blocks are far longer, and joined (RINE: Koutlis and Papadopoulos, ECCV 2024).
+`final` is CLIP's embedding, `penultimate` the layer before its projection. Both are left unscaled.
+A block of a ViT gives its class token, a stage of a ResNet the mean of its output. Each block's
+output is scaled to length 1, because late blocks have far longer outputs. Then the outputs are
+joined (RINE: Koutlis and Papadopoulos, ECCV 2024).
 """
 
 import re
@@ -12,30 +14,29 @@ import re
 from detector.base.errors import EncoderError, UsageError
 
 FORM = re.compile(r"final|penultimate|multi|[0-9]+(,[0-9]+)*(,final)?")
-DEPTHS = (
-    1 / 3,
-    7 / 12,
-    5 / 6,
-)  # of `multi`: blocks 4, 7 and 10 of 12, which served best in a ViT-B/16
+# relative depths of `multi`: blocks 4, 7 and 10 of 12, the best choice measured on a ViT-B/16
+DEPTHS = (1 / 3, 7 / 12, 5 / 6)
 
 
 def layers_flag(text):
-    """What --layers may be. Raises UsageError."""
+    """Check a value of --layers and return it. Raises UsageError."""
     if not FORM.fullmatch(text):
         raise UsageError(
-            f"--layers '{text}': name final, penultimate, multi or numbers of blocks such as"
-            " 8,14,20"
+            f"--layers '{text}': name final, penultimate, multi or numbers of blocks "
+            "such as 8,14,20"
         )
     return text
 
 
 def canonical(layers, arch):
-    """What --layers says, of a tower with this `architecture` -> the same with its blocks named, in order. Raises EncoderError."""
+    """Value of --layers and an `architecture` -> the layers with block numbers, in order.
+
+    Raises EncoderError.
+    """
     depth = arch["layers"] if isinstance(arch["layers"], int) else len(arch["layers"])
     if layers == "multi":
-        return ",".join(
-            [*map(str, sorted({max(1, round(share * depth)) for share in DEPTHS})), "final"]
-        )
+        blocks = sorted({max(1, round(share * depth)) for share in DEPTHS})
+        return ",".join([*map(str, blocks), "final"])
     if layers in ("final", "penultimate"):
         return layers
     blocks = sorted({int(number) for number in layers.removesuffix(",final").split(",")})
@@ -45,15 +46,18 @@ def canonical(layers, arch):
 
 
 def with_layers(tower, layers):
-    """CLIP's VisionTransformer or ModifiedResNet, canonical `layers` -> a module that gives these. The tower is changed."""
+    """CLIP's VisionTransformer or ModifiedResNet -> a module with the output of canonical `layers`.
+
+    Changes the tower.
+    """
     import torch
 
     if layers == "final":
         return tower
     if layers == "penultimate":
         if hasattr(tower, "transformer"):
-            tower.proj = None  # clip.model looks for it
-        else:  # its attention multiplies by what is there
+            tower.proj = None  # clip.model then skips the projection
+        else:  # clip.model always projects here: make the projection an identity
             width = tower.attnpool.c_proj.in_features
             tower.attnpool.c_proj = torch.nn.Linear(width, width)
             torch.nn.init.eye_(tower.attnpool.c_proj.weight)
@@ -63,7 +67,7 @@ def with_layers(tower, layers):
 
 
 def joined(tower, names):
-    """-> a module that gives the outputs of these blocks, and the final one if it is named, joined."""
+    """Tower and names (block numbers, 'final') -> a module with their joined outputs."""
     import torch
 
     class Joined(torch.nn.Module):
@@ -72,9 +76,8 @@ def joined(tower, names):
             self.tower = tower
 
         def forward(self, pixels):
-            outputs, final = (of_transformer if hasattr(tower, "transformer") else of_resnet)(
-                self.tower, pixels
-            )
+            run = transformer_outputs if hasattr(tower, "transformer") else resnet_outputs
+            outputs, final = run(self.tower, pixels)
             parts = [final if name == "final" else outputs[int(name) - 1] for name in names]
             return torch.cat(
                 [torch.nn.functional.normalize(part.float(), dim=1) for part in parts], 1
@@ -83,14 +86,16 @@ def joined(tower, names):
     return Joined().eval()
 
 
-def of_transformer(tower, x):
-    """As clip.model.VisionTransformer.forward -> (class token after each block, [n, width] each; its result)."""
+def transformer_outputs(tower, x):
+    """Run clip.model.VisionTransformer.forward -> (class token after each block, final output).
+
+    Each class token has the shape [n, width].
+    """
     import torch
 
     x = tower.conv1(x).flatten(2).permute(0, 2, 1)
-    x = torch.cat(
-        [tower.class_embedding.to(x.dtype) + torch.zeros_like(x[:, :1]), x], 1
-    ) + tower.positional_embedding.to(x.dtype)
+    class_token = tower.class_embedding.to(x.dtype) + torch.zeros_like(x[:, :1])
+    x = torch.cat([class_token, x], 1) + tower.positional_embedding.to(x.dtype)
     x, outputs = tower.ln_pre(x).permute(1, 0, 2), []
     for block in tower.transformer.resblocks:
         x = block(x)
@@ -98,8 +103,11 @@ def of_transformer(tower, x):
     return outputs, tower.ln_post(x[0]) @ tower.proj
 
 
-def of_resnet(tower, x):
-    """As clip.model.ModifiedResNet.forward -> (mean over the picture of each stage's output, [n, channels] each; its result)."""
+def resnet_outputs(tower, x):
+    """Run clip.model.ModifiedResNet.forward -> (mean output of each stage, final output).
+
+    The mean is over the positions, with the shape [n, channels].
+    """
     for i in (1, 2, 3):
         x = getattr(tower, f"relu{i}")(getattr(tower, f"bn{i}")(getattr(tower, f"conv{i}")(x)))
     x, outputs = tower.avgpool(x), []

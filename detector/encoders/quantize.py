@@ -1,9 +1,10 @@
-"""A prepared encoder -> the same in int8 for processors, calibrated and proved on real images of this machine.
+"""Make the int8 form of a prepared encoder for CPUs, calibrated and tested on real images.
 
-    folder, words = quantize(folder, pixels, labels)
+    folder, report = quantize(folder, pixels, labels)
 
-`prepare_clip.py --precision int8` is the command. Half of the images set the ranges of the activations (NNCF's post-training
-quantisation: SmoothQuant, weights by channel); the other half decide whether the result may be used at all.
+The command is `prepare_clip.py --precision int8`. Half of the images set the ranges of the
+activations (NNCF's post-training quantisation: SmoothQuant, weights by channel). The other half
+decides whether the result may be used.
 """
 
 import contextlib
@@ -37,26 +38,25 @@ from detector.images.folders import draw_evenly, list_images
 
 
 def ensure_int8(folder, args):
-    """The int8 form of a prepared encoder -> its folder; made where it is missing. Raises
-    EncoderError, UsageError."""
+    """Folder of a prepared encoder -> folder of its int8 form, which is made if it is missing.
+
+    Raises EncoderError, UsageError.
+    """
     manifest = read_manifest(folder)
-    found = find_encoder(source=f"{manifest['source']} int8", layers=manifest["layers"])
-    if found is None:
+    int8_folder = find_encoder(source=f"{manifest['source']} int8", layers=manifest["layers"])
+    if int8_folder is None:
         require_nncf()
-        (cache_dir() / "encoders").mkdir(parents=True, exist_ok=True)
         images = read_images(args.data_dir, args.limit, manifest["resolution"])
-        found, words = quantize(folder, *images)
-        say(words)
-    return found
+        int8_folder, report = quantize(folder, *images)
+        say(report)
+    return int8_folder
 
 
-LEAST_COSINE, LEAST_AGREEMENT = (
-    0.99,
-    0.99,
-)  # to float32 features, on average; share of verdicts that stay
+LEAST_COSINE = 0.99  # mean over the images, int8 to float32 features
+LEAST_AGREEMENT = 0.99  # share of unchanged verdicts
 BATCH = 8
 RANKED = 20  # images by which accuracy control ranks a hundred layers
-C = 1e-2  # of the logistic regression whose verdicts are compared: the middle of what train_model.py searches
+C = 1e-2  # regularisation of the compared verdicts: the middle of train_model.py's grid
 
 
 def require_nncf():
@@ -71,61 +71,59 @@ def require_nncf():
 
 
 def read_images(data_dir, limit, resolution):
-    """A labelled folder -> (pixels float32 [n, 3, r, r], labels int [n]) of `limit` images, classes as even as they allow, in
-    random order; those that cannot be read are left out."""
+    """A labelled folder -> (pixels float32 [n, 3, r, r], labels int [n]), n at most `limit`.
+
+    Draws the classes as evenly as possible, in random order. Unreadable images are left out.
+    Raises UsageError if too few are left.
+    """
     entries = list_images(data_dir)
     entries = [entries[i] for i in draw_evenly([e.label for e in entries], limit)]
 
     def read(entry):
         with contextlib.suppress(ImageError, UsageError):
-            return (
-                preprocessing.preprocess(
-                    decoding.decode_image(read_bytes(Path(data_dir, entry.path))), resolution
-                ),
-                entry.label,
-            )
+            image = decoding.decode_image(read_bytes(Path(data_dir, entry.path)))
+            return preprocessing.preprocess(image, resolution), entry.label
 
     with ThreadPoolExecutor() as pool:
         good = [row for row in pool.map(read, entries) if row is not None]
     if min(np.bincount([label for _, label in good], minlength=2)) < LEAST_INT8_IMAGES // 2:
         raise UsageError(
-            f"--data_dir {data_dir}: {len(good)} images can be read; int8 is calibrated and proved"
-            f" on at least {LEAST_INT8_IMAGES}, half of them of each class"
+            f"--data_dir {data_dir}: {len(good)} images can be read; int8 needs at least "
+            f"{LEAST_INT8_IMAGES}, half of them of each class"
         )
     order = np.random.default_rng(0).permutation(len(good))
     return np.stack([good[i][0] for i in order]), np.array([good[i][1] for i in order])
 
 
 def quantize(folder, pixels, labels):
-    """-> (folder of the int8 encoder in the cache, words on how close it is). Raises EncoderError where it is not close enough.
+    """-> (folder of the int8 encoder in the cache, one line with its closeness to float32).
 
-    Where plain quantisation fails, NNCF's accuracy control gives those layers back to float that cost the most.
+    If plain quantisation fails, NNCF's accuracy control returns the costliest layers to float.
+    Raises EncoderError if that fails too.
     """
     half = len(pixels) // 2
     reference = encode(Encoder(folder, "cpu", "float32"), pixels)
     for attempt in (plain, accuracy_controlled):
         scratch = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".quantizing-"))
         try:
-            with (
-                warnings.catch_warnings(),
-                contextlib.redirect_stdout(sys.stderr),
-            ):  # NNCF's progress; stdout is for results
+            # NNCF prints its progress; stdout is for results
+            with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
                 warnings.simplefilter("ignore")
                 attempt(folder, scratch, pixels[:half], reference[:half])
             encoder = describe(folder, scratch)
             close = closeness(reference, encode(encoder, pixels[half:]), labels)
-            words = (
-                f"cosine to float32 {close['cosine']:.4f} on average, {close['lowest']:.4f} at"
-                f" least; {100 * close['agreement']:.1f}% of the verdicts stay, on"
-                f" {len(pixels) - half} images that calibrated nothing"
+            report = (
+                f"cosine to float32: mean {close['cosine']:.4f}, lowest {close['lowest']:.4f}; "
+                f"{100 * close['agreement']:.1f}% of the verdicts unchanged, on "
+                f"{len(pixels) - half} test images"
             )
             if close["cosine"] >= LEAST_COSINE and close["agreement"] >= LEAST_AGREEMENT:
-                return keep(scratch, encoder.name, encoder.identity), words
+                return keep(scratch, encoder.name, encoder.identity), report
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     raise EncoderError(
-        f"int8 is refused for this encoder: {words}; at least {LEAST_COSINE} and"
-        f" {100 * LEAST_AGREEMENT:.0f}% are needed; use it in float32 or bfloat16"
+        f"int8 is refused for this encoder: {report}; at least {LEAST_COSINE} and "
+        f"{100 * LEAST_AGREEMENT:.0f}% are needed; use it in float32 or bfloat16"
     )
 
 
@@ -142,22 +140,22 @@ def plain(folder, scratch, pixels, reference):
 
 
 def accuracy_controlled(folder, scratch, pixels, reference):
-    """The same, but with layers left as they are until the mean cosine is within half of what is allowed."""
+    """Like `plain`, but keep layers in float until the mean cosine is within half its allowed loss."""
     import openvino as ov
 
     nncf, model, arguments = prepared_model(folder)
     number_of = {pixels[i : i + 1].tobytes(): i for i in range(len(pixels))}
 
-    def quality(compiled, rows):  # `rows`: of all images, or of a few that rank the layers
-        numbers, rows = zip(*((number_of[row.tobytes()], row) for row in rows))
-        cosine = cosines(
-            np.concatenate([compiled(row)[0] for row in rows]), reference[list(numbers)]
-        )
+    def quality(compiled, rows):
+        """`rows`: all images, or the few that rank the layers."""
+        rows = list(rows)
+        expected = reference[[number_of[row.tobytes()] for row in rows]]
+        cosine = cosines(np.concatenate([compiled(row)[0] for row in rows]), expected)
         return float(cosine.mean()), cosine.tolist()
 
     data = dataset(nncf, pixels)
     ranking = nncf.AdvancedAccuracyRestorerParameters(ranking_subset_size=RANKED)
-    found = nncf.quantize_with_accuracy_control(
+    controlled = nncf.quantize_with_accuracy_control(
         model,
         data,
         data,
@@ -166,21 +164,18 @@ def accuracy_controlled(folder, scratch, pixels, reference):
         advanced_accuracy_restorer_parameters=ranking,
         **arguments,
     )
-    ov.save_model(found, scratch / "encoder.xml", compress_to_fp16=True)
+    ov.save_model(controlled, scratch / "encoder.xml", compress_to_fp16=True)
 
 
 def prepared_model(folder):
-    """-> (nncf, the encoder as an openvino model, how NNCF is to take it)."""
+    """-> (nncf, the encoder as an openvino model, NNCF's arguments for it)."""
     nncf = require_nncf()
     transformer = read_manifest(folder)["arch"]["kind"] == "VisionTransformer"
-    return (
-        nncf,
-        openvino_core().read_model(Path(folder) / "encoder.xml"),
-        {
-            "preset": nncf.QuantizationPreset.MIXED,
-            "model_type": nncf.ModelType.TRANSFORMER if transformer else None,
-        },
-    )
+    arguments = {
+        "preset": nncf.QuantizationPreset.MIXED,
+        "model_type": nncf.ModelType.TRANSFORMER if transformer else None,
+    }
+    return nncf, openvino_core().read_model(Path(folder) / "encoder.xml"), arguments
 
 
 def dataset(nncf, pixels):
@@ -193,30 +188,33 @@ def encode(encoder, pixels):
     )
 
 
-def closeness(reference, found, labels):
-    """Float32 features of both halves, int8 features of the second, labels -> {'cosine', 'lowest', 'agreement'}.
+def closeness(reference, int8_features, labels):
+    """Compare int8 features with float32 ones -> {'cosine', 'lowest', 'agreement'}.
 
-    The verdicts are those of a logistic regression on the first half's float32 features.
+    `reference`: float32 features of both halves; `int8_features`: of the second half. The verdicts
+    are those of a logistic regression on the first half's float32 features.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    half = len(reference) - len(found)
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000)).fit(
-        reference[:half], labels[:half]
-    )
-    fake = [classifier.predict(features) for features in (reference[half:], found)]
-    cosine = cosines(reference[half:], found)
+    half = len(reference) - len(int8_features)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000))
+    classifier.fit(reference[:half], labels[:half])
+    same = classifier.predict(reference[half:]) == classifier.predict(int8_features)
+    cosine = cosines(reference[half:], int8_features)
     return {
         "cosine": float(cosine.mean()),
         "lowest": float(cosine.min()),
-        "agreement": float((fake[0] == fake[1]).mean()),
+        "agreement": float(same.mean()),
     }
 
 
 def describe(folder, scratch):
-    """Write encoder.json beside the int8 weights -> the Encoder. Other calibration images make another encoder."""
+    """Write encoder.json beside the int8 weights -> the Encoder.
+
+    The identity includes the weights, because other calibration images give another encoder.
+    """
     manifest = read_manifest(folder)
     weights = sha256(
         (scratch / "encoder.bin").read_bytes() + (scratch / "encoder.xml").read_bytes()

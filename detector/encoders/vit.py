@@ -1,7 +1,7 @@
 """CLIP's vision transformer from plain arrays, on two engines: OpenVINO, and numpy in float32.
 
     model = openvino_model(weights, arch, "final")            # for every verdict
-    features = numpy_forward(weights, arch, "final", pixels)  # the record that it is compared with
+    features = numpy_forward(weights, arch, "final", pixels)  # the reference
 
 `Tower` follows clip/model.py (VisionTransformer, ResidualAttentionBlock, QuickGELU).
 """
@@ -10,14 +10,14 @@ import numpy as np
 
 EPSILON = 1e-5  # of torch's LayerNorm
 QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
-SHORTEST = 1e-12  # what torch's normalize divides by at least
+SHORTEST = 1e-12  # least divisor of torch's normalize
 
 
 def openvino_model(weights, arch, layers):
-    """{name: array}, architecture, canonical layers -> openvino.Model, float32 [n, 3, r, r] -> [n,
-    d].
+    """{name: array}, architecture, canonical layers -> openvino.Model.
 
-    Its weights are float32 constants; `openvino.save_model` stores them as fp16.
+    The model maps float32 [n, 3, r, r] to float32 [n, d]. Its weights are float32 constants.
+    `openvino.save_model` stores them as fp16.
     """
     import openvino as ov
     from openvino import opset13
@@ -28,12 +28,12 @@ def openvino_model(weights, arch, layers):
 
 
 def numpy_forward(weights, arch, layers, pixels):
-    """The same, computed here: float32 [n, 3, r, r] -> float32 [n, d]."""
+    """The same computation in numpy: float32 [n, 3, r, r] -> float32 [n, d]."""
     return NumpyTower(weights, arch).features(pixels, layers)
 
 
 class Tower:
-    """The tower in terms of an engine's few operations, which a subclass gives."""
+    """The tower in terms of a few operations, which the subclass of an engine defines."""
 
     def __init__(self, weights, arch):
         self.weights, self.arch = weights, arch
@@ -43,8 +43,7 @@ class Tower:
         return self.weights[name].astype(np.float32)
 
     def features(self, pixels, layers):
-        """Canonical `layers`: 'final', 'penultimate', or blocks that are scaled to length 1 and
-        joined."""
+        """Canonical `layers`: 'final', 'penultimate', or blocks, scaled to length 1 and joined."""
         x, tokens = self.norm(self.embed(pixels), "ln_pre"), []
         for number in range(self.arch["layers"]):
             x = self.block(x, f"transformer.resblocks.{number}")
@@ -73,7 +72,7 @@ class Tower:
 
 
 class NumpyTower(Tower):
-    """Of float32 arrays."""
+    """Computes with float32 arrays."""
 
     def product(self, x, name, transposed=False):
         weight = self.weight(name)
@@ -93,9 +92,8 @@ class NumpyTower(Tower):
         return x.transpose(0, 2, 1, 3).reshape(n, tokens, -1)
 
     def quick_gelu(self, x):
-        return (
-            x * np.float32(0.5) * (1 + np.tanh(np.float32(QUICK_GELU / 2) * x))
-        )  # overflows nowhere
+        # the tanh form cannot overflow
+        return x * np.float32(0.5) * (1 + np.tanh(np.float32(QUICK_GELU / 2) * x))
 
     def embed(self, pixels):
         n, patch = len(pixels), self.arch["patch_size"]
@@ -117,7 +115,7 @@ class NumpyTower(Tower):
 
 
 class OpenvinoTower(Tower):
-    """Of nodes of an OpenVINO graph."""
+    """Builds the nodes of an OpenVINO graph."""
 
     def __init__(self, weights, arch):
         super().__init__(weights, arch)

@@ -1,13 +1,12 @@
-"""A CLIP checkpoint -> the arrays of its vision tower, without torch.
+"""Read the arrays of the vision tower from a CLIP checkpoint, without torch.
 
     weights = read_checkpoint("ViT-L-14.pt")    # {"conv1.weight": float16 [1024, 3, 14, 14], ...}
-    arch = architecture(weights)                # what builds this tower again
+    arch = architecture(weights)                # arguments that build this tower
     identity = identity_of(weights, arch, "final")
 
-Both forms that OpenAI's format knows are zip files that torch wrote: a TorchScript archive, as
-OpenAI ships it, and a saved state dict. A pickle in them names the tensors, their numbers lie in
-members of their own. Nothing that a file says is called, and no number is read from outside of
-its member.
+OpenAI's format has two forms, both zip files written by torch: a TorchScript archive, as OpenAI
+ships it, and a saved state dict. A pickle in the file names the tensors. Each tensor's numbers are
+in another member. We call no function that a file names, and read no number outside of its member.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ import numpy as np
 from detector.base.errors import EncoderError
 from detector.encoders.runtime import PREPROCESSING
 
-# A tensor as the pickle describes it: its numbers are in the member `key` below data/.
+# A tensor as described in the pickle. Its numbers are in the member data/<key>.
 Tensor = namedtuple("Tensor", "key dtype numel offset shape strides")
 DTYPES = {
     "HalfStorage": "<f2",
@@ -38,7 +37,7 @@ DTYPES = {
     "ByteStorage": "u1",
     "BoolStorage": "?",
 }
-# What torch writes for containers and tensors. EXT and INST name code in other ways.
+# The opcodes that torch writes for containers and tensors. EXT and INST could name code, too.
 OPCODES = {
     "PROTO",
     "FRAME",
@@ -84,9 +83,9 @@ OLD_FORMAT = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number before 
 
 
 def read_checkpoint(path):
-    """File -> {name: array} of the vision tower, names without 'visual.'; floats as float16.
+    """File -> {name: array} of the vision tower, names without 'visual.', floats as float16.
 
-    Raises EncoderError where it is no checkpoint, or not sound.
+    Raises EncoderError for a file that is no checkpoint, is damaged or may be malicious.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -96,7 +95,7 @@ def read_checkpoint(path):
     except OSError as error:
         raise EncoderError(f"cannot read {path}: {error.strerror or error}") from None
     except zipfile.BadZipFile:
-        reason = why_no_zip(path)
+        reason = describe_non_zip(path)
     except Exception as error:  # a crafted pickle raises almost anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise EncoderError(
@@ -104,7 +103,7 @@ def read_checkpoint(path):
     ) from None
 
 
-def why_no_zip(path):
+def describe_non_zip(path):
     with open(path, "rb") as file:
         start = file.read(64)
     if OLD_FORMAT in start:
@@ -113,13 +112,13 @@ def why_no_zip(path):
 
 
 def read_archive(archive):
-    """An open zip file -> the arrays. Raises EncoderError, and whatever zipfile and pickle do."""
+    """Open zip file -> the arrays. Raises EncoderError, and the errors of zipfile and pickle."""
     members = {info.filename: info for info in archive.infolist()}
     if len(members) < len(archive.infolist()):
         raise EncoderError("two of its members have the same name")
     pickles = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(pickles) != 1:
-        raise EncoderError("it holds no data.pkl of torch")
+        raise EncoderError("it contains no data.pkl of torch")
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in members and read_member(archive, f"{folder}byteorder") != b"little":
         raise EncoderError("its numbers are stored with the high byte first")
@@ -134,10 +133,10 @@ def read_archive(archive):
 
 
 def read_member(archive, name):
-    """Bytes of a member. A compressed one is refused: a small file could ask for gigabytes."""
+    """Bytes of a member. Refuses compression, because a small file could expand to gigabytes."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise EncoderError(f"its member {name} is compressed, which torch never does")
+        raise EncoderError(f"its member {name} is compressed; torch never compresses")
     try:
         return archive.read(info)
     except (EOFError, zlib.error):
@@ -148,14 +147,22 @@ def read_member(archive, name):
 
 
 def unpickle(data):
-    """data.pkl -> its root: nested dicts, with Tensors in them. Raises EncoderError.
+    """data.pkl -> its root: nested dicts that contain Tensors. Raises EncoderError."""
+    check_opcodes(data)
+    return make_unpickler()(io.BytesIO(data)).load()
 
-    The few functions a pickle may name are made anew for each file: one that changes them changes
-    nothing for the next.
-    """
+
+def check_opcodes(data):
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in OPCODES or "PUT" in opcode.name and argument > len(data):
-            raise EncoderError(f"its pickle holds {opcode.name}, which torch does not write")
+            raise EncoderError(f"its pickle contains {opcode.name}, which torch does not write")
+
+
+def make_unpickler():
+    """-> a restricted Unpickler class.
+
+    Its functions are made anew for each file, because a pickle could change their attributes.
+    """
 
     class Parts(dict):
         """An OrderedDict, or a TorchScript module with its attributes."""
@@ -183,20 +190,22 @@ def unpickle(data):
             if module == "torch.jit._pickle":
                 return first
             if (module, name) not in known:
-                raise EncoderError(f"it names {f'{module}.{name}'!r}, and may be planted")
+                raise EncoderError(f"it names {f'{module}.{name}'!r} and may be malicious")
             return known[module, name]
 
         def persistent_load(self, storage):
             _, dtype, key, _, numel = storage
             return key, dtype, numel
 
-    return Restricted(io.BytesIO(data)).load()
+    return Restricted
 
 
 def named_tensors(root):
-    """Nested parts -> {'visual.conv1.weight': Tensor, ...}. A part that comes twice counts once:
-    parts within parts could otherwise be more than memory holds."""
-    found, seen, waiting = {}, set(), [("", root)]
+    """Nested parts -> {'visual.conv1.weight': Tensor, ...}.
+
+    Visits each part once, because nested references could otherwise grow beyond the memory.
+    """
+    tensors, seen, waiting = {}, set(), [("", root)]
     while waiting:
         prefix, parts = waiting.pop()
         if id(parts) in seen or not isinstance(parts, dict):
@@ -204,95 +213,95 @@ def named_tensors(root):
         seen.add(id(parts))
         for name, value in parts.items():
             if isinstance(value, Tensor):
-                found[f"{prefix}{name}"] = value
+                tensors[f"{prefix}{name}"] = value
             else:
                 waiting.append((f"{prefix}{name}.", value))
-    return found
+    return tensors
 
 
 def read_tensor(archive, folder, tensor):
-    """-> its array; floats as float16, the precision in which OpenAI ships."""
+    """-> the tensor's array, floats as float16, OpenAI's precision. Raises EncoderError."""
     key, dtype, numel, offset, shape, strides = tensor
     numbers = (numel, offset, *shape, *strides)
     if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
-        raise EncoderError("it describes a tensor with sizes that are no sizes")
-    last = offset + sum((size - 1) * step for size, step in zip(shape, strides))
+        raise EncoderError("it describes a tensor with invalid sizes")
+    last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     size = int(np.prod(shape, dtype=object))
     if size == 0 or size > numel or last >= numel:
         raise EncoderError("it describes a tensor that reaches beyond its storage")
     data, half = read_member(archive, f"{folder}data/{key}"), dtype == "bfloat16"
     stored = np.frombuffer(data, "<u2" if half else dtype)
     if len(stored) != numel:
-        raise EncoderError(f"its storage {key} has {len(data)} bytes, not those of {numel} numbers")
+        raise EncoderError(f"its storage {key} has {len(data)} bytes, not {numel} numbers")
     if half:
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
     steps = [step * stored.itemsize for step in strides]
     array = np.lib.stride_tricks.as_strided(stored[offset:], shape, steps)
     if array.dtype.kind != "f":
         return array.copy()
-    with np.errstate(over="ignore"):  # to infinity, which is refused
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused below
         array = array.astype(np.float16)
     if not np.isfinite(array).all():
-        raise EncoderError("it holds weights that are no finite numbers in float16")
+        raise EncoderError("it contains weights that are not finite in float16")
     return array
 
 
-# ---- what the arrays are ----
+# ---- the architecture ----
 
 
 def check_shapes(shapes):
-    """Raises EncoderError unless {name: shape} is a vision tower of CLIP, and all of it."""
+    """Raises EncoderError unless {name: shape} is a complete vision tower of CLIP."""
     if "proj" not in shapes and "attnpool.c_proj.weight" not in shapes:
-        raise EncoderError("it holds no vision tower of CLIP")
+        raise EncoderError("it contains no vision tower of CLIP")
     if "proj" not in shapes:
-        return  # of a ResNet: torch compares them as it loads them
+        return  # a ResNet: torch compares the shapes at loading
     expected = vit_shapes(arch_of(shapes))
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != tuple(shapes.get(name, ())):
             raise EncoderError(
-                f"its tensor visual.{name} has the shape {shapes.get(name)}, where "
-                f"the others make one expect {expected.get(name)}"
+                f"its tensor visual.{name} has the shape {shapes.get(name)}, but the other "
+                f"tensors imply {expected.get(name)}"
             )
 
 
 def architecture(weights):
-    """{name: array} -> the arguments of clip.model's class for this tower, heads included."""
+    """{name: array} -> 'kind', the class in clip.model, and its arguments, with the heads."""
     return arch_of({name: array.shape for name, array in weights.items()})
 
 
 def arch_of(shapes):
-    """The same from {name: shape}, as clip.model.build_model derives it."""
+    """`architecture` from {name: shape}, with the rules of clip.model.build_model."""
     if "proj" in shapes:
         width, _, _, patch = shapes["conv1.weight"]
         grid = round((shapes["positional_embedding"][0] - 1) ** 0.5)
         layers = sum(name.endswith(".attn.in_proj_weight") for name in shapes)
-        return dict(
-            kind="VisionTransformer",
-            input_resolution=patch * grid,
-            patch_size=patch,
-            width=width,
-            layers=layers,
-            heads=width // 64,
-            output_dim=shapes["proj"][1],
-        )
+        return {
+            "kind": "VisionTransformer",
+            "input_resolution": patch * grid,
+            "patch_size": patch,
+            "width": width,
+            "layers": layers,
+            "heads": width // 64,
+            "output_dim": shapes["proj"][1],
+        }
     grid = round((shapes["attnpool.positional_embedding"][0] - 1) ** 0.5)
     layers = [
         len({name.split(".")[1] for name in shapes if name.startswith(f"layer{i}.")})
         for i in (1, 2, 3, 4)
     ]
     width = shapes["layer1.0.conv1.weight"][0]
-    return dict(
-        kind="ModifiedResNet",
-        layers=layers,
-        input_resolution=grid * 32,
-        width=width,
-        output_dim=shapes["attnpool.c_proj.weight"][0],
-        heads=width * 32 // 64,
-    )
+    return {
+        "kind": "ModifiedResNet",
+        "layers": layers,
+        "input_resolution": grid * 32,
+        "width": width,
+        "output_dim": shapes["attnpool.c_proj.weight"][0],
+        "heads": width * 32 // 64,
+    }
 
 
 def vit_shapes(arch):
-    """{name: shape} of every tensor of a VisionTransformer."""
+    """Architecture of a VisionTransformer -> {name: shape} of all its tensors."""
     width, patch = arch["width"], arch["patch_size"]
     tokens = (arch["input_resolution"] // patch) ** 2 + 1
     shapes = {
@@ -319,8 +328,11 @@ def vit_shapes(arch):
 
 
 def identity_of(weights, arch, layers="final"):
-    """SHA-256 over the tower's fp16 tensors in name order, layers and preprocessing: the same for
-    every file form. `arch` is printed into it: its numbers must be plain ints."""
+    """SHA-256 over the fp16 tensors in name order, the layers and the preprocessing.
+
+    Both file forms of the same weights give the same hash. `arch` is hashed as text, so its numbers
+    must be plain ints.
+    """
     digest = hashlib.sha256(
         f"layers={layers} preprocessing={PREPROCESSING} {sorted(arch.items())}".encode()
     )

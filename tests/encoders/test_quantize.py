@@ -71,9 +71,7 @@ def test_int8_is_an_encoder_of_its_own_that_says_how_close_it_is(made, monkeypat
     assert result.returncode == 0, result.stderr
     monkeypatch.setenv("CLIP_CACHE", str(cache))
     folder = prepare.ensure_encoder(str(checkpoint), "int8")
-    assert (
-        str(folder) == result.stdout.strip() and "images that calibrated nothing" in result.stderr
-    )
+    assert str(folder) == result.stdout.strip() and "test images" in result.stderr
     plain, int8 = (
         runtime.read_manifest(f) for f in (prepare.ensure_encoder(str(checkpoint)), folder)
     )
@@ -156,7 +154,7 @@ def test_what_is_not_close_enough_is_refused_with_its_figures_and_nothing_is_kep
         quantize, "closeness", lambda *_: {"cosine": 1.0, "lowest": 0.9, "agreement": 1.0, **change}
     )
     side = runtime.read_manifest(small.ENCODER)["resolution"]
-    with pytest.raises(EncoderError, match=f"int8 is refused.*{said}.*on 2 images") as error:
+    with pytest.raises(EncoderError, match=f"int8 is refused.*{said}.*on 2 test images") as error:
         pixels = np.zeros((4, 3, side, side), np.float32)
         quantize.quantize(small.ENCODER, pixels, np.array([0, 1, 0, 1]))
     assert "\n" not in str(error.value) and len(tried) == 2
@@ -203,7 +201,5 @@ def test_wrong_flags(script, flags, words):
 
 
 def test_too_few_images_are_told(make_folder, tmp_path):
-    with pytest.raises(
-        UsageError, match="14 images can be read; int8 is calibrated and proved on at least 40"
-    ):
+    with pytest.raises(UsageError, match="14 images can be read; int8 needs at least 40"):
         quantize.read_images(make_folder(tmp_path / "data", {"real": 10, "fake": 4}), 400, 64)

@@ -166,19 +166,16 @@ BEYOND = "reaches beyond its storage"
 FAULTS = {
     "offset beyond the storage": ({"offset": 1}, BEYOND),
     "a far offset": ({"offset": 1 << 40}, BEYOND),
-    "a negative offset": ({"offset": -1}, "no sizes"),
+    "a negative offset": ({"offset": -1}, "invalid sizes"),
     "a long stride": ({"strides": (2,)}, BEYOND),
-    "a negative stride": ({"strides": (-1,)}, "no sizes"),
+    "a negative stride": ({"strides": (-1,)}, "invalid sizes"),
     "a stride of zero over gigabytes": ({"shape": (1 << 40,), "strides": (0,)}, "has the shape"),
-    "a size that is no integer": ({"shape": (128.0,)}, "no sizes"),
-    "a size that is a truth": ({"offset": True}, "no sizes"),
-    "more strides than sizes": ({"strides": (1, 1)}, "no sizes"),
-    "a storage said to be longer": ({"numel": 1 << 30}, "not those of"),
+    "a size that is no integer": ({"shape": (128.0,)}, "invalid sizes"),
+    "a size that is a truth": ({"offset": True}, "invalid sizes"),
+    "more strides than sizes": ({"strides": (1, 1)}, "invalid sizes"),
+    "a storage said to be longer": ({"numel": 1 << 30}, "bytes, not"),
     "a storage said to be shorter": ({"numel": 127}, BEYOND),
-    "another type of number": (
-        {"storage": archives.named("torch", "FloatStorage")},
-        "not those of",
-    ),
+    "another type of number": ({"storage": archives.named("torch", "FloatStorage")}, "bytes, not"),
     "a quantised storage": (
         {"storage": archives.named("torch", "QInt8Storage")},
         "names 'torch.QInt8Storage'",
@@ -268,7 +265,7 @@ def test_numbers_with_the_high_byte_first_are_refused(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_finite_numbers_are_refused(value, tmp_path):
     arrays = {**ARRAYS, VECTOR: np.full_like(ARRAYS[VECTOR], value)}
-    assert "no finite numbers" in refusal(archives.write(tmp_path / "c.pt", arrays))
+    assert "not finite" in refusal(archives.write(tmp_path / "c.pt", arrays))
 
 
 @pytest.mark.parametrize(
@@ -335,6 +332,6 @@ def test_a_planted_checkpoint_ends_the_command_with_one_error(script, tmp_path):
     marker = tmp_path / "called"
     archives.write(tmp_path / "c.pt", ARRAYS, root=pickle.dumps(Planted(marker), protocol=2))
     assert_one_line_error(
-        script("prepare_clip.py", "--clip_model", "c.pt"), "c.pt", "may be planted"
+        script("prepare_clip.py", "--clip_model", "c.pt"), "c.pt", "may be malicious"
     )
     assert not marker.exists()
