@@ -140,7 +140,7 @@ def plain(folder, scratch, pixels, reference):
 
 
 def accuracy_controlled(folder, scratch, pixels, reference):
-    """Like `plain`, but keep layers in float until the mean cosine is within half its allowed loss."""
+    """Like `plain`, but keep layers in float until the cosine loses at most half of its limit."""
     import openvino as ov
 
     nncf, model, arguments = prepared_model(folder)

@@ -1,19 +1,17 @@
-"""The columns of a features file: joined, counted, and freed of repeats."""
+"""Join and count the columns of a features file, and drop repeated rows."""
 
 import numpy as np
 
 from detector.base.console import say
 from detector.base.constants import CLASSES
 
-SEEN = (  # split of the images that the encoder itself was trained on: good for nothing any more
-    "seen"
-)
+SEEN = "seen"  # split of the images that trained the encoder itself; unusable for a classifier
 COLUMNS = ("features", "labels", "paths", "splits", "sources", "sha256", "view", "facts", "thumb")
-IMAGE = ("sha256", "view", "labels")  # rows that agree in these are one image, or one copy of it
+IMAGE = ("sha256", "view", "labels")  # rows equal in these are the same image or the same copy
 
 
 def count_cells(columns):
-    """Images by split and class, degraded copies left out: {'test/real': 4, ...}."""
+    """Images by split and class, without degraded copies: {'test/real': 4, ...}."""
     whole = columns["view"] == 0
     counts = {
         f"{s or 'no split'}/{CLASSES[label] if label >= 0 else 'unlabelled'}": int(
@@ -26,7 +24,7 @@ def count_cells(columns):
 
 
 def join_columns(several):
-    """Rows of several column sets one below the other; text columns as wide as the longest needs."""
+    """Concatenate column sets. Text columns become as wide as their longest text."""
     return {name: np.concatenate([columns[name] for columns in several]) for name in COLUMNS}
 
 
@@ -34,25 +32,25 @@ def join_columns(several):
 
 
 def number_rows(columns, by):
-    """A number for each row, int [n], the same where all of the named columns agree."""
+    """A number for each row, int [n]; rows equal in all columns `by` have the same number."""
     several = [np.unique(columns[name], return_inverse=True)[1] for name in by]
     return np.unique(np.stack(several), axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def distinct(columns, rows, by=IMAGE):
-    """Row numbers [n] -> those of them that repeat no earlier row. How many repeat one is told.
+    """Row numbers [n] -> those that repeat no earlier row. Reports the number of repeats.
 
-    The same image again is no further evidence: intervals and counts rest on distinct images. An
-    image under both labels is no repeat but a contradiction, and stays.
+    A repeated image is no further evidence, so intervals and counts need distinct images. An image
+    under both labels is a contradiction and stays.
     """
     given = {name: columns[name][rows] for name in by}
     first = np.sort(np.unique(number_rows(given, by), return_index=True)[1])
     if repeats := len(rows) - len(first):
-        say(f"{repeats} rows repeat an image that is there already: dropped")
+        say(f"{repeats} rows repeat an earlier image and are dropped")
     return rows[first]
 
 
 def without_repeats(columns):
-    """Columns -> the same without repeats. An image in two splits stays in both, for the audit."""
+    """Columns -> columns without repeats. An image in two splits stays in both, for the audit."""
     rows = distinct(columns, np.arange(len(columns["labels"])), (*IMAGE, "splits"))
     return {name: values if name == "meta" else values[rows] for name, values in columns.items()}

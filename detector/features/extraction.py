@@ -1,4 +1,4 @@
-"""Images -> the rows of a features file: read, encoded in batches, stored in parts, assembled."""
+"""Read images, encode them in batches, store the batches as parts, assemble the features file."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,13 +29,14 @@ from detector.images import preprocessing
 from detector.images.facts import FACTS
 from detector.images.folders import has_extension, list_files, read_folder, summary_of
 
-COMPILE_FROM = 30_000  # images from which on torch.compile pays on CUDA: 6 s, for 0.2 ms an image
+COMPILE_FROM = 30_000  # images; torch.compile takes 6 s on CUDA and saves 0.2 ms an image
+AHEAD = 3  # batches in work: decoded, encoded, and decoded in advance so the encoder never waits
 
 
 def draw(entries, limit, seed=0):
-    """`limit` entries, as even over (label, split) as their numbers allow; in the order they came.
+    """Draw `limit` entries as evenly over (label, split) as possible; keeps their order.
 
-    Drawn by a seeded hash of the path: images added later leave most of the draw as it was.
+    A seeded hash of the path decides. So images added later change little of the draw.
     """
 
     def chance(i):
@@ -47,26 +49,16 @@ def draw(entries, limit, seed=0):
     return [entries[i] for i in sorted(i for _, _, i in rank[:limit])]
 
 
-# ---- state that survives being killed ----
-
-
-def check_writable(given, parts):
-    """An output that cannot be written is told before the hours of encoding, not after. Raises UsageError."""
-    refuse_place(given, f"--output_file {given}")
-    with atomic_write(parts / "probe"):
-        pass
-    (parts / "probe").unlink()
-    if not any(parts.iterdir()):  # leave no trace if nothing comes of this run
-        parts.rmdir()
-
-
 # ---- encoding ----
 
 
 def read_row(data_dir, entry, resolution, max_pixels, views=0, crops=0):
-    """One image of a folder, here or in an object store -> (entry, pieces uint8 [1 + views, 1 + crops, r, r, 3], its stored columns),
-    or (entry, None, [why not, is it an image]). The first is the image as it is, the others are degraded copies, drawn from the hash
-    of its bytes; the pieces of each are `preprocessing.in_pieces`."""
+    """Read and prepare one image of a folder or an object store.
+
+    -> (entry, pieces uint8 [1 + views, 1 + crops, r, r, 3], its stored columns), or for a bad file
+    (entry, None, [reason, is it an image]). The first view is the image itself. The others are
+    degraded copies, drawn from the hash of its bytes. `preprocessing.in_pieces` gives the pieces.
+    """
     from detector.images.distort import degrade, manageable, view_rng
     from detector.images.facts import describe_image
 
@@ -74,28 +66,23 @@ def read_row(data_dir, entry, resolution, max_pixels, views=0, crops=0):
         rgb, row = describe_image(storage.read_bytes(data_dir, entry.path), max_pixels)
         base = manageable(rgb) if views else None
         copies = (degrade(base, view_rng(row["sha256"], number)) for number in range(1, views + 1))
-        return (
-            entry,
-            np.stack(
-                [preprocessing.in_pieces(image, resolution, crops) for image in (rgb, *copies)]
-            ),
-            row,
-        )
+        pieces = [preprocessing.in_pieces(image, resolution, crops) for image in (rgb, *copies)]
+        return entry, np.stack(pieces), row
     except (ImageError, OSError) as error:
-        return (
-            entry,
-            None,
-            [str(error), getattr(error, "is_image", True) or has_extension(entry.path)],
-        )
+        is_image = getattr(error, "is_image", True) or has_extension(entry.path)
+        return entry, None, [str(error), is_image]
 
 
-def read_rows(data_dir, entries, *how):
-    return [read_row(data_dir, entry, *how) for entry in entries]
+def read_rows(data_dir, entries, *options):
+    return [read_row(data_dir, entry, *options) for entry in entries]
 
 
 def reader_pool(device, count):
-    """What decodes on `count` processors: threads where these encode, too; beside a GPU processes, since Pillow and numpy hold
-    the interpreter's lock for a third of the work, and three images at a time would be all."""
+    """Pool that decodes on `count` processors: threads on a CPU, processes beside a GPU.
+
+    Pillow and numpy hold the interpreter's lock for a third of the work. Threads would decode only
+    three images at a time.
+    """
     if device == "cpu":
         return ThreadPoolExecutor(count)
     return ProcessPoolExecutor(
@@ -104,7 +91,10 @@ def reader_pool(device, count):
 
 
 def encode_ahead(data_dir, entries, encoder, size, readers, max_pixels, views=0, crops=0):
-    """Columns of each batch of `size` entries (see `encode_batch`), one after the other; the next is read meanwhile."""
+    """Yield the columns of each batch of `size` entries (see `encode_batch`).
+
+    Reads the next batch meanwhile.
+    """
 
     def read(batch):
         return [
@@ -120,9 +110,9 @@ def encode_ahead(data_dir, entries, encoder, size, readers, max_pixels, views=0,
 
 
 def encode_batch(rows, encoder, size, crops):
-    """Rows from `read_row` -> the columns of one part, and 'bad': JSON of [path, reason, is it an image].
+    """Rows from `read_row` -> columns of a part, and 'bad': JSON of [path, reason, is it an image].
 
-    `size` squares go through the encoder at a time; the features of an image's pieces lie one after the other in its row.
+    Encodes `size` pieces at a time. A row's features are those of its pieces, one after the other.
     """
     good = [
         (entry, row, view)
@@ -131,10 +121,10 @@ def encode_batch(rows, encoder, size, crops):
         for view in range(len(pieces))
     ]
     pieces = [
-        square
+        piece
         for _, several, _ in rows
         if several is not None
-        for square in several.reshape(-1, *several.shape[2:])
+        for piece in several.reshape(-1, *several.shape[2:])
     ]
     features = [
         encoder.encode(preprocessing.normalise(np.stack(pieces[i : i + size])))
@@ -152,13 +142,39 @@ def encode_batch(rows, encoder, size, crops):
     }
 
 
+# ---- parts: a killed run resumes from them ----
+
+
+def check_writable(output, parts):
+    """Raises UsageError for an output that cannot be written, before hours of encoding."""
+    refuse_place(output, f"--output_file {output}")
+    with atomic_write(parts / "probe"):
+        pass
+    (parts / "probe").unlink()
+    if not any(parts.iterdir()):  # leave nothing behind if this run fails
+        parts.rmdir()
+
+
+def open_parts(parts, key):
+    """Take the folder of parts for this run. Sets aside parts of a run with other settings."""
+    state = parts / "key.json"
+    earlier_key = json.loads(state.read_text()) if state.is_file() else None
+    if earlier_key != key and any(parts.glob("*.npz")):
+        growing.set_aside(parts, "was left by other flags, another encoder or precision")
+    with atomic_write(state, "w") as file:
+        json.dump(key, file)
+
+
 def part_name(number, stamps):
-    """Name of a batch from its [path, (bytes, time)]: other when any of its files is, so stale parts are never picked up."""
+    """Name of a part from its number and its [path, (bytes, time)].
+
+    The name changes with any file of the part, so outdated parts are never used.
+    """
     return f"{number:06d}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]}"
 
 
-def tell_skipped(bad):
-    """One line for each file without a row: [path, reason, is it an image]."""
+def report_skipped(bad):
+    """Print one line for each file without a row: [path, reason, is it an image]."""
     from tqdm import tqdm
 
     for path, why, _ in bad:
@@ -166,7 +182,7 @@ def tell_skipped(bad):
 
 
 def store_batch(rows, path, encoder, size, crops):
-    """Futures of `read_rows` -> one part on the disk, there whole or not at all; -> its columns."""
+    """Futures of `read_rows` -> one part on the disk, written atomically; -> its columns."""
     part = encode_batch([row for some in rows for row in some.result()], encoder, size, crops)
     with atomic_write(path) as file:
         np.savez(file, **part)
@@ -174,70 +190,74 @@ def store_batch(rows, path, encoder, size, crops):
 
 
 def encode_missing(batches, parts, args, encoder):
-    """Encode every batch that has no part yet; -> the parts' paths in order.
-
-    Three batches are in work: one is decoded on all processors, one is encoded, and the third, decoded already, begins the
-    moment the second ends: joining arrays and writing parts cost the encoder nothing.
-    """
+    """Encode every batch that has no part yet; -> the parts' paths in order."""
     from tqdm import tqdm
 
     stamps = [[(e.path, storage.stamp(args.data_dir, e.path)) for e in batch] for batch in batches]
     paths = [parts / f"{part_name(i, stamp)}.npz" for i, stamp in enumerate(stamps)]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
-    if len(missing) < len(paths):
-        for i in sorted(set(range(len(paths))) - set(missing)):
-            with np.load(paths[i], allow_pickle=False) as part:
-                tell_skipped(json.loads(str(part["bad"])))
-        say(f"going on: {len(paths) - len(missing)} of {len(paths)} batches are stored already")
-    readers, encoding, waiting = (
-        reader_pool(encoder.device, runtime.processors()),
-        ThreadPoolExecutor(2),
-        deque(),
-    )
-    how = encoder.resolution, args.max_pixels, args.views, args.crops
-    with tqdm(total=sum(map(len, batches)), unit="image") as progress:
-        progress.update(progress.total - sum(len(batches[i]) for i in missing))
+    missing = [pair for pair in zip(batches, paths, strict=True) if not pair[1].is_file()]
+    report_stored(set(paths) - {path for _, path in missing}, len(paths))
+    with (
+        tqdm(total=sum(map(len, batches)), unit="image") as progress,
+        closing(store_ahead(missing, args, encoder)) as stored,
+    ):
+        progress.update(progress.total - sum(len(batch) for batch, _ in missing))
         progress.initial = progress.n
-
-        def finish(i, stored):
-            tell_skipped(json.loads(str(stored.result()["bad"])))
-            progress.update(len(batches[i]))
-
-        try:
-            for i in missing:
-                share = math.ceil(len(batches[i]) / runtime.processors())
-                rows = [
-                    readers.submit(read_rows, args.data_dir, batches[i][j : j + share], *how)
-                    for j in range(0, len(batches[i]), share)
-                ]
-                waiting.append(
-                    (
-                        i,
-                        encoding.submit(
-                            store_batch, rows, paths[i], encoder, args.batch_size, args.crops
-                        ),
-                    )
-                )
-                if len(waiting) == 3:
-                    finish(*waiting.popleft())
-            for i, stored in waiting:
-                finish(i, stored)
-        except BrokenProcessPool:
-            raise UsageError(
-                "a process that decodes images was killed, most likely for want of memory; run the"
-                " same command again: it goes on from what is stored"
-            ) from None
-        finally:  # an interrupted run ends with what is being encoded
-            for pool in (readers, encoding):
-                pool.shutdown(wait=False, cancel_futures=True)
+        for batch, part in stored:
+            report_skipped(json.loads(str(part["bad"])))
+            progress.update(len(batch))
     return paths
+
+
+def report_stored(paths, total):
+    """Say how many parts an earlier run stored, and name the files it skipped."""
+    for path in sorted(paths):
+        with np.load(path, allow_pickle=False) as part:
+            report_skipped(json.loads(str(part["bad"])))
+    if paths:
+        say(f"resuming: {len(paths)} of {total} batches are stored already")
+
+
+def store_ahead(missing, args, encoder):
+    """[(batch, path of its part)] -> yield (batch, columns of the part) once the part is stored.
+
+    Works on AHEAD batches at a time. So the encoder never waits for joined arrays or written parts.
+    """
+    readers = reader_pool(encoder.device, runtime.processors())
+    encoding, waiting = ThreadPoolExecutor(2), deque()
+    options = encoder.resolution, args.max_pixels, args.views, args.crops
+    try:
+        for batch, path in missing:
+            share = math.ceil(len(batch) / runtime.processors())
+            rows = [
+                readers.submit(read_rows, args.data_dir, batch[j : j + share], *options)
+                for j in range(0, len(batch), share)
+            ]
+            stored = encoding.submit(store_batch, rows, path, encoder, args.batch_size, args.crops)
+            waiting.append((batch, stored))
+            if len(waiting) == AHEAD:
+                batch, stored = waiting.popleft()
+                yield batch, stored.result()
+        for batch, stored in waiting:
+            yield batch, stored.result()
+    except BrokenProcessPool:
+        raise UsageError(
+            "a decoding process was killed, most likely because memory ran out; run the same "
+            "command again to resume"
+        ) from None
+    finally:  # an interrupted run ends after the batches being encoded
+        for pool in (readers, encoding):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- the features file ----
 
 
 def find_images(args, listing):
-    """folders.Listing -> folders.Folder of what there is to encode; not the output, which may lie among the images."""
+    """folders.Listing -> folders.Folder of the images to encode.
+
+    Leaves out the output, which may be in the same folder.
+    """
     folder, output = args.data_dir.rstrip("/"), args.output_file.rstrip("/")
     own = (
         output.removeprefix(f"{folder}/")
@@ -245,32 +265,24 @@ def find_images(args, listing):
         else os.path.relpath(output, folder).replace(os.sep, "/")
     )
     lock = os.path.join(os.path.dirname(own), f".{os.path.basename(own)}.lock")
+    own_files = (f"{own}/", f"{own}.parts", f"{own}.old-")
     listing = listing._replace(
         hidden=[path for path in listing.hidden if path != lock],
-        files=[
-            path
-            for path in listing.files
-            if path != own and not path.startswith((f"{own}/", f"{own}.parts", f"{own}.old-"))
-        ],
+        files=[path for path in listing.files if path != own and not path.startswith(own_files)],
     )
     split_names = [name.strip() for name in args.split_names.lower().split(",")]
-    found = read_folder(args.data_dir, split_names, args.unlabelled, listing)
-    return found._replace(entries=draw(found.entries, args.limit)) if args.limit else found
+    images = read_folder(args.data_dir, split_names, args.unlabelled, listing)
+    return images._replace(entries=draw(images.entries, args.limit)) if args.limit else images
 
 
-def exit_code(args, found):
-    """1 where a folder could not be read, and with --strict where a folder is ignored."""
-    return (
-        1
-        if found.listing.unreadable
-        or args.strict
-        and any(not name.endswith("*") for name in found.ignored)
-        else 0
-    )
+def exit_code(args, images):
+    """1 if a folder could not be read, or with --strict if a folder is ignored."""
+    ignored = any(not name.endswith("*") for name in images.ignored)
+    return int(bool(images.listing.unreadable or args.strict and ignored))
 
 
-def key_of(args, encoder, precision):
-    """What rows of one features file have in common."""
+def run_key(args, encoder, precision):
+    """The settings that all rows of a features file share."""
     return {
         "encoder": encoder["identity"],
         "precision": precision,
@@ -290,7 +302,7 @@ def meta_of(key, encoder):
 
 
 def join_parts(parts):
-    """Column sets from `encode_batch` -> (their columns joined, [path, reason, is it an image] of each file without a row)."""
+    """Column sets from `encode_batch` -> (columns, [path, reason, is it an image] of bad files)."""
     bad = [entry for part in parts for entry in json.loads(str(part["bad"]))]
     return {
         name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "bad"
@@ -298,18 +310,19 @@ def join_parts(parts):
 
 
 def check_skipped(skipped, total, args):
-    """Raises UsageError where too many images could not be read; `skipped`: of each file without a row, is it an image?"""
-    if (
-        sum(skipped) > args.max_bad_fraction * total
-    ):  # a caption beside each image is no broken image
+    """Raises UsageError if too many images are unreadable.
+
+    `skipped`: for each file without a row, whether it is an image. A text file is no bad image.
+    """
+    if sum(skipped) > args.max_bad_fraction * total:
         raise UsageError(
             f"{sum(skipped)} of {total} images cannot be read, more than --max_bad_fraction "
-            f"{args.max_bad_fraction}; mend them (see the lines above) or raise the limit"
+            f"{args.max_bad_fraction}; repair them (see the lines above) or raise the limit"
         )
 
 
 def labels_of(columns, entries, encoder):
-    """Columns of parts -> those of them that follow from the paths: labels, splits, sources."""
+    """Columns of parts -> the columns that follow from the paths: labels, splits, sources."""
     by_path = {e.path: e for e in entries}
     rows = [by_path[path] for path in columns["paths"]]
     seen = np.isin([digest[:16] for digest in columns["sha256"]], encoder.manifest.get("seen", []))
@@ -321,24 +334,22 @@ def labels_of(columns, entries, encoder):
 
 
 def assemble(part_paths, old, entries, encoder, meta):
-    """Old rows, then the parts' -> all columns of the features file, old rows first and as they were.
+    """Old rows, parts -> (columns of the features file, for each skipped file: is it an image?).
 
-    Beside them, of each file that was skipped, whether it is an image.
+    The old rows come first, unchanged.
     """
     parts = [dict(np.load(path, allow_pickle=False)) for path in part_paths]
     columns, bad = join_parts(parts) if parts else (None, [])
     skipped = [is_image for _, _, is_image in bad]
     if columns is not None:
         columns |= labels_of(columns, entries, encoder)
-    if (
-        old is not None and columns is not None
-    ):  # a file that was moved (a label put right, say) is not there twice
-        moved = ~np.isin(old["paths"], [e.path for e in entries]) & np.isin(
-            old["sha256"], columns["sha256"]
-        )
+    if old is not None and columns is not None:
+        # a moved file (its label corrected, say) has a row already
+        moved = ~np.isin(old["paths"], [e.path for e in entries])
+        moved &= np.isin(old["sha256"], columns["sha256"])
         old = {name: old[name][~moved] for name in COLUMNS}
     if old is None and not (columns and len(columns["labels"])):
-        raise UsageError("not one image could be read (see the lines above)")
+        raise UsageError("no image could be read (see the lines above)")
     columns = join_columns([c for c in (old, columns) if c is not None])
     labels = columns["labels"][columns["view"] == 0]
     counts = {
@@ -350,25 +361,27 @@ def assemble(part_paths, old, entries, encoder, meta):
     return columns, skipped
 
 
-def summary(cells, rows, dim, skipped, found):
-    """One line for stdout: what was written, and what not. `cells`: images by split and class; `rows`: with their degraded
-    copies; `found`: folders.Folder."""
-    images = sum(cells.values())
-    views = f" and {rows - images} degraded copies" if rows > images else ""
+def summary(cells, rows, dim, skipped, images):
+    """One line for stdout about the rows written and the files skipped.
+
+    `cells`: images by split and class; `rows`: with degraded copies; `images`: folders.Folder.
+    """
+    count = sum(cells.values())
+    views = f" and {rows - count} degraded copies" if rows > count else ""
     return (
-        f"{images} images{views}, {dim}-d features ("
+        f"{count} images{views}, {dim}-d features ("
         + ", ".join(f"{cell} {n}" for cell, n in cells.items())
-        + f"); {skipped} of {len(found.entries)} skipped"
-        + summary_of(found)
+        + f"); {skipped} of {len(images.entries)} skipped"
+        + summary_of(images)
     )
 
 
 def extract(args):
-    output = Path(os.path.realpath(args.output_file))  # of a link the target: the link stays
+    output = Path(os.path.realpath(args.output_file))  # a symbolic link stays a link
     parts = Path(f"{output}.parts")
     check_writable(args.output_file, parts)
-    found = find_images(args, list_files(args.data_dir))
-    entries = found.entries
+    images = find_images(args, list_files(args.data_dir))
+    entries = images.entries
 
     from detector.encoders.prepare import ensure_encoder
 
@@ -377,7 +390,7 @@ def extract(args):
         folder, args.device, args.precision, compile=len(entries) >= COMPILE_FROM
     )
     args.batch_size = args.batch_size or (256 if encoder.device == "cuda" else 16)
-    key = key_of(args, encoder.manifest, encoder.precision)
+    key = run_key(args, encoder.manifest, encoder.precision)
     open_parts(parts, key)
 
     old, before = growing.earlier_rows(output, key, args.data_dir, args.prune)
@@ -388,48 +401,35 @@ def extract(args):
 
     columns, skipped = assemble(part_paths, old, entries, encoder, meta_of(key, encoder.manifest))
     check_skipped(skipped, len(entries), args)
-    say_news(before, columns)
+    report_new(before, columns)
     store(columns, parts, output)
-    print(
-        printable(
-            f"{args.output_file}:"
-            f" {summary(count_cells(columns), *columns['features'].shape, len(skipped), found)}"
-        )
-    )
-    return exit_code(args, found)
+    line = summary(count_cells(columns), *columns["features"].shape, len(skipped), images)
+    print(printable(f"{args.output_file}: {line}"))
+    return exit_code(args, images)
 
 
-def open_parts(parts, key):
-    """The folder of parts is this run's from here on; what other flags left in it is set aside."""
-    state = parts / "key.json"
-    left_by = json.loads(state.read_text()) if state.is_file() else None
-    if left_by != key and any(parts.glob("*.npz")):
-        growing.set_aside(parts, "was left by other flags, another encoder or precision")
-    with atomic_write(state, "w") as file:
-        json.dump(key, file)
-
-
-def say_news(before, columns):
-    """What is new beside the rows that were there, said before the file is: a killed run says it again."""
-    if (columns["splits"] == SEEN).any():
+def report_seen(count):
+    if count:
         say(
-            f"{len(np.unique(columns['paths'][columns['splits'] == SEEN]))} images were used to"
-            f" train this encoder: split '{SEEN}', not for training a classifier"
+            f"{count} images were used to train this encoder: split '{SEEN}', not for training a "
+            "classifier"
         )
+
+
+def report_new(before, columns):
+    """Report the new images before the file is written, so a killed run reports them again."""
+    report_seen(len(np.unique(columns["paths"][columns["splits"] == SEEN])))
     if before:
         for line in growing.words(growing.whats_new(before, columns)):
             say(line)
 
 
 def store(columns, parts, output):
-    """Columns -> the features file, whole or not at all; its parts are removed."""
-    with atomic_write(
-        parts / "all"
-    ) as file:  # in there, so that a killed run leaves nothing else behind
+    """Write the features file atomically and remove its parts."""
+    # inside the folder of parts, so a killed run leaves nothing else behind
+    with atomic_write(parts / "all") as file:
         np.savez_compressed(file, **columns)
     put(parts / "all", output)
-    for path in parts.glob(
-        "*.npz"
-    ):  # key.json goes last: parts never lie there without a word on how they were made
+    for path in parts.glob("*.npz"):  # key.json goes last: it describes the parts
         path.unlink()
     shutil.rmtree(parts)

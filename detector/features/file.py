@@ -1,7 +1,7 @@
-"""Features files: an .npz of extract_features.py, or the Parquet data set that it writes with --ray.
+"""Read features files: an .npz of extract_features.py, or the Parquet data set of its --ray.
 
-columns = load_features("features.npz")          # dict of arrays (columns.COLUMNS), and "meta" as a dict
-columns, total = load_rows(files, 100_000)       # of several FeaturesFiles, and no more rows than that
+columns = load_features("features.npz")  # dict of arrays (columns.COLUMNS), and "meta" as a dict
+columns, total = load_rows(files, 100_000)  # at most 100,000 rows of several FeaturesFiles
 """
 
 import json
@@ -26,14 +26,15 @@ from detector.features.columns import (
 from detector.images.facts import FACTS
 from detector.images.folders import draw_evenly
 
-DRAWN_BY = ("labels", "splits", "sources", "view")  # what a sample is drawn by
+DRAWN_BY = ("labels", "splits", "sources", "view")  # columns that decide which rows are drawn
 LIGHT = (*DRAWN_BY, "sha256")
 
 
 class FeaturesFile:
-    """A features file of either kind: its `meta`, how many `rows` it has, and its columns, part by part. Raises UsageError.
+    """A features file of either kind: its `meta`, its number of `rows`, its columns in parts.
 
-    `crops`: how many squares of each image are wanted beside the whole, see `take_crops`; None: features as they are stored.
+    `crops`: number of crops wanted of each image, see `take_crops`; None keeps the features as
+    stored. Raises UsageError.
     """
 
     def __init__(self, path, crops=None):
@@ -47,12 +48,12 @@ class FeaturesFile:
             self.meta, self.rows = self.whole["meta"], len(self.whole["labels"])
         if (crops or 0) > crops_of(self.meta):
             raise UsageError(
-                f"--features_file {path}: holds {crops_of(self.meta)} crops of an image, {crops}"
-                f" are needed: extract again with --crops {crops}"
+                f"--features_file {path}: holds {crops_of(self.meta)} crops of an image, {crops} "
+                f"are needed: extract again with --crops {crops}"
             )
 
     def parts(self, wanted=COLUMNS):
-        """Some columns of a part after the other; an .npz is one."""
+        """Yield the wanted columns of each part. An .npz is one part."""
         if self.whole:
             parts = [{name: self.whole[name] for name in wanted}]
         else:
@@ -66,20 +67,25 @@ class FeaturesFile:
 
 
 def crops_of(meta):
-    """How many crops of an image lie beside the whole in a features file."""
+    """Number of crops per image in a features file, without the whole image."""
     return meta.get("key", {}).get("crops", 0)
 
 
-def take_crops(features, there, wanted):
-    """Features as stored, float32 [n, (1 + there) * d] -> [n, d], or with crops wanted [n, 1 + wanted, d]."""
-    pieces = features.reshape(
-        len(features), 1 + there, features.shape[1] // (1 + there)
-    )  # of no rows -1 could be anything
+def take_crops(features, stored, wanted):
+    """Features with `stored` crops, float32 [n, (1 + stored) * d] -> [n, d] or [n, 1 + wanted, d].
+
+    The result has two dimensions if no crops are wanted.
+    """
+    width = features.shape[1] // (1 + stored)  # -1 would be ambiguous for no rows
+    pieces = features.reshape(len(features), 1 + stored, width)
     return pieces[:, : 1 + wanted] if wanted else pieces[:, 0]
 
 
 def load_features(path):
-    """Features file -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed. Raises UsageError."""
+    """Features file -> dict of its columns (see COLUMNS; n rows each) and 'meta', parsed.
+
+    Raises UsageError.
+    """
     file = FeaturesFile(path)
     return join_columns(list(file.parts())) | {"meta": file.meta}
 
@@ -93,15 +99,9 @@ def load_npz(path):
         raise UsageError(
             f"--features_file {path}: column {error} is missing; extract again"
         ) from None
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:  # TypeError: a .npy file
-        # numpy tells how to load it unsafely
+    # TypeError: a .npy file
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy's message recommends an unsafe way to load it
         why = "it is of another kind" if "pickle" in str(error) else error
         raise UsageError(
             f"--features_file {path} is not a features file ({why}); extract again"
@@ -109,7 +109,7 @@ def load_npz(path):
 
 
 def check_columns(path, columns):
-    """The columns, where they are what the code that reads them takes for granted. Raises UsageError."""
+    """Check the columns and return them. Raises UsageError."""
     lengths = {len(columns[name]) for name in COLUMNS}
     if len(lengths) != 1 or columns["features"].ndim != 2:
         raise UsageError(
@@ -124,9 +124,7 @@ def check_columns(path, columns):
     if not np.isin(columns["labels"], (-1, 0, 1)).all():
         raise UsageError(f"--features_file {path}: labels other than -1, 0 and 1; extract again")
     if columns["facts"].dtype != FACTS:
-        raise UsageError(
-            f"--features_file {path}: its facts are not those that this code reads; extract again"
-        )
+        raise UsageError(f"--features_file {path}: its facts have another format; extract again")
     return columns
 
 
@@ -134,9 +132,9 @@ def check_columns(path, columns):
 
 
 def load_rows(files, most, seed=0):
-    """FeaturesFiles -> (columns of at most `most` of their distinct rows, number of all of these).
+    """FeaturesFiles -> (columns of at most `most` distinct rows, number of all distinct rows).
 
-    More are sampled, see `sample_rows`.
+    `sample_rows` draws the rows if there are more.
     """
     if sum(file.rows for file in files) <= most:
         columns = without_repeats(join_columns([part for file in files for part in file.parts()]))
@@ -150,38 +148,32 @@ def load_rows(files, most, seed=0):
             return_index=True,
             return_inverse=True,
         )
-        rows = rows[
-            np.argsort(first[image[rows]], kind="stable")
-        ]  # an image's copies behind it, whatever file they are in
+        # move an image's copies behind it, also from another file
+        rows = rows[np.argsort(first[image[rows]], kind="stable")]
         rows = np.sort(rows[sample_rows(*(light[name][rows] for name in DRAWN_BY), most, seed)])
     kept, start = [], 0
     for part in (part for file in files for part in file.parts()):
         end = start + len(part["labels"])
-        mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
-        kept.append({name: part[name][mine] for name in COLUMNS})
+        drawn = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
+        kept.append({name: part[name][drawn] for name in COLUMNS})
         start = end
     return join_columns(kept), total
 
 
 def light_columns(files):
-    """The columns LIGHT of all rows; of each hash its first 64 bits, int64."""
-    parts = [
-        {
-            **part,
-            "sha256": np.array(
-                [int(digest[:16], 16) - 2**63 for digest in part["sha256"]], np.int64
-            ),
-        }
-        for file in files
-        for part in file.parts(LIGHT)
-    ]
+    """The columns LIGHT of all rows, with the first 64 bits of each hash as int64."""
+    parts = [part for file in files for part in file.parts(LIGHT)]
+    for part in parts:
+        bits = [int(digest[:16], 16) - 2**63 for digest in part["sha256"]]
+        part["sha256"] = np.array(bits, np.int64)
     return {name: np.concatenate([part[name] for part in parts]) for name in LIGHT}
 
 
 def sample_rows(labels, splits, sources, view, most, seed):
-    """Numbers of at most `most` labelled rows, sorted; an image comes with its copies, which follow it.
+    """Numbers of at most `most` labelled rows, sorted. A drawn image keeps its copies.
 
-    Each split keeps its share of the images; within one, classes and sources are as even as their numbers allow.
+    The copies follow their image. Each split keeps its share of the images. Within a split, the draw is as even over classes and
+    sources as possible.
     """
     first = np.flatnonzero(view == 0)
     length = np.diff([*first, len(view)])
@@ -190,26 +182,30 @@ def sample_rows(labels, splits, sources, view, most, seed):
     drawn = []
     for split in np.unique(splits[first[images]]):
         own = images[splits[first[images]] == split]
-        cells = list(zip(labels[first[own]].tolist(), sources[first[own]].tolist()))
+        cells = list(zip(labels[first[own]].tolist(), sources[first[own]].tolist(), strict=True))
         drawn.append(own[draw_evenly(cells, int(share * len(own)), seed)])
     drawn = np.sort(np.concatenate(drawn))
     return np.concatenate(
-        [np.arange(start, start + n) for start, n in zip(first[drawn], length[drawn])]
+        [np.arange(start, start + n) for start, n in zip(first[drawn], length[drawn], strict=True)]
     )
 
 
 def open_files(paths, crops):
-    """Features files, opened for so many crops of each image, and the entry of their encoder. Raises UsageError on mixed encoders."""
+    """Paths -> (FeaturesFiles with this number of crops, `meta` entry of their encoder).
+
+    Raises UsageError on mixed encoders.
+    """
     files = [FeaturesFile(path, crops) for path in paths]
-    for path, file in zip(paths, files):
+    for file in files:
         if "encoder" not in file.meta:
-            raise UsageError(f"{path} does not say which encoder made it: extract again")
-    encoders = [file.meta["encoder"] for file in files]
-    for path, encoder in zip(paths, encoders):
-        if encoder["identity"] != encoders[0]["identity"]:
+            raise UsageError(f"{file.path} does not name its encoder: extract again")
+    first = files[0].meta["encoder"]
+    for file in files:
+        encoder = file.meta["encoder"]
+        if encoder["identity"] != first["identity"]:
             raise UsageError(
-                f"{paths[0]} was made by '{encoders[0]['name']}' ({encoders[0]['identity'][:12]}),"
-                f" {path} by '{encoder['name']}' ({encoder['identity'][:12]}): extract both with"
-                " one encoder"
+                f"{paths[0]} was made by '{first['name']}' ({first['identity'][:12]}), {file.path} "
+                f"by '{encoder['name']}' ({encoder['identity'][:12]}): extract both with one "
+                "encoder"
             )
-    return files, encoders[0]
+    return files, first

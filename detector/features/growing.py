@@ -1,4 +1,4 @@
-"""A features file whose folder has changed since: which of its rows still stand, and what is new.
+"""Compare a features file with its changed folder: which rows stay, and which images are new.
 
 old, before = earlier_rows(output, key, data_dir, prune=False)
 for line in words(whats_new(before, columns)):
@@ -23,11 +23,11 @@ SHOWN_SOURCES = 10
 SHOWN_PAIRS = 3
 
 
-# ---- what was there ----
+# ---- the earlier file ----
 
 
 def set_aside(path, why):
-    """Rename what other flags, another encoder or another folder left, and say so; nothing is ever overwritten."""
+    """Rename the file or folder of another run and report it. Never overwrites anything."""
     number = 1
     while (aside := Path(f"{path}.old-{number}")).exists():
         number += 1
@@ -36,34 +36,32 @@ def set_aside(path, why):
 
 
 def earlier_rows(output, key, data_dir, prune):
-    """Rows of an earlier run whose files have the same bytes, cannot be read now or, unless `prune`, are gone. -> (columns, digests_of all of it)
+    """Rows of an earlier run that stay -> (columns, `digests_of` the whole earlier file).
 
-    (None, {}) where there are none; a file that cannot be gone on with is set aside.
+    Rows stay if their files have the same bytes, cannot be read now or, unless `prune`, are gone.
+    (None, {}) if there are none. A file that cannot be extended is set aside.
     """
     if not output.is_file():
         return None, {}
-    columns, fates, why = read_earlier(output, key, data_dir)
-    if why:
-        set_aside(output, why)
+    columns, fates, reason = read_earlier(output, key, data_dir)
+    if reason:
+        set_aside(output, reason)
         return None, {}
     keep = np.isin(fates, ["same", "unread"] if prune else ["same", "unread", "gone"])
-    say(f"{output} is there: {int(keep.sum())} of its rows stay as they are")
+    say(f"{output}: {int(keep.sum())} rows stay unchanged")
     if unread := fates.count("unread"):
-        say(f"{unread} of them are of files that cannot be read now")
+        say(f"{unread} of these rows belong to files that cannot be read now")
     if gone := fates.count("gone"):
         say(
-            f"{gone} rows are of files that are no longer there: dropped"
+            f"{gone} rows of deleted files are dropped"
             if prune
-            else (
-                f"{gone} of them are of files that are no longer there; extract again with --prune"
-                " to drop them"
-            )
+            else f"{gone} of these rows belong to deleted files; --prune drops them"
         )
     return {name: columns[name][keep] for name in COLUMNS}, digests_of(columns)
 
 
 def read_earlier(output, key, data_dir):
-    """-> (columns, fate of each row, ''), or (None, None, why the file cannot be gone on with)."""
+    """-> (columns, fate of each row, ''), or (None, None, reason why the file is set aside)."""
     try:
         columns = load_features(output)
     except UsageError:
@@ -71,60 +69,51 @@ def read_earlier(output, key, data_dir):
     if columns["meta"].get("key") != key:
         return None, None, "was made with other flags, another encoder or precision"
     fates = compare(columns, data_dir)
-    if not {"same", "unread"} & set(
-        fates
-    ):  # the same names with other bytes in all of them are another folder too
-        return None, None, "holds none of the images of this folder"
+    # the same names with all bytes changed are another folder, too
+    if not {"same", "unread"} & set(fates):
+        return None, None, "has none of the images of this folder"
     return columns, fates, ""
 
 
 def compare(columns, data_dir):
-    """What became of the file of each row: list of 'same', 'changed' (other bytes), 'gone' or 'unread' (nobody can say)."""
+    """Fate of each row's file: list of 'same', 'changed' (other bytes), 'gone' or 'unread'."""
     from tqdm import tqdm
 
-    @functools.cache  # views of an image are rows of one file
+    @functools.cache  # the views of an image share a file
     def fate(path, digest):
         try:
             return "same" if sha256(Path(data_dir, path).read_bytes()) == digest else "changed"
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return "gone"
-        except OSError:  # no permission, or a network drive that does not answer
+        except OSError:  # no permission, or a network drive that does not respond
             return "unread"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(
-            tqdm(
-                pool.map(fate, columns["paths"], columns["sha256"]),
-                total=len(columns["paths"]),
-                desc="comparing",
-                unit="image",
-            )
-        )
+        fates = pool.map(fate, columns["paths"], columns["sha256"])
+        return list(tqdm(fates, total=len(columns["paths"]), desc="comparing", unit="image"))
 
 
 def digests_of(columns):
-    """{path: SHA-256}; plain strings, since numpy's of 48,000 files take 40 MB."""
-    return dict(zip(columns["paths"].tolist(), columns["sha256"].tolist()))
+    """{path: SHA-256} as plain strings, because numpy's strings of 48,000 files take 40 MB."""
+    return dict(zip(columns["paths"].tolist(), columns["sha256"].tolist(), strict=True))
 
 
-# ---- what is new ----
+# ---- new images ----
 
 
 def whats_new(before, columns):
-    """`digests_of` the file as it was, and its columns now -> dict: images, changed, moved, cells, sources, look-alikes.
+    """`digests_of` the earlier file, columns now -> dict of counts, sources and look-alikes.
 
-    Degraded copies count as one with their image.
+    Counts images, not their degraded copies.
     """
     images = rows_of(columns, columns["view"] == 0)
     now = digests_of(images)
-    left = {
-        digest for path, digest in before.items() if now.get(path) != digest
-    }  # bytes that are not where they were
+    vacated = {digest for path, digest in before.items() if now.get(path) != digest}
 
     def fate(path, digest):
         if path in before:
             return "same" if before[path] == digest else "changed"
-        return "moved" if digest in left else "new"
+        return "moved" if digest in vacated else "new"
 
     fates = np.array([fate(*item) for item in now.items()])
     new, known = rows_of(images, fates == "new"), set(images["sources"][fates != "new"])
@@ -144,44 +133,45 @@ def rows_of(columns, mask):
     return {name: columns[name][mask] for name in COLUMNS if name != "features"}
 
 
-def look_alikes(new, there):
-    """Pairs [path of a new image, path of one that was there], one for each new image: 'alike', and of these 'other label'."""
-    place = {}
-    for j, digest in enumerate(there["sha256"].tolist()):
-        place.setdefault(digest, []).append(j)
+def look_alikes(new, old):
+    """Pairs [path of a new image, path of an old one], one for each new image.
+
+    -> {'alike': pairs, 'other label': those of them with contradicting labels}.
+    """
+    index = {}
+    for j, digest in enumerate(old["sha256"].tolist()):
+        index.setdefault(digest, []).append(j)
+    # equal bytes count for flat images, too, which have no usable thumbnail
     same = [
-        (i, j) for i, digest in enumerate(new["sha256"].tolist()) for j in place.get(digest, ())
-    ]  # flat ones, too
+        (i, j) for i, digest in enumerate(new["sha256"].tolist()) for j in index.get(digest, ())
+    ]
     pairs = np.concatenate(
-        [pairs_between(new["thumb"], there["thumb"]), np.array(same, int).reshape(-1, 2)]
+        [pairs_between(new["thumb"], old["thumb"]), np.array(same, int).reshape(-1, 2)]
     )
-    labels = np.stack([new["labels"][pairs[:, 0]], there["labels"][pairs[:, 1]]])
+    labels = np.stack([new["labels"][pairs[:, 0]], old["labels"][pairs[:, 1]]])
     other = (labels[0] != labels[1]) & (labels.min(axis=0) >= 0)
 
-    def named(pairs):
+    def paths_of(pairs):
         first = pairs[np.unique(pairs[:, 0], return_index=True)[1]]
-        return [[str(new["paths"][i]), str(there["paths"][j])] for i, j in first]
+        return [[str(new["paths"][i]), str(old["paths"][j])] for i, j in first]
 
-    return {"alike": named(pairs), "other label": named(pairs[other])}
+    return {"alike": paths_of(pairs), "other label": paths_of(pairs[other])}
 
 
-def words(found):
-    """What `whats_new` found -> lines; none where nothing is new."""
-    cells = ", ".join(f"{cell} {n}" for cell, n in found["cells"].items())
-    counts = [f"new images: {found['images']} ({cells})"] if found["images"] else []
-    lines = [
-        "; ".join(
-            counts + [f"{name}: {found[name]}" for name in ("changed", "moved") if found[name]]
-        )
-    ]
+def words(news):
+    """Result of `whats_new` -> lines of a report; none if nothing is new."""
+    cells = ", ".join(f"{cell} {n}" for cell, n in news["cells"].items())
+    counts = [f"new images: {news['images']} ({cells})"] if news["images"] else []
+    counts += [f"{name}: {news[name]}" for name in ("changed", "moved") if news[name]]
+    lines = ["; ".join(counts)]
     for kind in ("known sources", "new sources"):
-        shown = [f"{source} {n}" for source, n in found[kind].items()]
+        shown = [f"{source} {n}" for source, n in news[kind].items()]
         more = f" and {len(shown) - SHOWN_SOURCES} more" if len(shown) > SHOWN_SOURCES else ""
         lines.append(f"from {kind}: {', '.join(shown[:SHOWN_SOURCES])}{more}" if shown else "")
-    for kind, told in (
-        ("alike", "new images that look like one that was there"),
-        ("other label", "warning: of these, under the other label"),
+    for kind, title in (
+        ("alike", "new images that look like an earlier image"),
+        ("other label", "warning: new images that look like an earlier image of the other label"),
     ):
-        pairs = "; ".join(" and ".join(pair) for pair in found[kind][:SHOWN_PAIRS])
-        lines.append(f"{told}: {len(found[kind])}, such as {pairs}" if pairs else "")
+        pairs = "; ".join(" and ".join(pair) for pair in news[kind][:SHOWN_PAIRS])
+        lines.append(f"{title}: {len(news[kind])}, such as {pairs}" if pairs else "")
     return [line for line in lines if line]

@@ -1,11 +1,12 @@
-"""Folders on this machine and in an object store, by one set of functions; and a features file kept as Parquet in one.
+"""Read and write folders on this machine and in object stores, and features stored as Parquet.
 
-    files = list_stamps("s3://bucket/images")            # {path: (bytes, when changed)}
+    files = list_stamps("s3://bucket/images")  # {path: (bytes, time of change)}
     data = read_bytes("s3://bucket/images", "train/real/1.jpg")
-    for columns in iterate_parts("features.parquet", read_meta("features.parquet")["parts"]):    # columns.COLUMNS, some rows
+    parts = read_meta("features.parquet")["parts"]
+    for columns in iterate_parts("features.parquet", parts):  # columns.COLUMNS, some rows
 
-A data set is a folder: parts, each written at once, and _meta.json, which names those that count. Whatever reads Parquet
-reads the folder; what the parts are made of is told by `about_part`.
+A data set is a folder of parts, each written atomically. Its _meta.json lists the parts that count.
+Any Parquet reader reads the folder. `about_part` describes the images of a part.
 """
 
 import functools
@@ -25,14 +26,14 @@ from detector.features.columns import COLUMNS
 from detector.images.facts import FACTS
 from detector.images.folders import arrange, list_files
 
-AT_ONCE = 16  # requests to an object store
+AT_ONCE = 16  # parallel requests to an object store
 
 
 # ---- folders ----
 
 
 def need_pyarrow(what):
-    """Raises UsageError where pyarrow is not installed; `what` needs it."""
+    """Raises UsageError if pyarrow is not installed. `what` is the value that needs it."""
     try:
         import pyarrow  # noqa: F401
     except ImportError:
@@ -43,14 +44,16 @@ def need_pyarrow(what):
 
 @functools.cache
 def open_folder(address):
-    """'s3://bucket/a' -> (pyarrow's filesystem, 'bucket/a'); credentials, region and AWS_ENDPOINT_URL as Amazon's own tools
-    find them, `?endpoint_override=...` and other options as pyarrow has them. Raises UsageError."""
+    """'s3://bucket/a' -> (pyarrow's filesystem, 'bucket/a').
+
+    Credentials, region and AWS_ENDPOINT_URL come from the same places as for Amazon's tools.
+    Options such as `?endpoint_override=...` are pyarrow's. Raises UsageError.
+    """
     need_pyarrow(address)
     from pyarrow.fs import FileSystem
 
-    if (
-        address.startswith("gs://") and "retry_limit" not in address
-    ):  # it would ask for credentials for 15 minutes
+    # by default pyarrow looks for Google's credentials for 15 minutes
+    if address.startswith("gs://") and "retry_limit" not in address:
         address += ("&" if "?" in address else "?") + "retry_limit_seconds=30"
     try:
         filesystem, root = FileSystem.from_uri(address)
@@ -62,12 +65,15 @@ def open_folder(address):
 
 
 def list_stamps(folder):
-    """`list_folder`'s stamps."""
+    """The stamps of `list_folder`."""
     return list_folder(folder)[1]
 
 
 def list_folder(folder):
-    """All that lies below a folder -> (folders.Listing, of its files {path: (bytes, time of last change in ns)}, sorted)."""
+    """List a folder recursively -> (folders.Listing, {path: (bytes, time of change in ns)}).
+
+    Raises UsageError.
+    """
     if not is_remote(folder):
         listing = list_files(folder)
         return listing, {path: stamp(folder, path) for path in listing.files}
@@ -75,12 +81,12 @@ def list_folder(folder):
 
     filesystem, root = open_folder(folder)
     try:
-        found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
+        infos = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
     except OSError as error:
         raise UsageError(f"{folder}: cannot be listed ({one_line(error)})") from None
     files = {
         info.path[len(root) + 1 :]: (info.size, info.mtime_ns)
-        for info in found
+        for info in infos
         if info.type == FileType.File
     }
     listing = arrange(files)
@@ -88,16 +94,16 @@ def list_folder(folder):
 
 
 def stamp(folder, path):
-    """Of a file here: (bytes, time of last change in ns), which are others when its content is; None where there is none."""
+    """(bytes, time of change in ns) of a local file, to detect a change; None if it is missing."""
     try:
         stat = os.stat(Path(folder, path))
         return stat.st_size, stat.st_mtime_ns
-    except OSError:  # a dangling link, or gone since it was listed: told when it is read
+    except OSError:  # a dangling link or a deleted file; reported when it is read
         return None
 
 
 def read_bytes(folder, path):
-    """A file's bytes. Raises OSError where that file cannot be read, UsageError where the object store does not answer."""
+    """Bytes of a file. Raises OSError for this file, UsageError for the object store."""
     if not is_remote(folder):
         return Path(folder, path).read_bytes()
     filesystem, root = open_folder(str(folder))
@@ -106,17 +112,18 @@ def read_bytes(folder, path):
             return file.read()
     except FileNotFoundError:
         raise
-    except (
-        OSError
-    ) as error:  # of the store: a picture must not count as broken because a network was
+    except OSError as error:  # a network failure must not count as a broken image
         raise UsageError(
-            f"{folder}/{path}: cannot be read ({one_line(error)}); the same command again goes on"
-            " from what is stored"
+            f"{folder}/{path}: cannot be read ({one_line(error)}); run the same command again to "
+            "resume"
         ) from None
 
 
 def write_bytes(folder, path, data):
-    """Write a file, there whole or not at all: by renaming here; in an object store it appears when it is closed."""
+    """Write a file atomically: by renaming it here, by closing it in an object store.
+
+    Raises UsageError.
+    """
     if not is_remote(folder):
         with atomic_write(Path(folder, path)) as file:
             file.write(data)
@@ -143,34 +150,12 @@ def delete_file(folder, path):
 
 
 def write_part(folder, name, columns, about):
-    """Columns -> one Parquet file of the data set, and in its footer `about`, a dict."""
+    """Write columns as one Parquet file of the data set, with the dict `about` in its footer."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = {
-        "features": pa.FixedSizeListArray.from_arrays(
-            pa.array(columns["features"].reshape(-1)), columns["features"].shape[1]
-        )
-    }
-    arrays |= {
-        column: pa.array(
-            columns[column].tolist() if columns[column].dtype.kind == "U" else columns[column]
-        )
-        for column in ("labels", "paths", "splits", "sources", "sha256", "view")
-    }
-    arrays["facts"] = pa.StructArray.from_arrays(
-        [
-            (
-                pa.array(columns["facts"][field].tolist(), pa.string())
-                if kind.kind == "U"
-                else pa.array(columns["facts"][field])
-            )
-            for field, (kind, *_) in FACTS.fields.items()
-        ],
-        names=list(FACTS.names),
-    )
-    arrays["thumb"] = pa.FixedSizeListArray.from_arrays(pa.array(columns["thumb"].reshape(-1)), 64)
-    table = pa.table(arrays).replace_schema_metadata({"about": json.dumps(about)})
+    table = pa.table({column: arrow_array(columns[column]) for column in COLUMNS})
+    table = table.replace_schema_metadata({"about": json.dumps(about)})
     buffer = pa.BufferOutputStream()
     pq.write_table(
         table,
@@ -182,15 +167,28 @@ def write_part(folder, name, columns, about):
     write_bytes(folder, name, buffer.getvalue())
 
 
+def arrow_array(values):
+    """A column as numpy has it -> pyarrow's array: lists of the rows, structs of the facts."""
+    import pyarrow as pa
+
+    if values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    if values.dtype.names:
+        fields = [arrow_array(values[field]) for field in values.dtype.names]
+        return pa.StructArray.from_arrays(fields, names=list(values.dtype.names))
+    return pa.array(values.tolist(), pa.string()) if values.dtype.kind == "U" else pa.array(values)
+
+
 def about_part(folder, name):
-    """What `write_part` was told of a part; its footer alone is read."""
+    """The `about` of `write_part`. Reads only the footer of the part."""
     return json.loads(open_part(folder, name).schema_arrow.metadata[b"about"])
 
 
 def about_parts(folder, names):
     """{name: `about_part`} of several parts."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(names, pool.map(lambda name: about_part(folder, name), names)))
+        abouts = pool.map(lambda name: about_part(folder, name), names)
+        return dict(zip(names, abouts, strict=True))
 
 
 def open_part(folder, name):
@@ -202,10 +200,10 @@ def open_part(folder, name):
 
 @contextmanager
 def readable(folder, name):
-    """A part that cannot be read is a UsageError."""
+    """Turn the errors of an unreadable part into a UsageError."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:  # ValueError: pyarrow's own kinds
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
         raise UsageError(
             f"--features_file {folder}: {name} cannot be read ({one_line(error)}); extract again"
         ) from None
@@ -218,7 +216,7 @@ def read_part(folder, name, wanted=COLUMNS):
 
 
 def columns_of(table, wanted):
-    """Arrow's table -> arrays as numpy has them in an .npz."""
+    """Arrow's table -> numpy's arrays, as in an .npz."""
 
     def column(name):
         values = table[name].combine_chunks()
@@ -231,17 +229,18 @@ def columns_of(table, wanted):
             for field in FACTS.names:
                 facts[field] = values.field(field).to_numpy(zero_copy_only=False)
             return facts
-        return (
-            values.to_numpy(zero_copy_only=False)
-            if values.type != "string"
-            else np.array(values.to_pylist(), dtype=str)
-        )
+        if values.type == "string":
+            return np.array(values.to_pylist(), dtype=str)
+        return values.to_numpy(zero_copy_only=False)
 
     return {name: column(name) for name in wanted}
 
 
 def read_meta(folder):
-    """_meta.json of a data set: a features file's meta, and `parts`, the names of those that count. Raises UsageError."""
+    """_meta.json of a data set: a features file's meta, and the names of its `parts`.
+
+    Raises UsageError.
+    """
     need_pyarrow(f"--features_file {folder}")
     try:
         meta = json.loads(read_bytes(folder, "_meta.json"))
@@ -249,9 +248,9 @@ def read_meta(folder):
         return meta
     except OSError:
         raise UsageError(
-            f"--features_file {folder} is not a features file, nor a finished data set (a folder"
-            " with _meta.json); what extract_features.py --ray has not finished the same command"
-            " goes on with"
+            f"--features_file {folder} is neither a features file nor a finished data set (a "
+            "folder with _meta.json); to resume extract_features.py --ray, run the same command "
+            "again"
         ) from None
     except (ValueError, KeyError):
         raise UsageError(
@@ -260,7 +259,7 @@ def read_meta(folder):
 
 
 def count_rows(folder, names):
-    """Rows of the parts together, from their footers. Raises UsageError."""
+    """Total rows of the parts, from their footers. Raises UsageError."""
 
     def rows(name):
         with readable(folder, name):
@@ -271,11 +270,11 @@ def count_rows(folder, names):
 
 
 def iterate_parts(folder, names, wanted=COLUMNS):
-    """Columns of the parts, one after the other; the next is read meanwhile. Raises UsageError."""
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(read_part, folder, names[0], wanted) if names else None
+    """Yield the columns of each part, and read the next part meanwhile. Raises UsageError."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read_part, folder, names[0], wanted) if names else None
         for following in names[1:]:
-            found, coming = coming.result(), ahead.submit(read_part, folder, following, wanted)
-            yield found
-        if coming:
-            yield coming.result()
+            columns, ahead = ahead.result(), pool.submit(read_part, folder, following, wanted)
+            yield columns
+        if ahead:
+            yield ahead.result()

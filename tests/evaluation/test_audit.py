@@ -595,7 +595,7 @@ def test_the_same_file_under_two_names_counts_once_and_is_told(clean, script, tm
     for name in ("train/real/000.jpg", "train/fake/003.jpg"):
         shutil.copy(folder / name, (folder / name).with_name("again.jpg"))
     once, twice = (script("audit.py", "--data_dir", data, "--json") for data in (clean, folder))
-    assert "2 rows repeat an image that is there already: dropped" in twice.stderr
+    assert "2 rows repeat an earlier image and are dropped" in twice.stderr
     once, twice = json.loads(once.stdout), json.loads(twice.stdout)
     assert (
         once["images"] == twice["images"] == 40

@@ -286,7 +286,7 @@ def test_few_unreadable_files_are_no_failure_and_too_many_are(own, script, tmp_p
     assert_one_line_error(failed, "see the lines above")
     for folder in ("train/real/camera", "test/fake/gan"):
         assert failed.stderr.count(f"skipped {folder}/spoilt.jpg: ") == 1
-    assert "going on: 2 of 2 batches are stored already" in failed.stderr
+    assert "resuming: 2 of 2 batches are stored already" in failed.stderr
     assert script(*command, "--max_bad_fraction", "0.1").returncode == 0
     assert names(tmp_path / "out") == ["f.npz"]
 
@@ -449,10 +449,7 @@ def test_rows_of_files_that_are_gone_stay_and_are_told(own, tmp_path, capsys):
     extract(own, tmp_path / "f.npz")
     (own / "test/real/camera/001.jpg").unlink()
     assert len(extract(own, tmp_path / "f.npz")["paths"]) == 24
-    assert (
-        "1 of them are of files that are no longer there; extract again with --prune to drop them"
-        in capsys.readouterr().err
-    )
+    assert "1 of these rows belong to deleted files; --prune drops them" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -494,7 +491,7 @@ def test_a_decoding_process_that_is_killed_is_told_in_a_line_and_the_run_goes_on
         )
         with pytest.raises(
             UsageError,
-            match="was killed, most likely for want of memory; run the same command again",
+            match="was killed, most likely because memory ran out; run the same command again",
         ):
             extract(few, tmp_path / "f.npz", "--batch_size", 2)
     assert not (tmp_path / "f.npz").exists() and list((tmp_path / "f.npz.parts").glob("0*.npz"))

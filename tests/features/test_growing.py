@@ -95,11 +95,11 @@ def test_new_images_that_look_like_one_that_was_there_are_told_and_apart_those_u
     assert found["other label"] == found["alike"][1:3]
     assert words(found)[1:] == [
         (
-            "new images that look like one that was there: 4, such as 1/00000.jpg and 0/00005.jpg;"
+            "new images that look like an earlier image: 4, such as 1/00000.jpg and 0/00005.jpg;"
             " 1/00001.jpg and 0/00070.jpg; 1/00002.jpg and 0/00080.jpg"
         ),
         (
-            "warning: of these, under the other label: 2, such as 1/00001.jpg and 0/00070.jpg;"
+            "warning: new images that look like an earlier image of the other label: 2, such as 1/00001.jpg and 0/00070.jpg;"
             " 1/00002.jpg and 0/00080.jpg"
         ),
     ]
@@ -181,11 +181,11 @@ def test_an_extraction_that_adds_images_tells_what_is_new(own, tmp_path, capsys,
         "from known sources: camera 1",
         "from new sources: flux 1",
         (
-            "new images that look like one that was there: 2, such as train/fake/flux/wrong.jpg and"
+            "new images that look like an earlier image: 2, such as train/fake/flux/wrong.jpg and"
             " train/real/camera/001.jpg; train/real/camera/again.jpg and train/real/camera/000.jpg"
         ),
         (
-            "warning: of these, under the other label: 1, such as train/fake/flux/wrong.jpg and"
+            "warning: new images that look like an earlier image of the other label: 1, such as train/fake/flux/wrong.jpg and"
             " train/real/camera/001.jpg"
         ),
     ]
@@ -220,19 +220,13 @@ def test_prune_drops_the_rows_of_files_that_are_gone_and_says_so(shrunk, capsys,
     )
     assert new["meta"]["counts"]["images"] == 22 and encoded == []
     said = capsys.readouterr().err
-    assert (
-        "44 of its rows stay as they are" in said
-        and "4 rows are of files that are no longer there: dropped\n" in said
-    )
+    assert "44 rows stay unchanged" in said and "4 rows of deleted files are dropped\n" in said
 
 
 def test_without_prune_they_stay_and_prune_is_named(shrunk, capsys):
     data, output = shrunk
     assert len(extract(data, output, "--views", 1)["paths"]) == 48
-    assert (
-        "4 of them are of files that are no longer there; extract again with --prune to drop them"
-        in capsys.readouterr().err
-    )
+    assert "4 of these rows belong to deleted files; --prune drops them" in capsys.readouterr().err
 
 
 def test_prune_is_no_other_way_to_make_a_file(shrunk, capsys):
@@ -249,7 +243,7 @@ def test_prune_with_nothing_gone_changes_nothing(few, tmp_path, capsys):
     extract(few, tmp_path / "f.npz", "--prune")  # nothing to prune yet: a first run like any other
     before = digest(tmp_path / "f.npz")
     extract(few, tmp_path / "f.npz", "--prune")
-    assert digest(tmp_path / "f.npz") == before and "no longer there" not in capsys.readouterr().err
+    assert digest(tmp_path / "f.npz") == before and "deleted" not in capsys.readouterr().err
 
 
 def test_a_file_of_which_all_are_gone_is_set_aside_and_not_pruned(
@@ -264,7 +258,7 @@ def test_a_file_of_which_all_are_gone_is_set_aside_and_not_pruned(
         "--prune",
     )
     assert digest(f"{output}.old-1") == before
-    assert "holds none of the images of this folder: set aside" in capsys.readouterr().err
+    assert "has none of the images of this folder: set aside" in capsys.readouterr().err
 
 
 def test_an_image_that_was_moved_is_moved_with_prune_too(shrunk, capsys):

@@ -108,7 +108,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
     stored = parts_of(output)
     said = finish(many, output)
     if stored:
-        assert f"going on: {stored} of {PARTS} batches are stored already" in said
+        assert f"resuming: {stored} of {PARTS} batches are stored already" in said
     assert digest(output) == uninterrupted
     assert names(output.parent) == ["f.npz"]
 
@@ -146,7 +146,7 @@ def test_a_run_with_copies_killed_at_the_worst_moment_goes_on_to_the_same_bytes(
     ):
         strike(BLOWS[blow], own, output, *views, after=after)
         assert not output.exists()
-    assert "going on: 12 of 12 batches" in finish(own, output, *views)
+    assert "resuming: 12 of 12 batches" in finish(own, output, *views)
     finish(own, fresh, *views)
     assert digest(output) == digest(fresh) and names(output.parent) == ["f.npz"]
     assert load_features(output)["view"].tolist() == [0, 1, 2] * 24
@@ -178,7 +178,7 @@ def test_a_run_stopped_by_the_user_goes_on_from_there(many, uninterrupted, tmp_p
         after=20,
         ends_with=130,
     )
-    stored = int(re.search(rf"going on: (\d+) of {PARTS} batches", finish(many, output))[1])
+    stored = int(re.search(rf"resuming: (\d+) of {PARTS} batches", finish(many, output))[1])
     assert 17 <= stored <= 25  # those that were at work may end, or not
     assert digest(output) == uninterrupted
     assert names(output.parent) == ["f.npz"]
@@ -189,7 +189,7 @@ def test_an_image_changed_between_kill_and_next_run_is_read_again(many, few, tmp
     output, changed = tmp_path / "out/f.npz", "train/real/camera/007.jpg"
     strike(BLOWS["in the middle of the file"], data, output, after=0)
     shutil.copyfile(few / "train/real/camera/000.jpg", data / changed)
-    assert f"going on: {PARTS - 1} of {PARTS} batches" in finish(data, output)
+    assert f"resuming: {PARTS - 1} of {PARTS} batches" in finish(data, output)
     columns = load_features(output)
     assert list(columns["sha256"][columns["paths"] == changed]) == [digest(data / changed)]
     finish(data, tmp_path / "fresh.npz")
@@ -293,7 +293,7 @@ def test_the_file_of_another_folder_is_set_aside(few, make_folder, tmp_path, cap
     extract(few, output)
     before = digest(output)
     columns = extract(other, output)
-    assert "holds none of the images of this folder: set aside" in capsys.readouterr().err
+    assert "has none of the images of this folder: set aside" in capsys.readouterr().err
     assert digest(f"{output}.old-1") == before
     assert set(columns["sha256"]) == {digest(p) for p in other.rglob("*.jpg")}
 
@@ -324,7 +324,7 @@ def test_images_added_later_are_encoded_alone_and_stand_below_the_old_rows(
         Image.open(few / f"train/real/camera/00{i}.jpg").rotate(90).save(own / path)
     new = extract(own, tmp_path / "f.npz")
     assert sum(encoded) == 24 + 3
-    assert "24 of its rows stay as they are" in capsys.readouterr().err
+    assert "24 rows stay unchanged" in capsys.readouterr().err
     assert list(new["paths"]) == [*old["paths"], *added]
     assert rows(new, slice(24)) == rows(old)
     assert list(new["splits"][24:]) == ["external", "test", "train"] and list(

@@ -169,7 +169,7 @@ def test_a_run_that_was_stopped_goes_on_with_all_copies(few, tmp_path, monkeypat
         and json.loads((tmp_path / "f.npz.parts/key.json").read_text())["views"] == 2
     )
     extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
-    assert "going on: 3 of 6 batches are stored already" in capsys.readouterr().err
+    assert "resuming: 3 of 6 batches are stored already" in capsys.readouterr().err
     assert digest(tmp_path / "f.npz") == digest(tmp_path / "fresh.npz") and names(tmp_path) == [
         "f.npz",
         "fresh.npz",

@@ -321,7 +321,7 @@ def single_array(path):
         (with_a_pickle, "is not a features file"),
         (without_a_column, "'thumb"),
         (with_a_short_column, "differ in length [3, 4]"),
-        (without_a_fact, "its facts are not those that this code reads; extract again"),
+        (without_a_fact, "its facts have another format; extract again"),
     ],
     ids=[
         "missing",

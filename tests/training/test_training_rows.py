@@ -240,10 +240,10 @@ def test_a_features_file_given_twice_changes_no_model_no_figure_and_no_warning(t
         train(columns, max_fpr=0.01, name="once"),
         train(columns, columns, max_fpr=0.01, name="twice"),
     )
-    assert "240 rows repeat an image that is there already: dropped" in twice[3]
+    assert "240 rows repeat an earlier image and are dropped" in twice[3]
     assert (
         twice[3]
-        .replace("240 rows repeat an image that is there already: dropped\n", "")
+        .replace("240 rows repeat an earlier image and are dropped\n", "")
         .count("warning")
         == once[3].count("warning")
         == 1
