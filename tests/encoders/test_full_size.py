@@ -1,6 +1,6 @@
-"""The user's three commands with a full-size ViT-L/14 checkpoint: random weights, OpenAI's shape and file format.
+"""The three commands with a full-size ViT-L/14 of random weights, in OpenAI's file format.
 
-It says nothing about accuracy; it says that 300 million weights go all the way, and come out as clip.load's.
+The tests prove that 300 million weights give the features of clip.load. Accuracy is not tested.
 """
 
 import re
@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_clip import centred_cosines, pairwise_cosines, rounded, save_state_dict
+from small_clip import (
+    centred_cosines,
+    clip_load,
+    pairwise_cosines,
+    pixels_of,
+    rounded,
+    save_state_dict,
+)
 
 from detector.encoders import prepare, runtime
 from detector.features.file import load_features
-from detector.images import preprocessing
 from detector.model.file import load_model
 
 pytestmark = pytest.mark.long
@@ -22,7 +28,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """ViT-L/14's vision tower, 24 layers of width 1024, weights scaled so that different images differ."""
+    """ViT-L/14's vision tower, with weights scaled so that different images differ."""
     import clip.model
 
     torch.manual_seed(0)
@@ -42,47 +48,36 @@ def cache(tmp_path_factory):
 def test_the_three_commands_run_with_a_full_size_vit_l_14(
     checkpoint, cache, make_folder, script, tmp_path
 ):
-    folder = make_folder(
-        tmp_path / "images", {"train/real": 20, "train/fake": 20, "test/real": 4, "test/fake": 4}
-    )
+    counts = {"train/real": 20, "train/fake": 20, "test/real": 4, "test/fake": 4}
+    make_folder(tmp_path / "images", counts)
     settings = {"CLIP_MODEL": str(checkpoint), "CLIP_CACHE": str(cache)}
-    for words in (
-        ["extract_features.py", "--data_dir", folder],
-        ["train_model.py"],
-        [
-            "classify.py",
-            "--image_path",
-            folder / "test/real/000.jpg",
-            "--model_path",
-            "model.joblib",
-        ],
+    for command in (
+        "extract_features.py --data_dir images",
+        "train_model.py",
+        "classify.py --image_path images/test/real/000.jpg --model_path model.joblib",
     ):
         started = time.monotonic()
-        result = script(*words, **settings)
+        result = script(*command.split(), **settings)
         assert result.returncode == 0, result.stderr
-        print(f"{words[0]}: {time.monotonic() - started:.1f} s")
+        print(f"{command}: {time.monotonic() - started:.1f} s")
     assert re.fullmatch(r"(real|fake) \(confidence [01]\.\d\d\)\n", result.stdout)
     assert load_features(tmp_path / "features.npz")["features"].shape == (48, 768)
     assert load_model(tmp_path / "model.joblib")["support_vectors"].shape[1] == 768
 
 
-def test_its_features_are_those_of_clip_load(checkpoint, cache, photos, monkeypatch):
-    import clip
-
+def test_full_size_features_match_clip_load(checkpoint, cache, photos, monkeypatch):
     monkeypatch.setenv("CLIP_CACHE", str(cache))
     folder = prepare.ensure_encoder(str(checkpoint))
     images = [Image.open(path).convert("RGB") for path in photos.values()][:4]
-    pixels = np.stack([preprocessing.preprocess(image, 224) for image in images])
+    pixels = pixels_of(images, 224)
     exact, fast = (
         runtime.Encoder(folder, precision=precision).encode(pixels)
         for precision in ("float32", "auto")
     )
-    model, transform = clip.load(str(checkpoint), device="cpu")
+    model, transform = clip_load(checkpoint)
     with torch.inference_mode():
         theirs = model.encode_image(torch.stack([transform(image) for image in images])).numpy()
-    assert np.median(pairwise_cosines(theirs)) < 0.5, (
-        "the images must differ for the comparison to mean something"
-    )
+    assert np.median(pairwise_cosines(theirs)) < 0.5  # else the comparison proves nothing
     assert centred_cosines(exact, theirs).min() >= 0.99999
     assert centred_cosines(fast, theirs).min() >= 0.9995
 
@@ -95,48 +90,25 @@ def test_its_features_are_those_of_clip_load(checkpoint, cache, photos, monkeypa
         ("lora:4", r".*(in_proj_weight|out_proj.weight|c_fc.weight|c_proj.weight)$"),
     ],
 )
-def test_two_steps_of_fine_tuning_change_what_is_named_of_a_full_size_vit_l_14(
+def test_fine_tuning_a_full_size_vit_l_14_changes_the_named_parts(
     train, parts, checkpoint, make_folder, tmp_path, capsys
 ):
     import finetune_clip
 
-    folder = make_folder(
-        tmp_path / "images",
-        {f"train/{label}/{source}": 1 for label in ("real", "fake") for source in "ab"},
-    )
-    finetune_clip.main(
-        [
-            "--clip_model",
-            str(checkpoint),
-            "--train",
-            train,
-            "--data_dir",
-            str(folder),
-            "--steps",
-            "2",
-            "--batch_size",
-            "1",
-            "--lr",
-            "0.05",
-            "--keep",
-            "0",
-            "--checkpointing",
-            "--output",
-            str(tmp_path / "tuned.pt"),
-        ]
-    )
+    folders = ("train/real/a", "train/real/b", "train/fake/a", "train/fake/b")
+    folder = make_folder(tmp_path / "images", dict.fromkeys(folders, 1))
+    flags = f"--clip_model {checkpoint} --train {train} --data_dir {folder} --steps 2"
+    flags += f" --batch_size 1 --lr 0.05 --keep 0 --checkpointing --output {tmp_path / 'tuned.pt'}"
+    finetune_clip.main(flags.split())
     cost = re.search("--train .* GB", capsys.readouterr().err)[0]
     with capsys.disabled():
         print(cost)
     before, after = torch.load(checkpoint), torch.load(tmp_path / "tuned.pt")
+    visual = [name.removeprefix("visual.") for name in before if name.startswith("visual.")]
     changed = {
-        name.removeprefix("visual.")
-        for name in before
-        if name.startswith("visual.") and not torch.equal(before[name], after[name])
-    }
-    named = {
         name
-        for name in (k.removeprefix("visual.") for k in before if k.startswith("visual."))
-        if re.match(parts, name)
+        for name in visual
+        if not torch.equal(before[f"visual.{name}"], after[f"visual.{name}"])
     }
+    named = {name for name in visual if re.match(parts, name)}
     assert changed <= named and len(changed) > 0.9 * len(named)

@@ -1,6 +1,4 @@
-"""OpenAI's vision transformers in shape, three blocks deep: features are clip.load's."""
-
-import warnings
+"""Vision transformers of OpenAI's shapes, with three blocks: features match clip.load."""
 
 import numpy as np
 import pytest
@@ -32,7 +30,7 @@ def tower(request):
     with torch.no_grad():
         for weight in tower.transformer.parameters():
             if weight.ndim > 1:
-                weight.mul_(3.5)  # at 2.5 images look alike to the larger ones
+                weight.mul_(3.5)  # 2.5 gives similar images in the larger shapes
     return small_clip.rounded(tower)
 
 
@@ -60,35 +58,18 @@ def test_both_file_forms_hold_the_same_tower(tower, files):
 
 
 def references(path, pixels):
-    """{layers: features by clip.load, hooks on its own modules}."""
-    import clip
-
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch.jit.load, which clip.load tries first, is deprecated
-        model, _ = clip.load(str(path), device="cpu")
-    tower, seen = model.visual, {}
-    for number, block in enumerate(tower.transformer.resblocks, 1):
-        block.register_forward_hook(
-            lambda _, given, out, number=number: seen.update({str(number): out[0]})
-        )
-    tower.ln_post.register_forward_hook(lambda _, given, out: seen.update(penultimate=out))
-    with torch.inference_mode():
-        seen["final"] = model.encode_image(torch.from_numpy(pixels))
-    unit = {name: part / part.norm(dim=1, keepdim=True) for name, part in seen.items()}
-    joined = {"2": ["2"], "1,3": ["1", "3"], "multi": ["1", "2", "final"]}
+    """{layers: features by hooks on the modules of clip.load}."""
+    model, _ = small_clip.clip_load(path)
+    outputs = small_clip.outputs_by_hooks(model.visual, pixels)
+    names = {"2": ["2"], "1,3": ["1", "3"], "multi": ["1", "2", "final"]}
     return {
-        "final": seen["final"].numpy(),
-        "penultimate": seen["penultimate"].numpy(),
-        **{
-            asked: torch.cat([unit[name] for name in names], 1).numpy()
-            for asked, names in joined.items()
-        },
+        "final": outputs["final"].numpy(),
+        "penultimate": outputs["penultimate"].numpy(),
+        **{asked: small_clip.joined(outputs, blocks) for asked, blocks in names.items()},
     }
 
 
-def test_features_of_every_choice_of_layers_are_those_of_clip_load(
+def test_features_of_each_choice_of_layers_match_clip_load(
     tower, files, pixels, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
@@ -99,7 +80,5 @@ def test_features_of_every_choice_of_layers_are_those_of_clip_load(
         assert runtime.read_manifest(folder)["layers"] == layers.canonical(asked, {"layers": DEPTH})
         encoder = runtime.Encoder(folder, "cpu", "float32")
         for size in (1, 3, 8):
-            features = np.concatenate(
-                [encoder.encode(pixels[i : i + size]) for i in range(0, len(pixels), size)]
-            )
+            features = small_clip.encode(encoder.encode, pixels, size)
             assert small_clip.centred_cosines(features, reference).min() >= 0.99999, (asked, size)

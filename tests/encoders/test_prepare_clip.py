@@ -162,14 +162,14 @@ def test_a_prepared_encoder_needs_neither_the_download_nor_the_server(server):
     assert prepare.ensure_encoder(NAME) == folder and server.requests == 1
 
 
-def test_a_file_that_was_copied_in_by_hand_is_used_without_asking_the_server(server, archive):
+def test_a_file_copied_into_the_cache_is_used_without_the_server(server, archive):
     runtime.cache_dir().mkdir(parents=True)
     (runtime.cache_dir() / FILE).write_bytes(archive["archive"].read_bytes())
     assert_whole(prepare.ensure_encoder(NAME))
     assert server.requests == 0
 
 
-def test_a_wrong_file_of_the_right_name_is_fetched_again(server):
+def test_a_cached_file_with_a_wrong_hash_is_fetched_again(server):
     runtime.cache_dir().mkdir(parents=True)
     (runtime.cache_dir() / FILE).write_bytes(b"half of it")
     assert_whole(prepare.ensure_encoder(NAME))
@@ -206,14 +206,14 @@ def test_the_weights_may_come_from_a_mirror_or_a_file(server, archive):
         ("ftp2://x/y", ["cannot download ViT-L/14 from ftp2://x/y"]),
     ],
 )
-def test_weights_that_are_not_those_of_the_name_are_refused(archive, weights, words):
+def test_weights_with_another_hash_are_refused(archive, weights, words):
     with pytest.raises(EncoderError) as error:
         prepare.ensure_encoder(NAME, weights=str(archive.get(weights, weights)))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     assert files_in_cache() == set()
 
 
-def test_weights_for_a_file_of_ones_own_are_refused(script):
+def test_weights_flag_with_a_checkpoint_is_refused(script):
     result = script("prepare_clip.py", "--clip_model", "mine.pt", "--weights", "a.pt")
     assert_one_line_error(result, "--weights a.pt", "--clip_model is mine.pt")
 
@@ -228,7 +228,7 @@ def test_weights_for_a_file_of_ones_own_are_refused(script):
         ("refused", "refused"),
     ],
 )
-def test_a_failed_download_is_told_with_both_ways_out_and_leaves_nothing(
+def test_a_failed_download_names_both_remedies_and_leaves_nothing(
     server, mode, reason, monkeypatch
 ):
     server.mode = mode
@@ -254,7 +254,7 @@ def test_a_failed_download_is_told_with_both_ways_out_and_leaves_nothing(
     assert_whole(prepare.ensure_encoder(NAME))
 
 
-def test_a_good_download_is_kept_when_what_comes_after_it_fails(server, monkeypatch):
+def test_a_good_download_is_kept_if_the_preparation_fails(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             "detector.encoders.vit.openvino_model",
@@ -271,7 +271,7 @@ def test_a_good_download_is_kept_when_what_comes_after_it_fails(server, monkeypa
 
 
 @pytest.mark.parametrize("form", ["archive", "state dict"])
-def test_a_checkpoint_is_prepared_under_its_name_and_found_by_its_bytes(archive, form, tmp_path):
+def test_a_checkpoint_is_prepared_by_name_and_looked_up_by_hash(archive, form, tmp_path):
     folder = prepare.ensure_encoder(str(archive[form]))
     assert_whole(folder)
     manifest = runtime.read_manifest(folder)
@@ -287,7 +287,7 @@ def test_a_checkpoint_is_prepared_under_its_name_and_found_by_its_bytes(archive,
     assert (folder / "encoder.json").stat().st_mtime_ns == before
 
 
-def test_a_file_that_changed_under_its_name_is_prepared_again(archive, tmp_path):
+def test_a_changed_checkpoint_is_prepared_again(archive, tmp_path):
     path = tmp_path / "mine.pt"
     folders = []
     for form in ("state dict", "other"):
@@ -296,7 +296,7 @@ def test_a_file_that_changed_under_its_name_is_prepared_again(archive, tmp_path)
     assert len(set(folders)) == 2 == len({runtime.read_manifest(f)["identity"] for f in folders})
 
 
-def test_what_is_known_of_a_checkpoint_goes_into_its_encoder(archive, tmp_path):
+def test_the_card_of_a_checkpoint_goes_into_its_encoder(archive, tmp_path):
     (tmp_path / "mine.pt").write_bytes(archive["state dict"].read_bytes())
     (tmp_path / "mine.json").write_text('{"seen": ["0123456789abcdef"], "name": "no"}')
     encoder = runtime.Encoder(prepare.ensure_encoder(str(tmp_path / "mine.pt")), "cpu")
@@ -304,7 +304,7 @@ def test_what_is_known_of_a_checkpoint_goes_into_its_encoder(archive, tmp_path):
     assert encoder.name == "mine"
 
 
-def test_the_folder_can_be_read_by_a_service_under_another_user(archive):
+def test_another_user_can_read_the_prepared_folder(archive):
     folder = prepare.ensure_encoder(str(archive["state dict"]))
     assert folder.stat().st_mode & 0o777 == 0o755
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
@@ -321,7 +321,7 @@ def test_a_vit_is_stored_in_half_precision_and_in_one_copy_per_runtime(archive):
 @pytest.mark.parametrize(
     "content", [b"", b"no checkpoint", b"PK\3\4 and no archive", "dict", "wrapped"]
 )
-def test_a_file_that_is_no_checkpoint_is_told_in_one_line(content, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_a_one_line_error(content, tmp_path):
     path = tmp_path / "strange.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -339,7 +339,7 @@ def test_a_file_that_is_no_checkpoint_is_told_in_one_line(content, tmp_path):
 # ---- names and errors, as a user meets them ----
 
 
-def test_openais_names_addresses_and_hashes_are_those_of_the_clip_package():
+def test_openais_names_urls_and_hashes_match_the_clip_package():
     known = {
         name: catalogue.ADDRESS.format(sha256=sha256, file=file)
         for name, (file, sha256) in catalogue.OPENAI.items()
@@ -354,14 +354,14 @@ def test_an_unknown_name_lists_the_known_ones(script, name):
     assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
 
 
-def test_the_environment_names_the_model_where_no_flag_does(script):
+def test_clip_model_of_the_environment_is_the_default(script):
     assert_one_line_error(script("prepare_clip.py", CLIP_MODEL="ViT-X"), "'ViT-X'")
     assert_one_line_error(
         script("prepare_clip.py", "--clip_model", "ViT-Y", CLIP_MODEL="ViT-X"), "'ViT-Y'"
     )
 
 
-def test_a_file_that_is_no_checkpoint_ends_the_script_with_one_error(script, tmp_path):
+def test_the_command_reports_a_file_that_is_no_checkpoint(script, tmp_path):
     (tmp_path / "strange.pt").write_bytes(b"no checkpoint")
     assert_one_line_error(
         script("prepare_clip.py", "--clip_model", "strange.pt"),
@@ -370,9 +370,7 @@ def test_a_file_that_is_no_checkpoint_ends_the_script_with_one_error(script, tmp
     )
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_the_setting_that_moves_it(
-    script, archive, tmp_path
-):
+def test_an_unwritable_cache_error_names_the_setting(script, archive, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = script(
         "prepare_clip.py",
@@ -417,7 +415,7 @@ KILLED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLED)
-def test_a_killed_preparation_leaves_nothing_that_looks_prepared(archive, moment):
+def test_a_killed_preparation_leaves_no_prepared_folder(archive, moment):
     process = start(
         "-c",
         f"import os, sys, signal, prepare_clip; {KILLED[moment]}\n"

@@ -47,7 +47,7 @@ def pair(loaded):
     return detector
 
 
-def test_an_undamaged_pair_passes(pair):
+def test_an_undamaged_model_and_encoder_pass(pair):
     prove(pair)
 
 
@@ -73,7 +73,7 @@ def test_a_damaged_record_is_refused(pair, name):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_machine_that_computes_something_else_is_refused(pair, monkeypatch, name):
+def test_a_machine_that_computes_wrong_features_is_refused(pair, monkeypatch, name):
     encode = Encoder.encode
     monkeypatch.setattr(
         Encoder,
@@ -84,7 +84,7 @@ def test_a_machine_that_computes_something_else_is_refused(pair, monkeypatch, na
         prove(pair)
 
 
-def test_pixels_prepared_in_another_way_are_refused(pair, monkeypatch):
+def test_other_preprocessing_is_refused(pair, monkeypatch):
     preprocess = preprocessing.preprocess
     monkeypatch.setattr(
         preprocessing, "preprocess", lambda image, side: preprocess(image, side)[:, ::-1].copy()
@@ -93,7 +93,7 @@ def test_pixels_prepared_in_another_way_are_refused(pair, monkeypatch):
         prove(pair)
 
 
-def test_features_may_not_point_elsewhere_even_where_the_probability_is_the_same(pair):
+def test_turned_features_are_refused_even_with_the_same_probability(pair):
     pair.model = {**pair.model, "calibrator": np.zeros(2)}
     golden = np.array(pair.encoder.manifest["golden"])
     noise = np.random.default_rng(0).normal(size=golden.shape)
@@ -107,7 +107,7 @@ def test_features_may_not_point_elsewhere_even_where_the_probability_is_the_same
             prove(pair)
 
 
-def test_the_probability_may_not_differ_even_where_the_features_are_close(pair):
+def test_another_probability_is_refused_even_with_close_features(pair):
     golden, slope = np.float32(pair.encoder.manifest["golden"]), pair.model["calibrator"][0]
     pair.encoder.manifest["golden"] = (
         golden * 1.02
@@ -133,7 +133,7 @@ def test_an_encoder_without_golden_features_names_the_remedy(tmp_path, golden):
         load_detector(read_settings({"MODEL_PATH": str(path)}))
 
 
-def test_an_encoder_whose_weights_were_swapped_does_not_serve_under_its_name(tmp_path):
+def test_an_encoder_with_swapped_weights_does_not_serve(tmp_path):
     folder = other_encoder()
     settings = read_settings({"MODEL_PATH": str(baseline_for(tmp_path / "m.joblib"))})
     load_detector(settings)
@@ -161,14 +161,12 @@ def sizes(monkeypatch):
     return found
 
 
-def test_passes_of_every_size_that_uploads_share_are_warm_before_the_first_request(sizes):
+def test_every_shared_batch_size_is_warm_before_the_first_request(sizes):
     load_detector(read_settings(DEMO))
     assert set(sizes) == set(range(1, TOGETHER + 1))
 
 
-def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_then(
-    loaded, tmp_path
-):
+def test_only_a_model_on_the_same_encoder_reuses_it(loaded, tmp_path):
     other_encoder()
     changed = model_file(tmp_path / "m.joblib", intercept=0.25)
     same = load_detector(read_settings({**DEMO, "MODEL_PATH": str(changed)}), loaded)
@@ -178,7 +176,7 @@ def test_the_encoder_in_memory_is_used_again_for_another_model_on_it_and_only_th
     assert other.encoder is not loaded.encoder and other.encoder.name == "other"
 
 
-def test_the_encoder_in_memory_has_to_prove_itself_again_with_the_new_model(pair, tmp_path):
+def test_a_reused_encoder_is_checked_again_with_the_new_model(pair, tmp_path):
     pair.encoder.manifest["golden"] = (-np.array(pair.encoder.manifest["golden"])).tolist()
     with pytest.raises(EncoderError, match="cannot be trusted"):
         load_detector(
@@ -190,7 +188,7 @@ def test_the_encoder_in_memory_has_to_prove_itself_again_with_the_new_model(pair
 
 
 @pytest.mark.parametrize("threads, slots, expected", [("0", "0", 3), ("2", "0", 2), ("0", "1", 3)])
-def test_a_forward_pass_takes_all_processors_allowed(monkeypatch, threads, slots, expected):
+def test_a_forward_pass_uses_all_allowed_processors(monkeypatch, threads, slots, expected):
     asked, forward = [], runtime.openvino_forward
     monkeypatch.setattr(runtime, "processors", lambda: 3)
     monkeypatch.setattr(
@@ -215,7 +213,7 @@ def test_a_forward_pass_takes_all_processors_allowed(monkeypatch, threads, slots
     ],
     ids=["bare", "a line", "upper case", "sha256sum", "sha256sum -b", "indented"],
 )
-def test_the_right_hash_is_taken_in_every_form(tmp_path, text):
+def test_the_right_hash_is_accepted_in_every_format(tmp_path, text):
     (tmp_path / "pin").write_text(text)
     check_pin(tmp_path / "pin", HASH, "m.joblib")
 
@@ -233,7 +231,7 @@ def test_the_right_hash_is_taken_in_every_form(tmp_path, text):
     ],
     ids=["another", "empty", "blank", "too short", "too long", "the name first", "binary"],
 )
-def test_any_other_is_refused_in_one_line_that_names_both_files(tmp_path, content, says):
+def test_another_hash_is_refused_with_both_files_named(tmp_path, content, says):
     (tmp_path / "pin").write_bytes(content)
     with pytest.raises(ModelError) as error:
         check_pin(tmp_path / "pin", HASH, "m.joblib")
@@ -248,12 +246,12 @@ def test_any_other_is_refused_in_one_line_that_names_both_files(tmp_path, conten
     assert len(message.splitlines()) == 1
 
 
-def test_a_hash_file_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_hash_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot read .*nowhere"):
         check_pin(tmp_path / "nowhere", HASH, "m.joblib")
 
 
-def test_the_pin_is_that_of_the_whole_model_file(tmp_path):
+def test_the_pin_is_the_hash_of_the_whole_model_file(tmp_path):
     pin, path = tmp_path / "pin", model_file(tmp_path / "m.joblib")
     settings = read_settings({**DEMO, "MODEL_PATH": str(path), "MODEL_SHA256_FILE": str(pin)})
     pin.write_text(
@@ -281,7 +279,7 @@ def test_the_pin_is_that_of_the_whole_model_file(tmp_path):
     ],
     ids=["no model", "missing", "demonstration", "keys", "another hash"],
 )
-def test_a_setting_that_cannot_work_is_told_before_the_start(settings, words):
+def test_an_unusable_setting_is_refused_before_the_start(settings, words):
     with pytest.raises(DetectorError, match=words):
         check(read_settings(settings))
 
@@ -308,9 +306,7 @@ def wants(path, name="ViT-B/32"):
     return read_settings({"MODEL_PATH": str(baseline_for(path / "m.joblib", name, "ee" * 32))})
 
 
-def test_an_encoder_of_openais_that_is_missing_is_prepared_by_a_process_of_its_own(
-    prepared, tmp_path
-):
+def test_a_missing_openai_encoder_is_prepared_by_another_process(prepared, tmp_path):
     check(wants(tmp_path))
     ((command, options),) = prepared.calls
     assert list(map(str, command)) == [
@@ -326,14 +322,14 @@ def test_an_encoder_of_openais_that_is_missing_is_prepared_by_a_process_of_its_o
     assert len(prepared.calls) == 1  # it is there now
 
 
-def test_a_preparation_that_fails_ends_the_start_with_its_exit_code(prepared, tmp_path):
+def test_a_failed_preparation_ends_the_start_with_its_exit_code(prepared, tmp_path):
     prepared.code, prepared.leaves = 2, None
     with pytest.raises(SystemExit) as end:
         check(wants(tmp_path))
     assert end.value.code == 2
 
 
-def test_another_encoder_that_is_missing_is_not_prepared_but_named(prepared, tmp_path):
+def test_another_missing_encoder_is_named_and_not_prepared(prepared, tmp_path):
     with pytest.raises(EncoderError, match="'mine'.*prepare_clip.py"):
         check(wants(tmp_path, name="mine"))
     assert prepared.calls == []
@@ -377,7 +373,7 @@ def test_the_check_loads_neither_openvino_nor_torch(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, int) else repr(value),
 )
-def test_processors_are_those_of_the_affinity_below_the_containers_limit(
+def test_processors_follow_the_affinity_and_the_containers_limit(
     monkeypatch, tmp_path, content, count
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
@@ -386,7 +382,7 @@ def test_processors_are_those_of_the_affinity_below_the_containers_limit(
     assert processors(tmp_path) == count
 
 
-def test_where_affinity_is_unknown_all_processors_count(monkeypatch, tmp_path):
+def test_all_processors_count_if_the_affinity_is_unknown(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert processors(tmp_path) == 7

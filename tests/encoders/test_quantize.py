@@ -66,7 +66,7 @@ def mild_vit():
 
 
 @pytest.mark.long
-def test_int8_is_an_encoder_of_its_own_that_says_how_close_it_is(made, monkeypatch):
+def test_int8_is_another_encoder_and_reports_its_closeness(made, monkeypatch):
     data, cache, checkpoint, result = made
     assert result.returncode == 0, result.stderr
     monkeypatch.setenv("CLIP_CACHE", str(cache))
@@ -92,7 +92,7 @@ def test_int8_is_an_encoder_of_its_own_that_says_how_close_it_is(made, monkeypat
 
 
 @pytest.mark.long
-def test_features_name_the_int8_encoder_and_come_close(made, script, tmp_path):
+def test_int8_features_name_their_encoder_and_are_close(made, script, tmp_path):
     data, cache, checkpoint, _ = made
     found = {}
     for precision in ("float32", "int8"):
@@ -119,7 +119,7 @@ def test_features_name_the_int8_encoder_and_come_close(made, script, tmp_path):
     assert_one_line_error(result, "was made by 'mild'", "by 'mild int8'")
 
 
-def test_without_an_int8_form_one_line_says_how_to_make_it(script, tmp_path):
+def test_a_missing_int8_form_names_the_command(script, tmp_path):
     checkpoint = tmp_path / "mine.pt"
     checkpoint.write_bytes(b"weights")
     with pytest.raises(
@@ -138,7 +138,7 @@ def test_without_an_int8_form_one_line_says_how_to_make_it(script, tmp_path):
         ({"agreement": 0.985}, "98.5% of the verdicts"),
     ],
 )
-def test_what_is_not_close_enough_is_refused_with_its_figures_and_nothing_is_kept(
+def test_int8_that_is_not_close_is_refused_with_figures_and_not_kept(
     tmp_path, monkeypatch, change, said
 ):
     tried = []
@@ -162,7 +162,7 @@ def test_what_is_not_close_enough_is_refused_with_its_figures_and_nothing_is_kep
     assert [p.name for p in (runtime.cache_dir() / "encoders").iterdir()] == [small.ENCODER.name]
 
 
-def test_closeness_sees_turned_features_and_turned_verdicts():
+def test_closeness_measures_turned_features_and_verdicts():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 400)
     reference = rng.normal(size=(400, 16)).astype(np.float32)
@@ -178,7 +178,7 @@ def test_closeness_sees_turned_features_and_turned_verdicts():
     )
 
 
-def test_nncf_missing_is_told_with_the_remedy(monkeypatch):
+def test_missing_nncf_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(EncoderError, match="needs nncf .*: pip install -r requirements/int8.txt"):
         quantize.require_nncf()
@@ -195,11 +195,11 @@ def test_nncf_missing_is_told_with_the_remedy(monkeypatch):
         ),
     ],
 )
-def test_wrong_flags(script, flags, words):
+def test_wrong_int8_flags_are_one_line_errors(script, flags, words):
     result = script("prepare_clip.py", "--clip_model", small.CHECKPOINT, *flags)
     assert_one_line_error(result, *words)
 
 
-def test_too_few_images_are_told(make_folder, tmp_path):
+def test_too_few_int8_images_are_refused(make_folder, tmp_path):
     with pytest.raises(UsageError, match="14 images can be read; int8 needs at least 40"):
         quantize.read_images(make_folder(tmp_path / "data", {"real": 10, "fake": 4}), 400, 64)

@@ -39,7 +39,7 @@ def test_a_state_dict_written_by_hand_gives_its_arrays(tmp_path):
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 @pytest.mark.parametrize("form", ["state dict", "archive"])
-def test_both_forms_that_torch_writes_give_torchs_own_numbers(kind, form, photos, tmp_path):
+def test_both_torch_file_forms_give_torchs_numbers(kind, form, photos, tmp_path):
     import small_clip
     import torch
 
@@ -64,7 +64,7 @@ def test_any_precision_of_a_checkpoint_is_read_as_float16(dtype, tmp_path):
     assert all(np.array_equal(found[name], tensors[name].half().numpy()) for name in tensors)
 
 
-def test_views_transposes_and_parameters_are_read_as_torch_means_them(tmp_path):
+def test_views_transposes_and_parameters_are_read_as_in_torch(tmp_path):
     import torch
 
     tensors = {f"visual.{name}": torch.from_numpy(array) for name, array in ARRAYS.items()}
@@ -77,7 +77,7 @@ def test_views_transposes_and_parameters_are_read_as_torch_means_them(tmp_path):
     assert all(np.array_equal(found[name], ARRAYS[name]) for name in found)
 
 
-def test_the_identity_is_that_which_torch_towers_had():
+def test_the_identity_of_a_vit_has_not_changed():
     """Recorded from the tower in torch, before there was another way: prepared encoders stay
     valid."""
     arch = weights.architecture(ARRAYS)
@@ -92,7 +92,7 @@ def test_the_identity_is_that_which_torch_towers_had():
     )
 
 
-def test_the_identity_of_a_resnet_is_that_which_torch_towers_had():
+def test_the_identity_of_a_resnet_has_not_changed():
     import torch
 
     with warnings.catch_warnings():
@@ -144,12 +144,12 @@ def test_a_planted_pickle_is_refused_and_never_called(tmp_path):
         ("numpy", "load"),
     ],
 )
-def test_no_other_name_is_taken(module, name, tmp_path):
+def test_no_other_function_name_is_accepted(module, name, tmp_path):
     root = b"\x80\x02" + archives.named(module, name) + archives.plain("x") + b"\x85R."
     assert f"names '{module}.{name}'" in refusal(archives.write(tmp_path / "c.pt", {}, root=root))
 
 
-def test_what_a_pickle_changes_about_its_functions_is_gone_with_it(tmp_path):
+def test_a_pickle_cannot_change_functions_for_the_next_file(tmp_path):
     change = (
         archives.named("torch._utils", "_rebuild_tensor_v2")
         + archives.plain({"__defaults__": (1,)})
@@ -184,12 +184,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_tensor_that_would_read_foreign_memory_is_refused(fault, tmp_path):
+def test_a_tensor_outside_of_its_storage_is_refused(fault, tmp_path):
     change, reason = FAULTS[fault]
     assert reason in refusal(archives.write(tmp_path / "c.pt", ARRAYS, **{VECTOR: change}))
 
 
-def test_a_stride_of_zero_does_not_multiply_a_storage(tmp_path):
+def test_a_zero_stride_on_a_short_storage_is_refused(tmp_path):
     """The shape is right, the storage too short for it."""
     name = "transformer.resblocks.0.mlp.c_fc.weight"
     few = {**ARRAYS, name: ARRAYS[name][:1]}
@@ -212,7 +212,7 @@ def test_two_members_of_one_name_are_refused(tmp_path):
     assert "same name" in refusal(path)
 
 
-def test_a_member_that_is_missing_is_told(tmp_path):
+def test_a_missing_member_is_named(tmp_path):
     path = archives.write(tmp_path / "c.pt", {"proj": ARRAYS["proj"]})
     root = archives.state_dict(
         {f"visual.{name}": archives.tensor("99", array) for name, array in ARRAYS.items()}
@@ -221,13 +221,13 @@ def test_a_member_that_is_missing_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.999])
-def test_a_truncated_archive_is_told(share, tmp_path):
+def test_a_truncated_archive_is_refused(share, tmp_path):
     data = archives.write(tmp_path / "whole.pt", ARRAYS).read_bytes()
     (tmp_path / "c.pt").write_bytes(data[: int(share * len(data))])
     assert "truncated or damaged" in refusal(tmp_path / "c.pt")
 
 
-def test_a_bit_that_flipped_is_told(tmp_path):
+def test_a_flipped_bit_is_refused(tmp_path):
     path = archives.write(tmp_path / "c.pt", ARRAYS)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -235,7 +235,7 @@ def test_a_bit_that_flipped_is_told(tmp_path):
     assert "CRC" in refusal(path) or "checksum" in refusal(path) or "damaged" in refusal(path)
 
 
-def test_torchs_old_format_is_told_with_the_way_out(tmp_path):
+def test_torchs_old_format_is_refused_with_a_remedy(tmp_path):
     import torch
 
     torch.save(
@@ -252,7 +252,7 @@ def test_torchs_old_format_is_told_with_the_way_out(tmp_path):
         (b"PK\3\4 and no archive", "truncated or damaged"),
     ],
 )
-def test_what_is_no_archive_is_told(content, reason, tmp_path):
+def test_a_file_that_is_no_archive_is_refused(content, reason, tmp_path):
     (tmp_path / "c.pt").write_bytes(content)
     assert reason in refusal(tmp_path / "c.pt")
 
@@ -263,7 +263,7 @@ def test_numbers_with_the_high_byte_first_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_no_finite_numbers_are_refused(value, tmp_path):
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
     arrays = {**ARRAYS, VECTOR: np.full_like(ARRAYS[VECTOR], value)}
     assert "not finite" in refusal(archives.write(tmp_path / "c.pt", arrays))
 
@@ -277,13 +277,13 @@ def test_weights_that_are_no_finite_numbers_are_refused(value, tmp_path):
         (lambda arrays: arrays.update(proj=np.zeros((64, 32), np.float16)), "visual.proj"),
     ],
 )
-def test_a_tower_that_is_not_whole_is_told_by_the_tensor(change, reason, tmp_path):
+def test_an_incomplete_tower_is_refused_by_tensor_name(change, reason, tmp_path):
     arrays = dict(ARRAYS)
     change(arrays)
     assert reason in refusal(archives.write(tmp_path / "c.pt", arrays))
 
 
-def test_parts_within_parts_do_not_multiply(tmp_path):
+def test_nested_references_are_read_in_bounded_time(tmp_path):
     """Forty levels, each with the one below twice: a walk along every path would never end."""
     parts = {}
     for _ in range(40):
@@ -292,17 +292,17 @@ def test_parts_within_parts_do_not_multiply(tmp_path):
     assert "no vision tower" in refusal(path)
 
 
-def test_a_memo_that_would_take_gigabytes_is_refused(tmp_path):
+def test_a_huge_memo_index_is_refused(tmp_path):
     root = b"\x80\x02}r" + struct.pack("<I", 1 << 31) + b"."
     assert "LONG_BINPUT" in refusal(archives.write(tmp_path / "c.pt", {}, root=root))
 
 
-def test_a_pickle_that_contains_itself_ends(tmp_path):
+def test_a_pickle_that_contains_itself_is_refused(tmp_path):
     root = b"\x80\x02}q\x00(" + archives.plain("visual") + b"h\x00u."
     assert "no vision tower" in refusal(archives.write(tmp_path / "c.pt", {}, root=root))
 
 
-def test_random_damage_is_one_line_or_harmless(tmp_path):
+def test_random_damage_is_a_one_line_error_or_harmless(tmp_path):
     """A hundred archives with a byte of their pickle changed: a refusal, or arrays of the right
     shapes."""
     whole = {
@@ -324,11 +324,11 @@ def test_random_damage_is_one_line_or_harmless(tmp_path):
     assert 0 < read < 100
 
 
-def test_a_file_that_cannot_be_read_is_told_with_the_reason(tmp_path):
+def test_an_unreadable_file_error_gives_the_reason(tmp_path):
     assert "cannot read" in refusal(tmp_path / "nowhere.pt") and "cannot read" in refusal(tmp_path)
 
 
-def test_a_planted_checkpoint_ends_the_command_with_one_error(script, tmp_path):
+def test_the_command_refuses_a_planted_checkpoint(script, tmp_path):
     marker = tmp_path / "called"
     archives.write(tmp_path / "c.pt", ARRAYS, root=pickle.dumps(Planted(marker), protocol=2))
     assert_one_line_error(

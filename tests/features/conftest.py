@@ -1,9 +1,9 @@
-"""Fixtures of the tests of extraction: 24 images, and the settings under which they are encoded."""
+"""Fixtures for tests of extraction: folders of images, and the settings under which they run."""
 
 import shutil
 
 import pytest
-from extracting import FEW, SETTINGS
+from extracting import FEW, MANY, SETTINGS
 
 from detector.encoders import runtime
 
@@ -14,10 +14,16 @@ def settings(clean_environment, monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def few(make_folder, tmp_path_factory):
     """24 images that no test changes."""
     return make_folder(tmp_path_factory.mktemp("few"), FEW)
+
+
+@pytest.fixture(scope="session")
+def many(make_folder, tmp_path_factory):
+    """160 images that no test changes."""
+    return make_folder(tmp_path_factory.mktemp("many"), MANY, seed=1)
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def own(few, tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """List that grows by the size of each batch that is encoded."""
+    """List that grows by the size of each encoded batch."""
     sizes, encode = [], runtime.Encoder.encode
 
     def count(self, pixels):

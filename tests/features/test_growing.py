@@ -1,10 +1,10 @@
-"""A folder that grows and shrinks under its features file: what is told of the new images, and what --prune drops."""
+"""A folder grows and shrinks under its features file: reports of new images, and --prune."""
 
 import shutil
 
 import numpy as np
 import pytest
-from extracting import BLOWS, digest, extract, names, rows, strike
+from extracting import BLOWS, LATE_BLOWS, digest, extract, names, rows, strike
 from made_up import make_columns, with_views
 from patience import costs_at_most
 from PIL import Image
@@ -17,23 +17,19 @@ pytestmark = pytest.mark.usefixtures("settings")
 
 
 def grown(old, *more):
-    """What is told of a file of the columns `old` that has got more below them."""
+    """Report about a file of the columns `old` with more columns appended."""
     return whats_new(digests_of(old), join_columns([old, *more]))
 
 
-def pictures_of(columns, thumb):
-    return columns | {"thumb": np.asarray(thumb, np.uint8)}
+# ---- reports of new images ----
 
 
-# ---- what is new, from columns alone ----
-
-
-def test_new_images_are_counted_by_class_and_split_and_by_source_with_new_sources_named():
+def test_new_images_are_counted_by_class_split_and_source():
     old, new = make_columns(), make_columns(real=3, fake=6, seed=1)
     old["sources"][:] = "camera"
     new["sources"] = np.array(["camera"] * 3 + ["flux"] * 2 + ["gan"] * 3 + [""])
-    found = grown(old, new)
-    assert found == {
+    news = grown(old, new)
+    assert news == {
         "images": 9,
         "changed": 0,
         "moved": 0,
@@ -43,113 +39,99 @@ def test_new_images_are_counted_by_class_and_split_and_by_source_with_new_source
         "known sources": {"camera": 3},
         "new sources": {"gan": 3, "flux": 2},
     }
-    assert words(found) == [
+    assert words(news) == [
         "new images: 9 (test/real 1, test/fake 2, train/real 2, train/fake 4)",
         "from known sources: camera 3",
         "from new sources: gan 3, flux 2",
     ]
 
 
-def test_copies_count_as_one_with_their_image():
+def test_degraded_copies_are_not_counted():
     old, new = make_columns(), make_columns(real=3, fake=6, seed=1)
     assert grown(with_views(old, 2), with_views(new, 2)) == grown(old, new)
 
 
-def test_where_nothing_is_new_nothing_is_said():
+def test_nothing_new_gives_no_report():
     assert words(grown(make_columns())) == []
 
 
-def test_a_file_with_other_bytes_is_changed_and_one_at_another_place_is_moved_and_neither_is_new():
+def test_changed_and_moved_files_are_not_new():
     old = make_columns()
     now = {name: column.copy() for name, column in old.items()}
     now["sha256"][7] = "other bytes"
-    now["paths"][9], now["labels"][9] = "elsewhere", 1  # the label put right: its twin is itself
+    now["paths"][9], now["labels"][9] = "elsewhere", 1  # a corrected label
     assert words(whats_new(digests_of(old), now)) == ["changed: 1; moved: 1"]
 
 
-def test_the_bytes_of_a_file_that_was_written_over_are_moved_where_they_turn_up():
+def test_bytes_of_an_overwritten_file_count_as_moved():
     old = make_columns()
-    extra = {name: column[:1].copy() for name, column in old.items()} | {
-        "paths": np.array(["elsewhere"])
-    }
-    now = join_columns([old, extra])
-    assert words(whats_new(digests_of(old), now))[0].startswith(
-        "new images: 1 "
-    )  # a copy, while the first stands
+    extra = {name: column[:1].copy() for name, column in old.items()}
+    now = join_columns([old, {**extra, "paths": np.array(["elsewhere"])}])
+    # a copy is new as long as the first file has the same bytes
+    assert words(whats_new(digests_of(old), now))[0].startswith("new images: 1 ")
     now["sha256"][0] = "other bytes"
     assert words(whats_new(digests_of(old), now)) == ["changed: 1; moved: 1"]
 
 
-def test_new_images_that_look_like_one_that_was_there_are_told_and_apart_those_under_the_other_label():
-    old, new = make_columns(), make_columns(real=3, fake=3, seed=1)  # each has its reals first
-    new = pictures_of(
-        new, np.concatenate([old["thumb"][[5, 70, 80]], new["thumb"][3:5], old["thumb"][90:91]])
-    )
-    found = grown(old, new)
-    assert found["alike"] == [
+def test_look_alikes_are_reported_with_contradicting_labels_apart():
+    old, new = make_columns(), make_columns(real=3, fake=3, seed=1)  # real images come first
+    new["thumb"][[0, 1, 2, 5]] = old["thumb"][[5, 70, 80, 90]]
+    news = grown(old, new)
+    assert news["alike"] == [
         ["1/00000.jpg", "0/00005.jpg"],
         ["1/00001.jpg", "0/00070.jpg"],
         ["1/00002.jpg", "0/00080.jpg"],
         ["1/00005.jpg", "0/00090.jpg"],
     ]
-    assert found["other label"] == found["alike"][1:3]
-    assert words(found)[1:] == [
-        (
-            "new images that look like an earlier image: 4, such as 1/00000.jpg and 0/00005.jpg;"
-            " 1/00001.jpg and 0/00070.jpg; 1/00002.jpg and 0/00080.jpg"
-        ),
-        (
-            "warning: new images that look like an earlier image of the other label: 2, such as 1/00001.jpg and 0/00070.jpg;"
-            " 1/00002.jpg and 0/00080.jpg"
-        ),
+    assert news["other label"] == news["alike"][1:3]
+    alike = "new images that look like an earlier image"
+    assert words(news)[1:] == [
+        f"{alike}: 4, such as 1/00000.jpg and 0/00005.jpg; 1/00001.jpg and 0/00070.jpg; "
+        "1/00002.jpg and 0/00080.jpg",
+        f"warning: {alike} of the other label: 2, such as 1/00001.jpg and 0/00070.jpg; "
+        "1/00002.jpg and 0/00080.jpg",
     ]
 
 
-def test_an_image_with_many_look_alikes_is_one_and_that_under_the_other_label_is_not_overlooked():
+def test_an_image_with_many_look_alikes_is_reported_once():
     old, new = make_columns(), make_columns(real=1, fake=0, seed=1)
     old["thumb"][[3, 4, 100]] = new["thumb"][0]
-    found = grown(old, new)
-    assert found["alike"] == [["1/00000.jpg", "0/00003.jpg"]] and found["other label"] == [
-        ["1/00000.jpg", "0/00100.jpg"]
-    ]
+    news = grown(old, new)
+    assert news["alike"] == [["1/00000.jpg", "0/00003.jpg"]]
+    assert news["other label"] == [["1/00000.jpg", "0/00100.jpg"]]
 
 
-def test_new_images_that_look_like_each_other_alone_are_not_told():
+def test_look_alikes_among_new_images_are_not_reported():
     new = make_columns(real=2, fake=2, seed=1)
-    assert (
-        grown(make_columns(), pictures_of(new, np.repeat(new["thumb"][:1], 4, axis=0)))["alike"]
-        == []
-    )
+    new["thumb"][:] = new["thumb"][0]
+    assert grown(make_columns(), new)["alike"] == []
 
 
-def test_flat_pictures_look_alike_only_byte_for_byte():
+def test_flat_images_look_alike_only_with_equal_bytes():
     old, new = make_columns(), make_columns(real=2, fake=0, seed=1)
     old["thumb"][:2], new["thumb"][:] = 255, 255
     new["sha256"][1] = old["sha256"][1]
     assert grown(old, new)["alike"] == [["1/00001.jpg", "0/00001.jpg"]]
 
 
-def test_an_image_without_a_label_contradicts_none():
+def test_an_unlabelled_image_contradicts_no_label():
     old, new = make_columns(), make_columns(real=1, fake=0, seed=1)
     new["thumb"][0], new["labels"][0] = old["thumb"][100], -1
-    found = grown(old, new)
-    assert (
-        len(found["alike"]) == 1
-        and found["other label"] == []
-        and found["cells"] == {"train/unlabelled": 1}
-    )
+    news = grown(old, new)
+    assert len(news["alike"]) == 1 and news["other label"] == []
+    assert news["cells"] == {"train/unlabelled": 1}
 
 
 @pytest.mark.parametrize("number, ends_with", [(10, ", s09 1"), (13, ", s09 1 and 3 more")])
-def test_of_many_sources_the_largest_ten_are_named(number, ends_with):
+def test_the_ten_largest_sources_are_named(number, ends_with):
     new = make_columns(real=number, fake=1, seed=1)
     new["sources"] = np.array([*(f"s{i:02d}" for i in range(number)), "s05"])
     line = words(grown(make_columns(), new))[1]
     assert line.startswith("from new sources: s05 2, s00 1, ") and line.endswith(ends_with)
 
 
-def test_a_thousand_new_images_beside_48000_are_told_in_seconds():
-    """All against all would be 49 times the work."""
+def test_a_thousand_new_images_beside_48000_are_reported_in_seconds():
+    """Comparing all pairs would be 49 times the work."""
     old, new = make_columns(real=24_000, fake=24_000), make_columns(real=500, fake=500, seed=1)
     new["thumb"][:] = old["thumb"][:1000]
     columns, before = join_columns([old, new]), digests_of(old)
@@ -166,7 +148,7 @@ def add_copy(own, of, to):
 
 
 @pytest.mark.parametrize("views", [0, 2])
-def test_an_extraction_that_adds_images_tells_what_is_new(own, tmp_path, capsys, views):
+def test_an_extraction_reports_added_images(own, tmp_path, capsys, views):
     extract(own, tmp_path / "f.npz", "--views", views)
     first = capsys.readouterr()
     assert "new images" not in first.err
@@ -175,21 +157,17 @@ def test_an_extraction_that_adds_images_tells_what_is_new(own, tmp_path, capsys,
     Image.open(own / "test/real/camera/001.jpg").rotate(180).save(own / "test/real/camera/001.jpg")
     (own / "test/fake/gan/001.jpg").rename(own / "test/real/camera/right.jpg")
     extract(own, tmp_path / "f.npz", "--views", views)
-    said = capsys.readouterr()
-    assert said.err.splitlines()[-5:] == [
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-5:] == [
         "new images: 2 (train/real 1, train/fake 1); changed: 1; moved: 1",
         "from known sources: camera 1",
         "from new sources: flux 1",
-        (
-            "new images that look like an earlier image: 2, such as train/fake/flux/wrong.jpg and"
-            " train/real/camera/001.jpg; train/real/camera/again.jpg and train/real/camera/000.jpg"
-        ),
-        (
-            "warning: new images that look like an earlier image of the other label: 1, such as train/fake/flux/wrong.jpg and"
-            " train/real/camera/001.jpg"
-        ),
+        "new images that look like an earlier image: 2, such as train/fake/flux/wrong.jpg and "
+        "train/real/camera/001.jpg; train/real/camera/again.jpg and train/real/camera/000.jpg",
+        "warning: new images that look like an earlier image of the other label: 1, such as "
+        "train/fake/flux/wrong.jpg and train/real/camera/001.jpg",
     ]
-    assert len(said.out.splitlines()) == 1
+    assert len(captured.out.splitlines()) == 1
     extract(own, tmp_path / "f.npz", "--views", views)
     assert "new images" not in capsys.readouterr().err
 
@@ -201,7 +179,7 @@ GONE = ["test/real/camera/001.jpg", "train/fake/gan/003.jpg"]
 
 @pytest.fixture
 def shrunk(own, tmp_path, capsys):
-    """The 24 images, extracted with a copy each; then two were removed. -> (folder, features file)"""
+    """Extract the 24 images with a copy each, then delete two. -> (folder, features file)"""
     extract(own, tmp_path / "out/f.npz", "--views", 1)
     for path in GONE:
         (own / path).unlink()
@@ -209,27 +187,23 @@ def shrunk(own, tmp_path, capsys):
     return own, tmp_path / "out/f.npz"
 
 
-def test_prune_drops_the_rows_of_files_that_are_gone_and_says_so(shrunk, capsys, encoded):
+def test_prune_drops_and_reports_the_rows_of_deleted_files(shrunk, capsys, encoded):
     data, output = shrunk
     old = load_features(output)
     new = extract(data, output, "--views", 1, "--prune")
-    kept = ~np.isin(old["paths"], GONE)
-    assert (
-        rows(new) == rows({name: column[kept] for name, column in old.items() if name != "meta"})
-        and len(new["paths"]) == 44
-    )
-    assert new["meta"]["counts"]["images"] == 22 and encoded == []
-    said = capsys.readouterr().err
-    assert "44 rows stay unchanged" in said and "4 rows of deleted files are dropped\n" in said
+    assert rows(new) == {key: row for key, row in rows(old).items() if key[0] not in GONE}
+    assert len(new["paths"]) == 44 and new["meta"]["counts"]["images"] == 22 and encoded == []
+    stderr = capsys.readouterr().err
+    assert "44 rows stay unchanged" in stderr and "4 rows of deleted files are dropped\n" in stderr
 
 
-def test_without_prune_they_stay_and_prune_is_named(shrunk, capsys):
+def test_without_prune_rows_of_deleted_files_stay(shrunk, capsys):
     data, output = shrunk
     assert len(extract(data, output, "--views", 1)["paths"]) == 48
     assert "4 of these rows belong to deleted files; --prune drops them" in capsys.readouterr().err
 
 
-def test_prune_is_no_other_way_to_make_a_file(shrunk, capsys):
+def test_prune_does_not_change_the_key(shrunk, capsys):
     data, output = shrunk
     before = load_features(output)["meta"]["key"]
     pruned = extract(data, output, "--views", 1, "--prune")
@@ -239,29 +213,24 @@ def test_prune_is_no_other_way_to_make_a_file(shrunk, capsys):
     assert digest(output) == pruned_bytes and "set aside" not in capsys.readouterr().err
 
 
-def test_prune_with_nothing_gone_changes_nothing(few, tmp_path, capsys):
-    extract(few, tmp_path / "f.npz", "--prune")  # nothing to prune yet: a first run like any other
+def test_prune_without_deleted_files_changes_nothing(few, tmp_path, capsys):
+    extract(few, tmp_path / "f.npz", "--prune")  # the first run has nothing to prune
     before = digest(tmp_path / "f.npz")
     extract(few, tmp_path / "f.npz", "--prune")
     assert digest(tmp_path / "f.npz") == before and "deleted" not in capsys.readouterr().err
 
 
-def test_a_file_of_which_all_are_gone_is_set_aside_and_not_pruned(
-    few, make_folder, tmp_path, capsys
-):
+def test_prune_sets_aside_a_file_of_another_folder(few, make_folder, tmp_path, capsys):
     output = tmp_path / "out/f.npz"
     extract(few, output)
     before = digest(output)
-    extract(
-        make_folder(tmp_path / "other", {"train/real/x": 4, "train/fake/y": 4}, seed=2),
-        output,
-        "--prune",
-    )
+    other = make_folder(tmp_path / "other", {"train/real/x": 4, "train/fake/y": 4}, seed=2)
+    extract(other, output, "--prune")
     assert digest(f"{output}.old-1") == before
     assert "has none of the images of this folder: set aside" in capsys.readouterr().err
 
 
-def test_an_image_that_was_moved_is_moved_with_prune_too(shrunk, capsys):
+def test_prune_reports_a_moved_image(shrunk, capsys):
     data, output = shrunk
     shutil.move(data / "train/real/camera/000.jpg", data / "train/fake/gan/right.jpg")
     extract(data, output, "--views", 1, "--prune")
@@ -269,8 +238,8 @@ def test_an_image_that_was_moved_is_moved_with_prune_too(shrunk, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", [blow for blow in BLOWS if blow != "before anything is stored"])
-def test_killed_while_it_prunes_the_old_file_stands_until_the_new_one_is_whole(
+@pytest.mark.parametrize("blow", LATE_BLOWS)
+def test_killed_while_pruning_the_old_file_stays_until_the_new_is_whole(
     own, make_folder, tmp_path, blow
 ):
     output, added = tmp_path / "out/f.npz", {"train/fake/another": 6, "test/real/another": 6}
@@ -282,8 +251,6 @@ def test_killed_while_it_prunes_the_old_file_stands_until_the_new_one_is_whole(
     strike(BLOWS[blow], own, output, "--prune", after=4)
     assert digest(output) == before or len(load_features(output)["paths"]) == 34
     new = extract(own, output, "--batch_size", 2, "--prune")
-    assert (
-        rows(new, slice(22)) == {path: row for path, row in old.items() if path not in GONE}
-        and len(new["paths"]) == 34
-    )
+    assert rows(new, slice(22)) == {key: row for key, row in old.items() if key[0] not in GONE}
+    assert len(new["paths"]) == 34
     assert names(output.parent) == ["f.npz"]

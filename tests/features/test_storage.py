@@ -1,11 +1,10 @@
-"""Folders and features as Parquet: what is written is read back, whatever reads Parquet reads it, what is damaged is told."""
-
-import json
+"""Features as Parquet: written, read back, read by others, and refused when damaged."""
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from commands import assert_one_line_error
+from extracting import names, write_dataset
 from made_up import BASELINE, ENCODER, make_columns, with_views, write_features
 
 from detector.base.errors import UsageError
@@ -15,50 +14,25 @@ from detector.features.file import load_features, load_rows
 
 
 def rich_columns():
-    """Columns with everything that a file may have: copies, no source, no split, no label, names of other scripts."""
+    """Columns with copies, non-Latin names, and rows without source, split or label."""
     columns = with_views(make_columns(real=9, fake=7), 2)
-    columns["paths"][0], columns["sources"][3:9], columns["splits"][-1] = (
-        "übung/图.jpg",
-        "camera",
-        "",
-    )
-    columns["labels"][5], columns["facts"]["format"][2:5] = -1, ["PNG", "", "WEBP"]
+    columns["paths"][0], columns["sources"][3:9] = "übung/图.jpg", "camera"
+    columns["splits"][-1], columns["labels"][5] = "", -1
+    columns["facts"]["format"][2:5] = ["PNG", "", "WEBP"]
     return columns
 
 
-def write_dataset(folder, columns, parts=3, encoder=ENCODER):
-    """Columns -> a finished data set of that many parts."""
-    cuts = np.linspace(0, len(columns["labels"]), parts + 1).astype(int)
-    names = [f"part-{i:06d}-{i:016x}.parquet" for i in range(parts)]
-    for name, start, end in zip(names, cuts[:-1], cuts[1:]):
-        storage.write_part(
-            folder,
-            name,
-            {column: columns[column][start:end] for column in COLUMNS},
-            {"start": int(start)},
-        )
-    storage.write_bytes(
-        folder, "_meta.json", json.dumps({"encoder": encoder, "parts": names}).encode()
-    )
-    return folder
-
-
-def test_a_data_set_is_read_as_the_features_file_of_the_same_columns(tmp_path):
+def test_a_data_set_is_read_like_a_features_file(tmp_path):
     columns = rich_columns()
-    one, other = (
-        load_features(write_features(tmp_path / "f.npz", columns)),
-        load_features(write_dataset(tmp_path / "f", columns)),
-    )
+    one = load_features(write_features(tmp_path / "f.npz", columns))
+    other = load_features(write_dataset(tmp_path / "f", columns))
     for name in COLUMNS:
-        assert (
-            one[name].dtype.kind == other[name].dtype.kind
-            and one[name].shape == other[name].shape
-            and (one[name] == other[name]).all()
-        ), name
+        assert one[name].dtype.kind == other[name].dtype.kind, name
+        assert np.array_equal(one[name], other[name]), name
     assert other["meta"]["encoder"] == one["meta"]["encoder"]
 
 
-def test_whatever_reads_parquet_reads_the_folder(tmp_path):
+def test_any_parquet_reader_reads_the_folder(tmp_path):
     columns = rich_columns()
     table = pq.read_table(write_dataset(tmp_path / "f", columns))
     assert set(table.column_names) == set(COLUMNS) and len(table) == len(columns["labels"])
@@ -69,14 +43,11 @@ def test_whatever_reads_parquet_reads_the_folder(tmp_path):
     assert table["facts"][2].as_py()["format"] == "PNG"
 
 
-def test_a_part_without_rows_and_what_it_was_told_are_kept(tmp_path):
+def test_a_part_without_rows_keeps_its_footer(tmp_path):
     nothing = {name: column[:0] for name, column in make_columns().items()}
-    storage.write_part(
-        tmp_path, "part-000000-00.parquet", nothing, {"bad": [["a.jpg", "truncated", True]]}
-    )
-    assert storage.about_part(tmp_path, "part-000000-00.parquet") == {
-        "bad": [["a.jpg", "truncated", True]]
-    }
+    about = {"bad": [["a.jpg", "truncated", True]]}
+    storage.write_part(tmp_path, "part-000000-00.parquet", nothing, about)
+    assert storage.about_part(tmp_path, "part-000000-00.parquet") == about
     assert storage.read_part(tmp_path, "part-000000-00.parquet")["features"].shape == (0, 6)
 
 
@@ -88,48 +59,35 @@ def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
         assert load_features(name)["paths"].tolist() == columns["paths"].tolist()
 
 
-def test_parts_that_meta_does_not_name_are_not_there(tmp_path):
+def test_parts_that_meta_does_not_name_are_ignored(tmp_path):
     columns = make_columns()
     folder = write_dataset(tmp_path / "f", columns)
-    storage.write_part(folder, "part-000099-00.parquet", columns, {})  # of a run that was killed
+    storage.write_part(folder, "part-000099-00.parquet", columns, {})  # left by a killed run
     assert len(load_features(folder)["labels"]) == len(columns["labels"])
 
 
-def test_npz_and_parquet_are_trained_on_together_and_the_audit_reads_parquet_too(script, tmp_path):
+def test_npz_and_parquet_are_read_together_and_audited(script, tmp_path):
     one, other = make_columns(), make_columns(seed=1)
     files = [write_features(tmp_path / "f.npz", one), write_dataset(tmp_path / "f.parquet", other)]
     opened, encoder = file.open_files(files, crops=0)
     columns, total = load_rows(opened, 1000)
-    assert (
-        encoder == ENCODER
-        and total == 240
-        and np.array_equal(columns["features"], join_columns([one, other])["features"])
-    )
+    assert encoder == ENCODER and total == 240
+    assert np.array_equal(columns["features"], join_columns([one, other])["features"])
     assert script("audit.py", "--features_file", files[1]).returncode == 0
 
 
+PART = "part-000001-0000000000000001.parquet"
+
+
 @pytest.mark.parametrize(
-    "damage, told",
+    "name, damage, message",
     [
-        (lambda folder: (folder / "_meta.json").unlink(), "nor a finished data set"),
-        (lambda folder: (folder / "_meta.json").write_text("{"), "_meta.json is damaged"),
-        (lambda folder: (folder / "_meta.json").write_text("{}"), "_meta.json is damaged"),
-        (
-            lambda folder: next(folder.glob("part-000001*")).unlink(),
-            "part-000001-0000000000000001.parquet cannot be read",
-        ),
-        (
-            lambda folder: next(folder.glob("part-000001*")).write_bytes(
-                b"PAR1 of something else PAR1"
-            ),
-            "cannot be read",
-        ),
-        (
-            lambda folder: next(folder.glob("part-000001*")).write_bytes(
-                next(folder.glob("part-000001*")).read_bytes()[:-50]
-            ),
-            "cannot be read",
-        ),
+        ("_meta.json", lambda path: path.unlink(), "nor a finished data set"),
+        ("_meta.json", lambda path: path.write_text("{"), "_meta.json is damaged"),
+        ("_meta.json", lambda path: path.write_text("{}"), "_meta.json is damaged"),
+        (PART, lambda path: path.unlink(), f"{PART} cannot be read"),
+        (PART, lambda path: path.write_bytes(b"PAR1 other PAR1"), "cannot be read"),
+        (PART, lambda path: path.write_bytes(path.read_bytes()[:-50]), "cannot be read"),
     ],
     ids=[
         "unfinished",
@@ -140,31 +98,28 @@ def test_npz_and_parquet_are_trained_on_together_and_the_audit_reads_parquet_too
         "a part truncated",
     ],
 )
-def test_a_damaged_data_set_is_one_line(script, tmp_path, damage, told):
+def test_a_damaged_data_set_is_a_one_line_error(script, tmp_path, name, damage, message):
     folder = write_dataset(tmp_path / "f.parquet", make_columns())
-    damage(folder)
-    assert_one_line_error(script("train_model.py", "--features_file", folder), folder, told)
+    damage(folder / name)
+    assert_one_line_error(script("train_model.py", "--features_file", folder), folder, message)
 
 
-def test_columns_of_other_types_are_one_line(tmp_path):
+def test_columns_of_other_types_are_refused(tmp_path):
     import pyarrow as pa
 
     folder = write_dataset(tmp_path / "f", make_columns(), parts=1)
     name = "part-000000-0000000000000000.parquet"
     table = pq.read_table(folder / name)
-    for column, values in (
-        ("features", pa.array(["x"] * len(table))),
-        ("labels", pa.array([7] * len(table))),
-    ):
-        pq.write_table(
-            table.set_column(table.column_names.index(column), column, values), folder / name
-        )
+    for column, value in (("features", "x"), ("labels", 7)):
+        values = pa.array([value] * len(table))
+        place = table.column_names.index(column)
+        pq.write_table(table.set_column(place, column, values), folder / name)
         with pytest.raises(UsageError, match="extract again"):
             load_features(folder)
 
 
 @pytest.mark.parametrize("address", ["ftp://host/folder", "s3:///folder", "C://x"])
-def test_an_address_that_is_none_is_one_line(script, tmp_path, address):
+def test_an_invalid_address_is_a_one_line_error(script, tmp_path, address):
     assert_one_line_error(script("train_model.py", "--features_file", address), address)
 
 
@@ -180,23 +135,19 @@ def test_an_address_that_is_none_is_one_line(script, tmp_path, address):
         ),
     ],
 )
-def test_what_needs_ray_says_so(script, tmp_path, flags, words):
+def test_object_stores_and_parquet_require_ray(script, tmp_path, flags, words):
     assert_one_line_error(script("extract_features.py", *flags), *words)
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert names(tmp_path) == ["home"]
 
 
-def test_without_pyarrow_it_is_named(script, tmp_path):
-    (tmp_path / "none" / "pyarrow").mkdir(parents=True)
-    (tmp_path / "none" / "pyarrow" / "__init__.py").write_text("raise ImportError")
-    done = script(
-        "train_model.py",
-        "--features_file",
-        write_dataset(tmp_path / "f", make_columns()),
-        PYTHONPATH=str(tmp_path / "none"),
-    )
+def test_a_missing_pyarrow_is_named(script, tmp_path):
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "pyarrow.py").write_text("raise ImportError")
+    folder = write_dataset(tmp_path / "f", make_columns())
+    done = script("train_model.py", "--features_file", folder, PYTHONPATH=tmp_path / "blocked")
     assert_one_line_error(done, "pyarrow", "requirements/ray.txt")
 
 
-def test_of_a_file_of_another_kind_nobody_is_told_to_load_it_unsafely():
+def test_the_error_for_another_file_recommends_no_unsafe_loading():
     with pytest.raises(UsageError, match="not a features file .it is of another kind.; extract"):
         load_features(BASELINE)

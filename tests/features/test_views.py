@@ -1,4 +1,4 @@
-"""extract_features.py --views: degraded copies of each image beside it, the same wherever and whenever they are made."""
+"""extract_features.py --views: degraded copies of each image, equal in every run."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import small
-from extracting import digest, extract, names
+from extracting import digest, extract, names, rows
 from made_up import DIM
 
 from detector.encoders import runtime
@@ -22,14 +22,6 @@ pytestmark = pytest.mark.usefixtures("settings")
 ABOUT_THE_FILE = [name for name in COLUMNS if name not in ("features", "view")]
 
 
-def rows(columns):
-    """Columns -> {(hash, view): the row's values}, to compare rows whatever their place."""
-    return {
-        (columns["sha256"][i], columns["view"][i]): [columns[name][i].tobytes() for name in COLUMNS]
-        for i in range(len(columns["paths"]))
-    }
-
-
 @pytest.fixture(scope="module")
 def plain(few, tmp_path_factory):
     """The 24 images without and with two copies: (columns, columns)."""
@@ -39,14 +31,13 @@ def plain(few, tmp_path_factory):
         return tuple(extract(few, folder / f"{views}.npz", "--views", views) for views in (0, 2))
 
 
-def test_each_image_is_followed_by_its_copies_which_share_all_but_the_features(plain):
+def test_copies_follow_their_image_and_share_all_but_the_features(plain):
     alone, copied = plain
     assert copied["view"].tolist() == [0, 1, 2] * 24 and copied["view"].dtype == np.int8
     for name in ABOUT_THE_FILE:
         assert np.array_equal(copied[name], np.repeat(alone[name], 3, axis=0)), name
-    np.testing.assert_allclose(
-        copied["features"][::3], alone["features"], rtol=0.05, atol=0.05
-    )  # other batches round otherwise
+    # another batch size changes the rounding
+    np.testing.assert_allclose(copied["features"][::3], alone["features"], rtol=0.05, atol=0.05)
     by_image = copied["features"].reshape(24, 3, -1)
     for one, other in ((0, 1), (0, 2), (1, 2)):
         apart = np.abs(by_image[:, one] - by_image[:, other]).max(1)
@@ -63,90 +54,75 @@ def test_copies_are_the_stated_degradations_of_the_image(few, plain):
         np.testing.assert_allclose(columns["features"][i], alone, rtol=0.05, atol=0.05)
 
 
-def test_copies_do_not_depend_on_label_folder_name_or_how_many_there_are(few, plain, tmp_path):
-    other = {
+def test_copies_do_not_depend_on_label_name_or_number(few, plain, tmp_path):
+    moves = {
         "train/real/camera": "test/fake/x",
         "train/fake/gan": "test/real/y",
         "test/real/camera": "train/fake/z",
         "test/fake/gan": "train/real",
     }
-    for here, there in other.items():
-        (tmp_path / "data" / there).mkdir(parents=True)
-        for path in (few / here).iterdir():
-            shutil.copyfile(path, tmp_path / "data" / there / f"renamed-{path.name}")
+    for before, after in moves.items():
+        (tmp_path / "data" / after).mkdir(parents=True)
+        for path in (few / before).iterdir():
+            shutil.copyfile(path, tmp_path / "data" / after / f"renamed-{path.name}")
     columns = extract(tmp_path / "data", tmp_path / "f.npz", "--views", 3)
-    here, there = (
+    expected, actual = (
         {(c["sha256"][i], c["view"][i]): c["features"][i] for i in range(len(c["paths"]))}
         for c in (plain[1], columns)
     )
-    assert len(there) == 24 * 4
-    for row in here:
-        np.testing.assert_allclose(here[row], there[row], rtol=0.05, atol=0.05)
+    assert len(actual) == 24 * 4
+    for row in expected:
+        np.testing.assert_allclose(expected[row], actual[row], rtol=0.05, atol=0.05)
 
 
-def test_the_same_command_again_writes_the_same_bytes_and_encodes_nothing(few, tmp_path, encoded):
+def test_a_second_run_with_views_encodes_and_changes_nothing(few, tmp_path, encoded):
     for name in ("a", "b"):
         extract(few, tmp_path / f"{name}.npz", "--views", 2)
     assert digest(tmp_path / "a.npz") == digest(tmp_path / "b.npz") and sum(encoded) == 2 * 72
     extract(few, tmp_path / "a.npz", "--views", 2)
     assert digest(tmp_path / "a.npz") == digest(tmp_path / "b.npz") and sum(encoded) == 2 * 72
-    assert max(encoded) == 16  # no more at a time than without copies
+    assert max(encoded) == 16  # the batch size, as without copies
 
 
-def test_images_and_copies_are_counted_apart(few, own, tmp_path, capsys):
+def test_images_and_copies_are_counted_separately(few, own, tmp_path, capsys):
     (own / "train/real/camera/spoilt.jpg").write_bytes(b"\xff\xd8\xff cut")
     columns = extract(own, tmp_path / "f.npz", "--views", 2)
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}/f.npz: 24 images and 48 degraded copies, {DIM}-d features (test/real 4,"
-        " test/fake 4, train/real 8, train/fake 8); 1 of 25 skipped"
+        f"{tmp_path}/f.npz: 24 images and 48 degraded copies, {DIM}-d features (test/real 4, "
+        "test/fake 4, train/real 8, train/fake 8); 1 of 25 skipped"
     ]
-    assert (
-        columns["meta"]["counts"] == {"images": 24, "bad": 1, "real": 12, "fake": 12}
-        and columns["meta"]["key"]["views"] == 2
-    )
+    assert columns["meta"]["counts"] == {"images": 24, "bad": 1, "real": 12, "fake": 12}
+    assert columns["meta"]["key"]["views"] == 2
 
 
-def test_images_added_changed_and_removed_later_leave_the_copies_of_the_others(
-    own, few, tmp_path, encoded
-):
+def test_a_changed_folder_keeps_the_copies_of_other_images(own, few, tmp_path, encoded):
     old = extract(own, tmp_path / "f.npz", "--views", 2)
-    shutil.copyfile(few / "train/real/camera/000.jpg", own / "test/real/camera/001.jpg")
+    changed, added = "test/real/camera/001.jpg", "train/fake/gan/added.jpg"
+    shutil.copyfile(few / "train/real/camera/000.jpg", own / changed)
     (own / "test/real/camera/002.jpg").unlink()
-    (own / "train/fake/gan/moved.jpg").write_bytes(
-        (own / "train/fake/gan/003.jpg").read_bytes() + b" "
-    )
+    (own / added).write_bytes((own / "train/fake/gan/003.jpg").read_bytes() + b" ")
     new = extract(own, tmp_path / "f.npz", "--views", 2)
     assert sum(encoded) == 72 + 2 * 3
-    assert (np.bincount(new["view"]) == 25).all() and (
-        new["view"].reshape(-1, 3) == [0, 1, 2]
-    ).all()
-    changed = digest(few / "test/real/camera/001.jpg")
-    kept = {row: value for row, value in rows(old).items() if row[0] != changed}
-    there = rows(new)
-    assert {path for path in new["paths"]} - set(old["paths"]) == {"train/fake/gan/moved.jpg"}
-    assert all(
-        there[row] == value
-        for row, value in kept.items()
-        if row[0] != digest(few / "train/real/camera/000.jpg")
-    )
+    assert new["view"].tolist() == [0, 1, 2] * 25
+    assert set(new["paths"]) - set(old["paths"]) == {added}
+    assert {key: row for key, row in rows(old).items() if key[0] != changed} == {
+        key: row for key, row in rows(new).items() if key[0] not in (changed, added)
+    }
 
 
 @pytest.mark.parametrize("before, after", [(0, 2), (2, 0), (2, 3)])
 def test_another_number_of_copies_sets_the_file_aside(few, tmp_path, capsys, before, after):
     output = tmp_path / "out/f.npz"
     extract(few, output, "--limit", 4, "--views", before)
-    then = digest(output)
-    assert np.bincount(extract(few, output, "--limit", 4, "--views", after)["view"]).tolist() == [
-        4
-    ] * (1 + after)
-    assert (
-        f"{output} was made with other flags, another encoder or precision: set aside as"
-        f" {output}.old-1" in capsys.readouterr().err
-    )
-    assert names(output.parent) == ["f.npz", "f.npz.old-1"] and digest(f"{output}.old-1") == then
+    earlier = digest(output)
+    columns = extract(few, output, "--limit", 4, "--views", after)
+    assert np.bincount(columns["view"]).tolist() == [4] * (1 + after)
+    assert f"set aside as {output}.old-1" in capsys.readouterr().err
+    assert names(output.parent) == ["f.npz", "f.npz.old-1"]
+    assert digest(f"{output}.old-1") == earlier
 
 
-def test_a_run_that_was_stopped_goes_on_with_all_copies(few, tmp_path, monkeypatch, capsys):
+def test_a_failed_run_resumes_with_all_copies(few, tmp_path, monkeypatch, capsys):
     extract(few, tmp_path / "fresh.npz", "--views", 2, "--batch_size", 4)
     savez, stored, number = np.savez, [], itertools.count(1)
 
@@ -159,24 +135,17 @@ def test_a_run_that_was_stopped_goes_on_with_all_copies(few, tmp_path, monkeypat
         before = set(threading.enumerate())
         with pytest.raises(ZeroDivisionError):
             extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
-        for thread in (
-            set(threading.enumerate()) - before
-        ):  # a run that fails ends with what is being encoded
+        # a failed run ends after the batches being encoded
+        for thread in set(threading.enumerate()) - before:
             thread.join(20)
-    assert (
-        set(stored) == {12}
-        and len(stored) >= 4
-        and json.loads((tmp_path / "f.npz.parts/key.json").read_text())["views"] == 2
-    )
+    assert set(stored) == {12} and len(stored) >= 4
+    assert json.loads((tmp_path / "f.npz.parts/key.json").read_text())["views"] == 2
     extract(few, tmp_path / "f.npz", "--views", 2, "--batch_size", 4)
     assert "resuming: 3 of 6 batches are stored already" in capsys.readouterr().err
-    assert digest(tmp_path / "f.npz") == digest(tmp_path / "fresh.npz") and names(tmp_path) == [
-        "f.npz",
-        "fresh.npz",
-        "home",
-    ]
+    assert digest(tmp_path / "f.npz") == digest(tmp_path / "fresh.npz")
+    assert names(tmp_path) == ["f.npz", "fresh.npz", "home"]
 
 
-def test_facts_are_those_of_the_file_not_of_its_copies(few, plain):
-    for path, facts in zip(plain[1]["paths"], plain[1]["facts"]):
+def test_facts_describe_the_file_and_not_its_copies(few, plain):
+    for path, facts in zip(plain[1]["paths"], plain[1]["facts"], strict=True):
         assert facts["bytes"] == os.path.getsize(few / path)
