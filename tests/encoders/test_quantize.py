@@ -1,4 +1,4 @@
-"""int8: another encoder, made on labelled images of one's own and proved on others, or refused with the figures."""
+"""int8 is another encoder, calibrated and tested on labelled images, or refused with figures."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def reds_and_blues(folder):
-    """80 pictures whose classes no rounding can confuse: random weights see colours, but little else."""
+    """80 images of two colours, because random weights separate little but colours."""
     rng = np.random.default_rng(0)
     for label, tint in (("real", (1, 0.3, 0.3)), ("fake", (0.3, 0.3, 1))):
         (folder / label).mkdir(parents=True)
@@ -32,23 +32,13 @@ def reds_and_blues(folder):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """-> (folder of images, cache, checkpoint, what the command said)."""
+    """-> (folder of images, cache, checkpoint, CompletedProcess of the command)."""
     place = tmp_path_factory.mktemp("int8")
     data = reds_and_blues(place / "data")
     checkpoint = small_clip.save_state_dict(mild_vit(), place / "mild.pt")
+    flags = f"--clip_model {checkpoint} --precision int8 --data_dir {data} --limit 80"
     result = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "prepare_clip.py"),
-            "--clip_model",
-            str(checkpoint),
-            "--precision",
-            "int8",
-            "--data_dir",
-            str(data),
-            "--limit",
-            "80",
-        ],
+        [sys.executable, ROOT / "prepare_clip.py", *flags.split()],
         capture_output=True,
         text=True,
         env={**os.environ, "CLIP_CACHE": str(place / "cache")},
@@ -58,7 +48,7 @@ def made(tmp_path_factory):
 
 
 def mild_vit():
-    """As torch initialises it, with a little more contrast: attention that int8 can follow."""
+    """Torch's initial weights, because int8 can follow their weak attention."""
     import torch
 
     torch.manual_seed(0)
@@ -71,49 +61,33 @@ def test_int8_is_another_encoder_and_reports_its_closeness(made, monkeypatch):
     assert result.returncode == 0, result.stderr
     monkeypatch.setenv("CLIP_CACHE", str(cache))
     folder = prepare.ensure_encoder(str(checkpoint), "int8")
+    float_folder = prepare.ensure_encoder(str(checkpoint))
     assert str(folder) == result.stdout.strip() and "test images" in result.stderr
-    plain, int8 = (
-        runtime.read_manifest(f) for f in (prepare.ensure_encoder(str(checkpoint)), folder)
-    )
-    assert (
-        int8["identity"] != plain["identity"]
-        and int8["name"] == "mild int8"
-        and int8["dim"] == plain["dim"]
-    )
+    plain, int8 = runtime.read_manifest(float_folder), runtime.read_manifest(folder)
+    assert int8["name"] == "mild int8"
+    assert int8["identity"] != plain["identity"] and int8["dim"] == plain["dim"]
     encoder = runtime.Encoder(folder)
     assert encoder.precision == "int8"
-    pixels = preprocessing.preprocess(
-        decoding.decode_image(runtime.golden_image()), encoder.resolution
-    )[None]
+    image = decoding.decode_image(runtime.golden_image())
+    pixels = preprocessing.preprocess(image, encoder.resolution)[None]
     np.testing.assert_allclose(encoder.encode(pixels)[0], int8["golden"], rtol=1e-4, atol=1e-4)
-    assert (folder / "encoder.bin").stat().st_size < 0.7 * (
-        prepare.ensure_encoder(str(checkpoint)) / "encoder.bin"
-    ).stat().st_size
+    size, float_size = ((f / "encoder.bin").stat().st_size for f in (folder, float_folder))
+    assert size < 0.7 * float_size
 
 
 @pytest.mark.long
 def test_int8_features_name_their_encoder_and_are_close(made, script, tmp_path):
     data, cache, checkpoint, _ = made
-    found = {}
+    files = {}
     for precision in ("float32", "int8"):
-        result = script(
-            "extract_features.py",
-            "--data_dir",
-            data,
-            "--output_file",
-            f"{precision}.npz",
-            "--precision",
-            precision,
-            CLIP_MODEL=str(checkpoint),
-            CLIP_CACHE=str(cache),
-        )
+        flags = f"--data_dir {data} --output_file {precision}.npz --precision {precision}"
+        settings = {"CLIP_MODEL": str(checkpoint), "CLIP_CACHE": str(cache)}
+        result = script("extract_features.py", *flags.split(), **settings)
         assert result.returncode == 0, result.stderr
-        found[precision] = load_features(tmp_path / f"{precision}.npz")
-    assert (
-        found["int8"]["meta"]["encoder"]["name"] == "mild int8"
-        and found["int8"]["meta"]["key"]["precision"] == "int8"
-    )
-    cosine = closeness.cosines(found["float32"]["features"], found["int8"]["features"])
+        files[precision] = load_features(tmp_path / f"{precision}.npz")
+    assert files["int8"]["meta"]["encoder"]["name"] == "mild int8"
+    assert files["int8"]["meta"]["key"]["precision"] == "int8"
+    cosine = closeness.cosines(files["float32"]["features"], files["int8"]["features"])
     assert 0.99 <= cosine.mean() < 1
     result = script("train_model.py", "--features_file", "float32.npz", "int8.npz")
     assert_one_line_error(result, "was made by 'mild'", "by 'mild int8'")
@@ -122,42 +96,34 @@ def test_int8_features_name_their_encoder_and_are_close(made, script, tmp_path):
 def test_a_missing_int8_form_names_the_command(script, tmp_path):
     checkpoint = tmp_path / "mine.pt"
     checkpoint.write_bytes(b"weights")
-    with pytest.raises(
-        EncoderError,
-        match=(
-            f"run python prepare_clip.py --clip_model {checkpoint} --precision int8 --data_dir DIR"
-        ),
-    ):
+    command = f"python prepare_clip.py --clip_model {checkpoint} --precision int8 --data_dir DIR"
+    with pytest.raises(EncoderError, match=f"run {command}"):
         prepare.ensure_encoder(str(checkpoint), "int8")
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, figure",
     [
         ({"cosine": 0.98}, "cosine to float32 0.9800"),
         ({"agreement": 0.985}, "98.5% of the verdicts"),
     ],
 )
-def test_int8_that_is_not_close_is_refused_with_figures_and_not_kept(
-    tmp_path, monkeypatch, change, said
-):
-    tried = []
+def test_int8_that_is_not_close_is_refused_with_figures_and_not_kept(monkeypatch, change, figure):
+    attempts = []
 
     def copied(folder, scratch, *_):
-        tried.append(folder)
+        attempts.append(folder)
         for name in ("encoder.xml", "encoder.bin"):
             (scratch / name).write_bytes((folder / name).read_bytes())
 
     for name in ("plain", "accuracy_controlled"):
         monkeypatch.setattr(quantize, name, copied)
-    monkeypatch.setattr(
-        quantize, "closeness", lambda *_: {"cosine": 1.0, "lowest": 0.9, "agreement": 1.0, **change}
-    )
-    side = runtime.read_manifest(small.ENCODER)["resolution"]
-    with pytest.raises(EncoderError, match=f"int8 is refused.*{said}.*on 2 test images") as error:
-        pixels = np.zeros((4, 3, side, side), np.float32)
+    figures = {"cosine": 1.0, "lowest": 0.9, "agreement": 1.0, **change}
+    monkeypatch.setattr(quantize, "closeness", lambda *_: figures)
+    pixels = np.zeros((4, 3, 64, 64), np.float32)
+    with pytest.raises(EncoderError, match=f"int8 is refused.*{figure}.*on 2 test images") as error:
         quantize.quantize(small.ENCODER, pixels, np.array([0, 1, 0, 1]))
-    assert "\n" not in str(error.value) and len(tried) == 2
+    assert "\n" not in str(error.value) and len(attempts) == 2
     assert {p.name for p in runtime.cache_dir().iterdir()} <= {"compiled", "encoders"}
     assert [p.name for p in (runtime.cache_dir() / "encoders").iterdir()] == [small.ENCODER.name]
 
@@ -170,12 +136,10 @@ def test_closeness_measures_turned_features_and_verdicts():
     same = quantize.closeness(reference, reference[200:], labels)
     assert same["cosine"] == pytest.approx(1) and same["agreement"] == 1
     turned = reference[200:].copy()
-    turned[:40, 0] = 4 - turned[:40, 0]  # a fifth of the images change sides
-    found = quantize.closeness(reference, turned, labels)
-    assert (
-        found["agreement"] == pytest.approx(0.8, abs=0.04)
-        and found["lowest"] < 0.9 < found["cosine"] < 1
-    )
+    turned[:40, 0] = 4 - turned[:40, 0]  # a fifth of the images change their class
+    figures = quantize.closeness(reference, turned, labels)
+    assert figures["agreement"] == pytest.approx(0.8, abs=0.04)
+    assert figures["lowest"] < 0.9 < figures["cosine"] < 1
 
 
 def test_missing_nncf_names_the_remedy(monkeypatch):
