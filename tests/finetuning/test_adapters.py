@@ -215,7 +215,7 @@ def test_the_best_weights_come_back_after_evaluations_without_gain():
         assert not best.over
         with torch.no_grad():
             model.weight.fill_(step)
-        best.saw(auc, step)
+        best.record(auc, step)
     assert best.over
     again = adapters.Best(adapters.Trained(model), patience=2)
     again.load_state_dict(best.state_dict())

@@ -182,7 +182,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
         tune("--train", train, "--lr", 0.5)
     capsys.readouterr()
     resumed = torch.load(tune("--train", train))
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
     whole = torch.load(whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert sorted(p.name for p in tmp_path.glob("tuned*")) == ["tuned.json", "tuned.pt"]
@@ -238,7 +238,7 @@ def test_the_head_finds_the_swapped_channels_on_sources_never_trained_on(tune, c
     "flags, words",
     [
         (["--clip_model", "START", "--train", "all"], ["--train all", "blocks:K, norms or lora:R"]),
-        (["--clip_model", "START", "--train", "blocks:0"], ["--train blocks:0", "from 1"]),
+        (["--clip_model", "START", "--train", "blocks:0"], ["--train blocks:0", "at least 1"]),
         (["--clip_model", "START", "--train", "blocks:9"], ["--train blocks:9", "2 blocks"]),
         (["--clip_model", "START", "--train", "lora:500"], ["--train lora:500", "at most 128"]),
         (["--clip_model", "nowhere.pt"], ["'nowhere.pt'", "neither a file"]),
@@ -256,7 +256,7 @@ def test_the_head_finds_the_swapped_channels_on_sources_never_trained_on(tune, c
         ),
         (
             ["--clip_model", "START", "--keep", "1"],
-            ["no images of both classes to learn from", "--keep"],
+            ["no images of both classes to train on", "--keep"],
         ),
         (
             ["--clip_model", "START", "--train_splits", "val"],

@@ -222,7 +222,7 @@ def test_one_picture_above_5_percent_of_the_data_and_50_images_stops_everything(
         assert np.bincount(rows.group_rows(columns)[0]).max() == copies
         return
     with pytest.raises(
-        UsageError, match=f"^{copies} of {copies + others} images look like one .*remove the copies"
+        UsageError, match=f"^{copies} of {copies + others} images look like the same .*remove the copies"
     ):
         rows.group_rows(columns)
 
