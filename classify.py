@@ -14,13 +14,13 @@ from pathlib import Path
 from detector.base.console import printable, run, say
 from detector.base.constants import MAX_PIXELS
 from detector.base.errors import UsageError
+from detector.verdict import Detector, answer, choose_model, classify_all, details, load
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_input_arguments(parser)
-    add_output_arguments(parser)
-    add_limit_arguments(parser)
+    add_verdict_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -39,7 +39,7 @@ def add_input_arguments(parser):
     )
 
 
-def add_output_arguments(parser):
+def add_verdict_arguments(parser):
     parser.add_argument(
         "--json",
         action="store_true",
@@ -53,9 +53,6 @@ def add_output_arguments(parser):
             " the model's version, and what the file states about its origin"
         ),
     )
-
-
-def add_limit_arguments(parser):
     parser.add_argument(
         "--max_pixels",
         type=int,
@@ -106,8 +103,6 @@ def list_folder(path):
 
 def line(model, verdict, provenance, args, path=None):
     """One Verdict as text, or as JSON with --json. `path` is given for several images."""
-    from detector.verdict import answer, details
-
     more = {}
     if args.details:
         more = details(model, verdict.p_fake, verdict.uncertain, provenance)
@@ -125,8 +120,6 @@ def line(model, verdict, provenance, args, path=None):
 
 def classify_one(detector, path, args):
     """Print the verdict on a single image -> exit code."""
-    from detector.verdict import load
-
     loaded = load(detector, path, args.max_pixels, args.details)
     if isinstance(loaded, Exception):
         say(f"error: {path}: {loaded}")
@@ -140,8 +133,6 @@ def classify_one(detector, path, args):
 def classify_several(detector, paths, args):
     """Print a line for each image, with progress -> number of images that could not be read."""
     from tqdm import tqdm
-
-    from detector.verdict import classify_all
 
     bad = 0
     results = classify_all(detector, paths, args.max_pixels, details=args.details)
@@ -158,8 +149,6 @@ def classify_several(detector, paths, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    from detector.verdict import Detector, choose_model
-
     single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
     paths, unreadable = list_paths(args.image_path)
     detector = Detector(choose_model(args.model_path), args.device)

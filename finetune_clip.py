@@ -27,7 +27,6 @@ LEARNING_RATES = {"blocks": 2e-5, "norms": 3e-4, "lora": 2e-4}
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add_file_arguments(parser.add_argument)
-    add_split_arguments(parser.add_argument)
     add_step_arguments(parser.add_argument)
     add_stopping_arguments(parser.add_argument)
     parser.add_argument(
@@ -58,9 +57,6 @@ def add_file_arguments(add):
         help="labelled images, as for extract_features.py",
     )
     add("--output", default="finetuned.pt", metavar="FILE", help="checkpoint to write")
-
-
-def add_split_arguments(add):
     add("--train_splits", default="train,extra", metavar="A,B", help="splits to train on")
     add(
         "--keep",

@@ -20,10 +20,9 @@ from detector.base.files import check_file, only_writer
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add_file_arguments(parser)
-    add_classifier_arguments(parser)
-    add_split_arguments(parser)
-    add_label_arguments(parser)
-    add_size_arguments(parser)
+    add_training_arguments(parser)
+    add_output_arguments(parser)
+    add_draw_arguments(parser)
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -42,7 +41,7 @@ def add_file_arguments(parser):
     )
 
 
-def add_classifier_arguments(parser):
+def add_training_arguments(parser):
     parser.add_argument(
         "--classifier",
         choices=["svm", "linear-svm", "logistic", "mlp", "all"],
@@ -65,16 +64,13 @@ def add_classifier_arguments(parser):
             " on the calibrated probability)"
         ),
     )
-
-
-def add_split_arguments(parser):
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
     parser.add_argument(
         "--resplit", action="store_true", help="split anew by group and ignore the folders' split"
     )
 
 
-def add_label_arguments(parser):
+def add_output_arguments(parser):
     parser.add_argument(
         "--model_version", default="v0.0.0-dev", metavar="V", help="version stored in the model"
     )
@@ -101,7 +97,7 @@ def add_label_arguments(parser):
     )
 
 
-def add_size_arguments(parser):
+def add_draw_arguments(parser):
     parser.add_argument(
         "--max_rows",
         type=int,

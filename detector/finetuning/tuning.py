@@ -89,23 +89,13 @@ class Training:
         self.best = adapters.Best(adapters.Trained(self.model), args.patience)
         # On a CPU, reading costs a hundredth of a step, and no process needs to be forked.
         self.workers = min(8, processors()) if self.device == "cuda" else 0
-
-    @property
-    def parts(self):
-        """The parts of a stored state."""
-        return {
+        self.parts = {  # of a stored state
             "model": self.best.trained,
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "scaler": self.scaler,
             "best": self.best,
         }
-
-    def batches(self, rows, first):
-        """Yield (pixels, labels) of each forward pass, from step `first` on."""
-        keys = draws(balanced_draw(rows), self.args, first)
-        views = load(rows, keys, self.tower.input_resolution, self.workers)
-        return (to_pixels(*batch, self.device) for batch in views)
 
     def step(self, batches, number):
         """One step of the optimiser -> its loss. Raises UsageError if that is not finite."""
@@ -187,7 +177,9 @@ def take_steps(training, rows, first, last):
     Prints or logs the cost as soon as it is measured.
     """
     args, durations = training.args, []
-    batches = training.batches(rows, first)
+    keys = draws(balanced_draw(rows), args, first)
+    views = load(rows, keys, training.tower.input_resolution, training.workers)
+    batches = (to_pixels(*batch, training.device) for batch in views)
     progress = tqdm(range(first + 1, last + 1), initial=first, total=last, unit="step")
     for number in progress:
         if training.best.over:
