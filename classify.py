@@ -14,36 +14,43 @@ from pathlib import Path
 from detector.base.console import printable, run, say
 from detector.base.constants import MAX_PIXELS
 from detector.base.errors import UsageError
+from detector.verdict import Detector, answer, choose_model, classify_all, details, load
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_input_arguments(parser)
+    add_verdict_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_input_arguments(parser):
     parser.add_argument(
         "--image_path",
         required=True,
         nargs="+",
         metavar="IMG",
-        help="images, folders, or - for the bytes of one on stdin",
+        help="images, folders, or - to read one image from stdin",
     )
     parser.add_argument(
         "--model_path",
         metavar="FILE",
-        help=(
-            "from train_model.py (default: model.joblib where there is one, else the shipped"
-            " baseline)"
-        ),
+        help="from train_model.py (default: model.joblib if it exists, else the shipped baseline)",
     )
+
+
+def add_verdict_arguments(parser):
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print JSON; of several images one object a line, with the path",
+        help="print JSON; for several images, one object a line with its path",
     )
     parser.add_argument(
         "--details",
         action="store_true",
         help=(
-            "also the probability of fake, the threshold, whether it is uncertain, which model said"
-            " so, and what the file says of its own making"
+            "also print the probability of fake, the threshold, whether the verdict is uncertain,"
+            " the model's version, and what the file states about its origin"
         ),
     )
     parser.add_argument(
@@ -51,7 +58,7 @@ def parse_args(argv):
         type=int,
         default=MAX_PIXELS,
         metavar="N",
-        help="largest image taken (default: %(default)s)",
+        help="largest image accepted (default: %(default)s)",
     )
     parser.add_argument(
         "--device",
@@ -59,24 +66,17 @@ def parse_args(argv):
         default="auto",
         help="where to encode (default: %(default)s)",
     )
-    return parser.parse_args(argv)
 
 
 def list_paths(given):
-    """Arguments of --image_path -> (list of files, was a folder unreadable?). Folders give all their files, sorted; '-' stays as
-    it is. Raises UsageError."""
+    """Arguments of --image_path -> (list of files, True if a folder was unreadable).
+
+    A folder gives all its files, sorted. '-' stays as it is. Raises UsageError.
+    """
     paths, unreadable = [], False
     for path in given:
         if path != "-" and os.path.isdir(path):
-            from detector.images.folders import list_files, say_left_out
-
-            listing = list_files(path)
-            say_left_out(path, listing)
-            if not listing.files:
-                raise UsageError(
-                    f"--image_path {path}: the folder"
-                    f" {'cannot be read' if listing.unreadable else 'holds no images' if any(listing) else 'is empty'}"
-                )
+            listing = list_folder(path)
             paths += [os.path.join(path, name) for name in listing.files]
             unreadable = unreadable or bool(listing.unreadable)
         elif path != "-" and not os.path.exists(path):
@@ -86,53 +86,57 @@ def list_paths(given):
     return paths, unreadable
 
 
-def line(model, verdict, provenance, args, path=None):
-    """One Verdict as it is printed: text, or JSON with --json; `path` where several images are asked about."""
-    from detector.verdict import answer, details
+def list_folder(path):
+    """Folder -> its Listing. Raises UsageError if it holds no image."""
+    from detector.images.folders import list_files, say_left_out
 
-    classification, confidence, p_fake, uncertain, _ = verdict
-    more = details(model, p_fake, uncertain, provenance) if args.details else {}
+    listing = list_files(path)
+    say_left_out(path, listing)
+    if listing.files:
+        return listing
+    if listing.unreadable:
+        reason = "cannot be read"
+    else:
+        reason = "holds no images" if any(listing) else "is empty"
+    raise UsageError(f"--image_path {path}: the folder {reason}")
+
+
+def line(model, verdict, provenance, args, path=None):
+    """One Verdict as text, or as JSON with --json. `path` is given for several images."""
+    more = {}
+    if args.details:
+        more = details(model, verdict.p_fake, verdict.uncertain, provenance)
     if args.json:
-        return json.dumps(
-            {
-                **({} if path is None else {"path": path}),
-                **answer(classification, confidence),
-                **more,
-            }
-        )
+        named = {} if path is None else {"path": path}
+        return json.dumps(named | answer(*verdict[:2]) | more)
     if more:
         from detector.images.provenance import in_words
 
         more["provenance"] = in_words(provenance)
-    text = f"{classification} (confidence {confidence:.2f})" + "".join(
-        f"; {k} {v}" for k, v in more.items() if v is not None
-    )
+    text = f"{verdict.classification} (confidence {verdict.confidence:.2f})"
+    text += "".join(f"; {name} {value}" for name, value in more.items() if value is not None)
     return printable(text if path is None else f"{path}: {text}")
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    from detector.verdict import Detector, choose_model, classify_all, load
+def classify_one(detector, path, args):
+    """Print the verdict on a single image -> exit code."""
+    loaded = load(detector, path, args.max_pixels, args.details)
+    if isinstance(loaded, Exception):
+        say(f"error: {path}: {loaded}")
+        return 1
+    pixels, provenance = loaded
+    verdict = detector.judge(pixels[None])[0]
+    print(line(detector.model, verdict, provenance, args))
+    return 0
 
-    single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
-    paths, unreadable = list_paths(args.image_path)
-    detector = Detector(choose_model(args.model_path), args.device)
-    if "notice" in detector.model:
-        say(f"note: {detector.model['notice']}")
-    if single:
-        found = load(detector, paths[0], args.max_pixels, args.details)
-        if isinstance(found, Exception):
-            say(f"error: {paths[0]}: {found}")
-            return 1
-        pixels, provenance = found
-        print(line(detector.model, *detector.judge(pixels[None]), provenance, args))
-        return 0
 
+def classify_several(detector, paths, args):
+    """Print a line for each image, with progress -> number of images that could not be read."""
     from tqdm import tqdm
 
     bad = 0
-    answers = classify_all(detector, paths, args.max_pixels, details=args.details)
-    for path, result in tqdm(answers, total=len(paths), unit="image", disable=None):
+    results = classify_all(detector, paths, args.max_pixels, details=args.details)
+    for path, result in tqdm(results, total=len(paths), unit="image", disable=None):
         if isinstance(result, Exception):
             bad += 1
             tqdm.write(printable(f"{path}: error: {result}"), file=sys.stderr)
@@ -140,6 +144,19 @@ def main(argv=None):
                 tqdm.write(json.dumps({"path": path, "error": str(result)}))
         else:
             tqdm.write(line(detector.model, *result, args, path))
+    return bad
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
+    paths, unreadable = list_paths(args.image_path)
+    detector = Detector(choose_model(args.model_path), args.device)
+    if "notice" in detector.model:
+        say(f"note: {detector.model['notice']}")
+    if single:
+        return classify_one(detector, paths[0], args)
+    bad = classify_several(detector, paths, args)
     if bad:
         say(f"{bad} of {len(paths)} images could not be read")
     return 1 if bad or unreadable else 0

@@ -4,11 +4,10 @@
     python prepare_clip.py --clip_model tuned.pt
     CLIP_MODEL=tuned.pt python extract_features.py --data_dir DIR
 
-A classifier must be trained on images that its encoder has not seen: on seen ones the scores are
-far too good, and
-with them the threshold and the calibration. So `--keep` holds back a share of `train`, the seen
-ones are listed in
-tuned.json beside the checkpoint, and extract_features.py marks their rows as split 'seen'.
+Train the classifier only on images that its encoder has not seen. On seen images the scores are far
+too good, and so the threshold and the calibration are wrong. `--keep` therefore holds back a share
+of `train`. tuned.json beside the checkpoint lists the seen images, and extract_features.py marks
+their rows as split 'seen'.
 """
 
 import argparse
@@ -27,7 +26,24 @@ LEARNING_RATES = {"blocks": 2e-5, "norms": 3e-4, "lora": 2e-4}
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    add = parser.add_argument
+    add_file_arguments(parser.add_argument)
+    add_step_arguments(parser.add_argument)
+    add_stopping_arguments(parser.add_argument)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="measure a few steps, print memory and time, and stop",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of new weights and of every draw"
+    )
+    args = parser.parse_args(argv)
+    need_folder(args.data_dir)
+    check(args)
+    return args
+
+
+def add_file_arguments(add):
     add(
         "--clip_model",
         default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
@@ -41,21 +57,24 @@ def parse_args(argv):
         help="labelled images, as for extract_features.py",
     )
     add("--output", default="finetuned.pt", metavar="FILE", help="checkpoint to write")
-    add("--train_splits", default="train,extra", metavar="A,B", help="splits to learn from")
+    add("--train_splits", default="train,extra", metavar="A,B", help="splits to train on")
     add(
         "--keep",
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="share of 'train' that is kept from the encoder, for the classifier",
+        help="share of 'train' kept for the classifier; the encoder does not see it",
     )
+
+
+def add_step_arguments(add):
     add(
         "--train",
         default="lora:8",
         metavar="WHAT",
         help=(
-            "blocks:K (the last K and what follows them), norms, or lora:R (adapters of rank R on "
-            "all linear layers)"
+            "blocks:K (the last K blocks and the layers after them), norms, or lora:R (adapters of"
+            " rank R on all linear layers)"
         ),
     )
     add("--steps", type=int, default=2000, metavar="N", help="optimiser steps")
@@ -73,17 +92,21 @@ def parse_args(argv):
         type=float,
         metavar="X",
         help=(
-            "peak learning rate (AdamW, cosine; default: 2e-4 "
-            "for lora, 3e-4 for norms, 2e-5 for blocks)"
+            "peak learning rate (AdamW, cosine; default: 2e-4 for lora, 3e-4 for norms, 2e-5 for"
+            " blocks)"
         ),
     )
+
+
+def add_stopping_arguments(add):
     add(
         "--holdout",
         type=float,
         default=0.2,
         metavar="SHARE",
         help=(
-            "share of each class's sources that is never trained on and says when to stop; 0: none"
+            "share of each class's sources to hold out; their AUC decides when to stop. 0 holds out"
+            " none"
         ),
     )
     add(
@@ -91,53 +114,47 @@ def parse_args(argv):
         type=int,
         default=100,
         metavar="N",
-        help="steps between evaluations on them and stored states",
+        help="steps between evaluations; each also stores a state to resume from",
     )
     add(
         "--patience",
         type=int,
         default=5,
         metavar="N",
-        help="evaluations without gain after which it stops",
+        help="stop after N evaluations without a better AUC",
     )
-    add(
-        "--dry_run",
-        action="store_true",
-        help="measure a few steps, print memory and time, and stop",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of weights and of every draw")
-    args = parser.parse_args(argv)
-    need_folder(args.data_dir)
-    check(args)
-    return args
 
 
 def check(args):
-    """Refuse values that cannot be, and fill in what follows from others. Raises UsageError,
-    EncoderError."""
+    """Refuse bad values, and fill in `start` and `lr`. Raises UsageError, EncoderError."""
     from detector.encoders.prepare import source_of
 
     args.start = source_of(args.clip_model)
-    if os.path.realpath(args.output) == os.path.realpath(args.clip_model):
-        raise UsageError(
-            f"--output {args.output}: that is the checkpoint to start from; name another file"
-        )
     if not re.fullmatch(r"norms|(blocks|lora):[1-9]\d{0,3}", args.train):
-        raise UsageError(f"--train {args.train}: blocks:K, norms or lora:R, with K or R from 1 on")
+        raise UsageError(
+            f"--train {args.train}: must be blocks:K, norms or lora:R, with K or R at least 1"
+        )
     if args.lr is None:
         args.lr = LEARNING_RATES[args.train.split(":")[0]]
     for name in ("steps", "batch_size", "accumulate", "every", "patience"):
         if (value := getattr(args, name)) < 1:
-            raise UsageError(f"--{name} {value}: at least 1")
+            raise UsageError(f"--{name} {value}: must be at least 1")
     for name in ("keep", "holdout"):
         if not 0 <= (value := getattr(args, name)) <= 1:
-            raise UsageError(f"--{name} {value:g}: a share between 0 and 1")
+            raise UsageError(f"--{name} {value:g}: must be a share between 0 and 1")
     if not 0 < args.lr < math.inf:
-        raise UsageError(f"--lr {args.lr:g}: above 0")
-    if Path(args.output).is_dir() or Path(args.output).suffix == ".json":  # the card's name
-        raise UsageError(f"--output {args.output}: name a file that ends in .pt")
-    for path in (args.output, Path(args.output).with_suffix(".json")):
-        check_file(path, f"--output {args.output}")
+        raise UsageError(f"--lr {args.lr:g}: must be above 0, and finite")
+    check_output(args.output, args.clip_model)
+
+
+def check_output(output, clip_model):
+    """Raises UsageError unless the checkpoint and its card can be written to new files."""
+    if os.path.realpath(output) == os.path.realpath(clip_model):
+        raise UsageError(f"--output {output}: is the checkpoint to start from; name another file")
+    if Path(output).is_dir() or Path(output).suffix == ".json":  # the card's name
+        raise UsageError(f"--output {output}: name a file that ends in .pt")
+    for path in (output, Path(output).with_suffix(".json")):
+        check_file(path, f"--output {output}")
 
 
 def main(argv=None):
@@ -154,8 +171,8 @@ def main(argv=None):
             written = fine_tune(args)
     except torch.OutOfMemoryError:
         raise UsageError(
-            f"--batch_size {args.batch_size}: the GPU's memory does not suffice; "
-            "give a smaller one and a larger --accumulate, or --checkpointing"
+            f"--batch_size {args.batch_size}: the GPU's memory does not suffice; give a smaller"
+            " batch and a larger --accumulate, or --checkpointing"
         ) from None
     if written:
         say(f"wrote {args.output}; next: python prepare_clip.py --clip_model {args.output}")

@@ -1,11 +1,11 @@
-"""features.npz -> model.joblib and a report: a classifier on frozen features, tuned, calibrated and tested.
+"""features.npz -> model.joblib and a report: a tuned, calibrated and tested classifier.
 
     python train_model.py --features_file features.npz --model_output_path model.joblib
-    python train_model.py --max_fpr 0.01               # threshold: at most 1% of real images called fake
-    python train_model.py --resplit                    # our own split by group, whatever the folders say
+    python train_model.py --max_fpr 0.01               # threshold: at most 1% false positives
+    python train_model.py --resplit                    # split anew by group
     python train_model.py --classifier all             # compare four kinds, train the best
 
-Images that look alike stay on one side of every split; with ten sources or more, whole sources do.
+Images that look alike stay on one side of every split. From ten sources on, so do whole sources.
 """
 
 import argparse
@@ -19,42 +19,58 @@ from detector.base.files import check_file, only_writer
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    add_file_arguments(parser)
+    add_training_arguments(parser)
+    add_output_arguments(parser)
+    add_draw_arguments(parser)
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def add_file_arguments(parser):
     parser.add_argument(
         "--features_file",
         nargs="+",
         default=["features.npz"],
         metavar="FILE",
-        help="from extract_features.py (default: features.npz); several must be of one encoder",
+        help="from extract_features.py (default: features.npz); several need the same encoder",
     )
     parser.add_argument(
         "--model_output_path", default="model.joblib", metavar="FILE", help="model to write"
     )
+
+
+def add_training_arguments(parser):
     parser.add_argument(
         "--classifier",
         choices=["svm", "linear-svm", "logistic", "mlp", "all"],
         default="svm",
-        help="kind; all: compare, train the best",
+        help="kind; 'all' compares them and trains the best",
     )
     parser.add_argument(
         "--crops",
         type=int,
         default=0,
         metavar="N",
-        help="squares in full resolution scored beside the whole; extract with --crops, too",
+        help="also score N full-resolution crops of each image; extract with --crops, too",
     )
     parser.add_argument(
         "--max_fpr",
         type=float,
         metavar="X",
         help=(
-            "threshold at which at most this share of real images is called fake (default: 0.5 on"
-            " the calibrated probability)"
+            "choose the threshold for at most this share of real images called fake (default: 0.5"
+            " on the calibrated probability)"
         ),
     )
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
     parser.add_argument(
-        "--resplit", action="store_true", help="split by group here, whatever the folders say"
+        "--resplit", action="store_true", help="split anew by group and ignore the folders' split"
     )
+
+
+def add_output_arguments(parser):
     parser.add_argument(
         "--model_version", default="v0.0.0-dev", metavar="V", help="version stored in the model"
     )
@@ -62,63 +78,72 @@ def parse_args(argv):
         "--notice",
         metavar="TEXT",
         help=(
-            "what the model is not fit for: told beside every verdict; the service "
-            "then takes it with ALLOW_DEMO_MODEL=1 alone"
+            "what the model is not fit for; shown beside every verdict. The service then loads the"
+            " model only with ALLOW_DEMO_MODEL=1"
         ),
     )
     parser.add_argument(
         "--sign",
         metavar="KEY",
-        help="private Ed25519 key in PEM: signs the model, for MODEL_PUBLIC_KEY",
+        help="private Ed25519 key in PEM that signs the model, for MODEL_PUBLIC_KEY",
     )
     parser.add_argument(
         "--export_sklearn",
         metavar="FILE",
         help=(
-            "also a scikit-learn Pipeline, for skops.io.load; calibrator and threshold are in the"
-            " model alone"
+            "also write a scikit-learn Pipeline for skops.io.load, without the calibrator and the"
+            " threshold"
         ),
     )
+
+
+def add_draw_arguments(parser):
     parser.add_argument(
         "--max_rows",
         type=int,
         default=100_000,
         metavar="N",
-        help="more rows than this are sampled, even over class and source",
+        help="above N rows, draw N, even over class and source",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and folds")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of splits, folds and classifiers"
+    )
+
+
+def check(args):
+    """Raises UsageError for a value that is out of range or a features file that is missing."""
     if args.max_rows < 1:
         raise UsageError(f"--max_rows {args.max_rows}: must be at least 1")
     if not 0 <= args.crops <= MAX_CROPS:
         raise UsageError(f"--crops {args.crops}: must be at least 0, at most {MAX_CROPS}")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must be at least 0")
+    if args.max_fpr is not None and not 0 < args.max_fpr < 1:
+        raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
+    check_texts(args)
+    for path in args.features_file:
+        need_features(path)
+
+
+def check_texts(args):
+    """Raises UsageError for a bad version, notice or place of the export."""
     if not VERSION.fullmatch(args.model_version):
         raise UsageError(
-            f"--model_version {args.model_version!r}: must be of 1 to 64 plain characters without"
+            f"--model_version {args.model_version!r}: must be 1 to 64 plain characters without"
             " spaces"
         )
     if args.notice is not None and not NOTICE.fullmatch(args.notice):
-        raise UsageError(
-            f"--notice {args.notice!r}: must be of 1 to 200 plain characters in one line"
-        )
-    if args.max_fpr is not None and not 0 < args.max_fpr < 1:
-        raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
-    if (
-        args.export_sklearn
-        and Path(args.export_sklearn).resolve() == Path(args.model_output_path).resolve()
-    ):
-        raise UsageError(
-            f"--export_sklearn {args.export_sklearn}: that is the model file's place; name another"
-        )
-    for path in args.features_file:
-        need_features(path)
-    return args
+        raise UsageError(f"--notice {args.notice!r}: must be 1 to 200 plain characters in one line")
+    export = args.export_sklearn
+    if export and Path(export).resolve() == Path(args.model_output_path).resolve():
+        raise UsageError(f"--export_sklearn {export}: is the model file's place; name another")
 
 
 def check_outputs(args):
-    """Places that cannot be written, and a bad key, are told before the work -> the signing key or None."""
+    """Refuse places that cannot be written, and a bad key, before the training.
+
+    -> the key that signs, or None. Raises UsageError.
+    """
     from detector.model import signature
     from detector.training import export
 
@@ -129,8 +154,8 @@ def check_outputs(args):
     return signature.read_key(args.sign, "--sign", "private") if args.sign else None
 
 
-def write(args, model, found, key):
-    """Model, report, signature and export land together -> the report's folder."""
+def write(args, model, findings, key):
+    """Write model, report, signature and export together -> the report's folder."""
     from detector.evaluation import report
     from detector.model import signature
     from detector.model.file import save_model
@@ -138,7 +163,7 @@ def write(args, model, found, key):
 
     folder = Path(args.model_output_path).with_suffix("").as_posix() + "_report"
     with report.staged(folder) as place:
-        report.fill(place, found)
+        report.fill(place, findings)
         save_model(args.model_output_path, model)
         signature.sign(args.model_output_path, key)
         if args.export_sklearn:
@@ -159,12 +184,12 @@ def main(argv=None):
         data = read_data(args)
         say_rows(data, args)
         audited = audit_training(data)
-        said = say_findings(audited)
+        shown = say_findings(audited)
         model, kinds = train_best(data, args)
-        found = describe_model(model, kinds, data, audited, args.seed)
-        say_findings(audited, said)
-        folder = write(args, model, found, key)
-    print(report.training(found))
+        findings = describe_model(model, kinds, data, audited, args.seed)
+        say_findings(audited, shown)
+        folder = write(args, model, findings, key)
+    print(report.training(findings))
     print(f"{place} {args.model_version}, report in {folder}/")
 
 

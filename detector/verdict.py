@@ -1,4 +1,4 @@
-"""`Detector`: pixels, features and verdicts of one model. Nothing else puts these steps together."""
+"""`Detector`: pixels, features and verdicts of one model. No other code joins these steps."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from detector.encoders import catalogue, runtime
 
 SHIPPED_MODEL = HERE / "models" / "baseline.joblib"
 # classification: 'real' | 'fake'; confidence: calibrated probability of that class, four places;
-# p_fake: probability of fake; uncertain: does it lie in the model's band? score: decision value
+# p_fake: probability of fake; uncertain: p_fake lies in the model's band; score: decision value
 Verdict = namedtuple("Verdict", "classification confidence p_fake uncertain score")
 
 
@@ -24,8 +24,8 @@ class Detector:
     detector = Detector("model.joblib")
     detector.classify(data)          # ('real', 0.95)
 
-    The encoder is found in the cache by the identity that the model names; CLIP_MODEL plays no part. `model` and `encoder`:
-    loaded already. Raises ModelError, EncoderError.
+    The model names the identity of its encoder, which the cache must hold. CLIP_MODEL has no
+    effect. `model` and `encoder` may be given already loaded. Raises ModelError, EncoderError.
     """
 
     def __init__(self, model_path, device="auto", threads=0, model=None, encoder=None):
@@ -38,14 +38,14 @@ class Detector:
         )
 
     def pixels(self, image):
-        """PIL RGB image -> float32 [3, r, r], as the encoder takes it; [1 + crops, 3, r, r] for a model that looks at crops."""
+        """PIL RGB image -> encoder's input, float32 [3, r, r]; with crops [1 + crops, 3, r, r]."""
         from detector.images.preprocessing import in_pieces, normalise
 
         pieces = normalise(in_pieces(image, self.encoder.resolution, self.crops))
         return pieces if self.crops else pieces[0]
 
     def features(self, pixels):
-        """`pixels` of n images, float32 [n, ...] -> float32 [n, d]; [n, 1 + crops, d] with crops."""
+        """`pixels` of n images, float32 [n, ...] -> float32 [n, d]; crops: [n, 1 + crops, d]."""
         return unflatten(self.encoder.encode(flatten(pixels)), pixels)
 
     def verdicts(self, features):
@@ -72,7 +72,7 @@ class Detector:
         return np.array([verdict.p_fake for verdict in self.judge(pixels)])
 
     def classify(self, data, max_pixels=MAX_PIXELS):
-        """Image bytes -> (classification, confidence). Raises ImageError's kinds."""
+        """Image bytes -> (classification, confidence). Raises ImageError or a subclass."""
         from detector.images.decoding import decode_image
 
         return self.judge(self.pixels(decode_image(data, max_pixels))[None])[0][:2]
@@ -89,12 +89,13 @@ def unflatten(features, pixels):
 
 
 def encoder_folder(encoder, model_path, prepare=True):
-    """The prepared folder that a model's encoder entry names; one that has a name of its own is prepared where it is missing,
-    unless a service asks: the memory that takes would stay in its process. Raises EncoderError."""
-    folder, clip_model = (
-        runtime.find_encoder(identity=encoder["identity"]),
-        runtime.clip_model_of(encoder),
-    )
+    """A model's encoder entry -> the folder of the prepared encoder. Raises EncoderError.
+
+    A missing encoder of the catalogue is prepared first. The service passes `prepare=False`,
+    because the memory that preparing takes would stay in its process.
+    """
+    folder = runtime.find_encoder(identity=encoder["identity"])
+    clip_model = runtime.clip_model_of(encoder)
     if folder is None and prepare and clip_model in catalogue.NAMES:
         from detector.encoders.prepare import ensure_encoder
 
@@ -113,7 +114,7 @@ def encoder_folder(encoder, model_path, prepare=True):
 
 
 def choose_model(model_path):
-    """The given path, else model.joblib, else the shipped baseline; says which where it was not given."""
+    """The given path, else model.joblib, else the shipped baseline. Logs a choice of its own."""
     if model_path is None:
         model_path = "model.joblib" if Path("model.joblib").is_file() else SHIPPED_MODEL
         say(f"model: {'the shipped baseline' if model_path is SHIPPED_MODEL else model_path}")
@@ -123,7 +124,10 @@ def choose_model(model_path):
 
 
 def load(detector, path, max_pixels, details=False):
-    """One file -> (the encoder's input, with `details` what the file says of its making), or the error that says why not."""
+    """One file, or stdin for '-' -> (the encoder's input, provenance or None), or the error.
+
+    Provenance is read with `details` only. It is what the file states about its origin.
+    """
     from detector.images.decoding import load_rgb, open_image
 
     try:
@@ -140,25 +144,33 @@ def load(detector, path, max_pixels, details=False):
 
 
 def classify_all(detector, paths, max_pixels, batch=8, details=False):
-    """Yield (path, (Verdict, with `details` what the file says of its making) or the error), in order; the next batch is
-    decoded while one is encoded."""
+    """Yield (path, (Verdict, provenance or None) or the error), in order.
+
+    Threads decode the next batch while the encoder works on this one.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def start(chunk):
+            return [pool.submit(load, detector, path, max_pixels, details) for path in chunk]
+
+        chunks = [paths[i : i + batch] for i in range(0, len(paths), batch)]
+        following = start(chunks[0]) if chunks else []
+        for number, chunk in enumerate(chunks, 1):
+            loaded = [future.result() for future in following]
+            following = start(chunks[number]) if number < len(chunks) else []
+            yield from zip(chunk, judge_loaded(detector, loaded), strict=True)
+
+
+def judge_loaded(detector, loaded):
+    """Results of `load` -> (Verdict, provenance or None) or the error of each."""
     import numpy as np
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = [paths[i : i + batch] for i in range(0, len(paths), batch)]
-        ahead = None
-        for chunk, following in zip(chunks, [*chunks[1:], []]):
-            waiting = ahead or [
-                pool.submit(load, detector, path, max_pixels, details) for path in chunk
-            ]
-            loaded = [future.result() for future in waiting]
-            ahead = [pool.submit(load, detector, path, max_pixels, details) for path in following]
-            good = [found[0] for found in loaded if not isinstance(found, Exception)]
-            answers = iter(detector.judge(np.stack(good)) if good else ())
-            for path, found in zip(chunk, loaded):
-                yield path, found if isinstance(found, Exception) else (next(answers), found[1])
+    good = [result[0] for result in loaded if not isinstance(result, Exception)]
+    verdicts = iter(detector.judge(np.stack(good)) if good else ())
+    for result in loaded:
+        yield result if isinstance(result, Exception) else (next(verdicts), result[1])
 
 
 def answer(classification, confidence):
@@ -167,19 +179,22 @@ def answer(classification, confidence):
 
 
 def details(model, p_fake, uncertain, provenance):
-    """What stands behind a verdict, and beside it what the file says of its making, which plays no part in it. Never part of
-    the documented JSON unless it is asked for."""
+    """What stands behind a verdict, as JSON that is added on request only.
+
+    `provenance` has no influence on the verdict.
+    """
     low, high = model["band"]
     reason = (
         f"the probability of fake lies between {low:.2f} and {high:.2f}, where too many training"
         " images are on either side"
     )
-    found = {
+    notice = {"notice": model["notice"]} if "notice" in model else {}
+    return {
         "p_fake": round(p_fake, 4),
         "threshold": round(model["threshold"], 4),
         "uncertain": uncertain,
         "reason": reason if uncertain else None,
         "model_version": model["versions"]["model"],
+        **notice,
+        "provenance": provenance,
     }
-    notice = {"notice": model["notice"]} if "notice" in model else {}
-    return {**found, **notice, "provenance": provenance}

@@ -1,4 +1,7 @@
-"""Store what the shipped encoder sees in the installed photographs: python -m tests.make_golden (part of `make ship`)."""
+"""Store the shipped encoder's features of the installed photographs, as part of `make ship`.
+
+python -m tests.make_golden
+"""
 
 from pathlib import Path
 
@@ -15,12 +18,12 @@ GOLDEN = Path(__file__).with_name("golden_photos.npz")
 def features_of(photos):
     """Paths -> float32 [n, d] by the shipped encoder."""
     detector = Detector(SHIPPED_MODEL)
-    return detector.encoder.encode(
-        np.stack([detector.pixels(decode_image(p.read_bytes())) for p in photos])
-    )
+    pixels = [detector.pixels(decode_image(path.read_bytes())) for path in photos]
+    return detector.encoder.encode(np.stack(pixels))
 
 
 if __name__ == "__main__":
     photos = samples.installed_photos()
+    names = np.array([path.name for path in photos])
     with atomic_write(GOLDEN) as file:
-        np.savez(file, names=np.array([p.name for p in photos]), features=features_of(photos))
+        np.savez(file, names=names, features=features_of(photos))

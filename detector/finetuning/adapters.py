@@ -1,9 +1,9 @@
-"""What of a pretrained vision tower is trained, and how that becomes plain weights again. Needs torch.
+"""Choose the trained part of a vision tower, and merge it into plain weights. Needs torch.
 
 choose_trained(tower, "lora:8")         # everything else is frozen
 checkpoint_blocks(tower)                # less memory, about a third more time
-best = Best(model)                      # early stopping: the best trained weights so far
-merge(tower)                            # low-rank adapters into the weights that they change
+best = Best(Trained(model), patience=5) # early stopping: the best trained weights so far
+merge(tower)                            # adds low-rank adapters to the weights that they change
 """
 
 import math
@@ -17,85 +17,91 @@ from detector.base.errors import UsageError
 
 
 class LowRank(torch.nn.Module):
-    """A weight [out, in] plus up [out, rank] @ down [rank, in], nothing at first. Hu et al., LoRA, ICLR 2022, with scale 1.
+    """A weight [out, in] plus up [out, rank] @ down [rank, in], which starts at 0.
 
-    As a parametrization the network's own code sees a plain weight, also where one matrix holds queries, keys and values.
+    Hu et al., LoRA, ICLR 2022, with scale 1. It is a parametrization, so the network's own code
+    sees a plain weight, also where a single matrix holds queries, keys and values.
     """
 
     def __init__(self, weight, rank):
         super().__init__()
-        self.down = torch.nn.Parameter(
-            torch.randn(rank, weight.shape[1]) / math.sqrt(weight.shape[1])
-        )
-        self.up = torch.nn.Parameter(torch.zeros(weight.shape[0], rank))
+        outputs, inputs = weight.shape
+        self.down = torch.nn.Parameter(torch.randn(rank, inputs) / math.sqrt(inputs))
+        self.up = torch.nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, weight):
-        with torch.autocast(
-            weight.device.type, enabled=False
-        ):  # the sum must be the one that will be merged
+        # in full precision, so that the sum equals the merged weight
+        with torch.autocast(weight.device.type, enabled=False):
             return torch.addmm(weight, self.up, self.down)
 
 
 def blocks_of(tower):
-    """Transformer blocks of a VisionTransformer, bottlenecks of a ModifiedResNet, in the order in which they run."""
+    """Blocks of a VisionTransformer or bottlenecks of a ModifiedResNet, in running order."""
     if hasattr(tower, "transformer"):
         return list(tower.transformer.resblocks)
     return [block for i in (1, 2, 3, 4) for block in getattr(tower, f"layer{i}")]
 
 
 def choose_trained(tower, train):
-    """Freeze all of the tower but what `train` names: 'blocks:K', the last K and what follows them; 'norms', their affine parameters;
-    'lora:R', adapters of rank R beside every linear layer and attention. Raises UsageError on more than it has.
+    """Freeze all of the tower except what `train` names.
+
+    'blocks:K': the last K blocks and the layers after them. 'norms': the affine parameters of the
+    norms. 'lora:R': adapters of rank R beside every linear layer and attention. Raises UsageError
+    for a K or R above what the tower has.
     """
     kind, _, number = train.partition(":")
-    number = int(number or 0)
     tower.requires_grad_(False)
     if kind == "blocks":
-        blocks = blocks_of(tower)
-        if number > len(blocks):
-            raise UsageError(f"--train blocks:{number}: this network has {len(blocks)} blocks")
-        after = [tower.ln_post, tower.proj] if hasattr(tower, "transformer") else [tower.attnpool]
-        for part in blocks[-number:] + after:
-            part.requires_grad_(True)
+        train_blocks(tower, int(number))
     elif kind == "norms":
         for module in tower.modules():
             if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
                 module.requires_grad_(True)
     else:
-        layers = {
-            torch.nn.MultiheadAttention: "in_proj_weight",
-            torch.nn.Linear: "weight",
-        }  # the latter: out_proj as well
-        found = [
-            (module, name)
-            for module in tower.modules()
-            for of, name in layers.items()
-            if isinstance(module, of)
-        ]
-        most = min(min(getattr(module, name).shape) for module, name in found)
-        if number > most:
-            raise UsageError(f"--train lora:{number}: the rank is at most {most} in this network")
-        for module, name in found:
-            parametrize.register_parametrization(
-                module, name, LowRank(getattr(module, name), number)
-            )
+        add_adapters(tower, int(number))
+
+
+def train_blocks(tower, number):
+    blocks = blocks_of(tower)
+    if number > len(blocks):
+        raise UsageError(f"--train blocks:{number}: this network has {len(blocks)} blocks")
+    after = [tower.ln_post, tower.proj] if hasattr(tower, "transformer") else [tower.attnpool]
+    for part in blocks[-number:] + after:
+        part.requires_grad_(True)
+
+
+def add_adapters(tower, rank):
+    # Linear includes the out_proj of an attention
+    layers = {torch.nn.MultiheadAttention: "in_proj_weight", torch.nn.Linear: "weight"}
+    weights = [
+        (module, name)
+        for module in tower.modules()
+        for kind, name in layers.items()
+        if isinstance(module, kind)
+    ]
+    most = min(min(getattr(module, name).shape) for module, name in weights)
+    if rank > most:
+        raise UsageError(f"--train lora:{rank}: the rank is at most {most} in this network")
+    for module, name in weights:
+        adapter = LowRank(getattr(module, name), rank)
+        parametrize.register_parametrization(module, name, adapter)
 
 
 def merge(tower):
-    """Every parametrized weight becomes a plain one of the value that it has."""
+    """Turn every parametrized weight into a plain weight of the same value."""
     for module in list(tower.modules()):
         for name in list(getattr(module, "parametrizations", ())):
             parametrize.remove_parametrizations(module, name)
 
 
 def checkpoint_blocks(tower):
-    """Keep each block's input alone for the backward pass, which computes the rest again."""
+    """Keep only each block's input for the backward pass, which computes the rest again."""
     for block in blocks_of(tower):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class Trained:
-    """The trained parameters of a model alone, for the state file: the frozen ones are those of the start."""
+    """The trained parameters of a model, for the state file. The frozen ones never change."""
 
     def __init__(self, model):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -110,35 +116,34 @@ class Trained:
 
 
 class Best:
-    """Early stopping: the trained weights with the highest AUC on held-out sources, and for how long nothing was better."""
+    """Early stopping: the trained weights with the highest AUC on held-out sources.
+
+    `over` is true after `patience` evaluations without a higher AUC.
+    """
 
     def __init__(self, trained, patience):
         self.trained, self.patience = trained, patience
-        self.found = {"auc": -math.inf, "step": 0, "waited": 0, "weights": None}
+        self.state = {"auc": -math.inf, "step": 0, "waited": 0, "weights": None}
 
-    def saw(self, auc, step):
+    def record(self, auc, step):
         """Note an evaluation after `step` steps."""
-        if auc > self.found["auc"]:
-            self.found = {
-                "auc": auc,
-                "step": step,
-                "waited": 0,
-                "weights": self.trained.state_dict(),
-            }
+        if auc > self.state["auc"]:
+            weights = self.trained.state_dict()
+            self.state = {"auc": auc, "step": step, "waited": 0, "weights": weights}
         else:
-            self.found["waited"] += 1
+            self.state["waited"] += 1
 
     @property
     def over(self):
-        return self.found["waited"] >= self.patience
+        return self.state["waited"] >= self.patience
 
     def state_dict(self):
-        return self.found
+        return self.state
 
     def load_state_dict(self, state):
-        self.found = state
+        self.state = state
 
     def restore(self):
-        """The weights of the best evaluation; without one the last stay."""
-        if self.found["weights"] is not None:
-            self.trained.load_state_dict(self.found["weights"])
+        """Load the weights of the best evaluation. Without an evaluation the last weights stay."""
+        if self.state["weights"] is not None:
+            self.trained.load_state_dict(self.state["weights"])

@@ -1,8 +1,8 @@
-"""What every training of an encoder does: a step, going on after an interruption, a checkpoint and its card. Used by finetune_clip.py.
+"""Training of an encoder: a step of the optimiser, a stored state, a checkpoint and its card.
 
-first = resume(args, of, parts)                                             # parts: what has state_dict and load_state_dict
+first = resume(args, key, parts)       # parts: objects with state_dict and load_state_dict
 loss = descend(model, batches, optimizer, schedule, scaler, autocast)       # for each step
-store(args, of, parts, step)
+store(args, key, parts, step)
 save(args, tower, rows, {"auc": 0.9})
 """
 
@@ -18,7 +18,7 @@ SMOOTHING = 0.05  # a few percent of the labels are wrong
 
 
 def descend(model, batches, optimizer, schedule, scaler, autocast):
-    """One step of the optimiser over a list of equally large batches (pixels, float32 labels) -> their mean loss."""
+    """One optimiser step over equally large batches (pixels, float32 labels) -> mean loss."""
     import torch
 
     optimizer.zero_grad()
@@ -27,48 +27,44 @@ def descend(model, batches, optimizer, schedule, scaler, autocast):
         with autocast:
             scores = model(pixels)[:, 0]
         target = labels * (1 - SMOOTHING) + SMOOTHING / 2
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores.float(), target) / len(
-            batches
-        )
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores.float(), target)
+        loss = loss / len(batches)
         scaler.scale(loss).backward()
         total += loss.item()
     scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(
-        model.parameters(), 1.0
-    )  # without it a long run fell from AUC 0.77 to 0.70
+    # without clipping, a long run fell from AUC 0.77 to 0.70
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    if (
-        scaler.get_scale() >= scale
-    ):  # else a gradient left float16's range, and the optimiser took no step
+    # a lower scale means that a gradient left float16's range and the optimiser took no step
+    if scaler.get_scale() >= scale:
         schedule.step()
     return total
 
 
 def arguments(args):
-    """What shapes the weights, besides the images."""
+    """The arguments that influence the weights."""
     left_out = ("data_dir", "output", "dry_run")
-    return {
-        k: v
-        for k, v in vars(args).items()
-        if k not in left_out and v is not None and v is not False
-    }
+    values = vars(args).items()
+    return {k: v for k, v in values if k not in left_out and v is not None and v is not False}
 
 
 def training_key(args, rows, *more):
-    """What a stored state belongs to: arguments and images, and the rest that shapes the weights."""
-    return sha256(
-        repr([sorted(arguments(args).items()), sorted(row[3] for row in rows), *more]).encode()
-    )
+    """Hash of all that influences the weights: arguments, images, and `more`."""
+    values = [sorted(arguments(args).items()), sorted(row[3] for row in rows), *more]
+    return sha256(repr(values).encode())
 
 
 def state_file(args):
     return Path(f"{args.output}.state")
 
 
-def resume(args, of, parts):
-    """The state beside the output into its parts -> the step to go on from, 0 where there is none. Raises UsageError."""
+def resume(args, key, parts):
+    """Load the state beside the output into its parts -> the step to resume from.
+
+    0 if there is no state. Raises UsageError for a damaged state or another `key`.
+    """
     import torch
 
     path = state_file(args)
@@ -76,29 +72,30 @@ def resume(args, of, parts):
         return 0
     try:
         state = torch.load(path, map_location="cpu")
-        others = state["of"] != of
+        same = state["of"] == key
     except Exception:  # torch raises almost anything
         raise UsageError(f"{path} is damaged, or no state of a training: remove it first") from None
-    if others:
+    if not same:
         raise UsageError(
             f"{path} is the state of a training with other arguments or images: remove it first"
         )
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    say(f"going on from step {state['step']} ({path})")
+    say(f"resuming from step {state['step']} ({path})")
     return state["step"]
 
 
-def store(args, of, parts, step):
-    """The state after `step` steps; each step draws from its own seed, so nothing else is needed to go on."""
+def store(args, key, parts, step):
+    """Write the state after `step` steps. Each step has its own seed, so no more is needed."""
     import torch
 
+    states = {name: part.state_dict() for name, part in parts.items()}
     with atomic_write(state_file(args)) as file:
-        torch.save({"step": step, "of": of, **{k: v.state_dict() for k, v in parts.items()}}, file)
+        torch.save({"step": step, "of": key, **states}, file)
 
 
 def clip_state_dict(tower):
-    """Vision tower -> a state dict as `clip.load` wants it: fp16, beside a text tower of width 64 that nobody uses."""
+    """Vision tower -> a state dict for `clip.load`: fp16, with an unused text tower of width 64."""
     from clip.model import CLIP
 
     stub = CLIP(tower.output_dim, 32, (1, 1, 1, 1), 2, None, 1, 1, 64, 1, 1).state_dict()
@@ -108,7 +105,10 @@ def clip_state_dict(tower):
 
 
 def save(args, tower, rows, card, seen_before=()):
-    """Checkpoint and, beside it, the card: arguments, commit and which images the encoder has seen, now or before."""
+    """Write the checkpoint and, beside it, the card: arguments, commit and the seen images.
+
+    `seen_before`: images that the start had seen.
+    """
     import torch
 
     card = {
@@ -119,8 +119,9 @@ def save(args, tower, rows, card, seen_before=()):
         "images": len(rows),
         "seen": sorted({row[3][:16] for row in rows} | set(seen_before)),
     }
-    with atomic_write(Path(args.output).with_suffix(".json"), "w") as beside:  # both, or neither
-        print(json.dumps(card, indent=1), file=beside, flush=True)
+    # nested, so that both files are written or neither
+    with atomic_write(Path(args.output).with_suffix(".json"), "w") as card_file:
+        print(json.dumps(card, indent=1), file=card_file, flush=True)
         with atomic_write(args.output) as file:
             torch.save(clip_state_dict(tower), file)
     state_file(args).unlink(missing_ok=True)

@@ -1,7 +1,10 @@
-"""The images that a pretrained encoder is tuned on: read and decoded when their batch is due, so that millions need no memory.
+"""The images that a pretrained encoder is tuned on.
+
+Each batch is read and decoded when it is due, so millions of images need no memory.
 
 seen, kept, held = list_rows(args)                      # rows (path, label, source, sha256)
-for crops, labels in load(seen, draws(weight, args, first), 224, workers): ...    # uint8 [n, r, r, 3], int64 [n]
+for crops, labels in load(seen, draws(weight, args, first), 224, workers):
+    ...                                                 # uint8 [n, r, r, 3], int64 [n]
 """
 
 import sys
@@ -20,94 +23,98 @@ from detector.images import decoding, preprocessing
 from detector.images.distort import degrade, manageable, random_view
 from detector.images.folders import draw_evenly, read_folder
 
-DEGRADED = 0.3  # share of the views that go through a chain of distort.py's degradations first
-SIDE = 1024  # of such a picture: a site shrinks it to as much, and a large one would take a second
+DEGRADED = 0.3  # share of the views that distort.py degrades first
+SIDE = 1024  # largest side of a picture to degrade, as sites shrink it; a large one takes a second
 
 
 def kept_back(digest, share):
-    """Is the image with this SHA-256 kept from the encoder? Decided by its content, so equal files stay together."""
+    """Is the image with this SHA-256 kept from the encoder? Equal files get the same result."""
     return int(digest[:8], 16) < share * 2**32
 
 
 def balanced_draw(rows):
-    """Probability of each image: half of the mass to each class, within it to sources by the root of their size."""
-    labels, sources = [r[1] for r in rows], [r[2] for r in rows]
-    pairs = list(zip(labels, sources))
-    size = Counter(pairs)
-    weight = np.array([size[p] ** -0.5 for p in pairs])
+    """Probability of each image: half for each class, then sources by the root of their size."""
+    pairs = [row[1:3] for row in rows]
+    sizes = Counter(pairs)
+    weight = np.array([sizes[pair] ** -0.5 for pair in pairs])
     for label in (0, 1):
-        mask = np.array(labels) == label
+        mask = np.array([row[1] for row in rows]) == label
         weight[mask] /= 2 * weight[mask].sum()
     return weight
 
 
 def held_sources(entries, share, seed):
-    """Entries -> the set of (label, source) that is held out: `share` of each class's sources, at least one, never all."""
+    """Entries -> set of (label, source) to hold out: `share` of each class's sources.
+
+    Holds out at least one source of each class and never all, unless `share` is 0. Raises
+    UsageError for a class with a single source.
+    """
     held = set()
     for label, name in enumerate(CLASSES):
         sources = sorted({e.source for e in entries if e.label == label})
         if share and len(sources) < 2:
             raise UsageError(
-                f"--holdout {share:g}: the class '{name}' has {len(sources)} source, and at least"
-                " one must be trained on and one held out; give each a folder of its own, or"
-                " --holdout 0 to train for all --steps"
+                f"--holdout {share:g}: the class '{name}' has {len(sources)} source and needs two,"
+                " to train on and to hold out; give each source a folder of its own, or --holdout"
+                " 0 to train for all --steps"
             )
         n = min(len(sources) - 1, max(1, round(share * len(sources)))) if share else 0
-        held |= {
-            (label, sources[i])
-            for i in np.random.default_rng([seed, label]).permutation(len(sources))[:n]
-        }
+        order = np.random.default_rng([seed, label]).permutation(len(sources))
+        held |= {(label, sources[i]) for i in order[:n]}
     return held
 
 
 def list_rows(args):
-    """Folder -> rows (path, label, source, sha256) to learn from, kept for the classifier, and of the sources held out.
+    """Folder -> rows (path, label, source, sha256) to train on, kept for the classifier, held out.
 
-    A file whose header says that it is no image we take is left out and named.
+    A file whose header is not that of an image is left out and logged. Raises UsageError.
     """
-    entries = [
-        e for e in read_folder(args.data_dir).entries if e.split in args.train_splits.split(",")
-    ]
-    if len({e.label for e in entries}) < 2:
+    wanted = args.train_splits.split(",")
+    entries = [entry for entry in read_folder(args.data_dir).entries if entry.split in wanted]
+    if len({entry.label for entry in entries}) < 2:
         raise UsageError(
             f"--data_dir {args.data_dir}: no images of both classes in the splits"
             f" {args.train_splits}"
         )
-    held, rows = (
-        held_sources(entries, args.holdout, args.seed),
-        {"seen": [], "kept": [], "held": []},
-    )
+    held_out = held_sources(entries, args.holdout, args.seed)
+    seen, kept, held = [], [], []
+    for entry, row in hash_entries(args.data_dir, entries):
+        if row[1:3] in held_out:
+            held.append(row)
+        elif entry.split == "train" and kept_back(row[3], args.keep):
+            kept.append(row)
+        else:
+            seen.append(row)
+    # equal files of two sources must not be on both sides
+    digests = {row[3] for row in held}
+    seen = [row for row in seen if row[3] not in digests]
+    check_classes(args, seen, "to train on")
+    if held_out:
+        check_classes(args, held, "held out")
+    return seen, kept, held
+
+
+def hash_entries(folder, entries):
+    """Yield (entry, row) of each file with an image's header, with progress."""
+    paths = [Path(folder, entry.path) for entry in entries]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda e: hash_image(Path(args.data_dir, e.path)), entries)
-        for e, digest in zip(
-            entries, tqdm(found, total=len(entries), desc="reading", unit="image")
-        ):
-            if digest is None:
-                continue
-            part = (
-                "held"
-                if (e.label, e.source) in held
-                else "kept"
-                if e.split == "train" and kept_back(digest, args.keep)
-                else "seen"
-            )
-            rows[part].append((str(Path(args.data_dir, e.path)), e.label, e.source, digest))
-    of_held = {
-        row[3] for row in rows["held"]
-    }  # equal files under two sources must not be on both sides
-    rows["seen"] = [row for row in rows["seen"] if row[3] not in of_held]
-    for part in ("seen", "held") if held else ("seen",):
-        if len({row[1] for row in rows[part]}) < 2:
-            purpose = {"seen": "to learn from", "held": "held out"}[part]
-            raise UsageError(
-                f"--data_dir {args.data_dir}: no images of both classes {purpose} in the splits"
-                f" {args.train_splits}; add some, or give a smaller --keep or another --holdout"
-            )
-    return rows["seen"], rows["kept"], rows["held"]
+        digests = tqdm(pool.map(hash_image, paths), total=len(paths), desc="reading", unit="image")
+        for entry, path, digest in zip(entries, paths, digests, strict=True):
+            if digest is not None:
+                yield entry, (str(path), entry.label, entry.source, digest)
+
+
+def check_classes(args, rows, purpose):
+    """Raises UsageError unless the rows hold both classes."""
+    if len({row[1] for row in rows}) < 2:
+        raise UsageError(
+            f"--data_dir {args.data_dir}: no images of both classes {purpose} in the splits"
+            f" {args.train_splits}; add some, or give a smaller --keep or another --holdout"
+        )
 
 
 def hash_image(path):
-    """SHA-256 of the file, None (and a line) where its header is not that of an image we take."""
+    """SHA-256 of the file, or None and a log line if its header is not that of an image."""
     data = read_bytes(path)
     try:
         decoding.open_image(data)
@@ -123,7 +130,7 @@ def evenly(rows, most):
 
 
 def draws(weight, args, first):
-    """Keys of the views of each forward pass, from step `first` on; they follow from seed and step, whoever makes them and when."""
+    """Keys of the views of each forward pass, from step `first` on, by seed and step alone."""
     size = args.batch_size * args.accumulate
     for step in range(first, args.steps):
         chosen = np.random.default_rng([args.seed, step]).choice(len(weight), size, p=weight)
@@ -132,7 +139,7 @@ def draws(weight, args, first):
 
 
 class Views:
-    """Rows as a data set of torch's: key (row, *seed) -> a random view; (row,) -> the picture as the encoder will see it."""
+    """A torch data set of rows: key (row, *seed) -> a random view, (row,) -> the whole picture."""
 
     def __init__(self, rows, resolution):
         self.rows, self.resolution = rows, resolution
@@ -142,10 +149,7 @@ class Views:
         path, label = self.rows[row][:2]
         try:
             image = decoding.decode_image(read_bytes(path))
-        except (
-            ImageError,
-            UsageError,
-        ) as error:  # truncated, or gone since: another takes its place
+        except (ImageError, UsageError) as error:  # truncated, or removed since
             say(f"left out {path}: {error}")
             return self[(row + 1) % len(self.rows), *seed]
         if seed:
@@ -157,10 +161,15 @@ class Views:
 
 
 def load(rows, batches, resolution, workers):
-    """Rows and batches of keys -> (uint8 [n, r, r, 3], int64 labels [n]) in that order, made by `workers` processes beside."""
+    """Rows and batches of keys -> (uint8 [n, r, r, 3], int64 labels [n]) in that order.
+
+    `workers` processes make them in advance.
+    """
     import torch
 
-    own = torch.Generator()  # a loader draws a number; from the common generator the checkpoint would depend on how many there were
+    # A loader draws a number. With torch's common generator, the number of loaders would change the
+    # checkpoint.
+    own = torch.Generator()
     return torch.utils.data.DataLoader(
         Views(rows, resolution), batch_sampler=batches, num_workers=workers, generator=own
     )

@@ -1,4 +1,4 @@
-"""A pretrained CLIP tuned on labelled images: finetune_clip.py --clip_model. Needs torch.
+"""Tune a pretrained CLIP on labelled images, for finetune_clip.py. Needs torch.
 
 fine_tune(args)         # args of finetune_clip.py; True if a checkpoint was written
 """
@@ -25,166 +25,184 @@ from detector.finetuning.descent import descend, resume, save, store, training_k
 from detector.finetuning.images import balanced_draw, draws, evenly, list_rows, load
 from detector.images import preprocessing
 
-HEAD_LR = 1e-3  # of the head, whatever --lr: it starts from nothing
-HELD_IMAGES = (
-    512  # most in an evaluation, even over class and source: they cost as much as a dozen steps
-)
-MEASURED = 4  # steps that tell what the rest will take; the first is slower and left out
+HEAD_LR = 1e-3  # learning rate of the head, whatever --lr, because the head starts untrained
+# Most images in an evaluation, even over class and source. They cost as much as a dozen steps.
+HELD_IMAGES = 512
+MEASURED = 4  # steps that are timed; the first is slower and left out
 
 
 def precision():
-    """-> ("cuda" | "cpu", the dtype of autocast there). float16 needs scaled gradients, bfloat16 does not."""
-    if torch.cuda.is_available():
-        return "cuda", (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    return "cpu", torch.bfloat16 if has_bfloat16() else torch.float32
+    """-> ("cuda" | "cpu", dtype of autocast). float16 needs scaled gradients, bfloat16 does not."""
+    if not torch.cuda.is_available():
+        return "cpu", torch.bfloat16 if has_bfloat16() else torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "cuda", torch.bfloat16 if native else torch.float16
 
 
 def to_pixels(crops, labels, device):
-    """uint8 [n, r, r, 3] and int64 [n], as the loader has them -> CLIP's input and float32 labels, both on the device."""
-    return torch.from_numpy(preprocessing.normalise(crops.numpy())).to(device), labels.float().to(
-        device
-    )
+    """The loader's uint8 [n, r, r, 3] and int64 [n] -> CLIP's input and float32 labels."""
+    pixels = torch.from_numpy(preprocessing.normalise(crops.numpy()))
+    return pixels.to(device), labels.float().to(device)
 
 
 def held_auc(model, rows, resolution, batch_size, autocast, device, workers):
     """AUC of the head on untouched images, from rows (path, label, source, sha256)."""
     keys, scores = [(i,) for i in range(len(rows))], []
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
     with torch.inference_mode(), autocast:
-        for crops, labels in load(
-            rows,
-            [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
-            resolution,
-            workers,
-        ):
-            scores.append(model(to_pixels(crops, labels, device)[0])[:, 0].float().cpu())
-    scores = np.nan_to_num(
-        torch.cat(scores).numpy()
-    )  # after a step too far: the next one's loss will say so
+        for crops, labels in load(rows, batches, resolution, workers):
+            pixels, _ = to_pixels(crops, labels, device)
+            scores.append(model(pixels)[:, 0].float().cpu())
+    # NaN after a step that was too large; the loss of the next step ends the training
+    scores = np.nan_to_num(torch.cat(scores).numpy())
     return float(roc_auc_score([row[1] for row in rows], scores))
 
 
 def peak_gb(device):
-    """Most memory so far, 1e9 bytes: of the GPU's, or all of this process's."""
+    """Peak memory so far, 1e9 bytes: of the GPU, or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def cost(args, tower, took, images, device, dtype):
-    """One line: what is trained, memory, time. `took`: seconds of each step so far."""
-    step = float(np.median(took[1:] or took))
-    trained, all_of_it = (
-        sum(p.numel() for p in tower.parameters() if p.requires_grad or everything)
-        for everything in (False, True)
-    )
-    a_step = args.batch_size * args.accumulate
-    epoch, run = (timedelta(seconds=round(step * steps)) for steps in (images / a_step, args.steps))
-    return (
-        f"--train {args.train}: {trained:,} of {all_of_it:,} parameters; {device},"
-        f" {str(dtype).removeprefix('torch.')}; {step:.2f} s a step of {a_step} images, {epoch} an"
-        f" epoch of {images:,}, {run} for {args.steps:,} steps; peak memory"
-        f" {peak_gb(device):.2f} GB"
-    )
+class Training:
+    """A tower with a linear head, and the optimiser, schedule and precision of its training."""
+
+    def __init__(self, args, tower):
+        self.args, self.tower = args, tower
+        self.device, self.dtype = precision()
+        # evaluation mode, so that batch norms keep their statistics
+        self.model = torch.nn.Sequential(tower, torch.nn.Linear(tower.output_dim, 1)).eval()
+        self.model.to(self.device, memory_format=torch.channels_last)
+        if args.checkpointing:
+            adapters.checkpoint_blocks(tower)
+        trained = [p for p in tower.parameters() if p.requires_grad]
+        groups = [{"params": trained}, {"params": self.model[1].parameters()}]
+        # no weight decay, which would pull the weights away from those of the pretraining
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, [args.lr, HEAD_LR], total_steps=args.steps, pct_start=0.1
+        )
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
+        self.autocast = torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+        self.best = adapters.Best(adapters.Trained(self.model), args.patience)
+        # On a CPU, reading costs a hundredth of a step, and no process needs to be forked.
+        self.workers = min(8, processors()) if self.device == "cuda" else 0
+        self.parts = {  # of a stored state
+            "model": self.best.trained,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.scaler,
+            "best": self.best,
+        }
+
+    def step(self, batches, number):
+        """One step of the optimiser -> its loss. Raises UsageError if that is not finite."""
+        loss = descend(
+            self.model, batches, self.optimizer, self.schedule, self.scaler, self.autocast
+        )
+        if not math.isfinite(loss):
+            raise UsageError(
+                f"the loss is no number any more at step {number}: give a smaller --lr than"
+                f" {self.args.lr:g}"
+            )
+        return loss
+
+    def evaluate(self, rows, step):
+        """Record and log the AUC on rows of held-out sources after `step` steps."""
+        auc = held_auc(
+            self.model,
+            rows,
+            self.tower.input_resolution,
+            self.args.batch_size,
+            self.autocast,
+            self.device,
+            self.workers,
+        )
+        self.best.record(auc, step)
+        say(
+            f" step {step}: AUC {auc:.3f} on {len(rows)} images of held-out sources, best"
+            f" {self.best.state['auc']:.3f} at step {self.best.state['step']}"
+        )
+
+    def cost(self, durations, images):
+        """Parameters, memory and time in a line. `durations`: seconds of each step so far."""
+        args, sizes = self.args, [(p.numel(), p.requires_grad) for p in self.tower.parameters()]
+        trained, total = sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes)
+        seconds = float(np.median(durations[1:] or durations))
+        batch = args.batch_size * args.accumulate
+        epoch, run = (
+            timedelta(seconds=round(seconds * steps)) for steps in (images / batch, args.steps)
+        )
+        return (
+            f"--train {args.train}: {trained:,} of {total:,} parameters; {self.device},"
+            f" {str(self.dtype).removeprefix('torch.')}; {seconds:.2f} s a step of {batch} images,"
+            f" {epoch} an epoch of {images:,}, {run} for {args.steps:,} steps; peak memory"
+            f" {peak_gb(self.device):.2f} GB"
+        )
 
 
 def fine_tune(args):
-    """Tune what --train names and a linear head, which is then thrown away, on images from disk. -> was a checkpoint written?
+    """Tune what --train names, with a linear head that is discarded at the end.
 
-    Raises UsageError, EncoderError.
+    -> True if a checkpoint was written. Raises UsageError, EncoderError.
     """
     tower = load_visual(args.clip_model)
     torch.manual_seed(args.seed)  # after loading, which draws weights before it replaces them
     adapters.choose_trained(tower, args.train)
     seen, kept, held = list_rows(args)
     say(
-        f"{len(seen)} images to learn from, {len(kept)} kept for the classifier, {len(held)} of"
+        f"{len(seen)} images to train on, {len(kept)} kept for the classifier, {len(held)} of"
         " held-out sources"
     )
-    device, dtype = precision()
-    model = torch.nn.Sequential(
-        tower, torch.nn.Linear(tower.output_dim, 1)
-    ).eval()  # batch norms keep their statistics
-    model.to(device, memory_format=torch.channels_last)
-    if args.checkpointing:
-        adapters.checkpoint_blocks(tower)
-    groups = [
-        {"params": [p for p in tower.parameters() if p.requires_grad]},
-        {"params": model[1].parameters()},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, weight_decay=0
-    )  # towards zero would be away from what was learnt before
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [args.lr, HEAD_LR], total_steps=args.steps, pct_start=0.1
-    )
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-    best = adapters.Best(adapters.Trained(model), args.patience)
-    of = training_key(args, seen, device, dtype)
-    parts = dict(
-        model=best.trained, optimizer=optimizer, schedule=schedule, scaler=scaler, best=best
-    )
-    first = 0 if args.dry_run else resume(args, of, parts)
-
-    workers = (
-        min(8, processors()) if device == "cuda" else 0
-    )  # on a processor reading costs a hundredth of a step, and no fork
-    views = load(seen, draws(balanced_draw(seen), args, first), tower.input_resolution, workers)
-    batches = (to_pixels(*batch, device) for batch in views)
-    test, took = evenly(held, HELD_IMAGES), []
+    training = Training(args, tower)
+    key = training_key(args, seen, training.device, training.dtype)
+    first = 0 if args.dry_run else resume(args, key, training.parts)
     last = min(args.steps, MEASURED) if args.dry_run else args.steps
-    progress = tqdm(range(first, last), initial=first, total=last, unit="step")
-    for step in progress:
-        if best.over:
-            break
-        started = time.monotonic()
-        loss = descend(
-            model, list(islice(batches, args.accumulate)), optimizer, schedule, scaler, autocast
-        )
-        if not math.isfinite(loss):
-            raise UsageError(
-                f"the loss is no number any more at step {step + 1}: give a smaller --lr than"
-                f" {args.lr:g}"
-            )
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        took.append(time.monotonic() - started)
-        if len(took) == min(MEASURED, last - first):
-            line = cost(args, tower, took, len(seen), device, dtype)
-            print(line) if args.dry_run else say(f" {line}")
-        if not args.dry_run and ((step + 1) % args.every == 0 or step + 1 == args.steps):
+    test = evenly(held, HELD_IMAGES)
+    for number in take_steps(training, seen, first, last):
+        if not args.dry_run and (number % args.every == 0 or number == args.steps):
             if test:
-                auc = held_auc(
-                    model, test, tower.input_resolution, args.batch_size, autocast, device, workers
-                )
-                best.saw(auc, step + 1)
-                say(
-                    f" step {step + 1}: AUC {auc:.3f} on {len(test)} images of held-out sources, "
-                    f"best {best.found['auc']:.3f} at step {best.found['step']}"
-                )
-            store(args, of, parts, step + 1)
+                training.evaluate(test, number)
+            store(args, key, training.parts, number)
     if not args.dry_run:
-        finish(args, tower, best, seen, held)
+        finish(args, tower, training.best, seen, held)
     return not args.dry_run
 
 
+def take_steps(training, rows, first, last):
+    """Train on the rows from step `first` to `last`, with progress. Yield each step's number.
+
+    Prints or logs the cost as soon as it is measured.
+    """
+    args, durations = training.args, []
+    keys = draws(balanced_draw(rows), args, first)
+    views = load(rows, keys, training.tower.input_resolution, training.workers)
+    batches = (to_pixels(*batch, training.device) for batch in views)
+    progress = tqdm(range(first + 1, last + 1), initial=first, total=last, unit="step")
+    for number in progress:
+        if training.best.over:
+            return
+        started = time.monotonic()
+        loss = training.step(list(islice(batches, args.accumulate)), number)
+        durations.append(time.monotonic() - started)
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if len(durations) == min(MEASURED, last - first):
+            line = training.cost(durations, len(rows))
+            print(line) if args.dry_run else say(f" {line}")
+        yield number
+
+
 def finish(args, tower, best, seen, held):
-    """The best weights, adapters merged into them, as a checkpoint with its card."""
+    """Write the best weights, with merged adapters, as a checkpoint with its card."""
     best.restore()
     adapters.merge(tower.cpu())
-    before = read_card(args.clip_model)
     card = {}
     if held:
         card = {
-            "auc": best.found["auc"],
-            "step": best.found["step"],
+            "auc": best.state["auc"],
+            "step": best.state["step"],
             "held_out": sorted({f"{CLASSES[row[1]]}/{row[2]}" for row in held}),
         }
-    save(args, tower, seen, card, before.get("seen", ()))
+    save(args, tower, seen, card, read_card(args.clip_model).get("seen", ()))

@@ -1,13 +1,13 @@
-"""The model file: one plain dict of arrays, strings and numbers. Saved, read, scored with numpy alone.
+"""The model file: one plain dict of arrays, strings and numbers. numpy alone reads and scores it.
 
     model = load_model("model.joblib")
-    scores = decision(model, features)              # float32 [n, d], with crops [n, 1 + crops, d] -> float64 [n]
-    p_fake = probability(model, scores)             # float64 [n], calibrated at equal shares of both classes
+    scores = decision(model, features)    # float32 [n, d] or, with crops, [n, 1 + crops, d]
+    p_fake = probability(model, scores)   # float64 [n], calibrated at equal shares of both classes
     classification, confidence = verdict(model, p_fake[0])
 
-The threshold, and the band in which the answer is 'uncertain', follow from the out-of-fold scores that the file holds.
-`joblib.load` reads the file too, but runs whatever a planted one says; `load_model` refuses everything that is not
-plain data.
+The threshold and the 'uncertain' band follow from the out-of-fold scores that the file holds.
+`joblib.load` also reads the file, but runs the code in a planted file. `load_model` refuses
+everything that is not plain data.
 """
 
 import io
@@ -24,7 +24,7 @@ from detector.model.signature import check_signature
 
 FORMAT = 3
 REMEDY = "train it again with train_model.py"
-# What else a file may be, by its first bytes: a model begins as every pickle of protocol 2 and later does.
+# First bytes of other files. A model begins with b"\x80", as does every pickle from protocol 2 on.
 KINDS = {
     b"\x80": "it is cut off or damaged",
     b"PK": "it is a zip archive, as .npz and .pt files are",
@@ -48,7 +48,7 @@ FIELDS = {
     "out_of_fold": dict,
     "metrics": dict,
 }
-# And what its kind of classifier needs beside that.
+# What each kind of classifier needs in addition.
 LINEAR = {"coef": ("f", 1)}
 CLASSIFIERS = {
     "svm": {"support_vectors": ("f", 2), "dual_coef": ("f", 1), "gamma": float},
@@ -59,18 +59,18 @@ CLASSIFIERS = {
 
 
 class NotAModel(ModelError):
-    """The file is none that `save_model` wrote."""
+    """`save_model` did not write the file."""
 
 
 def plain_dtype(name, *_):
-    """numpy's own type of that name. The file may not bring the state of one: crafted states read foreign memory."""
+    """numpy's own type of that name. A state set by the file could make it read any memory."""
     if name not in ("f4", "f8", "i1", "i8"):
         raise ModelError(f"it holds an array of type {name!r}")
     return np.dtype(name)
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Knows the two names that a numpy array needs and no others, so nothing in the file can be called."""
+    """Knows only the two names that a numpy array needs, so no code of the file can run."""
 
     def find_class(self, module, name):
         if (module, name) == ("numpy", "dtype"):
@@ -80,7 +80,7 @@ class PlainUnpickler(pickle.Unpickler):
                 shape, order=order
             )
         raise NotAModel(
-            f"it holds {f'{module}.{name}'!r}, which is not plain data, and may be planted"
+            f"it holds {f'{module}.{name}'!r}, which is not plain data and may be planted"
         )
 
 
@@ -93,9 +93,10 @@ def save_model(path, model):
 
 
 def load_model(path, public_key=None):
-    """File -> model dict with what is DERIVED from it. Raises ModelError that says what is wrong with it.
+    """File -> model dict with the DERIVED fields. Raises ModelError that states what is wrong.
 
-    `public_key` (by default MODEL_PUBLIC_KEY): file of the key whose signature must lie beside it, looked at first.
+    `public_key` (default: MODEL_PUBLIC_KEY) is a file with the key that must have signed the model.
+    The signature is checked first.
     """
     if os.path.isdir(path):
         raise ModelError(
@@ -103,12 +104,7 @@ def load_model(path, public_key=None):
         )
     data, public_key = read_bytes(path), public_key or os.environ.get("MODEL_PUBLIC_KEY")
     if public_key:
-        try:
-            check_signature(path, data, public_key)
-        except ModelError as error:
-            raise ModelError(
-                f"{path} is refused: {error}; sign it with train_model.py --sign, or pull it again"
-            ) from None
+        check_signature(path, data, public_key)
     try:
         model = PlainUnpickler(io.BytesIO(data)).load()
         check(model)
@@ -116,18 +112,14 @@ def load_model(path, public_key=None):
         raise ModelError(f"{path} is not a model file: {error}; {REMEDY}") from None
     except ModelError as error:
         raise ModelError(f"{path} is refused: {error}; {REMEDY}") from None
-    except (
-        Exception
-    ):  # a torn or crafted pickle raises almost anything, and its words tell a user nothing
-        raise ModelError(f"{path} is not a model file: {kind_of(data)}; {REMEDY}") from None
-    return (
-        model
-        | {"sha256": sha256(data)}
-        | ({"squares": squares_of(model)} if model["classifier"] == "svm" else {})
-    )
+    except Exception:  # a damaged or crafted pickle raises almost anything
+        raise ModelError(f"{path} is not a model file: {describe_bytes(data)}; {REMEDY}") from None
+    if model["classifier"] == "svm":
+        model["squares"] = squares_of(model)
+    return model | {"sha256": sha256(data)}
 
 
-def kind_of(data):
+def describe_bytes(data):
     """What the bytes of a file that is no model seem to be, in words."""
     if not data:
         return "it is empty"
@@ -145,55 +137,77 @@ def is_text(data):
 
 
 def check(model):
-    """Every field there, of its type, finite, and of sizes that fit together. Raises ModelError."""
+    """Check that every field is there, of its type, finite and of a fitting size.
+
+    Raises ModelError.
+    """
     if not isinstance(model, dict) or "format" not in model:
         raise NotAModel("it holds something else")
-    if model["format"] != FORMAT:
-        raise ModelError(f"its format is {model['format']!r}, this code reads {FORMAT}")
-    if model.get("classifier") not in CLASSIFIERS:
-        raise ModelError(
-            f"its classifier is {model.get('classifier')!r}, this code knows"
-            f" {', '.join(CLASSIFIERS)}"
+    classifier, crops = model.get("classifier"), model.get("crops", 0)
+    need(model["format"] == FORMAT, f"its format is {model['format']!r}, this code reads {FORMAT}")
+    need(
+        classifier in CLASSIFIERS,
+        f"its classifier is {classifier!r}, this code knows {', '.join(CLASSIFIERS)}",
+    )
+    for name, kind in {**FIELDS, **CLASSIFIERS[classifier]}.items():
+        need(
+            is_of_kind(model.get(name), kind),
+            f"its field '{name}' is missing, of the wrong type, or not finite",
         )
-    for name, kind in {**FIELDS, **CLASSIFIERS[model["classifier"]]}.items():
-        value = model.get(name)
-        if isinstance(kind, tuple):
-            good = (
-                isinstance(value, np.ndarray)
-                and (value.dtype.kind, value.ndim) == kind
-                and np.isfinite(value).all()
-            )
-        else:
-            good = type(value) is kind and not (kind is float and not np.isfinite(value))
-        if not good:
-            raise ModelError(f"its field '{name}' is missing or not what it should be")
-    rule, data = model["threshold_rule"], model["training_data"]
-    if not isinstance(rule.get("band_error"), float) or not isinstance(
-        rule.get("max_fpr", 0), (float, int, type(None))
-    ):
-        raise ModelError(
-            "its field 'threshold_rule' does not say how the threshold and the band were chosen"
-        )
-    if not isinstance(data.get("sources"), list) or not isinstance(data.get("images"), np.ndarray):
-        raise ModelError(
-            "its field 'training_data' does not say which sources and images it was trained on"
-        )
-    version = model["versions"].get("model")
-    if not isinstance(version, str) or not VERSION.fullmatch(version):
-        raise ModelError(
-            f"its version {version!r} is not of up to 64 plain characters, for a header of HTTP"
-        )
-    notice = model.get("notice", "-")
-    if not isinstance(notice, str) or not NOTICE.fullmatch(notice):
-        raise ModelError("its notice is not of up to 200 plain characters, for a header of HTTP")
-    if not sizes_fit(model):
-        raise ModelError("the sizes of its arrays do not fit together")
-    if type(model.get("crops", 0)) is not int or not 0 <= model.get("crops", 0) <= MAX_CROPS:
-        raise ModelError("its number of crops is not what it should be")
-    if not all(
-        isinstance(model["encoder"].get(name), str) for name in ("name", "identity", "layers")
-    ):
-        raise ModelError("it does not say which encoder it was trained on")
+    check_origin(model)
+    check_headers(model)
+    need(sizes_fit(model), "the sizes of its arrays do not fit together")
+    need(
+        type(crops) is int and 0 <= crops <= MAX_CROPS,
+        f"its number of crops is not a whole number from 0 to {MAX_CROPS}",
+    )
+
+
+def need(condition, words):
+    if not condition:
+        raise ModelError(words)
+
+
+def is_of_kind(value, kind):
+    """Does a value fit its entry in FIELDS or CLASSIFIERS, with finite numbers only?"""
+    if not isinstance(kind, tuple):
+        return type(value) is kind and not (kind is float and not np.isfinite(value))
+    return (
+        isinstance(value, np.ndarray)
+        and (value.dtype.kind, value.ndim) == kind
+        and np.isfinite(value).all()
+    )
+
+
+def check_origin(model):
+    """Raises ModelError unless threshold rule, training data and encoder are complete."""
+    rule, data, encoder = model["threshold_rule"], model["training_data"], model["encoder"]
+    need(
+        isinstance(rule.get("band_error"), float)
+        and isinstance(rule.get("max_fpr", 0), (float, int, type(None))),
+        "its field 'threshold_rule' does not state how the threshold and the band were chosen",
+    )
+    need(
+        isinstance(data.get("sources"), list) and isinstance(data.get("images"), np.ndarray),
+        "its field 'training_data' does not list the sources and images it was trained on",
+    )
+    need(
+        all(isinstance(encoder.get(name), str) for name in ("name", "identity", "layers")),
+        "it does not state which encoder it was trained on",
+    )
+
+
+def check_headers(model):
+    """Raises ModelError unless version and notice fit into an HTTP header."""
+    version, notice = model["versions"].get("model"), model.get("notice", "-")
+    need(
+        isinstance(version, str) and VERSION.fullmatch(version),
+        f"its version {version!r} is not 1 to 64 plain characters, for an HTTP header",
+    )
+    need(
+        isinstance(notice, str) and NOTICE.fullmatch(notice),
+        "its notice is not 1 to 200 plain characters, for an HTTP header",
+    )
 
 
 def sizes_fit(model):

@@ -1,4 +1,4 @@
-"""A detached Ed25519 signature beside a model file, for teams that want to know that it is one of theirs.
+"""A detached Ed25519 signature beside a model file, for teams that load only their own models.
 
 openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out public.pem
 python train_model.py --model_version v1.0.0 --sign key.pem     # writes model.joblib.sig
@@ -21,7 +21,10 @@ def signature_path(path):
 
 
 def read_key(path, given, kind):
-    """PEM file -> Ed25519 key, 'private' or 'public'. `given`: the flag or setting that names it. Raises UsageError."""
+    """PEM file -> Ed25519 key. `kind`: 'private' or 'public'.
+
+    `given` is the flag or setting that names the file. Raises UsageError.
+    """
     try:
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives import serialization
@@ -30,20 +33,17 @@ def read_key(path, given, kind):
         raise UsageError(
             f"{given} {path}: needs cryptography ({error}): pip install -r requirements-serve.txt"
         ) from None
+    expected, load, options = {
+        "private": (ed25519.Ed25519PrivateKey, serialization.load_pem_private_key, [None]),
+        "public": (ed25519.Ed25519PublicKey, serialization.load_pem_public_key, []),
+    }[kind]
     try:
-        data = read_bytes(path)
-        key = (
-            serialization.load_pem_private_key(data, None)
-            if kind == "private"
-            else serialization.load_pem_public_key(data)
-        )
+        key = load(read_bytes(path), *options)
     except UsageError as error:
         raise UsageError(f"{given} {path}: {error}; {MAKE_KEYS}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a password
         key = None
-    if not isinstance(
-        key, ed25519.Ed25519PrivateKey if kind == "private" else ed25519.Ed25519PublicKey
-    ):
+    if not isinstance(key, expected):
         raise UsageError(
             f"{given} {path}: is no {kind} Ed25519 key in PEM without a password; {MAKE_KEYS}"
         )
@@ -51,7 +51,7 @@ def read_key(path, given, kind):
 
 
 def sign(path, key):
-    """Model file, private key or None -> its .sig, base64 of 64 bytes; without a key what an earlier file left is removed."""
+    """Model file and private key -> its .sig, base64 of 64 bytes. No key: remove the .sig."""
     if key is None:
         return signature_path(path).unlink(missing_ok=True)
     with atomic_write(signature_path(path), "w") as file:
@@ -59,19 +59,24 @@ def sign(path, key):
 
 
 def check_signature(path, data, public_key):
-    """Raises ModelError unless `data`, the bytes of `path`, bear a signature of that key."""
+    """Raises ModelError unless that key signed `data`, the bytes of `path`."""
     key, signature = read_key(public_key, "MODEL_PUBLIC_KEY", "public"), signature_path(path)
     from cryptography.exceptions import InvalidSignature
 
     try:
         key.verify(base64.b64decode(signature.read_bytes().strip(), validate=True), data)
     except OSError as error:
-        raise ModelError(
+        reason = (
             f"it is not signed: {signature} cannot be read ({error.strerror}), and"
-            f" MODEL_PUBLIC_KEY={public_key} asks for it"
-        ) from None
+            f" MODEL_PUBLIC_KEY={public_key} requires a signature"
+        )
     except (InvalidSignature, ValueError):
-        raise ModelError(
-            f"{signature} is no signature of it by MODEL_PUBLIC_KEY={public_key}: it is another"
-            " file, or another key signed it"
-        ) from None
+        reason = (
+            f"{signature} is no signature of it by MODEL_PUBLIC_KEY={public_key}: the file has"
+            " changed, or another key signed it"
+        )
+    else:
+        return
+    raise ModelError(
+        f"{path} is refused: {reason}; sign it with train_model.py --sign, or pull it again"
+    )

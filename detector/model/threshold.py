@@ -7,7 +7,7 @@ from detector.model.score import probability
 
 
 def verdict(model, p_fake):
-    """Probability of fake -> ('real' | 'fake', calibrated probability of that class, rounded to four places).
+    """Probability of fake -> ('real' | 'fake', probability of that class to four places).
 
     With a threshold other than 0.5 the confidence may be below 0.5.
     """
@@ -16,7 +16,7 @@ def verdict(model, p_fake):
 
 
 def outside(p_fake, band):
-    """Band [low, high] -> boolean [n]: a verdict is given; inside the band the answer is 'uncertain'."""
+    """Probabilities [n], band [low, high] -> bool [n]. Inside the band a verdict is 'uncertain'."""
     return (p_fake < band[0]) | (p_fake > band[1])
 
 
@@ -24,9 +24,12 @@ def outside(p_fake, band):
 
 
 def choose_threshold(p_fake, labels, max_fpr=None, view=None):
-    """Out-of-fold probabilities, labels, views [n] -> the threshold: 0.5, or with `max_fpr` the lowest one at which at most
-    that share of the real images is called fake (halfway between two of them), untouched and, where there are any,
-    degraded copies each on their own."""
+    """Out-of-fold probabilities, labels, views [n] -> the threshold.
+
+    Without `max_fpr` 0.5. Else the lowest threshold that calls at most that share of the real
+    images fake. It lies halfway between two of them. The share holds for untouched images and for
+    degraded copies, each on their own.
+    """
     if max_fpr is None:
         return 0.5
     if view is not None and (view > 0).any():
@@ -35,18 +38,20 @@ def choose_threshold(p_fake, labels, max_fpr=None, view=None):
         )
     real = np.sort(p_fake[labels == 0])[::-1]
     allowed = int(np.floor(max_fpr * len(real) + 1e-9))
-    edge = real[allowed] if allowed < len(real) else 0.0  # the highest that must not be called fake
+    # the highest probability that must not be called fake
+    edge = real[allowed] if allowed < len(real) else 0.0
     above = real[real > edge].min(initial=1.0)
     return float(max((edge + above) / 2, np.nextafter(edge, 2)))
 
 
 def choose_band(p_fake, labels, threshold, error):
-    """Out-of-fold probabilities -> [low, high], float64: between them the answer is 'uncertain'.
+    """Out-of-fold probabilities -> [low, high], float64: between them a verdict is 'uncertain'.
 
-    Split conformal prediction for each class (Vovk, Gammerman and Shafer 2005): of new images like these, about the share
-    `error` of the reals lies above `high`, of the fakes below `low` ("at most" for one classifier; the scores of several
-    folds stand for the final one here, Barber et al. 2021). Widened to hold the threshold, so that a verdict outside
-    the band never contradicts it.
+    Split conformal prediction for each class (Vovk, Gammerman and Shafer 2005). Of new images like
+    these, about the share `error` of the reals lies above `high`, and of the fakes below `low`.
+    The share would be an upper bound for a single classifier. Here the classifiers of several folds
+    stand for the final one (Barber et al. 2021). The band always holds the threshold, so that a
+    verdict outside the band never contradicts it.
     """
 
     def quantile(scores):
@@ -58,7 +63,7 @@ def choose_band(p_fake, labels, threshold, error):
 
 
 def stale_threshold(model):
-    """What of a model's threshold or band does not follow from its own out-of-fold scores and rule, in words, or None."""
+    """None if threshold and band follow from the stored scores and rule, else the difference."""
     stored, rule = model["out_of_fold"], model["threshold_rule"]
     p_fake, labels = probability(model, stored["scores"].astype(np.float64)), stored["labels"]
     threshold = choose_threshold(p_fake, labels, rule.get("max_fpr"), stored.get("view"))

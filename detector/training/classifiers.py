@@ -1,4 +1,6 @@
-"""Classifiers on frozen features: fitted, searched, scored out of fold, calibrated; each ends as plain arrays (detector/model/file.py).
+"""Classifiers on frozen features: search, fit, out-of-fold scores and calibration.
+
+Each ends as plain arrays, which detector/model/file.py stores.
 
 svm           RBF support vector machine, the default
 linear-svm    the same without a kernel
@@ -6,6 +8,7 @@ logistic      logistic regression
 mlp           a neural network with one hidden layer
 """
 
+import math
 import os
 import warnings
 
@@ -18,14 +21,14 @@ from detector.evaluation.probes import FOLDS
 from detector.images.folders import draw_evenly
 from detector.model.score import decision, standardise, whole_of
 
-SEARCH_ROWS = 3000  # hyperparameters are searched on at most so many rows; the cost of an SVM grows with their square
-HALVINGS = 2  # so often half of the rows choose the better third of the points first
+SEARCH_ROWS = 3000  # most rows in the search; an SVM's cost grows with the square of their number
+HALVINGS = 2  # rounds of the search on fewer rows, each of which keeps the best third of the points
 HIDDEN = 64
-FLATTEST = (
-    -1e-3
-)  # slope of a calibration that knows nothing: all probabilities near 0.5, in the scores' order
+# Largest slope of a calibration. All probabilities are then near 0.5, in the order of the scores.
+FLATTEST = -1e-3
 MAX_SHARE = 1.5  # no source weighs more than this times its even share of its class
-# What is searched for each kind. gamma in units of 1 / number of features, scikit-learn's 'scale' for standardised ones.
+# Points to search. gamma is in units of 1 / number of features, scikit-learn's 'scale' for
+# standardised features.
 GRIDS = {
     "svm": [{"C": C, "gamma": g} for C in (0.3, 1, 3, 10, 30) for g in (0.1, 0.3, 1, 3)],
     "linear-svm": [{"C": C} for C in (1e-4, 1e-3, 1e-2, 1e-1, 1)],
@@ -38,26 +41,29 @@ GRIDS = {
 
 
 def fold_rows(labels, groups, seed):
-    """List of FOLDS (train, test) row numbers, stratified by label, no group on both sides. Raises UsageError."""
-    number = [len(np.unique(groups[labels == label])) for label in (0, 1)]
-    if min(number) < FOLDS:
+    """List of FOLDS (train, test) row numbers, stratified by label.
+
+    No group is on both sides. Raises UsageError for too few groups.
+    """
+    numbers = [len(np.unique(groups[labels == label])) for label in (0, 1)]
+    if min(numbers) < FOLDS:
         raise UsageError(
-            f"only {min(number)} groups of {CLASSES[int(np.argmin(number))]} images for {FOLDS}"
-            " folds: add images of other sources, or ones that are no copies"
+            f"only {min(numbers)} groups of {CLASSES[int(np.argmin(numbers))]} images for {FOLDS}"
+            " folds: add images of other sources, or images that are no copies"
         )
     return probes.fold_rows(labels, groups, seed)
 
 
 def balanced_weights(labels):
-    """Weight of each row, mean 1, the same sum for both classes: probabilities then hold at equal shares."""
+    """Weight of each row, mean 1, with the same sum for both classes."""
     return (len(labels) / (2 * np.bincount(labels, minlength=2)))[labels]
 
 
 def row_weights(labels, sources, unnamed=""):
-    """Weight of each row for fitting, mean 1: classes even, and within a class no source dominates.
+    """Weight of each row for fitting, mean 1: classes are even, and no source dominates its class.
 
-    A source weighs as many images as it has, but at most MAX_SHARE times its even share of the class. Images without a
-    source (`unnamed`) count one by one.
+    A source weighs as many images as it has, but at most MAX_SHARE times its even share of the
+    class. A class with images of no source (`unnamed`) is not capped.
     """
     weight = np.ones(len(labels))
     for label in np.unique(labels):
@@ -70,9 +76,9 @@ def row_weights(labels, sources, unnamed=""):
 
 
 def capped(counts, largest):
-    """Counts [k] -> counts cut at a height above which none has more than the share `largest` of their sum, float64 [k]."""
+    """Counts [k] -> float64 [k], cut so that none exceeds the share `largest` of their sum."""
     low, high = 0.0, float(counts.max())
-    for _ in range(60):  # the share of the highest falls with the cut
+    for _ in range(60):  # bisection: a lower cut lowers the largest share
         middle = (low + high) / 2
         cut = np.minimum(counts, middle)
         low, high = (middle, high) if cut.max() <= largest * cut.sum() else (low, middle)
@@ -80,17 +86,17 @@ def capped(counts, largest):
 
 
 def search_rows(labels, groups, images, seed, most):
-    """At most `most` row numbers, one view of an image, all groups in turn: of the smaller class as many as there
-    are, up to half."""
+    """At most `most` row numbers, one view of an image, drawn from all groups in turn.
+
+    The smaller class gives all its images, but at most half of the rows.
+    """
     order = np.random.default_rng(seed).permutation(len(labels))
-    first = order[
-        np.sort(np.unique(images[order], return_index=True)[1])
-    ]  # the first view that comes
-    of_class = [first[labels[first] == label] for label in (0, 1)]
-    small = min(len(of_class[0]), len(of_class[1]), most // 2)
+    one_view = order[np.sort(np.unique(images[order], return_index=True)[1])]
+    by_class = [one_view[labels[one_view] == label] for label in (0, 1)]
+    small = min(*map(len, by_class), most // 2)
     drawn = [
         rows[draw_evenly(groups[rows].tolist(), most - small if len(rows) > small else small, seed)]
-        for rows in of_class
+        for rows in by_class
     ]
     return np.sort(np.concatenate(drawn))
 
@@ -99,18 +105,19 @@ def search_rows(labels, groups, images, seed, most):
 
 
 def one_thread():
-    """Context in which BLAS and OpenMP take one thread: with more, sums are added in another order,
-    and the same features and seed give a slightly different model. scikit-learn-intelex has its own
-    threads.
+    """Context in which BLAS and OpenMP use one thread.
+
+    More threads add the terms of a sum in another order. The same features and seed would then give
+    a slightly different model. scikit-learn-intelex keeps threads of its own.
     """
-    import sklearn.svm  # noqa: F401  libraries are limited only once they are loaded
+    import sklearn.svm  # noqa: F401  threadpoolctl limits only the libraries that are loaded
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1)
 
 
 def estimator(kind, dim, seed, C=1.0, gamma=1.0, alpha=1.0):
-    """scikit-learn's estimator of that kind, not fitted yet."""
+    """scikit-learn's estimator of that kind, not yet fitted."""
     if kind == "svm":
         return svc()(C=C, gamma=gamma / dim, cache_size=kernel_cache_mb())
     if kind == "linear-svm":
@@ -127,17 +134,18 @@ def estimator(kind, dim, seed, C=1.0, gamma=1.0, alpha=1.0):
 
 
 def kernel_cache_mb():
-    """What an SVM's fit may take to keep its kernel, as it needs it: 4 GB, but no more than a quarter of the machine's memory.
+    """Largest kernel cache of an SVM's fit, in MB: 4 GB, but at most a quarter of the memory.
 
-    48,000 rows with 18,471 support vectors fit in 42 s, with 1 GB in 145 s.
+    48,000 rows with 18,471 support vectors took 42 s with 4 GB and 145 s with 1 GB.
     """
-    if not hasattr(os, "sysconf"):
-        return 1000
     return min(4000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4_000_000)
 
 
 def svc():
-    """scikit-learn's SVC, or the same problem solved by scikit-learn-intelex, 9 to 16 times as fast, where that is installed."""
+    """The SVC of scikit-learn-intelex if that is installed, else scikit-learn's.
+
+    The former solves the same problem 9 to 16 times as fast.
+    """
     try:
         from sklearnex.svm import SVC
     except ImportError:
@@ -146,31 +154,28 @@ def svc():
 
 
 def fit(kind, features, labels, weight, seed, **point):
-    """-> the fitted classifier as the plain arrays that score.decision scores with, and its kind. Of images in pieces, float32
-    [n, pieces, d], each piece is a row of its own with its share of the weight."""
+    """Features float32 [n, d] or [n, pieces, d] -> kind and plain arrays of the fitted classifier.
+
+    Each piece of an image is a row of its own with its share of the weight.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.preprocessing import StandardScaler
 
     if features.ndim == 3:
-        number = features.shape[1]
-        features, labels, weight = (
-            features.reshape(-1, features.shape[2]),
-            labels.repeat(number),
-            weight.repeat(number) / number,
-        )
+        pieces = features.shape[1]
+        features = features.reshape(-1, features.shape[2])
+        labels, weight = labels.repeat(pieces), weight.repeat(pieces) / pieces
     scaler = StandardScaler().fit(features)
+    classifier = estimator(kind, features.shape[1], seed, **point)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # a fixed number of rounds is part of the recipe
-        fitted = estimator(kind, features.shape[1], seed, **point).fit(
-            scaler.transform(features), labels, sample_weight=weight
-        )
-    return {"classifier": kind, **plain_arrays(kind, scaler, fitted)}
+        # a fixed number of iterations is part of the recipe
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        classifier.fit(scaler.transform(features), labels, sample_weight=weight)
+    return {"classifier": kind, **plain_arrays(kind, scaler, classifier)}
 
 
 def plain_arrays(kind, scaler, fitted):
-    """Fitted scaler and estimator -> dict of arrays and numbers (file.CLASSIFIERS)."""
+    """Fitted scaler and estimator -> dict of arrays and numbers, as in file.CLASSIFIERS."""
     arrays = {"center": scaler.mean_.astype(float), "scale": scaler.scale_.astype(float)}
     if kind == "mlp":
         (w1, w2), (b1, b2) = fitted.coefs_, fitted.intercepts_
@@ -194,17 +199,17 @@ def out_of_fold(kind, features, labels, weight, folds, seed, **point):
     """Decision value of each row by a classifier that has not seen its group, float64 [n]."""
     scores = np.empty(len(labels))
     for train, test in folds:
-        scores[test] = decision(
-            fit(kind, features[train], labels[train], weight[train], seed, **point), features[test]
-        )
+        fitted = fit(kind, features[train], labels[train], weight[train], seed, **point)
+        scores[test] = decision(fitted, features[test])
     return scores
 
 
 def search(kind, features, labels, weight, groups, images, seed):
-    """The point of the kind's grid with the best out-of-fold AUC on at most SEARCH_ROWS images, one view of each.
+    """The point of the kind's grid with the best out-of-fold AUC, on at most SEARCH_ROWS images.
 
-    By successive halving (Jamieson and Talwalkar 2016): all points on a quarter of the rows, the best third of them on
-    half, the best third of those on all. Few images are not worth halving.
+    The search sees a single view of each image. Successive halving (Jamieson and Talwalkar 2016)
+    tries all points on a quarter of the rows, the best third of them on half, and the best third of
+    those on all. With fewer than SEARCH_ROWS images, all points are tried on all rows.
     """
     from scipy.stats import rankdata
     from tqdm import tqdm
@@ -214,26 +219,24 @@ def search(kind, features, labels, weight, groups, images, seed):
     for halving in range(HALVINGS if len(np.unique(images)) >= most else 0, -1, -1):
         rows = search_rows(labels, groups, images, seed, most >> halving)
         x, y, w = features[rows], labels[rows], weight[rows]
-        folds = fold_rows(
-            y, groups[rows], seed + 1
-        )  # not the folds that calibrate: there the chosen point looks too good
-
-        def quality(point):  # proportional to the AUC
-            return rankdata(out_of_fold(kind, x, y, w, folds, seed, **point))[y == 1].sum()
-
-        order = np.argsort(
-            [-quality(point) for point in tqdm(points, desc=f"searching, {kind}")], kind="stable"
-        )
-        points = [points[i] for i in order[: -(-len(points) // 3) if halving else 1]]
+        # not the folds of the calibration, where the chosen point would look too good
+        folds = fold_rows(y, groups[rows], seed + 1)
+        quality = []  # proportional to the AUC
+        for point in tqdm(points, desc=f"searching, {kind}"):
+            scores = out_of_fold(kind, x, y, w, folds, seed, **point)
+            quality.append(rankdata(scores)[y == 1].sum())
+        best_first = np.argsort(-np.array(quality), kind="stable")
+        points = [points[i] for i in best_first[: math.ceil(len(points) / 3)]]
     return points[0]
 
 
 def fit_sigmoid(scores, labels):
-    """Platt's sigmoid with his smoothed targets, classes weighted equal: P(fake) = 1 / (1 + exp(a score + b)).
+    """Platt's sigmoid P(fake) = 1 / (1 + exp(a score + b)) -> float64 [a, b], a at most FLATTEST.
 
-    The same as CalibratedClassifierCV(method='sigmoid', ensemble=False) on these scores, but the
-    slope keeps its sign. Out-of-fold scores of a few groups may be worse than chance, and a free
-    slope would then turn every verdict round. -> float64 [a, b], a at most FLATTEST
+    Classes are weighted equal, and targets are smoothed as in his paper. The same as
+    CalibratedClassifierCV(method='sigmoid', ensemble=False) on these scores, but the slope keeps
+    its sign. Out-of-fold scores of a few groups may be worse than chance, and a free slope would
+    then reverse every verdict.
     """
     from scipy.optimize import minimize
 
@@ -245,9 +248,8 @@ def fit_sigmoid(scores, labels):
         z = ab[0] * scores + ab[1]
         p = 0.5 * (1 - np.tanh(0.5 * z))
         slope = weight * (target - p)
-        return (weight * (np.logaddexp(0, z) - (1 - target) * z)).sum(), np.array(
-            [slope @ scores, slope.sum()]
-        )
+        value = (weight * (np.logaddexp(0, z) - (1 - target) * z)).sum()
+        return value, np.array([slope @ scores, slope.sum()])
 
     return minimize(
         loss,
@@ -260,8 +262,11 @@ def fit_sigmoid(scores, labels):
 
 
 def calibrated(fitted, point, scores, rows):
-    """A fitted classifier -> its part of the model: with the sigmoid on its out-of-fold scores, these, and what the service's drift
-    is measured from, each class's mean of the standardised untouched images. `rows`: rows.Rows."""
+    """A fitted classifier and rows.Rows -> its part of the model, calibrated on out-of-fold scores.
+
+    `means` holds each class's mean of the standardised untouched images. The service measures drift
+    from them.
+    """
     x = standardise(fitted, whole_of(rows.features))
     return {
         **fitted,

@@ -1,10 +1,11 @@
-"""A trained model as scikit-learn's own objects, for those whose tools take nothing else.
+"""A trained model as scikit-learn's own objects, for tools that load nothing else.
 
     python train_model.py --export_sklearn model.skops
-    pipeline = skops.io.load("model.skops")     # no type in it has to be trusted
-    pipeline.decision_function(features)        # what score.decision gives; mlp has predict_proba alone, the sigmoid of it
+    pipeline = skops.io.load("model.skops")     # without trusting any type
+    pipeline.decision_function(features)        # equals score.decision; mlp: predict_proba only
 
-It is rebuilt from the model's arrays, so it is scikit-learn's whatever fitted it, and cannot say anything else than they do.
+The pipeline is rebuilt from the model's arrays, so that both always give the same scores.
+scikit-learn-intelex fits an SVC that skops cannot store. Its arrays become scikit-learn's SVC here.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ from detector.training.classifiers import estimator
 
 
 def need_skops(path):
-    """Raises UsageError unless it is installed."""
+    """Raises UsageError unless skops is installed."""
     if importlib.util.find_spec("skops") is None:
         raise UsageError(
             f"--export_sklearn {path}: needs skops, which is not installed: pip install -r"
@@ -26,7 +27,7 @@ def need_skops(path):
 
 
 def write(path, model, seed):
-    """Model dict, seed of its training -> skops file, whole or not at all."""
+    """Model dict and the seed of its training -> skops file, whole or not at all."""
     import skops.io
 
     with atomic_write(path) as file:
@@ -34,7 +35,7 @@ def write(path, model, seed):
 
 
 def pipeline(model, seed):
-    """Model dict, seed of its training -> the fitted Pipeline(StandardScaler, classifier)."""
+    """Model dict and the seed of its training -> fitted Pipeline(StandardScaler, classifier)."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -42,14 +43,13 @@ def pipeline(model, seed):
     scaler = having(
         StandardScaler(), mean_=model["center"], scale_=model["scale"], n_features_in_=d
     )
-    classifier = {"svm": svm, "mlp": network}.get(kind, linear)(
-        model, estimator(kind, d, seed, **model["hyperparameters"])
-    )
+    fill = {"svm": svm, "mlp": network}.get(kind, linear)
+    classifier = fill(model, estimator(kind, d, seed, **model["hyperparameters"]))
     return make_pipeline(scaler, having(classifier, classes_=np.arange(2), n_features_in_=d))
 
 
 def having(estimator, **fitted):
-    """The estimator with these attributes, as fitting would leave them."""
+    """The estimator with the attributes that fitting would have set."""
     vars(estimator).update(fitted)
     return estimator
 
@@ -73,7 +73,10 @@ def network(model, estimator):
 
 
 def svm(model, estimator):
-    """scikit-learn's SVC, whoever's `estimator` is. Real's support vectors first, as libsvm keeps them."""
+    """scikit-learn's SVC, also for an `estimator` of scikit-learn-intelex.
+
+    libsvm keeps the support vectors of 'real' first.
+    """
     from sklearn.svm import SVC
 
     order = np.argsort(model["dual_coef"] > 0, kind="stable")
@@ -84,14 +87,13 @@ def svm(model, estimator):
         support_vectors_=vectors,
         dual_coef_=dual[None],
         intercept_=intercept,
-        support_=np.arange(
-            len(order), dtype=np.int32
-        ),  # only counted: which rows they were is not kept
+        # scikit-learn only counts them. The model does not keep which training rows they were.
+        support_=np.arange(len(order), dtype=np.int32),
         _n_support=np.bincount(dual > 0, minlength=2).astype(np.int32),
         _gamma=model["gamma"],
         _sparse=False,
-        _dual_coef_=-dual[None],
-        _intercept_=-intercept,  # of two classes libsvm's signs are the other way round
+        _dual_coef_=-dual[None],  # for two classes libsvm's signs are reversed
+        _intercept_=-intercept,
         _probA=none,
         _probB=none,
         fit_status_=0,

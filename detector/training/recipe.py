@@ -1,4 +1,4 @@
-"""Rows of a features file -> a calibrated classifier with its threshold, and what is known of it."""
+"""Rows of a features file -> a calibrated classifier with its threshold, and its report."""
 
 import numpy as np
 
@@ -22,30 +22,20 @@ from detector.training.classifiers import (
     svc,
 )
 
-BAND_ERROR = (
-    0.1  # of each class, the share that may lie on the wrong side outside the 'uncertain' band
-)
-HELD_OUT_ROWS = 1500  # of the other sources, for each line of the leave-one-source-out table
+BAND_ERROR = 0.1  # share of each class that may lie on the wrong side of the 'uncertain' band
+HELD_OUT_ROWS = 1500  # training rows for each line of the leave-one-source-out table
 
 
 # ---- one classifier ----
 
 
 def build(kind, rows, seed):
-    """Search, out-of-fold scores once, a sigmoid on them, final fit on all rows -> the classifier's part of the model dict."""
-    point = search(kind, rows.features, rows.labels, rows.weight, rows.groups, rows.images, seed)
-    scores = out_of_fold(
-        kind,
-        rows.features,
-        rows.labels,
-        rows.weight,
-        fold_rows(rows.labels, rows.groups, seed),
-        seed,
-        **point,
-    )
-    return calibrated(
-        fit(kind, rows.features, rows.labels, rows.weight, seed, **point), point, scores, rows
-    )
+    """Search, score out of fold, fit on all rows, calibrate -> part of the model dict."""
+    data = rows.features, rows.labels, rows.weight
+    point = search(kind, *data, rows.groups, rows.images, seed)
+    folds = fold_rows(rows.labels, rows.groups, seed)
+    scores = out_of_fold(kind, *data, folds, seed, **point)
+    return calibrated(fit(kind, *data, seed, **point), point, scores, rows)
 
 
 def out_of_fold_probability(model):
@@ -53,19 +43,16 @@ def out_of_fold_probability(model):
 
 
 def set_threshold(model, max_fpr):
-    """The model with its threshold, the band around it, and the rule that both follow from its out-of-fold scores."""
+    """The model with its threshold, its band, and the rule that derives both from its scores."""
     p_fake, labels = out_of_fold_probability(model), model["out_of_fold"]["labels"]
-    threshold = choose_threshold(p_fake, labels, max_fpr, model["out_of_fold"]["view"])
-    copies = (
-        ", and at most so many of their degraded copies"
-        if model["out_of_fold"]["view"].any()
-        else ""
-    )
-    words = (
-        "0.5 on the calibrated probability"
-        if max_fpr is None
-        else f"at most {max_fpr:g} of the real training images called fake, out of fold{copies}"
-    )
+    view = model["out_of_fold"]["view"]
+    threshold = choose_threshold(p_fake, labels, max_fpr, view)
+    if max_fpr is None:
+        words = "0.5 on the calibrated probability"
+    else:
+        words = f"at most {max_fpr:g} of the real training images called fake, out of fold"
+        if view.any():
+            words += ", and at most so many of their degraded copies"
     return {
         **model,
         "threshold": threshold,
@@ -75,24 +62,25 @@ def set_threshold(model, max_fpr):
 
 
 def training_data(rows):
-    """What the model says of the rows that trained it. `images`: first 64 bits of each image's hash."""
-    digest = "".join(
-        f"{s}{label}"
-        for s, label in sorted(zip(rows.columns["sha256"][rows.whole], rows.labels[rows.whole]))
-    )
-    hashes = sorted({int(s[:16], 16) - 2**63 for s in rows.columns["sha256"]})
+    """What the model file states about its training rows.
+
+    `images`: the first 64 bits of each image's hash, int64.
+    """
+    labels, hashes = rows.labels[rows.whole], rows.columns["sha256"][rows.whole]
+    pairs = sorted(zip(hashes, labels, strict=True))
+    images = sorted({int(digest[:16], 16) - 2**63 for digest in rows.columns["sha256"]})
     return {
-        "sha256": sha256(digest.encode()),
-        "real": int((rows.labels[rows.whole] == 0).sum()),
-        "fake": int((rows.labels[rows.whole] == 1).sum()),
+        "sha256": sha256("".join(f"{digest}{label}" for digest, label in pairs).encode()),
+        "real": int((labels == 0).sum()),
+        "fake": int((labels == 1).sum()),
         "views": int(rows.columns["view"].max()),
         "sources": sorted(set(rows.columns["sources"].tolist())),
-        "images": np.array(hashes, np.int64),
+        "images": np.array(images, np.int64),
     }
 
 
 def describe_training(data, encoder, args):
-    """What the model file says of where it comes from; `data`: from `training_data`."""
+    """What the model file states about its origin. `data`: from `training_data`."""
     import sklearn
 
     return {
@@ -112,7 +100,7 @@ def describe_training(data, encoder, args):
 
 
 def false_alarms(model, rows):
-    """Share of real images called fake, out of fold: {'untouched', 'degraded': share with interval}."""
+    """Share of real images called fake, out of fold: {'untouched', 'degraded': with interval}."""
     fake = out_of_fold_probability(model) >= model["threshold"]
     real = rows.labels == 0
     return {
@@ -123,100 +111,95 @@ def false_alarms(model, rows):
 
 
 def leave_one_source_out(model, rows, seed):
-    """Each source as if it were new: a classifier of the same kind, trained without it, on its untouched images.
+    """Judge the untouched images of each source by a classifier trained without that source.
 
-    -> rows {source, label, n, value, interval}, worst first; [] unless both classes have two named sources or more. The
-    others, their copies too, give at most HELD_OUT_ROWS rows to each fit.
+    -> rows {source, label, n, value, interval}, worst first. [] unless both classes have two named
+    sources or more.
     """
-    sources, labels, twins = rows.columns["sources"], rows.labels, rows.twins
+    from tqdm import tqdm
+
+    sources, labels = rows.columns["sources"], rows.labels
     names = np.setdiff1d(sources, [""])
     if min(len(np.intersect1d(names, sources[labels == label])) for label in (0, 1)) < 2:
         return []
-    from tqdm import tqdm
-
-    order, found = np.random.default_rng(seed).permutation(len(labels)), []
+    order, table = np.random.default_rng(seed).permutation(len(labels)), []
     for source in tqdm(names, desc="leaving one source out"):
         own = np.flatnonzero(rows.whole & (sources == source))
         others = order[~np.isin(rows.groups[order], rows.groups[own]) & (sources[order] != source)]
         others = others[: HELD_OUT_ROWS // (1 + model["crops"])]
         if len(np.unique(labels[others])) < 2:
             continue
-        weight = row_weights(
-            labels[others], sources[others]
-        )  # anew: a class that lost a source would count for less
-        again = fit(
-            model["classifier"],
-            rows.features[others],
-            labels[others],
-            weight,
-            seed,
-            **model["hyperparameters"],
-        )
-        p_fake = probability(model, decision(again, rows.features[own]))
-        for i, name in enumerate(CLASSES):
-            if (labels[own] == i).any():
-                right = (p_fake[labels[own] == i] >= model["threshold"]) == i
-                found.append(
-                    {
-                        "source": str(source),
-                        "label": name,
-                        **metrics.share(right, twins[own][labels[own] == i]),
-                    }
-                )
-    return sorted(found, key=lambda r: (r["value"], -r["n"]))
+        fake = held_out_p_fake(model, rows, others, own, seed) >= model["threshold"]
+        for label in np.unique(labels[own]):
+            mask = labels[own] == label
+            accuracy = metrics.share(fake[mask] == label, rows.twins[own][mask])
+            table.append({"source": str(source), "label": CLASSES[label], **accuracy})
+    return sorted(table, key=lambda row: (row["value"], -row["n"]))
+
+
+def held_out_p_fake(model, rows, train, test, seed):
+    """Probability of fake of the rows `test` by the model's classifier, fitted on `train` alone.
+
+    The weights are computed anew, because a class that lost a source would weigh less.
+    """
+    labels = rows.labels[train]
+    weight = row_weights(labels, rows.columns["sources"][train])
+    point = model["hyperparameters"]
+    fitted = fit(model["classifier"], rows.features[train], labels, weight, seed, **point)
+    return probability(model, decision(fitted, rows.features[test]))
 
 
 def leak(model, columns, train, test, groups):
-    """The detector against probes that saw the same training rows and no picture (`probes.detector_minus_leak`)."""
+    """The detector against probes of file facts that were trained on the same rows.
+
+    See `probes.detector_minus_leak`.
+    """
     from detector.evaluation.probes import detector_minus_leak, probe_scores
 
-    used = [rows[columns["view"][rows] == 0] for rows in (train, test)]
+    train, test = (rows[columns["view"][rows] == 0] for rows in (train, test))
     labels = columns["labels"].astype(int)
-    leaks = probe_scores(columns["facts"], columns["thumb"], labels, *used)
-    found = detector_minus_leak(
-        p_of(model, columns, used[1]), leaks, labels[used[1]], groups[used[1]]
-    )
-    return found and found | {"how": "learnt on the training images"}
+    leaks = probe_scores(columns["facts"], columns["thumb"], labels, train, test)
+    comparison = detector_minus_leak(p_of(model, columns, test), leaks, labels[test], groups[test])
+    return comparison and comparison | {"how": "learnt on the training images"}
 
 
 def audit_labels_of(model, rows):
-    """What the out-of-fold probabilities say of the labels (`audit.audit_labels`), untouched images alone."""
+    """Wrong labels that out-of-fold probabilities suggest (`audit.audit_labels`).
+
+    Only untouched images are looked at.
+    """
     from detector.evaluation.audit import audit_labels
 
-    by_source = len(set(zip(rows.columns["sources"], rows.groups))) == len(
-        set(rows.columns["sources"])
-    )  # no source in two groups
+    whole, sources = rows.whole, rows.columns["sources"]
+    pairs = set(zip(sources, rows.groups, strict=True))
     return audit_labels(
-        rows.labels[rows.whole],
-        out_of_fold_probability(model)[rows.whole],
-        rows.columns["sources"][rows.whole],
-        rows.columns["paths"][rows.whole],
-        by_source,
+        rows.labels[whole],
+        out_of_fold_probability(model)[whole],
+        sources[whole],
+        rows.columns["paths"][whole],
+        by_source=len(pairs) == len(set(sources)),  # no source is in two groups
     )
 
 
 def compare(models, rows, columns, test, groups):
-    """-> rows {classifier, hyperparameters, out_of_fold, auc, balanced_accuracy} of several kinds on the same folds."""
-    whole, found = test[columns["view"][test] == 0], []
+    """Several kinds on the same folds.
+
+    -> rows {classifier, hyperparameters, out_of_fold, auc, balanced_accuracy}
+    """
+    whole, table = test[columns["view"][test] == 0], []
+    labels = columns["labels"][whole].astype(int)
     for kind, model in models.items():
-        on_test = metrics.measure(
-            columns["labels"][whole].astype(int),
-            p_of(model, columns, whole),
-            model["threshold"],
-            groups[whole],
-        )
-        found.append(
-            {
-                "classifier": kind,
-                "hyperparameters": model["hyperparameters"],
-                "out_of_fold": metrics.auc(
-                    rows.labels, model["out_of_fold"]["scores"], rows.groups
-                ),
-                "auc": on_test["auc"],
-                "balanced_accuracy": on_test["balanced_accuracy"],
-            }
-        )
-    return found
+        p_fake, scores = p_of(model, columns, whole), model["out_of_fold"]["scores"]
+        on_test = metrics.measure(labels, p_fake, model["threshold"], groups[whole])
+        row = {
+            "classifier": kind,
+            "hyperparameters": model["hyperparameters"],
+            "out_of_fold": metrics.auc(rows.labels, scores, rows.groups),
+            "auc": on_test["auc"],
+            "balanced_accuracy": on_test["balanced_accuracy"],
+        }
+        table.append(row)
+    return table
 
 
 def p_of(model, columns, rows):
@@ -227,24 +210,20 @@ def p_of(model, columns, rows):
 
 
 def audit_training(data):
-    """What `audit.py` finds in the rows as they are used here. -> findings"""
+    """Findings of `audit.py` on the rows that train and test here."""
     from detector.evaluation.audit import audit
 
     used = np.concatenate([data.train, data.test])
-    return audit(
-        {
-            **{name: data.columns[name][used] for name in COLUMNS},
-            "splits": np.repeat(["train", "test"], [len(data.train), len(data.test)]),
-        },
-        data.twins[used],
-    )
+    columns = {name: data.columns[name][used] for name in COLUMNS}
+    columns["splits"] = np.repeat(["train", "test"], [len(data.train), len(data.test)])
+    return audit(columns, data.twins[used])
 
 
-def say_findings(found, before=()):
-    """LEAK and note lines on stderr, those of `before` left out. -> the lines"""
+def say_findings(findings, before=()):
+    """Print LEAK and note lines on stderr, except those of `before`. -> the lines"""
     from detector.evaluation.audit import sentences
 
-    fatal, note = sentences(all_printable(found))
+    fatal, note = sentences(all_printable(findings))
     lines = [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)]
     for line in lines:
         if line not in before:
@@ -253,26 +232,28 @@ def say_findings(found, before=()):
 
 
 def train_best(data, args):
-    """Data -> (model with threshold, band and origin: of several kinds the best out of fold; rows of `compare`)."""
+    """Data -> (model with threshold, band and origin; rows of `compare`).
+
+    Of several kinds the best out of fold is chosen, never by the test images.
+    """
     kinds = GRIDS if args.classifier == "all" else [args.classifier]
     parts = {kind: build(kind, data.rows, args.seed) for kind in kinds}
     models = {kind: set_threshold(part, args.max_fpr) for kind, part in parts.items()}
     compared = compare(models, data.rows, data.columns, data.test, data.groups)
-    best = max(compared, key=lambda row: row["out_of_fold"]["value"])[
-        "classifier"
-    ]  # never by the test images
-    return models[best] | describe_training(training_data(data.rows), data.encoder, args), compared
+    best = max(compared, key=lambda row: row["out_of_fold"]["value"])
+    origin = describe_training(training_data(data.rows), data.encoder, args)
+    return models[best["classifier"]] | origin, compared
 
 
 def describe_model(model, kinds, data, audited, seed):
-    """Model, rows of `compare`, Data, findings of `audit_training` -> what the report says.
+    """Model, rows of `compare`, Data, findings of `audit_training` -> the report's content.
 
     Adds labels and the detector to the findings, and the test metrics to the model.
     """
     assessed = report.assess(model, data.columns, data.test, data.groups, data.twins)
     audited["labels"] = audit_labels_of(model, data.rows)
     audited["detector"] = {"on_test": assessed["overall"]["auc"]}
-    found = {
+    content = {
         **report.about(model),
         "split": data.split,
         "audit": audited,
@@ -282,7 +263,6 @@ def describe_model(model, kinds, data, audited, seed):
         **assessed,
         "leave_one_source_out": leave_one_source_out(model, data.rows, seed),
     }
-    model["metrics"] = {
-        name: found[name] for name in ("split", "overall", "degraded", "calibration")
-    }
-    return found
+    names = ("split", "overall", "degraded", "calibration")
+    model["metrics"] = {name: content[name] for name in names}
+    return content

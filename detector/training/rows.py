@@ -1,4 +1,4 @@
-"""Which rows of the features files train a classifier, which test it, and which of them belong together.
+"""Which rows of the features files train a classifier, which test it, and which form a group.
 
 files, encoder = open_files(["features.npz", "more.parquet"], crops=0)
 train, test, groups, twins, words = choose_rows(columns, args, seed)
@@ -16,27 +16,28 @@ from detector.features.columns import COLUMNS, distinct
 from detector.features.file import load_rows, open_files
 from detector.training.classifiers import fold_rows, row_weights
 
-MAX_CLUSTER = 0.05  # share of the data in one cluster of twins (if above 50 images) that stops everything: either the
-# data are copies of a few pictures, or something chains them, and groups mean nothing
-POOL = (
-    "train",
-    "val",
-    "test",
-    "",
-)  # what --resplit divides anew; external, extra and seen images stay out of it
+# Largest cluster of twins, as a share of the data, and the size up to which any cluster is
+# accepted. A larger cluster means copies of a few pictures, or chains of similar pictures. Groups
+# then mean nothing.
+MAX_CLUSTER, SMALL_CLUSTER = 0.05, 50
+# Splits that --resplit divides anew. It leaves external, extra and seen images out.
+POOL = ("train", "val", "test", "")
 
 
 def group_rows(columns):
-    """`facts.make_groups`; UsageError where one picture is more than MAX_CLUSTER of the data. -> (groups, twins, words)"""
+    """Columns -> (groups, twins, words) of `facts.make_groups`.
+
+    Raises UsageError if a single picture is more than MAX_CLUSTER of the data.
+    """
     from detector.images.facts import make_groups, twin_clusters
 
     cluster = twin_clusters(columns["thumb"], columns["sha256"])
     whole = columns["view"] == 0
     largest = int(np.bincount(cluster[whole]).argmax())
     n = int((cluster[whole] == largest).sum())
-    if n > max(50, MAX_CLUSTER * whole.sum()):
+    if n > max(SMALL_CLUSTER, MAX_CLUSTER * whole.sum()):
         raise UsageError(
-            f"{n} of {whole.sum()} images look like one and the same picture"
+            f"{n} of {whole.sum()} images look like the same picture"
             f" ({', '.join(columns['paths'][whole & (cluster == largest)][:3])}, ...): remove the"
             " copies, then extract again"
         )
@@ -45,59 +46,62 @@ def group_rows(columns):
 
 
 def choose_rows(columns, args, seed):
-    """-> (train row numbers, test row numbers, groups and twins of all rows, words on how they were chosen)."""
-    labelled = columns["labels"] >= 0
-    splits, wanted = columns["splits"], args.train_splits.split(",")
-    missing = sorted(set(wanted) - set(splits[labelled]))
-    if (
-        missing and args.train_splits != "train"
-    ):  # without a split called so the default means our own
-        raise UsageError(
-            f"--train_splits {args.train_splits}: no labelled images in '{missing[0]}' "
-            f"(splits there: {', '.join(filter(None, sorted(set(splits[labelled])))) or 'none'})"
-        )
-    in_train = labelled & np.isin(splits, wanted)
-    in_test = labelled & (splits == "test")
+    """Columns and flags -> (train rows, test rows, groups, twins, words on the choice).
+
+    Rows are row numbers. Groups and twins are of all rows, -1 for unused rows. Raises UsageError.
+    """
+    splits, labelled = columns["splits"], columns["labels"] >= 0
+    wanted = args.train_splits.split(",")
+    check_splits(splits[labelled], args.train_splits)
+    in_train, in_test = labelled & np.isin(splits, wanted), labelled & (splits == "test")
     own = args.resplit or not in_train.any() or not in_test.any() or "test" in wanted
-    pool = labelled & (
-        np.isin(splits, (*POOL, *wanted)) if args.resplit or not in_train.any() else in_train
-    )
-    parts = [
-        distinct(columns, np.flatnonzero(rows))
-        for rows in ((pool,) if own else (in_train, in_test))
-    ]
+    if args.resplit or not in_train.any():
+        in_train = labelled & np.isin(splits, (*POOL, *wanted))
+    masks = (in_train,) if own else (in_train, in_test)
+    parts = [distinct(columns, np.flatnonzero(mask)) for mask in masks]
     check_classes(columns, parts[0], "to train on")
-    used = np.sort(np.concatenate(parts))  # others' sources must not count
+    used = np.sort(np.concatenate(parts))  # the sources of other rows must not count
     groups, twins = np.full((2, len(labelled)), -1)
     groups[used], twins[used], kind = group_rows({name: columns[name][used] for name in COLUMNS})
     if not own:
         return *parts, groups, twins, f"the folders' split; folds by {kind}"
     (rows,) = parts
     train, test = fold_rows(columns["labels"][rows], groups[rows], seed)[0]
-    return (
-        rows[train],
-        rows[test],
-        groups,
-        twins,
-        f"our own split by {kind}, a fifth for testing; folds the same way",
-    )
+    words = f"our own split by {kind}, a fifth for testing; folds the same way"
+    return rows[train], rows[test], groups, twins, words
+
+
+def check_splits(splits, train_splits):
+    """Raises UsageError if --train_splits names a split that has no labelled image.
+
+    The default is exempt: without a split of that name the rows are split here.
+    """
+    missing = sorted(set(train_splits.split(",")) - set(splits))
+    if missing and train_splits != "train":
+        raise UsageError(
+            f"--train_splits {train_splits}: no labelled images in '{missing[0]}' (splits there:"
+            f" {split_names(splits)})"
+        )
 
 
 def check_classes(columns, rows, what):
-    """Raises UsageError where the row numbers hold fewer than MIN_IMAGES of a class, copies not counted."""
+    """Raises UsageError for fewer than MIN_IMAGES of a class among the rows, without copies."""
     rows = rows[columns["view"][rows] == 0]
     for label, name in enumerate(CLASSES):
         n = int((columns["labels"][rows] == label).sum())
         if n < MIN_IMAGES:
             raise UsageError(
                 f"{n} {name} images {what}; at least {MIN_IMAGES} are needed: add some, or name"
-                " other splits with --train_splits (there:"
-                f" {', '.join(filter(None, sorted(set(columns['splits'])))) or 'none'})"
+                f" other splits with --train_splits (there: {split_names(columns['splits'])})"
             )
 
 
+def split_names(splits):
+    return ", ".join(filter(None, sorted(set(splits)))) or "none"
+
+
 class Rows:
-    """The training rows as the fitting takes them: features, labels, weight, group, twins and image of each."""
+    """The training rows: features, labels, weight, group, twins and image of each."""
 
     def __init__(self, columns, train, groups, twins):
         self.columns = {name: columns[name][train] for name in COLUMNS}
@@ -108,7 +112,7 @@ class Rows:
         self.weight = row_weights(self.labels, self.columns["sources"])
 
 
-# `split`: words on how train and test were chosen; `rows`: those that train, as `Rows`
+# `split`: words on how train and test were chosen; `rows`: the training rows, as `Rows`
 Data = namedtuple("Data", "encoder columns train test groups twins split rows")
 
 
@@ -119,21 +123,15 @@ def read_data(args):
     train, test, groups, twins, split = choose_rows(columns, args, args.seed)
     if total > len(columns["labels"]):
         split += f"; {len(columns['labels'])} of {total} rows, a draw even over class and source"
-    return Data(
-        encoder, columns, train, test, groups, twins, split, Rows(columns, train, groups, twins)
-    )
+    rows = Rows(columns, train, groups, twins)
+    return Data(encoder, columns, train, test, groups, twins, split, rows)
 
 
 def say_rows(data, args):
-    """Which rows train, which test, which are left out; warns where the reals are too few for --max_fpr."""
-    whole = data.columns["view"] == 0
-    copies = (
-        f", and {(~whole[data.train]).sum()} degraded copies" if not whole[data.train].all() else ""
-    )
-    say(
-        f"{whole[data.train].sum()} images to train{copies}, {whole[data.test].sum()} to test"
-        f" ({data.split})"
-    )
+    """Log which rows train, test or are left out. Warns of too few reals for --max_fpr."""
+    whole, tested = data.rows.whole, data.columns["view"][data.test] == 0
+    copies = "" if whole.all() else f", and {(~whole).sum()} degraded copies"
+    say(f"{whole.sum()} images to train{copies}, {tested.sum()} to test ({data.split})")
     if rest := left_out(data.columns, np.concatenate([data.train, data.test])):
         say(f"left out: {rest}")
     if args.crops:
@@ -145,19 +143,19 @@ def say_rows(data, args):
 
 
 def left_out(columns, used):
-    """Splits that neither trained nor tested, with their numbers: '830 external' or ''."""
-    splits, n = np.unique(np.delete(columns["splits"], used), return_counts=True)
-    return ", ".join(f"{k} {s or 'without split'}" for s, k in zip(splits, n))
+    """Splits that neither train nor test, with their numbers of rows: '830 external' or ''."""
+    splits, counts = np.unique(np.delete(columns["splits"], used), return_counts=True)
+    pairs = zip(splits, counts, strict=True)
+    return ", ".join(f"{count} {split or 'without split'}" for split, count in pairs)
 
 
 def warn_of_few_reals(max_fpr, rows):
-    """Warns where the training reals are too few to certify the rate."""
+    """Warns if the training reals are too few to certify the rate."""
     if max_fpr is None:
         return
     n = int((rows.whole & (rows.labels == 0)).sum())
-    if (
-        n < 3 / max_fpr
-    ):  # the rule of three: with fewer, even no false alarm at all leaves the rate open
+    # The rule of three: with fewer, even no false positive at all does not certify the rate.
+    if n < 3 / max_fpr:
         say(
             f"warning: {n} real training images are too few to certify a rate of {max_fpr:g}: it"
             f" takes {int(np.ceil(3 / max_fpr))}"

@@ -1,4 +1,4 @@
-"""Signed model files: with MODEL_PUBLIC_KEY nothing is read that the owner of the key did not sign; without it, anything."""
+"""Signed model files: with MODEL_PUBLIC_KEY only a file that the key's owner signed is read."""
 
 import base64
 import shutil
@@ -42,14 +42,14 @@ def write_keys(folder, name="key", key=None):
 
 @pytest.fixture
 def signed(tmp_path):
-    """The small model and its signature -> (model, private key, public key) paths."""
+    """The small model, signed -> paths of (model, private key, public key)."""
     private, public = write_keys(tmp_path)
     path = shutil.copy(BASELINE, tmp_path / "model.joblib")
     signature.sign(path, signature.read_key(private, "--sign", "private"))
     return path, private, public
 
 
-def test_a_signed_model_is_read_with_its_key_and_without_any(signed, monkeypatch):
+def test_a_signed_model_loads_with_its_key_and_without_a_key(signed, monkeypatch):
     path, _, public = signed
     expected = load_model(BASELINE)["sha256"]
     assert load_model(path)["sha256"] == load_model(path, public)["sha256"] == expected
@@ -71,8 +71,8 @@ def another_key(path):
     signature.sign(path, ed25519.Ed25519PrivateKey.generate())
 
 
-def another_model_s(path):
-    """The signature is the owner's, of another model."""
+def another_model(path):
+    """The owner signed another model."""
     model_file(path, **versions("v2"))
 
 
@@ -92,43 +92,39 @@ WRONG = "model.joblib.sig is no signature of it by MODEL_PUBLIC_KEY=.*key.public
 
 
 @pytest.mark.parametrize(
-    "attack, says",
+    "attack, words",
     [
         (unsigned, "it is not signed: .*model.joblib.sig cannot be read .No such file"),
         (another_byte, WRONG),
         (another_key, WRONG),
-        (another_model_s, WRONG),
+        (another_model, WRONG),
         (cut, WRONG),
         (junk, WRONG),
         (with_junk, WRONG),
     ],
 )
-def test_what_the_owner_of_the_key_did_not_sign_is_refused_with_the_remedy(signed, attack, says):
+def test_a_file_that_the_owner_did_not_sign_is_refused_with_the_remedy(signed, attack, words):
     path, _, public = signed
     attack(path)
-    with pytest.raises(
-        ModelError,
-        match=f"model.joblib is refused: .*{says}.*; sign it with train_model.py --sign, or",
-    ) as error:
+    message = f"model.joblib is refused: .*{words}.*; sign it with train_model.py --sign, or"
+    with pytest.raises(ModelError, match=message) as error:
         load_model(path, public)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_the_signature_is_looked_at_before_anything_is_unpickled(signed):
+def test_the_signature_is_checked_before_the_file_is_unpickled(signed):
     path, _, public = signed
     path.write_bytes(b"no pickle at all")
     with pytest.raises(ModelError, match="is no signature of it"):
         load_model(path, public)
 
 
-def test_a_signature_is_of_64_bytes_on_one_line_as_openssl_makes_one(signed):
+def test_a_signature_is_the_64_bytes_of_openssl_in_base64(signed):
     path, private, _ = signed
     command = ["openssl", "pkeyutl", "-sign", "-inkey", private, "-rawin", "-in", path]
-    made = subprocess.run(command, capture_output=True, check=True).stdout
-    assert (
-        len(made) == 64
-        and signature.signature_path(path).read_bytes() == base64.b64encode(made) + b"\n"
-    )
+    expected = subprocess.run(command, capture_output=True, check=True).stdout
+    assert len(expected) == 64
+    assert signature.signature_path(path).read_bytes() == base64.b64encode(expected) + b"\n"
 
 
 def test_without_the_variable_cryptography_is_not_imported():
@@ -139,46 +135,35 @@ def test_without_the_variable_cryptography_is_not_imported():
     result = subprocess.run(
         [sys.executable, "-c", code, BASELINE], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert (
-        "detector.model.signature" in result.stdout.split()
-        and "cryptography" not in result.stdout.split()
-    )
+    modules = result.stdout.split()
+    assert "detector.model.signature" in modules and "cryptography" not in modules
 
 
-def test_an_empty_variable_is_none(signed, monkeypatch):
+def test_an_empty_variable_requires_no_signature(signed, monkeypatch):
     unsigned(signed[0])
     monkeypatch.setenv("MODEL_PUBLIC_KEY", "")
     assert load_model(signed[0])
 
 
 @pytest.mark.parametrize("kind, given", [("public", "MODEL_PUBLIC_KEY"), ("private", "--sign")])
-def test_where_cryptography_is_missing_it_says_how_to_install_it(
-    tmp_path, monkeypatch, kind, given
-):
+def test_without_cryptography_the_error_says_how_to_install_it(tmp_path, monkeypatch, kind, given):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric", None)
-    with pytest.raises(
-        UsageError,
-        match=f"{given} .*key.pem: needs cryptography .*pip install -r requirements-serve.txt",
-    ):
+    message = f"{given} .*key.pem: needs cryptography .*pip install -r requirements-serve.txt"
+    with pytest.raises(UsageError, match=message):
         signature.read_key(tmp_path / "key.pem", given, kind)
 
 
-def test_a_key_that_is_none_of_its_kind_is_named(signed, tmp_path):
-    path, private, public = signed
+def test_a_file_that_is_no_public_key_is_named(signed, tmp_path):
+    path, private, _ = signed
     _, of_rsa = write_keys(tmp_path, "rsa", rsa.generate_private_key(65537, 2048))
-    for key in (private, of_rsa, path):
-        with pytest.raises(
-            UsageError, match=f"MODEL_PUBLIC_KEY {key}: is no public Ed25519 key .* openssl"
-        ):
+    wrong, missing = "is no public Ed25519 key .* openssl", "cannot read .*: No such file .*; make"
+    keys = {private: wrong, of_rsa: wrong, path: wrong, tmp_path / "nowhere.pem": missing}
+    for key, words in keys.items():
+        with pytest.raises(UsageError, match=f"MODEL_PUBLIC_KEY {key}: {words}"):
             load_model(path, key)
-    with pytest.raises(
-        UsageError,
-        match="MODEL_PUBLIC_KEY .*nowhere.pem: cannot read .*: No such file .*; make one with",
-    ):
-        load_model(path, tmp_path / "nowhere.pem")
 
 
-def test_train_model_signs_and_an_old_signature_does_not_stay(train, quick, tmp_path):
+def test_train_model_signs_and_removes_an_old_signature(train, quick, tmp_path):
     private, public = write_keys(tmp_path)
     train(make_columns(), sign=private)
     assert load_model(tmp_path / "model.joblib", public)
@@ -187,12 +172,10 @@ def test_train_model_signs_and_an_old_signature_does_not_stay(train, quick, tmp_
 
 
 def with_a_password(folder):
-    key, encryption = (
-        ed25519.Ed25519PrivateKey.generate(),
-        serialization.BestAvailableEncryption(b"secret"),
-    )
-    (folder / "locked.pem").write_bytes(private_pem(key, encryption))
-    return folder / "locked.pem"
+    encryption = serialization.BestAvailableEncryption(b"secret")
+    path = folder / "locked.pem"
+    path.write_bytes(private_pem(ed25519.Ed25519PrivateKey.generate(), encryption))
+    return path
 
 
 BAD_KEYS = {
@@ -204,14 +187,14 @@ BAD_KEYS = {
 
 
 @pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
-def test_a_key_that_cannot_sign_is_told_before_the_training(train, tmp_path, key):
+def test_a_key_that_cannot_sign_is_refused_before_the_training(train, tmp_path, key):
     path = key(tmp_path)
     with pytest.raises(UsageError, match=f"^--sign {path}: .*; make one with openssl"):
         train(make_columns(), sign=path)
     assert not (tmp_path / "model.joblib").exists()
 
 
-def test_a_key_that_cannot_sign_is_one_line(command, tmp_path):
+def test_a_key_that_cannot_sign_is_a_one_line_error(command, tmp_path):
     _, public = write_keys(tmp_path)
     result = command("--sign", public)
     assert_one_line_error(result, f"--sign {public}: is no private Ed25519 key")
@@ -220,16 +203,14 @@ def test_a_key_that_cannot_sign_is_one_line(command, tmp_path):
 
 def test_classify_refuses_an_unsigned_model_in_one_line(script, signed, photos):
     path, _, public = signed
-    asked = "--image_path", photos["chelsea.png"], "--model_path", path
-    assert script("classify.py", *asked, MODEL_PUBLIC_KEY=str(public)).returncode == 0
+    command = "classify.py", "--image_path", photos["chelsea.png"], "--model_path", path
+    assert script(*command, MODEL_PUBLIC_KEY=str(public)).returncode == 0
     unsigned(path)
-    assert_one_line_error(
-        script("classify.py", *asked, MODEL_PUBLIC_KEY=str(public)), "it is not signed"
-    )
-    assert script("classify.py", *asked).returncode == 0
+    assert_one_line_error(script(*command, MODEL_PUBLIC_KEY=str(public)), "it is not signed")
+    assert script(*command).returncode == 0
 
 
-def test_the_service_refuses_it_too(signed):
+def test_the_service_refuses_an_unsigned_model(signed):
     path, _, public = signed
     settings = read_settings(
         {"MODEL_PATH": str(path), "MODEL_PUBLIC_KEY": str(public), "ALLOW_DEMO_MODEL": "1"}
@@ -241,7 +222,7 @@ def test_the_service_refuses_it_too(signed):
             refuses(settings)
 
 
-def test_on_a_reload_the_old_model_serves_on_until_the_new_one_is_signed(signed, caplog):
+def test_after_a_reload_the_old_model_serves_until_the_new_model_is_signed(signed, caplog):
     path, private, public = signed
     caplog.set_level("INFO")
     engine = engine_on(MODEL_PATH=path, MODEL_PUBLIC_KEY=public)

@@ -1,8 +1,9 @@
-"""classify.py as users run it: what it prints, what it refuses, and what it does without."""
+"""classify.py as users run it: its output, its errors, and the packages it does without."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -22,27 +23,20 @@ OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:
 
 @pytest.fixture(scope="module")
 def trained(make_folder, tmp_path_factory):
-    """A model trained here by the two commands before this one: real crops against crops with their channels swapped."""
+    """A model that the other two commands train here: crops against crops with swapped channels."""
     folder = tmp_path_factory.mktemp("trained")
-    make_folder(
-        folder / "data", {"train/real": 60, "train/fake": 60, "test/real": 30, "test/fake": 30}
-    )
+    counts = {"train/real": 60, "train/fake": 60, "test/real": 30, "test/fake": 30}
+    make_folder(folder / "data", counts)
+    env = {**os.environ, "CLIP_MODEL": str(small.CHECKPOINT), "OMP_NUM_THREADS": "1"}
+    options = {"cwd": folder, "env": env, "check": True, "capture_output": True, "timeout": 200}
     for name, *args in (("extract_features.py", "--data_dir", "data"), ("train_model.py",)):
-        env = {**os.environ, "CLIP_MODEL": str(small.CHECKPOINT), "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, ROOT / name, *args],
-            cwd=folder,
-            env=env,
-            check=True,
-            capture_output=True,
-            timeout=200,
-        )
+        subprocess.run([sys.executable, ROOT / name, *args], **options)
     return folder / "model.joblib"
 
 
 @pytest.fixture
 def classify(script):
-    """Function: classify.py on the given paths, with the small model where no other is named."""
+    """Function: classify.py on the given paths, with the small model by default."""
 
     def run(*paths, model=BASELINE, flags=(), **options):
         given = ["--model_path", model] if model else []
@@ -51,21 +45,16 @@ def classify(script):
     return run
 
 
+PLACES = {"a.png": "coffee.png", "b.jpg": "china.jpg", "below/c.jpg": "rocket.jpg"}
+
+
 @pytest.fixture
 def folder(photos, tmp_path):
-    """Function: name -> folder with three photographs, one of them in a folder below."""
-
-    def make(name="images"):
-        (tmp_path / name / "below").mkdir(parents=True)
-        for place, photo in (
-            ("a.png", "coffee.png"),
-            ("b.jpg", "china.jpg"),
-            ("below/c.jpg", "rocket.jpg"),
-        ):
-            (tmp_path / name / place).write_bytes(photos[photo].read_bytes())
-        return tmp_path / name
-
-    return make
+    """A folder with three photographs. One of them is in a subfolder."""
+    (tmp_path / "images" / "below").mkdir(parents=True)
+    for place, photo in PLACES.items():
+        shutil.copy(photos[photo], tmp_path / "images" / place)
+    return tmp_path / "images"
 
 
 def assert_done(result, code=0):
@@ -74,7 +63,12 @@ def assert_done(result, code=0):
     return result.stdout
 
 
-# ---- what it prints ----
+def objects(result, code=0):
+    """The JSON objects of a command's output, one a line."""
+    return [json.loads(line) for line in assert_done(result, code).splitlines()]
+
+
+# ---- output ----
 
 
 @pytest.mark.parametrize("model", ["baseline", "trained"])
@@ -85,20 +79,19 @@ def test_one_image_gives_one_line(request, classify, photos, model):
 
 
 def test_json_has_exactly_the_two_documented_keys(classify, photos):
-    printed = assert_done(classify(photos["china.jpg"], flags=["--json"]))
-    found = json.loads(printed)
-    assert list(found) == ["classification", "confidence"] and printed.count("\n") == 1
-    assert found["classification"] in ("real", "fake") and 0.5 <= found["confidence"] <= 1
-    assert len(str(found["confidence"]).split(".")[1]) <= 4
+    (verdict,) = objects(classify(photos["china.jpg"], flags=["--json"]))
+    assert list(verdict) == ["classification", "confidence"]
+    assert verdict["classification"] in ("real", "fake") and 0.5 <= verdict["confidence"] <= 1
+    assert len(str(verdict["confidence"]).split(".")[1]) <= 4
 
 
-def test_the_line_and_the_json_say_the_same(classify, photos):
-    found = json.loads(assert_done(classify(photos["china.jpg"], flags=["--json"])))
-    line = f"{found['classification']} (confidence {found['confidence']:.2f})\n"
+def test_the_line_and_the_json_agree(classify, photos):
+    (verdict,) = objects(classify(photos["china.jpg"], flags=["--json"]))
+    line = f"{verdict['classification']} (confidence {verdict['confidence']:.2f})\n"
     assert assert_done(classify(photos["china.jpg"])) == line
 
 
-def test_several_images_give_a_line_each_with_its_path_in_the_order_given(classify, photos):
+def test_several_images_give_a_line_each_with_its_path_in_order(classify, photos):
     paths = [str(photos[name]) for name in ("rocket.jpg", "coffee.png", "astronaut.png")]
     lines = assert_done(classify(*paths)).splitlines()
     assert [line.split(": ")[0] for line in lines] == paths
@@ -106,50 +99,37 @@ def test_several_images_give_a_line_each_with_its_path_in_the_order_given(classi
 
 
 def test_a_folder_gives_all_its_images_sorted(classify, folder):
-    images = folder()
-    lines = assert_done(classify(images)).splitlines()
-    assert [line.split(": ")[0] for line in lines] == [
-        f"{images}/{name}" for name in ("a.png", "b.jpg", "below/c.jpg")
-    ]
+    lines = assert_done(classify(folder)).splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{folder}/{name}" for name in PLACES]
 
 
-def test_several_as_json_give_one_object_a_line_with_the_path(classify, folder):
-    images = folder()
-    (images / "broken.jpg").write_bytes(b"not an image")
-    rows = [
-        json.loads(line)
-        for line in assert_done(classify(images, flags=["--json"]), code=1).splitlines()
-    ]
-    assert [row.pop("path").removeprefix(f"{images}/") for row in rows] == [
-        "a.png",
-        "b.jpg",
-        "below/c.jpg",
-        "broken.jpg",
-    ]
+def test_several_images_as_json_give_an_object_a_line_with_the_path(classify, folder):
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    rows = objects(classify(folder, flags=["--json"]), code=1)
+    paths = [row.pop("path").removeprefix(f"{folder}/") for row in rows]
+    assert paths == [*PLACES, "broken.jpg"]
     assert [list(row) for row in rows] == [["classification", "confidence"]] * 3 + [["error"]]
 
 
-def test_a_folder_with_one_image_is_answered_with_its_path(classify, photos, tmp_path):
+def test_a_folder_with_a_single_image_gives_its_path(classify, photos, tmp_path):
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "x.jpg").write_bytes(photos["rocket.jpg"].read_bytes())
+    shutil.copy(photos["rocket.jpg"], tmp_path / "one" / "x.jpg")
     assert re.fullmatch(f"{tmp_path}/one/x.jpg: {LINE}\n", assert_done(classify(tmp_path / "one")))
 
 
 def test_the_bytes_of_an_image_may_come_on_stdin(classify, photos):
     result = classify("-", stdin=photos["china.jpg"].read_bytes())
-    assert result.returncode == 0 and result.stdout.decode() == assert_done(
-        classify(photos["china.jpg"])
-    )
+    assert result.returncode == 0
+    assert result.stdout.decode() == assert_done(classify(photos["china.jpg"]))
 
 
-def test_names_with_spaces_other_scripts_and_no_ending_are_taken(classify, photos, tmp_path):
+def test_names_with_spaces_and_other_scripts_are_accepted(classify, photos, tmp_path):
     names = ["my photo", "фото.jpg", "写真.gif", "100%.jpg", "-dash.jpg"]
     for name in names:
-        (tmp_path / name).write_bytes(photos["rocket.jpg"].read_bytes())
-    lines = assert_done(classify(*(tmp_path / name for name in names))).splitlines()
-    assert [re.fullmatch(f"(.*): {LINE}", line)[1] for line in lines] == [
-        str(tmp_path / name) for name in names
-    ]
+        shutil.copy(photos["rocket.jpg"], tmp_path / name)
+    paths = [str(tmp_path / name) for name in names]
+    lines = assert_done(classify(*paths)).splitlines()
+    assert [re.fullmatch(f"(.*): {LINE}", line)[1] for line in lines] == paths
 
 
 def test_help_fits_one_screen(script):
@@ -164,174 +144,126 @@ DETAILS = ["p_fake", "threshold", "uncertain", "reason", "model_version", "notic
 
 @pytest.fixture
 def moved(tmp_path):
-    """Function: the small model with another threshold, band and name, and without its notice."""
+    """Function: changes -> the small model with these changes, as v7.0.0 without its notice."""
 
     def save(**changes):
-        model = {k: v for k, v in load_model(BASELINE).items() if k not in ("sha256", "notice")}
-        save_model(
-            tmp_path / "moved.joblib",
-            {**model, "versions": {**model["versions"], "model": "v7.0.0"}, **changes},
-        )
+        model = load_model(BASELINE)
+        del model["notice"]
+        changes["versions"] = {**model["versions"], "model": "v7.0.0"}
+        save_model(tmp_path / "moved.joblib", model | changes)
         return tmp_path / "moved.joblib"
 
     return save
 
 
-def test_details_say_what_stands_behind_the_verdict(classify, photos):
+def test_details_explain_the_verdict(classify, photos):
     model, photo = load_model(BASELINE), photos["china.jpg"]
-    plain, found = (
-        json.loads(assert_done(classify(photo, flags=["--json", *more])))
-        for more in ([], ["--details"])
-    )
-    assert list(plain) == ["classification", "confidence"] and list(found) == [*plain, *DETAILS]
-    assert {name: found[name] for name in plain} == plain
-    assert found["confidence"] == pytest.approx(
-        found["p_fake"] if found["classification"] == "fake" else 1 - found["p_fake"], abs=1e-9
-    )
-    assert (
-        found["threshold"] == round(model["threshold"], 4)
-        and found["model_version"] == model["versions"]["model"]
-    )
-    assert found["uncertain"] == bool(model["band"][0] <= found["p_fake"] <= model["band"][1])
-    assert found["notice"] == NOTICE
+    (plain,) = objects(classify(photo, flags=["--json"]))
+    (detailed,) = objects(classify(photo, flags=["--json", "--details"]))
+    assert list(detailed) == ["classification", "confidence", *DETAILS]
+    assert {name: detailed[name] for name in plain} == plain
+    p_fake, low, high = detailed["p_fake"], *model["band"]
+    confidence = p_fake if detailed["classification"] == "fake" else 1 - p_fake
+    assert detailed["confidence"] == pytest.approx(confidence, abs=1e-9)
+    assert detailed["threshold"] == round(model["threshold"], 4)
+    assert detailed["model_version"] == model["versions"]["model"]
+    assert detailed["uncertain"] == bool(low <= p_fake <= high) and detailed["notice"] == NOTICE
 
 
-def test_the_line_with_details_says_the_same_as_the_json(classify, photos, moved):
+def test_the_line_with_details_agrees_with_the_json(classify, photos, moved):
     model, photo = moved(), photos["china.jpg"]
-    found = json.loads(assert_done(classify(photo, model=model, flags=["--json", "--details"])))
+    (verdict,) = objects(classify(photo, model=model, flags=["--json", "--details"]))
     line = assert_done(classify(photo, model=model)).rstrip("\n")
     assert re.fullmatch(LINE, line)
-    told = {
-        **found,
-        "notice": None,
-        "provenance": provenance.in_words(found["provenance"]),
-    }  # no notice here
-    assert (
-        assert_done(classify(photo, model=model, flags=["--details"]))
-        == line
-        + "".join(f"; {name} {told[name]}" for name in DETAILS if told[name] is not None)
-        + "\n"
-    )
-    assert "notice" not in found and found["model_version"] == "v7.0.0"
+    assert "notice" not in verdict and verdict["model_version"] == "v7.0.0"
+    values = verdict | {"provenance": provenance.in_words(verdict["provenance"])}
+    shown = [name for name in DETAILS if values.get(name) is not None]
+    expected = line + "".join(f"; {name} {values[name]}" for name in shown) + "\n"
+    assert assert_done(classify(photo, model=model, flags=["--details"])) == expected
 
 
-def test_several_images_have_details_each_and_errors_stay_as_they_are(classify, folder):
-    images = folder()
-    (images / "broken.jpg").write_bytes(b"not an image")
-    rows = [
-        json.loads(line)
-        for line in assert_done(
-            classify(images, flags=["--json", "--details"]), code=1
-        ).splitlines()
-    ]
-    assert [list(row) for row in rows] == [
-        ["path", "classification", "confidence", *DETAILS]
-    ] * 3 + [["path", "error"]]
-    lines = assert_done(classify(images, flags=["--details"]), code=1).splitlines()
-    assert [line.split("; ")[1] for line in lines] == [
-        f"p_fake {row['p_fake']}" for row in rows[:3]
-    ]
+def test_each_of_several_images_has_details_and_errors_do_not(classify, folder):
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    rows = objects(classify(folder, flags=["--json", "--details"]), code=1)
+    keys = ["path", "classification", "confidence", *DETAILS]
+    assert [list(row) for row in rows] == [keys] * 3 + [["path", "error"]]
+    lines = assert_done(classify(folder, flags=["--details"]), code=1).splitlines()
+    shown = [line.split("; ")[1] for line in lines]
+    assert shown == [f"p_fake {row['p_fake']}" for row in rows[:3]]
 
 
 @pytest.mark.parametrize(
     "band, uncertain", [([0.0, 1.0], True), ([0.9999, 1.0], False), ([0.0, 0.0001], False)], ids=str
 )
-def test_uncertain_is_said_inside_the_band_and_changes_no_verdict(
-    classify, photos, moved, band, uncertain
-):
-    given = {"model": moved(band=np.array(band)), "flags": ["--json", "--details"]}
-    found = json.loads(assert_done(classify(photos["china.jpg"], **given)))
-    assert found["uncertain"] is uncertain and 0.01 < found["p_fake"] < 0.99
-    assert (
-        found["classification"]
-        == json.loads(assert_done(classify(photos["china.jpg"], flags=["--json"])))[
-            "classification"
-        ]
-    )
+def test_a_verdict_in_the_band_is_uncertain_but_the_same(classify, photos, moved, band, uncertain):
+    photo, model = photos["china.jpg"], moved(band=np.array(band))
+    (verdict,) = objects(classify(photo, model=model, flags=["--json", "--details"]))
+    assert verdict["uncertain"] is uncertain and 0.01 < verdict["p_fake"] < 0.99
+    (plain,) = objects(classify(photo, flags=["--json"]))
+    assert verdict["classification"] == plain["classification"]
 
 
 # ---- which model ----
 
 
-def test_without_a_model_path_the_shipped_baseline_answers_and_stderr_says_so(
-    classify, photos, openai
-):
+def test_the_default_model_is_the_shipped_baseline(classify, photos, openai):
     result = classify(photos["china.jpg"], model=None)
     assert assert_done(result) == assert_done(classify(photos["china.jpg"], model=SHIPPED_MODEL))
     assert "model: the shipped baseline" in result.stderr
 
 
-def test_without_a_model_path_model_joblib_in_this_folder_comes_first(
-    classify, photos, tmp_path, trained
-):
-    (tmp_path / "model.joblib").write_bytes(trained.read_bytes())
+def test_model_joblib_in_this_folder_comes_before_the_baseline(classify, photos, tmp_path, trained):
+    shutil.copy(trained, tmp_path / "model.joblib")
     result = classify(photos["china.jpg"], model=None, flags=["--json"])
-    assert assert_done(result) == assert_done(
-        classify(photos["china.jpg"], model=trained, flags=["--json"])
-    )
+    expected = classify(photos["china.jpg"], model=trained, flags=["--json"])
+    assert assert_done(result) == assert_done(expected)
     assert "model: model.joblib" in result.stderr
 
 
-def test_with_a_model_path_nothing_is_said_about_the_choice(classify, photos):
-    assert "model:" not in classify(photos["china.jpg"]).stderr
-
-
-def test_a_demonstration_is_called_one_on_stderr_only(classify, photos):
+def test_with_a_model_path_stderr_has_the_notice_but_no_choice(classify, photos):
     result = classify(photos["china.jpg"])
+    assert "model:" not in result.stderr
     assert f"note: {NOTICE}" in result.stderr and NOTICE not in result.stdout
 
 
-def test_the_test_images_are_answered_as_the_training_measured_them(classify, trained):
-    measured = json.loads((trained.parent / "model_report" / "metrics.json").read_text())["scores"][
-        "p_fake"
-    ]
-    printed = assert_done(
-        classify(trained.parent / "data" / "test", model=trained, flags=["--json"])
-    )
-    rows = [
-        json.loads(line) for line in printed.splitlines()
-    ]  # sorted by path, as the features are
-    answered = [
-        row["confidence"] if row["classification"] == "fake" else 1 - row["confidence"]
-        for row in rows
-    ]
-    assert len(rows) == 60 and answered == pytest.approx(measured, abs=0.002)
+def test_the_test_images_get_the_probabilities_of_the_training_report(classify, trained):
+    report = json.loads((trained.parent / "model_report" / "metrics.json").read_text())
+    test = trained.parent / "data" / "test"  # sorted by path, as the features are
+    rows = objects(classify(test, model=trained, flags=["--json", "--details"]))
+    p_fake = [row["p_fake"] for row in rows]
+    assert len(rows) == 60 and p_fake == pytest.approx(report["scores"]["p_fake"], abs=0.002)
 
 
 # ---- which encoder ----
 
 
-def test_the_encoder_is_found_in_the_cache_by_the_identity_that_the_model_names(
-    classify, photos, tmp_path
-):
+def test_the_models_identity_selects_the_encoder_of_the_cache(classify, photos, tmp_path):
     other_encoder()
     model = baseline_for(tmp_path / "other.joblib")
     result = classify(photos["china.jpg"], model=model)
     assert assert_done(result) == assert_done(classify(photos["china.jpg"]))
-    assert "note:" not in result.stderr  # this one is no demonstration
+    assert "note:" not in result.stderr  # the model has no notice
 
 
 def test_a_missing_encoder_is_one_line_that_names_the_command(classify, photos, tmp_path):
-    result = classify(
-        photos["china.jpg"], model=baseline_for(tmp_path / "other.joblib", name="mine")
-    )
+    model = baseline_for(tmp_path / "other.joblib", name="mine")
+    result = classify(photos["china.jpg"], model=model)
     cache = tmp_path / "home" / ".clip"
     assert_one_line_error(result, "mine", "cdcdcdcdcdcd", cache, "prepare_clip.py")
 
 
 @pytest.mark.parametrize("setting", ["ViT-L/14", "nonsense", "small", ""])
-def test_clip_model_plays_no_part(classify, photos, setting):
-    assert assert_done(classify(photos["china.jpg"], CLIP_MODEL=setting)) == assert_done(
-        classify(photos["china.jpg"])
-    )
+def test_clip_model_has_no_effect(classify, photos, setting):
+    result = classify(photos["china.jpg"], CLIP_MODEL=setting)
+    assert assert_done(result) == assert_done(classify(photos["china.jpg"]))
 
 
-# ---- what it does without ----
+# ---- packages ----
 
 
 @pytest.fixture
 def without(tmp_path):
-    """Function: environment in which importing any of these packages fails, and is told on stderr."""
+    """Function: packages -> environment in which their import fails and is reported on stderr."""
 
     def environment(*packages):
         (tmp_path / "site").mkdir()
@@ -349,42 +281,34 @@ def without(tmp_path):
     return environment
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one image", "a folder"])
-def test_neither_torch_nor_sklearn_nor_joblib_is_imported(
-    classify, folder, photos, without, several
-):
+@pytest.mark.parametrize("place", ["b.jpg", "."], ids=["one image", "a folder"])
+def test_neither_torch_nor_sklearn_nor_joblib_is_imported(classify, folder, without, place):
     blocked = without("torch", "torchvision", "sklearn", "joblib", "clip", "scipy", "matplotlib")
-    result = classify(folder() if several else photos["china.jpg"], **blocked)
+    result = classify(folder / place, **blocked)
     assert_done(result)
     assert "IMPORTED" not in result.stderr
 
 
-def test_the_block_above_does_block(without):
-    code = "import sklearn"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **without("sklearn")},
-        capture_output=True,
-        text=True,
-    )
+def test_the_fixture_above_blocks_an_import(without):
+    command, env = [sys.executable, "-c", "import sklearn"], {**os.environ, **without("sklearn")}
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 1 and "IMPORTED sklearn" in result.stderr
 
 
-def test_a_missing_resnet_without_torch_is_one_line_that_says_what_to_install(
-    classify, photos, tmp_path, without
+@pytest.mark.parametrize(
+    "name, words, imported",
+    [
+        ("RN50", ["torch", "pip install -r requirements.txt"], True),
+        ("ViT-L/14", ["cannot download", "--weights"], False),
+    ],
+)
+def test_a_missing_encoder_that_cannot_be_made_is_one_line_with_the_remedy(
+    classify, photos, tmp_path, without, name, words, imported
 ):
-    model = baseline_for(tmp_path / "m.joblib", name="RN50")
+    model = baseline_for(tmp_path / "m.joblib", name=name)
     result = classify(photos["china.jpg"], model=model, **without("torch"), **OFFLINE)
-    assert_one_line_error(result, "RN50", "torch", "pip install -r requirements.txt")
-
-
-def test_a_missing_vit_that_cannot_be_fetched_is_one_line_with_the_way_out(
-    classify, photos, tmp_path, without
-):
-    model = baseline_for(tmp_path / "m.joblib", name="ViT-L/14")
-    result = classify(photos["china.jpg"], model=model, **without("torch"), **OFFLINE)
-    assert_one_line_error(result, "ViT-L/14", "cannot download", "--weights")
-    assert "IMPORTED" not in result.stderr
+    assert_one_line_error(result, name, *words)
+    assert ("IMPORTED" in result.stderr) == imported
 
 
 # ---- refusals ----
@@ -395,20 +319,15 @@ def spoilt(photos, tmp_path):
     """Function: kind -> a file that cannot be classified."""
 
     def make(kind, name="x.jpg"):
-        data = photos["china.jpg"].read_bytes()
-        content = {
-            "text": b"hello",
-            "empty": b"",
-            "truncated": data[: len(data) // 2],
-            "a header only": data[:100],
-        }
-        (tmp_path / name).write_bytes(content[kind])
+        data = b"hello" if kind == "text" else photos["china.jpg"].read_bytes()
+        length = {"text": 5, "empty": 0, "truncated": len(data) // 2, "header only": 100}[kind]
+        (tmp_path / name).write_bytes(data[:length])
         return tmp_path / name
 
     return make
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "a header only"])
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "header only"])
 def test_a_single_bad_image_is_one_line_and_exit_code_1(classify, spoilt, kind):
     path = spoilt(kind)
     result = classify(path, flags=["--json"])
@@ -421,12 +340,11 @@ def test_bad_bytes_on_stdin_are_one_line_and_exit_code_1(classify):
 
 
 def test_an_image_of_too_many_pixels_is_refused_with_its_size(classify, photos):
-    assert_one_line_error(
-        classify(photos["china.jpg"], flags=["--max_pixels", "1000"]), "640 x 427", "1,000", code=1
-    )
+    result = classify(photos["china.jpg"], flags=["--max_pixels", "1000"])
+    assert_one_line_error(result, "640 x 427", "1,000", code=1)
 
 
-def test_bad_images_among_others_are_told_and_the_exit_code_is_1(classify, spoilt, photos):
+def test_bad_images_among_others_are_reported_with_exit_code_1(classify, spoilt, photos):
     good, bad, missing = photos["china.jpg"], spoilt("truncated"), spoilt("text", "y.png")
     result = classify(bad, good, missing)
     assert re.fullmatch(f"{good}: {LINE}\n", assert_done(result, code=1))
@@ -434,7 +352,7 @@ def test_bad_images_among_others_are_told_and_the_exit_code_is_1(classify, spoil
     assert "2 of 3 images could not be read" in result.stderr
 
 
-def test_only_bad_images_still_say_each_why(classify, spoilt):
+def test_each_of_several_bad_images_has_its_error(classify, spoilt):
     result = classify(spoilt("text"), spoilt("empty", "y.png"))
     assert assert_done(result, code=1) == "" and result.stderr.count(": error: ") == 2
 
@@ -443,7 +361,7 @@ def test_only_bad_images_still_say_each_why(classify, spoilt):
     "path, words",
     [("nowhere.jpg", ["nowhere.jpg", "no such file"]), ("empty", ["empty", "the folder is empty"])],
 )
-def test_what_is_not_there_is_one_line(classify, photos, tmp_path, path, words):
+def test_a_missing_or_empty_path_is_one_line(classify, photos, tmp_path, path, words):
     (tmp_path / "empty").mkdir()
     for paths in ([path], [photos["china.jpg"], path]):
         assert_one_line_error(classify(*paths), "--image_path", *words)
@@ -461,11 +379,10 @@ def test_a_bad_model_is_one_line(classify, photos, tmp_path, content, words):
     assert_one_line_error(classify(photos["china.jpg"], model=path), path, *words)
 
 
-def test_a_model_is_refused_before_it_runs_anything(classify, photos, tmp_path):
+def test_a_planted_model_is_refused_before_it_runs(classify, photos, tmp_path):
     (tmp_path / "m.joblib").write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")
-    assert_one_line_error(
-        classify(photos["china.jpg"], model="m.joblib"), "m.joblib", "may be planted"
-    )
+    result = classify(photos["china.jpg"], model="m.joblib")
+    assert_one_line_error(result, "m.joblib", "may be planted")
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,4 +1,4 @@
-"""A detector in this process: the same answers in one forward pass or another, alone or among others."""
+"""A detector in this process: the same verdicts for an image alone and among others."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ def crops(make_folder, tmp_path_factory):
     return sorted(map(str, folder.rglob("*.jpg")))
 
 
-def test_an_image_alone_is_answered_as_among_others(crops):
-    # equal to the last bit but for the order of sums; 0.0001 is one step of the printed confidence
+def test_an_image_alone_gets_the_verdict_it_has_among_others(crops):
+    # The order of sums differs. 0.0001 is the step of the confidence.
     detector, some = Detector(BASELINE), crops[::20]
     for path, (verdict, _) in classify_all(detector, some, MAX_PIXELS):
         alone = detector.classify(read_bytes(path))
@@ -27,20 +27,15 @@ def test_an_image_alone_is_answered_as_among_others(crops):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_a_bad_image_does_not_shift_the_answers_of_the_others(crops, tmp_path, batch):
+def test_a_bad_image_does_not_shift_the_verdicts_of_the_others(crops, tmp_path, batch):
     detector, bad = Detector(BASELINE), str(tmp_path / "bad.jpg")
     (tmp_path / "bad.jpg").write_text("hello")
     paths = [bad, *crops[:4], bad, *crops[4:7], bad]
-    found = dict(classify_all(detector, paths, MAX_PIXELS, batch))
-    assert isinstance(found.pop(bad), UnsupportedImage)
-    found = {path: verdict.p_fake for path, (verdict, _) in found.items()}
-    alone = {
-        path: verdict.p_fake
-        for path, (verdict, _) in classify_all(detector, crops[:7], MAX_PIXELS, 1)
-    }
-    assert list(found) == list(alone) and list(found.values()) == pytest.approx(
-        list(alone.values()), abs=1e-5
-    )  # model.rbf
-    assert (
-        np.diff(sorted(alone.values())).min() > 3e-4
-    )  # so an answer at another's place would show
+    results = dict(classify_all(detector, paths, MAX_PIXELS, batch))
+    assert isinstance(results.pop(bad), UnsupportedImage)
+    assert list(results) == crops[:7]
+    among = [verdict.p_fake for verdict, _ in results.values()]
+    pairs = classify_all(detector, crops[:7], MAX_PIXELS, 1)
+    alone = [verdict.p_fake for _, (verdict, _) in pairs]
+    assert among == pytest.approx(alone, abs=1e-5)
+    assert np.diff(sorted(alone)).min() > 3e-4  # a verdict in another's place would show
