@@ -696,22 +696,18 @@ def test_where_c2pa_python_is_not_installed_that_is_said_and_all_else_works(monk
     }
 
 
-def test_readme_and_the_openapi_document_name_every_state_and_every_claim():
-    readme = (
-        (ROOT / "README.md")
-        .read_text()
-        .split("### Provenance, beside pixels")[1]
-        .split("\n### ")[0]
-    )
+def test_the_page_and_the_openapi_document_name_every_state_and_every_claim():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    section = page.split("## Provenance in the file")[1].split("\n## ")[0]
     schemas = DOCUMENT["components"]["schemas"]
     assert schemas["Claim"]["properties"]["says"]["enum"] == [MADE, PARTLY, TAKEN, SAVED]
     assert schemas["Manifest"]["properties"]["says"]["enum"] == [MADE, PARTLY, TAKEN, None]
     assert set(SOURCE_TYPES.values()) == {MADE, PARTLY, TAKEN}
     for state in schemas["Manifest"]["properties"]["state"]["enum"]:
-        assert f"`{state}`" in readme
+        assert f"`{state}`" in section
     for name in MARKS:
-        assert name in readme
-    (example,) = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
+        assert name in section
+    (example,) = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
     assert faults(schemas["Provenance"], json.loads(example)) == []
     for found in (
         {"c2pa": {"state": "none"}},
