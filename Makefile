@@ -1,15 +1,17 @@
-# make demo        see what it does, in four minutes, without torch (fetches 78 MB of CLIP first)
+# make demo        show the project in four minutes, without torch (downloads 78 MB of CLIP first)
 # make test        set up the full environment and run the tests (15 minutes at most)
-# make test-long   what takes longer: the demo, the README's commands, full-size checkpoints, fuzzing
+# make test-long   run the slow tests: demo, README's commands, full-size checkpoints, fuzzing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
-# of the shipped model
+# encoder and layer of the shipped model
 ENCODER = ViT-B/16-8bit
 LAYERS = 10
-PYTEST = $(VENV)/bin/python -m pytest --fail-on-skip -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0  # a process that dies ends the run
+# A test process that dies ends the run.
+PYTEST = $(VENV)/bin/python -m pytest --fail-on-skip -n 2 --dist loadfile --no-loadscope-reorder \
+  --max-worker-restart 0
 
-# Debian's packages that tests start as real parts: a browser, Prometheus and its push gateway
+# Debian packages that the tests need: a browser, Prometheus and its push gateway
 TOOLS = chromium prometheus prometheus-pushgateway
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo -n)
 
@@ -17,12 +19,13 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo -n)
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
-$(VENV)/.ready: requirements.txt requirements-serve.txt requirements/demo.txt requirements/dev.txt requirements/c2pa.txt requirements/mlflow.txt requirements/ray.txt
+$(VENV)/.ready: requirements.txt requirements-serve.txt \
+  $(patsubst %,requirements/%.txt,demo dev c2pa mlflow ray)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -r requirements/dev.txt
 	touch $@
 
-# MLflow's server, which tests start as a real part, wants another gunicorn than the service
+# The tests start MLflow's server. It needs another version of gunicorn than the service.
 .venv-mlflow/.ready: requirements/mlflow-server.txt
 	$(PYTHON) -m venv .venv-mlflow
 	.venv-mlflow/bin/python -m pip install -q -r requirements/mlflow-server.txt
@@ -33,20 +36,25 @@ $(DEMO_VENV)/.ready: requirements-serve.txt requirements/demo.txt
 	$(DEMO_VENV)/bin/python -m pip install -q -r requirements/demo.txt
 	touch $@
 
-# OpenAI's weights, for the tests that need them: with them here no test needs the network
+# OpenAI's weights for the tests. With these files no test needs the network.
 .clip/.ready: $(VENV)/.ready requirements/encoder.txt models/baseline.joblib
 	mkdir -p .clip
-	for layers in final $(LAYERS); do CLIP_CACHE=.clip $(VENV)/bin/python prepare_clip.py --clip_model $(ENCODER) --layers $$layers; done
+	for layers in final $(LAYERS); do \
+	  CLIP_CACHE=.clip $(VENV)/bin/python prepare_clip.py --clip_model $(ENCODER) --layers $$layers; \
+	done
 	touch $@
 
-# make demo DATA=DIR CLIP_MODEL=ViT-L/14: the three commands on your own labelled folder
+# make demo DATA=DIR CLIP_MODEL=ViT-L/14: run the three commands on your own labelled folder
 ifdef DATA
 CLIP_MODEL ?= ViT-L/14
 demo: $(DEMO_VENV)/.ready
-	CLIP_MODEL="$(CLIP_MODEL)" $(DEMO_VENV)/bin/python extract_features.py --data_dir "$(DATA)" --output_file demo/features.npz
-	$(DEMO_VENV)/bin/python train_model.py --features_file demo/features.npz --model_output_path demo/model.joblib
-	@echo "Twenty verdicts, mostly on images that the model was trained on: its test figures are those above."
-	$(DEMO_VENV)/bin/python classify.py --image_path "$(DATA)" --model_path demo/model.joblib 2>/dev/null | head -20
+	CLIP_MODEL="$(CLIP_MODEL)" $(DEMO_VENV)/bin/python extract_features.py \
+	  --data_dir "$(DATA)" --output_file demo/features.npz
+	$(DEMO_VENV)/bin/python train_model.py --features_file demo/features.npz \
+	  --model_output_path demo/model.joblib
+	@echo "Twenty verdicts, mostly on training images. The test figures are above."
+	$(DEMO_VENV)/bin/python classify.py --image_path "$(DATA)" --model_path demo/model.joblib \
+	  2>/dev/null | head -20
 else
 demo: $(DEMO_VENV)/.ready
 	@$(DEMO_VENV)/bin/python prepare_clip.py --clip_model $(ENCODER) --layers $(LAYERS) >/dev/null
@@ -60,28 +68,36 @@ test-long: $(VENV)/.ready .clip/.ready .venv-mlflow/.ready tools
 	$(PYTEST) -m long
 
 tools:
-	@( for tool in chromium promtool prometheus-pushgateway; do command -v $$tool || exit 1; done ) >/dev/null \
-	  || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TOOLS); } >/dev/null \
+	@( for tool in chromium promtool prometheus-pushgateway; do \
+	     command -v $$tool || exit 1; done ) >/dev/null \
+	  || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	       apt-get install -y -qq --no-install-recommends $(TOOLS); } >/dev/null \
 	  || echo "not installed: $(TOOLS) (Debian's names); the tests that need them will say so" >&2
 
-# make study DATA=DIR: audit, training without and with degraded copies, every classifier, full evaluation, on one page
-# make study DATA=DIR LEVERS=1: and beside it other layers of the encoder, and crops
+# make study DATA=DIR: audit, training without and with copies, classifiers, evaluation; on one page
+# make study DATA=DIR LEVERS=1: also compare other layers of the encoder, and crops
 LIMIT ?= 400
 VIEWS ?= 1
 study: $(VENV)/.ready
-	$(VENV)/bin/python -m tools.study --data_dir "$(DATA)" --limit $(LIMIT) --views $(VIEWS) $(if $(LEVERS),--levers)
+	$(VENV)/bin/python -m tools.study --data_dir "$(DATA)" --limit $(LIMIT) \
+	  --views $(VIEWS) $(if $(LEVERS),--levers)
 
-# make ship IMAGES=DIR: the shipped features, model, cards and pictures again, from labelled images
-NOTICE = a baseline trained on 2,800 pictures, many without a stated licence: a demonstration, not a detector to rely on
+# make ship IMAGES=DIR: make the shipped features, model, cards and pictures again
+NOTICE = a baseline trained on 2,800 pictures, many without a stated licence: a demonstration, \
+  not a detector to rely on
 ship: $(VENV)/.ready
-	rm -rf runs/ship && mkdir -p runs/ship  # all made before anything in models/ changes: the model names a clean commit
-	CLIP_MODEL=$(ENCODER) $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" --output_file runs/ship/all.npz --layers $(LAYERS)
+	rm -rf runs/ship && mkdir -p runs/ship  # models/ changes last, so the model names a clean commit
+	CLIP_MODEL=$(ENCODER) $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" \
+	  --output_file runs/ship/all.npz --layers $(LAYERS)
 	$(VENV)/bin/python -m tools.thin runs/ship/all.npz runs/ship/features.npz
-	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz --model_output_path runs/ship/baseline.joblib \
+	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz \
+	  --model_output_path runs/ship/baseline.joblib \
 	  --classifier logistic --train_splits train,extra --notice "$(NOTICE)"
-	$(VENV)/bin/python evaluate.py --model_path runs/ship/baseline.joblib --features_file runs/ship/features.npz --data_dir "$(IMAGES)" \
+	$(VENV)/bin/python evaluate.py --model_path runs/ship/baseline.joblib \
+	  --features_file runs/ship/features.npz --data_dir "$(IMAGES)" \
 	  --robustness_images 40 --report_dir runs/ship/evaluation
-	cp runs/ship/evaluation/robustness.png docs/ && rm runs/ship/all.npz runs/ship/*/*.png runs/ship/*/report.html  # these hold pictures
+	cp runs/ship/evaluation/robustness.png docs/
+	rm runs/ship/all.npz runs/ship/*/*.png runs/ship/*/report.html  # the last two hold pictures
 	rm -rf models/baseline_report models/evaluation && mv runs/ship/* models/ && rmdir runs/ship
 	$(VENV)/bin/python -m tools.resaved --data_dir "$(IMAGES)"
 	$(VENV)/bin/python -m tools.make_card

@@ -6,8 +6,9 @@
     python registry.py rollback detector
     python registry.py pull detector@champion --out model.joblib
 
-The registry is that of MLFLOW_TRACKING_URI, else mlflow.db in this folder. What classifies reads files only: `pull` writes one.
-Needs what requirements/mlflow.txt names.
+MLFLOW_TRACKING_URI names the registry. Without it the registry is mlflow.db in this folder.
+The other commands and the service read model files only; `pull` writes such a file.
+Needs the packages of requirements/mlflow.txt.
 """
 
 import argparse
@@ -17,68 +18,93 @@ from detector.base.console import Help, run
 from detector.base.errors import UsageError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-LONGEST_WHY = 500  # six times that in JSON is still a parameter of MLflow's
+LONGEST_REASON = 500  # JSON may need 6 characters for each; MLflow's parameters hold 6,000
+
+
+def add_command(commands, name, text, **options):
+    """A subcommand that takes the name of a model."""
+    parser = commands.add_parser(name, help=text, description=text, formatter_class=Help)
+    parser.add_argument(
+        "name", **{"metavar": "NAME", "help": "name of the registered model", **options}
+    )
+    return parser
+
+
+def add_register(commands):
+    parser = add_command(commands, "register", "store a model file and its report as a version")
+    parser.add_argument(
+        "model", metavar="FILE", help="model of train_model.py, with its report beside it"
+    )
+    parser.add_argument(
+        "--allow_dirty",
+        action="store_true",
+        help="accept a model of uncommitted code, and record that",
+    )
+
+
+def add_promote(commands):
+    text = "make a version the champion, if it is no worse than the present champion"
+    parser = add_command(commands, "promote", text)
+    parser.add_argument(
+        "version", metavar="VERSION", help="for example v1.2.0, or the registry's own number"
+    )
+    parser.add_argument(
+        "--golden",
+        metavar="PATH",
+        help="labelled images that trained neither model: a features file or a folder",
+    )
+    parser.add_argument(
+        "--force", metavar="WHY", help="skip the comparison; the registry records who did and why"
+    )
+
+
+def add_pull(commands):
+    text = "write a version's model file; NAME@champion, NAME@v1.2.0 or NAME@3"
+    parser = add_command(commands, "pull", text, metavar="NAME@VERSION")
+    parser.add_argument("--out", default="model.joblib", metavar="FILE", help="model to write")
+
+
+def check_name(args):
+    """Split NAME@VERSION of `pull` into `name` and `ref`. Raises UsageError."""
+    if args.command == "pull":
+        args.name, _, args.ref = args.name.partition("@")
+        if not args.ref:
+            raise UsageError(
+                f"{args.name or 'NAME'!r}: name the version too, as in detector@champion"
+            )
+    if args.name is not None and not NAME.fullmatch(args.name):
+        raise UsageError(
+            f"{args.name or 'NAME'!r}: a name is of 1 to 64 letters, digits, '.', '_' and '-'"
+        )
+
+
+def check_promote(args):
+    """Raises UsageError unless images or a reason that fits into a record are given."""
+    if not (args.golden or args.force):
+        raise UsageError(
+            "promote: name labelled images that trained neither model with --golden, "
+            "or say why not with --force"
+        )
+    if len(args.force or "") > LONGEST_REASON:
+        raise UsageError(
+            f"--force: a reason of {len(args.force)} characters; "
+            f"say why in at most {LONGEST_REASON}"
+        )
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, text):
-        added = commands.add_parser(name, help=text, description=text, formatter_class=Help)
-        added.add_argument(
-            "name",
-            metavar="NAME@VERSION" if name == "pull" else "NAME",
-            help="of the registered model",
-            nargs="?" if name == "list" else None,
-        )
-        return added
-
-    register = command("register", "a model file and its report become a version")
-    register.add_argument(
-        "model", metavar="FILE", help="from train_model.py; its report is looked for beside it"
-    )
-    register.add_argument(
-        "--allow_dirty", action="store_true", help="take one of uncommitted code; recorded"
-    )
-    promote = command(
-        "promote", "make a version the champion, if it is no worse than the one before"
-    )
-    promote.add_argument(
-        "version", metavar="VERSION", help="as v1.2.0, or the registry's own number"
-    )
-    promote.add_argument(
-        "--golden",
-        metavar="PATH",
-        help="labelled images that trained neither: features file or folder",
-    )
-    promote.add_argument("--force", metavar="WHY", help="without looking; who and why are recorded")
-    command("rollback", "make the champion before this one the champion again")
-    pull = command("pull", "write a version's model file; NAME@champion, NAME@v1.2.0 or NAME@3")
-    pull.add_argument("--out", default="model.joblib", metavar="FILE", help="model to write")
-    command("list", "versions, their figures and commits, and which one is champion")
+    add_register(commands)
+    add_promote(commands)
+    add_command(commands, "rollback", "make the previous champion the champion again")
+    add_pull(commands)
+    text = "show the versions, their figures and commits, and the champion"
+    add_command(commands, "list", text, nargs="?")
     args = parser.parse_args(argv)
-    args.name, _, args.ref = (
-        (args.name or "").partition("@") if args.command == "pull" else (args.name, "", None)
-    )
-    if args.name is not None and not NAME.fullmatch(args.name) or args.ref == "":
-        raise UsageError(
-            f"{args.name or 'NAME'!r}: "
-            + (
-                "name the version too, as in detector@champion"
-                if args.ref == ""
-                else "a name is of 1 to 64 letters, digits, '.', '_' and '-'"
-            )
-        )
-    if args.command == "promote" and not (args.golden or args.force):
-        raise UsageError(
-            "promote: name labelled images that trained neither model with --golden, or say why not"
-            " with --force"
-        )
-    if args.command == "promote" and len(args.force or "") > LONGEST_WHY:
-        raise UsageError(
-            f"--force: a reason of {len(args.force)} characters; say why in at most {LONGEST_WHY}"
-        )
+    check_name(args)
+    if args.command == "promote":
+        check_promote(args)
     return args
 
 

@@ -1,12 +1,13 @@
-"""Decoding: pictures a second from JPEG bytes to the encoder's input, against plain Pillow, and what JPEG's draft mode would change.
+"""Decoding: pictures a second from JPEG bytes to the encoder's input, against plain Pillow.
 
     python -m benchmarks.decoding --data_dir data
     python -m benchmarks.decoding --data_dir data --megapixels 50 --pictures 4
 
-Large pictures are mosaics of those in the folder: detail at every scale, which a picture made larger would not have. Plain
-Pillow is what CLIP's README leads to: `Image.open`, CLIP's own transform, one at a time; and the same in threads. Draft mode
-lets libjpeg decode at 1/2, 1/4 or 1/8; how far the features of --clip_model
-move is measured too. In turns; prints Markdown.
+Large pictures are mosaics of those in the folder. A mosaic has detail at every scale, which an
+enlarged picture lacks. Plain Pillow is what CLIP's README leads to: `Image.open` and CLIP's own
+transform, one picture at a time or in threads. Draft mode lets libjpeg decode at 1/2, 1/4 or 1/8
+of the size. The last column shows how far it moves the features of --clip_model. In turns; prints
+Markdown.
 """
 
 import argparse
@@ -15,12 +16,13 @@ import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.measure import ratios, spread
+from benchmarks.measure import heading, in_turns, ratios, row, spread
 from detector.encoders import runtime
 from detector.encoders.catalogue import EIGHT_BIT
 from detector.encoders.closeness import cosines
@@ -32,7 +34,7 @@ from detector.images.preprocessing import preprocess
 
 SIDE = 224
 TILE = 240  # pixels of each picture of a mosaic
-MARGIN = 2  # draft mode keeps at least this many times SIDE, so that the bicubic resize still has something to average
+MARGIN = 2  # draft mode keeps at least this many times SIDE, so the bicubic resize still averages
 
 
 def parse_args(argv):
@@ -40,21 +42,18 @@ def parse_args(argv):
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--data_dir",
-        required=True,
-        metavar="DIR",
-        help="labelled pictures that the mosaics are made of",
+        "--data_dir", required=True, metavar="DIR", help="labelled pictures for the mosaics"
     )
     parser.add_argument(
-        "--megapixels", type=float, nargs="+", default=[2, 12, 24], help="of the mosaics"
+        "--megapixels", type=float, nargs="+", default=[2, 12, 24], help="sizes of the mosaics"
     )
-    parser.add_argument("--pictures", type=int, default=12, help="of each size")
-    parser.add_argument("--runs", type=int, default=5, help="of each, in turns")
+    parser.add_argument("--pictures", type=int, default=12, help="mosaics of each size")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each way, in turns")
     parser.add_argument(
         "--clip_model",
         default=EIGHT_BIT,
         metavar="NAME|FILE",
-        help="encoder that sees the difference of draft mode",
+        help="encoder that measures the effect of draft mode",
     )
     return parser.parse_args(argv)
 
@@ -64,24 +63,21 @@ def mosaics(data_dir, megapixels, n):
     entries = list_images(data_dir)
     columns = max(1, round((megapixels * 1e6 * 1.5) ** 0.5 / TILE))
     rows = max(1, round(megapixels * 1e6 / TILE**2 / columns))
-    chosen, found = (
-        draw_evenly([e.label for e in entries], min(len(entries), n * columns * rows)),
-        [],
-    )
+    limit = min(len(entries), n * columns * rows)
     tiles = [
         Image.open(Path(data_dir, entries[i].path))
         .convert("RGB")
         .resize((TILE, TILE), Image.Resampling.LANCZOS)
-        for i in chosen
+        for i in draw_evenly([entry.label for entry in entries], limit)
     ]
-    rng = np.random.default_rng(0)
+    rng, files = np.random.default_rng(0), []
     for _ in range(n):
         sheet, buffer = Image.new("RGB", (columns * TILE, rows * TILE)), io.BytesIO()
         for cell, i in enumerate(rng.integers(0, len(tiles), columns * rows)):
             sheet.paste(tiles[i], (cell % columns * TILE, cell // columns * TILE))
         sheet.save(buffer, "JPEG", quality=90)
-        found.append(buffer.getvalue())
-    return found
+        files.append(buffer.getvalue())
+    return files
 
 
 # ---- bytes -> float32 [3, 224, 224], each in its own way ----
@@ -96,7 +92,7 @@ def ours(data, side=SIDE):
 
 
 def ours_described(data):
-    """What extract_features.py does: hash, facts and thumbnail too."""
+    """As extract_features.py does, with hash, facts and thumbnail."""
     return preprocess(describe_image(data)[0], SIDE)
 
 
@@ -118,55 +114,61 @@ def one_by_one(function):
     return lambda files: [function(data) for data in files]
 
 
+def rate(way, files):
+    """Pictures a second."""
+    started = time.perf_counter()
+    way(files)
+    return len(files) / (time.perf_counter() - started)
+
+
 def draft_cosines(encoder, files):
     """Features of draft mode to those of the exact pixels: float32 [n]."""
-    a, b = (
+    exact, draft = (
         encoder.encode(np.stack([way(data, encoder.resolution) for data in files]))
         for way in (ours, drafted)
     )
-    return cosines(a, b)
+    return cosines(exact, draft)
+
+
+def print_row(encoder, ways, args, megapixels):
+    files = mosaics(args.data_dir, megapixels, args.pictures)
+    rates = in_turns({name: partial(rate, way, files) for name, way in ways.items()}, args.runs)
+    width, height = Image.open(io.BytesIO(files[0])).size
+    size = statistics.mean(map(len, files)) / 1e6
+    pillow = (rates[f"plain Pillow, {mode}"] for mode in ("one by one", "in threads"))
+    cosine = draft_cosines(encoder, files)
+    row(
+        f"{megapixels:g} ({width} x {height}, {size:.1f} MB)",
+        *(spread(values, 1) for values in rates.values()),
+        ", ".join(ratios(rates["ours"], values, 2) for values in pillow),
+        ratios(rates["draft mode"], rates["ours"], 2),
+        f"{cosine.mean():.4f}, {cosine.min():.4f}",
+    )
 
 
 def main(argv=None):
     args = parse_args(argv)
     import clip
 
-    transform = clip.clip._transform(SIDE)
+    pillow = plain(clip.clip._transform(SIDE))
     encoder = runtime.Encoder(ensure_encoder(args.clip_model), "cpu", "float32")
     ways = {
-        "plain Pillow, one by one": one_by_one(plain(transform)),
-        "plain Pillow, in threads": in_threads(plain(transform)),
+        "plain Pillow, one by one": one_by_one(pillow),
+        "plain Pillow, in threads": in_threads(pillow),
         "ours": in_threads(ours),
         "ours, with hash and facts": in_threads(ours_described),
         "draft mode": in_threads(drafted),
     }
-    print(
-        f"{os.cpu_count()} processors; images a second.\n\n| megapixels | {' | '.join(ways)} | ours"
-        " to Pillow one by one, in threads | draft to ours | draft's cosine, mean and lowest"
-        f" |\n|---|{'---|' * len(ways)}---|---|---|"
+    print(f"{os.cpu_count()} processors; images a second.\n")
+    heading(
+        "megapixels",
+        *ways,
+        "ours to Pillow one by one, in threads",
+        "draft to ours",
+        "draft's cosine, mean and lowest",
     )
     for megapixels in args.megapixels:
-        files, rates = (
-            mosaics(args.data_dir, megapixels, args.pictures),
-            {name: [] for name in ways},
-        )
-        for turn in range(args.runs + 1):
-            for name, way in ways.items():
-                started = time.perf_counter()
-                way(files)
-                if turn:
-                    rates[name].append(len(files) / (time.perf_counter() - started))
-        cosine = draft_cosines(encoder, files)
-        width, height = Image.open(io.BytesIO(files[0])).size
-        print(
-            f"| {megapixels:g} ({width} x {height}, {statistics.mean(map(len, files)) / 1e6:.1f}"
-            f" MB) | {' | '.join(spread(values, 1) for values in rates.values())} |"
-            f" {ratios(rates['ours'], rates['plain Pillow, one by one'], 2)},"
-            f" {ratios(rates['ours'], rates['plain Pillow, in threads'], 2)} |"
-            f" {ratios(rates['draft mode'], rates['ours'], 2)} | {cosine.mean():.4f},"
-            f" {cosine.min():.4f} |",
-            flush=True,
-        )
+        print_row(encoder, ways, args, megapixels)
 
 
 if __name__ == "__main__":

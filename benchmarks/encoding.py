@@ -1,16 +1,19 @@
-"""Encoding: images a second of ours, of OpenAI's loop, of open_clip's, and what the machine's arithmetic allows.
+"""Encoding: images a second of ours, of OpenAI's loop and of open_clip's, and the machine's limit.
 
     python -m benchmarks.random_clip --output vit-l-14.pt
-    python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg          # an hour where there is no bfloat16
+    python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg
     python -m benchmarks.encoding --image photo.jpg         # ViT-B/16-8bit
-    python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg --device cuda --batch_sizes 1 64 256 --megapixels 0.25 2 --images 4096 12288
+    python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg --device cuda \
+        --batch_sizes 1 64 256 --megapixels 0.25 2 --images 4096 12288
+
+The second line takes an hour on a processor without bfloat16. The last line is for a GPU.
 
 With a checkpoint of a ViT-L/14, `clip.load` takes part, and open_clip where it is installed
 (pip install open_clip_torch). The limit is torch's own matrix multiplication at the shapes of a
 ViT-L/14, which takes 162 GFLOP an image.
 
-All from pixels in the machine's memory to features there; these in turns, extract_features.py
-after them; prints Markdown.
+Encoding starts from pixels in the machine's memory and ends with features there. The loops run in
+turns, and extract_features.py after them. Prints Markdown.
 """
 
 import argparse
@@ -20,124 +23,133 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops
 
-ROOT = Path(__file__).resolve().parent.parent
-from benchmarks.measure import in_turns, ratios, spread
+from benchmarks.measure import heading, in_turns, ratios, row, run, spread
 from detector.encoders import runtime
 from detector.encoders.catalogue import EIGHT_BIT
 from detector.encoders.prepare import ensure_encoder
 from detector.images.facts import describe_image
 from detector.images.preprocessing import preprocess
 
+ROOT = Path(__file__).resolve().parent.parent
 GFLOP = 162  # of an image in a ViT-L/14
-SHAPES = [
-    (1024, 3072),
-    (1024, 1024),
-    (1024, 4096),
-    (4096, 1024),
-]  # of its four matrix products, 257 rows an image
+# of its four matrix products, with 257 rows an image
+SHAPES = [(1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)]
+DTYPES = {"cpu": "float32", "cuda": "float16"}  # what clip.load computes in
+PASSES = {"cpu": 1, "cuda": 8}
+THREADS = {"cpu": 1, "cuda": 2}  # that call our encoder, as in extract_features.py
 COMPILED = "ours, compiled"
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_encoder_arguments(parser):
     parser.add_argument(
         "--clip_model",
         default=EIGHT_BIT,
         metavar="NAME|FILE",
-        help="what encodes; a file: a ViT-L/14, as random_clip.py writes it",
+        help="encoder to measure; a file holds a ViT-L/14, as random_clip.py writes it",
     )
     parser.add_argument(
-        "--image", required=True, metavar="IMG", help="photograph that all are made of"
+        "--image", required=True, metavar="IMG", help="photograph that all images are made of"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to encode")
     parser.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=[1, 4, 8, 16], help="to try for each"
+        "--batch_sizes", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes to try"
     )
-    parser.add_argument("--runs", type=int, default=3, help="of each, in turns")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each, in turns")
+
+
+def add_extraction_arguments(parser):
     parser.add_argument(
         "--megapixels",
         type=float,
         nargs="*",
         default=[2, 12],
-        help="of the photographs for extract_features.py",
+        help="sizes of the photographs for extract_features.py",
     )
     parser.add_argument(
         "--images",
         type=int,
         nargs=2,
         default=[16, 48],
-        help="that it extracts: the difference is the rate",
+        help="numbers of photographs for it; their difference gives the rate",
     )
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_encoder_arguments(parser)
+    add_extraction_arguments(parser)
     return parser.parse_args(argv)
 
 
 # ---- forward passes ----
 
 
+def torch_forward(model, device, dtype):
+    """OpenAI's loop around a model: one batch after the other."""
+    import torch
+
+    def forward(pixels):
+        with torch.no_grad():
+            batch = torch.from_numpy(pixels).to(device, dtype)
+            return model.encode_image(batch).cpu().numpy()
+
+    return forward
+
+
 def torch_loop(checkpoint, device):
-    """What OpenAI's README leads to: float32 on a CPU, float16 on CUDA, one batch after the other."""
+    """The loop of OpenAI's README. `clip.load` computes in float16 on CUDA."""
     import clip
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = clip.load(checkpoint, device=device)[0]
-
-    def forward(pixels):
-        with torch.no_grad():
-            return model.encode_image(torch.from_numpy(pixels).to(device)).cpu().numpy()
-
-    return forward
+    return torch_forward(model, device, torch.float32)
 
 
 def open_clip_loop(device):
-    """The same network by open_clip, weights as it initialises them, on CUDA in float16; None where it is not installed."""
+    """The same network by open_clip, with its initial weights; None where it is not installed."""
     try:
         import open_clip
     except ImportError:
         return None
     import torch
 
-    dtype = {"cpu": torch.float32, "cuda": torch.float16}[device]
+    dtype = getattr(torch, DTYPES[device])
     model = open_clip.create_model("ViT-L-14-quickgelu", device=device).eval().to(dtype)
-
-    def forward(pixels):
-        with torch.no_grad():
-            return model.encode_image(torch.from_numpy(pixels).to(device, dtype)).cpu().numpy()
-
-    return forward
+    return torch_forward(model, device, dtype)
 
 
 def multiplications(n, device):
-    """-> function that multiplies what `n` images multiply in one of the 24 layers, and how many images' worth that is."""
+    """-> (function that multiplies, the number of images whose encoding takes as much).
+
+    It multiplies what `n` images multiply in one of the 24 layers.
+    """
     import torch
 
-    kind = {"device": device, "dtype": {"cpu": torch.float32, "cuda": torch.float16}[device]}
+    kind = {"device": device, "dtype": getattr(torch, DTYPES[device])}
     pairs = [(torch.randn(257 * n, a, **kind), torch.randn(a, b, **kind)) for a, b in SHAPES]
     worth = sum(2 * 257 * n * a * b for a, b in SHAPES) / (GFLOP * 1e9)
 
-    def run(_):
+    def multiply(_):
         for left, right in pairs:
             product = left @ right
-        product[0, 0].item()  # a GPU says that it is done
+        product[0, 0].item()  # waits for the GPU
 
-    return run, worth
+    return multiply, worth
 
 
-def rates(args, folder):
-    """-> {name: {batch size: [images a second]}}"""
-    side, float_ = (
-        runtime.read_manifest(folder)["resolution"],
-        {"cpu": "float32", "cuda": "float16"}[args.device],
-    )
+def loops_of(args, folder):
+    """-> {name: function of pixels}, ours first."""
     ours = runtime.Encoder(folder, args.device)
     loops = {f"ours, {ours.precision}": ours.encode}
     if args.device == "cuda":
@@ -145,36 +157,40 @@ def rates(args, folder):
     elif runtime.has_bfloat16():
         loops["ours, float32"] = runtime.Encoder(folder, "cpu", "float32").encode
     if args.clip_model != EIGHT_BIT:
-        loops[f"`clip.load`, torch {float_}"] = torch_loop(args.clip_model, args.device)
+        dtype = DTYPES[args.device]
+        loops[f"`clip.load`, torch {dtype}"] = torch_loop(args.clip_model, args.device)
         if peer := open_clip_loop(args.device):
-            loops[f"open_clip, torch {float_}"] = peer
-    passes = {"cpu": 1, "cuda": 8}[args.device]
-    at_once = ThreadPoolExecutor(
-        {"cpu": 1, "cuda": 2}[args.device]
-    )  # as extract_features.py calls it
-    found, rng = (
-        {name: {n: [] for n in args.batch_sizes} for name in loops},
-        np.random.default_rng(0),
-    )
-    limit = {n: [] for n in args.batch_sizes}
-    for turn in range(args.runs + 1):
-        for n in args.batch_sizes:
-            pixels = rng.standard_normal((n, 3, side, side)).astype(np.float32)
+            loops[f"open_clip, torch {dtype}"] = peer
+    return loops
+
+
+def rate(forward, batches, worth, apply):
+    """Images a second of `apply(forward, batches)`, where each batch counts as `worth` images."""
+    started = time.perf_counter()
+    list(apply(forward, batches))
+    return len(batches) * worth / (time.perf_counter() - started)
+
+
+def rates(args, folder):
+    """-> {name: {batch size: [images a second]}}"""
+    loops, measures, rng = loops_of(args, folder), {}, np.random.default_rng(0)
+    side = runtime.read_manifest(folder)["resolution"]
+    pool = ThreadPoolExecutor(THREADS[args.device])
+    for n in args.batch_sizes:
+        pixels = rng.standard_normal((n, 3, side, side)).astype(np.float32)
+        batches = [pixels] * PASSES[args.device]
+        for name, forward in loops.items():
+            if name != COMPILED or n == max(args.batch_sizes):  # it pads smaller ones to that
+                apply = pool.map if name.startswith("ours") else map
+                measures[name, n] = partial(rate, forward, batches, n, apply)
+        if args.clip_model != EIGHT_BIT:
             multiply, worth = multiplications(n, args.device)
-            for name, forward, worth_of in [
-                *((k, f, n) for k, f in loops.items()),
-                ("limit", multiply, worth),
-            ]:
-                if name == COMPILED and n < max(args.batch_sizes):
-                    continue  # smaller ones are padded to the largest
-                started = time.perf_counter()
-                list((at_once.map if name.startswith("ours") else map)(forward, [pixels] * passes))
-                rate = passes * worth_of / (time.perf_counter() - started)
-                if turn:
-                    (limit if name == "limit" else found[name])[n].append(rate)
-    if args.clip_model != EIGHT_BIT:
-        found[f"limit: torch's {float_} matrix product"] = limit
-    return found
+            name = f"limit: torch's {DTYPES[args.device]} matrix product"
+            measures[name, n] = partial(rate, multiply, batches, worth, map)
+    by_name = {name: {} for name, _ in measures}
+    for (name, n), measured in in_turns(measures, args.runs).items():
+        by_name[name][n] = measured
+    return by_name
 
 
 # ---- the command ----
@@ -184,16 +200,14 @@ def photographs(path, megapixels, n, folder):
     """`n` JPEG files of that size, ten pictures of them, no two files alike."""
     image = Image.open(path).convert("RGB")
     scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
-    )
+    size = round(image.width * scale), round(image.height * scale)
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    folder.mkdir()
     for i in range(min(n, 10)):
         ImageChops.offset(image, 8 * i, 0).save(folder / f"{i:05d}.jpg", quality=85 + i)
     saved = [file.read_bytes() for file in sorted(folder.iterdir())]
-    for i in range(10, n):
-        (folder / f"{i:05d}.jpg").write_bytes(
-            saved[i % 10] + b"%d" % i
-        )  # what follows the picture is not decoded
+    for i in range(10, n):  # a decoder ignores bytes after the end of the picture
+        (folder / f"{i:05d}.jpg").write_bytes(saved[i % 10] + b"%d" % i)
 
 
 def decode_seconds(path, side):
@@ -204,90 +218,84 @@ def decode_seconds(path, side):
     return (time.process_time() - started) / 3
 
 
+def time_extractions(args, place, megapixels):
+    """{number of images: [(seconds, peak MB)]} of extract_features.py on images in `place`."""
+    output, measures = place / "f.npz", {}
+    for n in args.images:
+        photographs(args.image, megapixels, n, place / str(n))
+        command = ["sh", "-c", f'rm -rf {output}*; exec "$@"', "sh", sys.executable]
+        command += [ROOT / "extract_features.py", "--unlabelled", "--clip_model", args.clip_model]
+        command += ["--device", args.device, "--data_dir", place / str(n), "--output_file", output]
+        measures[n] = partial(run, command)
+    return in_turns(measures, max(1, args.runs - 1))
+
+
 def extraction(args, encoder, bare, megapixels):
-    """One row: images a second of the whole command, from two numbers of images, and what the arithmetic allows."""
-    with tempfile.TemporaryDirectory() as place:
-        folders = {n: Path(place, str(n)) for n in args.images}
-        for n, folder in folders.items():
-            folder.mkdir()
-            photographs(args.image, megapixels, n, folder)
-        one = decode_seconds(next(folder.iterdir()), runtime.read_manifest(encoder)["resolution"])
-        command = [
-            sys.executable,
-            ROOT / "extract_features.py",
-            "--unlabelled",
-            "--clip_model",
-            args.clip_model,
-            "--device",
-            args.device,
-        ]
-        again = Path(place, "f.npz")
-        found = in_turns(
-            {
-                n: [
-                    "sh",
-                    "-c",
-                    f'rm -rf {again}*; exec "$@"',
-                    "sh",
-                    *command,
-                    "--data_dir",
-                    folder,
-                    "--output_file",
-                    again,
-                ]
-                for n, folder in folders.items()
-            },
-            max(1, args.runs - 1),
-        )
+    """Print a row: the rate of the whole command, from two numbers of images, and its limit."""
     few, many = args.images
-    rate = [(many - few) / (b - a) for (a, _), (b, _) in zip(found[few], found[many])]
-    decoded = runtime.processors() / one
-    allowed = (
-        1 / (1 / bare + 1 / decoded) if args.device == "cpu" else min(bare, decoded)
-    )  # which share the processors, or do not
-    peak = {n: max(mb for _, mb in pairs) for n, pairs in found.items()}
-    print(
-        f"| {megapixels:g} | {spread(rate, 3)} | {bare:.3f} |"
-        f" {100 * statistics.median(rate) / bare:.0f}% | {allowed:.3f} |"
-        f" {100 * statistics.median(rate) / allowed:.0f}% | {1000 * one:.0f} |"
-        f" {many / statistics.median(s for s, _ in found[many]):.3f} | {peak[few]:.0f},"
-        f" {peak[many]:.0f} |",
-        flush=True,
+    with tempfile.TemporaryDirectory() as folder:
+        measured = time_extractions(args, Path(folder), megapixels)
+        image = next(Path(folder, str(many)).iterdir())
+        decoding = decode_seconds(image, runtime.read_manifest(encoder)["resolution"])
+    seconds = {n: [taken for taken, _ in measured[n]] for n in args.images}
+    peaks = [f"{max(megabytes for _, megabytes in measured[n]):.0f}" for n in args.images]
+    rates = [
+        (many - few) / (long - short)
+        for short, long in zip(seconds[few], seconds[many], strict=True)
+    ]
+    rate, decoded = statistics.median(rates), runtime.processors() / decoding
+    # on a CPU decoding and encoding share the processors
+    allowed = 1 / (1 / bare + 1 / decoded) if args.device == "cpu" else min(bare, decoded)
+    row(
+        f"{megapixels:g}",
+        spread(rates, 3),
+        f"{bare:.3f}",
+        f"{100 * rate / bare:.0f}%",
+        f"{allowed:.3f}",
+        f"{100 * rate / allowed:.0f}%",
+        f"{1000 * decoding:.0f}",
+        f"{many / statistics.median(seconds[many]):.3f}",
+        ", ".join(peaks),
     )
+
+
+def print_rates(measured, batch_sizes):
+    """The table of forward passes. -> median images a second of ours at its best batch size"""
+    best = {
+        name: max(by_size.values(), key=statistics.median) for name, by_size in measured.items()
+    }
+    ours = next(iter(measured))
+    base = next((name for name in measured if "clip.load" in name), ours)
+    sizes = (f"batch {n}" for n in batch_sizes)
+    heading("images a second", *sizes, f"best, against {base} at its best")
+    for name, by_size in measured.items():
+        cells = [spread(by_size[n], 3) if n in by_size else "-" for n in batch_sizes]
+        row(name, *cells, ratios(best[name], best[base], 2))
+    return statistics.median(best[ours])
 
 
 def main(argv=None):
     args = parse_args(argv)
-    # in a process of its own: a child's peak memory counts from what its parent held when it was born
+    # in another process, because a child's peak memory includes what its parent held at the start
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         folder = pool.submit(ensure_encoder, args.clip_model).result()
-        found = pool.submit(rates, args, folder).result()
-    best = {
-        name: max(by_size, key=lambda n: statistics.median(by_size[n] or [0]))
-        for name, by_size in found.items()
-    }
-    base = next((name for name in found if "clip.load" in name), next(iter(found)))
-    print(
-        f"| images a second | {' | '.join(f'batch {n}' for n in args.batch_sizes)} | best, against"
-        f" {base} at its best |\n|---|" + "---|" * (len(args.batch_sizes) + 1)
-    )
-    for name, by_size in found.items():
-        print(
-            f"| {name} |"
-            f" {' | '.join(spread(by_size[n], 3) if by_size[n] else '-' for n in args.batch_sizes)}"
-            f" | {ratios(by_size[best[name]], found[base][best[base]], 2)} |",
-            flush=True,
-        )
-    ours = next(iter(found))
+        measured = pool.submit(rates, args, folder).result()
+    bare = print_rates(measured, args.batch_sizes)
     if args.megapixels:
-        print(
-            "\n| megapixels | `extract_features.py`, images/s | encoder alone | share of it |"
-            " arithmetic allows | share of it | ms of processor to decode | whole run, start"
-            " included | peak MB of the shorter, the longer"
-            " |\n|---|---|---|---|---|---|---|---|---|"
+        print()
+        heading(
+            "megapixels",
+            "`extract_features.py`, images/s",
+            "encoder alone",
+            "share of it",
+            "arithmetic allows",
+            "share of it",
+            "ms of processor to decode",
+            "whole run, start included",
+            "peak MB of the shorter, the longer",
         )
     for megapixels in args.megapixels:
-        extraction(args, folder, statistics.median(found[ours][best[ours]]), megapixels)
+        extraction(args, folder, bare, megapixels)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Whole repositories of images as if never seen: by this a recipe is chosen before `test` and `external` are looked at.
+"""AUC on whole repositories of images that were held out: this figure chooses a recipe.
 
-    CLIP_MODEL=ViT-B/16-8bit python extract_features.py --data_dir data --output_file held.npz --views 1 --layers 10
-    python -m benchmarks.held_out --features_file held.npz --sources_file SOURCES.csv --classifier logistic --C 1e-4 1e-3
-    python -m benchmarks.held_out --features_file held.npz --data_dir data --sources_file SOURCES.csv --C 1 3 10 --gamma 0.1 0.3 1
+    CLIP_MODEL=ViT-B/16-8bit python extract_features.py --data_dir data --output_file held.npz \
+        --views 1 --layers 10
+    python -m benchmarks.held_out --features_file held.npz --sources_file SOURCES.csv \
+        --classifier logistic --C 1e-4 1e-3
+    python -m benchmarks.held_out --features_file held.npz --data_dir data \
+        --sources_file SOURCES.csv --C 1 3 10 --gamma 0.1 0.3 1
 
-Three folds of whole repositories, laid out without chance, about even in the images of each class. A classifier is fitted on
-`train` and `extra` without a fold's repositories and scored on that fold's images of `train`. Prints Markdown.
+So `test` and `external` can wait until the recipe is chosen. Three folds hold whole repositories,
+laid out without chance, with about as many images of each class. A classifier is fitted on `train`
+and `extra` without a fold's repositories, and scored on that fold's images of `train`. Prints
+Markdown.
 """
 
 import argparse
@@ -15,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measure import heading, row
 from detector.base.console import Help, need_features, need_folder, run
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes
@@ -30,13 +36,12 @@ from detector.training.classifiers import fit, row_weights
 FOLDS = 3
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+def add_input_arguments(parser):
     parser.add_argument(
         "--features_file",
         required=True,
         metavar="FILE",
-        help="with degraded copies and crops where they are to be tried",
+        help="features, with the degraded copies and crops to try",
     )
     parser.add_argument(
         "--data_dir", metavar="DIR", help="the images, to measure them re-saved as well"
@@ -47,11 +52,17 @@ def parse_args(argv):
         metavar="FILE",
         help="CSV with the columns source and repository",
     )
+
+
+def add_classifier_arguments(parser):
     parser.add_argument(
-        "--classifier", choices=["svm", "linear-svm", "logistic"], default="svm", help="kind"
+        "--classifier",
+        choices=["svm", "linear-svm", "logistic"],
+        default="svm",
+        help="kind of classifier",
     )
     parser.add_argument(
-        "--C", type=float, nargs="+", default=[10.0], metavar="X", help="of the classifier"
+        "--C", type=float, nargs="+", default=[10.0], metavar="X", help="values of C to try"
     )
     parser.add_argument(
         "--gamma",
@@ -59,8 +70,14 @@ def parse_args(argv):
         nargs="+",
         default=[0.3],
         metavar="X",
-        help="of an svm, by the number of features",
+        help="values of gamma times the number of features, for an svm",
     )
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    add_input_arguments(parser)
+    add_classifier_arguments(parser)
     args = parser.parse_args(argv)
     if args.data_dir:
         need_folder(args.data_dir)
@@ -69,29 +86,30 @@ def parse_args(argv):
 
 
 def read_repositories(path, sources):
-    """CSV file -> {source: repository}. Raises UsageError unless it names that of each of the sources."""
+    """CSV file -> {source: repository}. Raises UsageError where a source has none."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            found = {row["source"]: row["repository"] for row in csv.DictReader(file)}
+            repositories = {row["source"]: row["repository"] for row in csv.DictReader(file)}
     except (OSError, KeyError, ValueError):
         raise UsageError(
             f"--sources_file {path}: name a CSV file with the columns source and repository"
         ) from None
-    if missing := sorted(set(sources) - set(found)):
+    if missing := sorted(set(sources) - set(repositories)):
         raise UsageError(
             f"--sources_file {path}: names no repository of '{missing[0]}' ({len(missing)} sources"
             " in all): add a line for each"
         )
-    return found
+    return repositories
 
 
 def folds_of(repositories, labels):
-    """Repository and label of each image to score -> {repository: fold}: the largest first, each to where it evens the classes most."""
+    """Repository and label of each image to score -> {repository: fold}.
+
+    The largest repository comes first. Each goes to the fold that keeps the classes most even.
+    """
     names, number = np.unique(repositories, return_inverse=True)
-    size = np.stack(
-        [np.bincount(number[labels == label], minlength=len(names)) for label in (0, 1)], 1
-    )
-    load, fold = np.zeros((FOLDS, 2)), {}
+    counts = [np.bincount(number[labels == label], minlength=len(names)) for label in (0, 1)]
+    size, load, fold = np.stack(counts, 1), np.zeros((FOLDS, 2)), {}
     for i in np.argsort(-size.sum(1), kind="stable"):
         after = [((load + np.eye(FOLDS)[:, [k]] * size[i]) ** 2).sum() for k in range(FOLDS)]
         fold[names[i]] = int(np.argmin(after))
@@ -100,76 +118,65 @@ def folds_of(repositories, labels):
 
 
 def encode_resaved(encoder, data_dir, paths, crops, share, quality):
-    """Features of the images as a site hands them out, float32 [n, 1 + crops, d]."""
-
-    def pieces(path):
+    """Features of the images as a web site re-saves them, float32 [n, 1 + crops, d]."""
+    features = []
+    for path in paths:
         image = resaved(decoding.decode_image(read_bytes(Path(data_dir, path))), share, quality)
-        return encoder.encode(
-            preprocessing.normalise(
-                np.stack(preprocessing.in_pieces(image, encoder.resolution, crops))
-            )
-        )
-
-    return np.stack([pieces(path) for path in paths])
+        pieces = preprocessing.in_pieces(image, encoder.resolution, crops)
+        features.append(encoder.encode(preprocessing.normalise(np.stack(pieces))))
+    return np.stack(features)
 
 
 def mean_auc(labels, scores, fold, sources):
     """AUCs of the folds and 'mean [interval]': sources are drawn anew within each fold."""
-    found = [
-        metrics.drawn_auc(labels[fold == k], scores[fold == k], sources[fold == k])
-        for k in range(FOLDS)
-    ]
-    values, drawn, numbers = zip(*found)
+    masks = [fold == k for k in range(FOLDS)]
+    aucs = [metrics.drawn_auc(labels[m], scores[m], sources[m]) for m in masks]
+    values, drawn, numbers = zip(*aucs, strict=True)
     drawn = np.mean([d[: min(map(len, drawn))] for d in drawn], axis=0)
     value = float(np.mean(values))
-    return values, metrics.words(
-        {"value": value, "interval": metrics.interval(value, drawn, sum(numbers))}, 3
-    )
+    interval = metrics.interval(value, drawn, sum(numbers))
+    return values, metrics.words({"value": value, "interval": interval}, 3)
 
 
 def held_scores(columns, seen, kind, point, copies, crops, combine):
-    """Scores of the images under each condition (`seen`: {name: features [n, pieces, d]}) by the classifier that was fitted
-    without their repositories; `copies`: are degraded copies trained on, too. -> {name: float64 [n]}
+    """Scores of the held-out images under each condition -> {name: float64 [n]}
+
+    `seen`: {name: features [n, pieces, d]}. `copies`: 1 trains on degraded copies too. The
+    classifier of each fold is fitted without the fold's repositories.
     """
-    scored, found = (
-        columns["scored"],
-        {name: np.empty(len(features)) for name, features in seen.items()},
-    )
+    scores = {name: np.empty(len(features)) for name, features in seen.items()}
     for k in range(FOLDS):
         train = np.flatnonzero((columns["fold"] != k) & (columns["view"] <= copies))
         weight = row_weights(columns["labels"][train], columns["sources"][train])
-        features = (
-            columns["features"][train, : 1 + crops] if crops else columns["features"][train, 0]
-        )
+        features = columns["features"][train]
+        features = features[:, : 1 + crops] if crops else features[:, 0]
         classifier = fit(kind, features, columns["labels"][train], weight, 0, **point)
-        own = columns["fold"][scored] == k
+        own = columns["fold"][columns["scored"]] == k
         for name, features in seen.items():
             pieces = features[own, : 1 + crops]
-            values = decision(classifier, pieces.reshape(-1, pieces.shape[2])).reshape(
-                pieces.shape[:2]
-            )
-            found[name][own] = combine(values, axis=1)
-    return found
+            values = decision(classifier, pieces.reshape(-1, pieces.shape[2]))
+            scores[name][own] = combine(values.reshape(pieces.shape[:2]), axis=1)
+    return scores
 
 
 def prepared_columns(columns, crops, sources_file):
-    """Columns of `train` and `extra` with each row's fold (one that has no image of `train`: none), and `scored`: the untouched rows
-    of `train`. Raises UsageError."""
+    """Columns of `train` and `extra`, with `fold` (-1 for none) and `scored`. Raises UsageError.
+
+    `scored`: the untouched rows of `train`. A repository without such a row has no fold.
+    """
     wanted = np.isin(columns["splits"], ["train", "extra"]) & (columns["labels"] >= 0)
     columns = {name: columns[name][wanted] for name in COLUMNS}
-    columns["labels"] = columns["labels"].astype(int)
-    columns["features"] = take_crops(columns["features"], crops, crops).reshape(
-        len(columns["labels"]), 1 + crops, -1
-    )
+    columns["labels"] = labels = columns["labels"].astype(int)
+    features = take_crops(columns["features"], crops, crops)
+    columns["features"] = features.reshape(len(labels), 1 + crops, -1)
     repository_of = read_repositories(sources_file, columns["sources"])
     repositories = np.array([repository_of[source] for source in columns["sources"]])
-    columns["scored"] = scored = np.flatnonzero(
-        (columns["view"] == 0) & (columns["splits"] == "train")
-    )
-    fold = folds_of(repositories[scored], columns["labels"][scored])
+    scored = np.flatnonzero((columns["view"] == 0) & (columns["splits"] == "train"))
+    fold = folds_of(repositories[scored], labels[scored])
+    columns["scored"] = scored
     columns["fold"] = np.array([fold.get(repository, -1) for repository in repositories])
     for k in range(FOLDS):
-        if len(set(columns["labels"][scored][columns["fold"][scored] == k])) < 2:
+        if len(set(labels[scored][columns["fold"][scored] == k])) < 2:
             raise UsageError(
                 f"--features_file: the {len(fold)} repositories of 'train' make no {FOLDS} folds"
                 " with both classes: add sources"
@@ -177,76 +184,80 @@ def prepared_columns(columns, crops, sources_file):
     return columns
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    stored = load_features(args.features_file)
-    crops, entry = crops_of(stored["meta"]), stored["meta"]["encoder"]
+def find_encoder(path, entry):
+    """The encoder of a features file. Raises UsageError where it is missing or fine-tuned."""
     folder = runtime.find_encoder(identity=entry["identity"])
     if folder is None:
         raise UsageError(
-            f"--features_file {args.features_file}: '{entry['name']}' is not prepared here; run"
-            " prepare_clip.py"
+            f"--features_file {path}: '{entry['name']}' is not prepared here; run prepare_clip.py"
         )
     encoder = runtime.Encoder(folder, "cpu")
     if encoder.manifest.get("seen"):
         raise UsageError(
-            f"--features_file {args.features_file}: '{encoder.name}' has seen images itself; they"
-            " would not be held out"
+            f"--features_file {path}: '{encoder.name}' has seen images itself; they would not be"
+            " held out"
         )
-    columns = prepared_columns(stored, crops, args.sources_file)
-    scored = columns["scored"]
-    labels, sources, fold = (columns[name][scored] for name in ("labels", "sources", "fold"))
-    degraded = {path: row for row, path in enumerate(columns["paths"]) if columns["view"][row] == 1}
-    copies = (
-        {"degraded": columns["features"][[degraded[path] for path in columns["paths"][scored]]]}
-        if degraded
-        else {}
-    )
-    seen = {
-        "untouched": columns["features"][scored],
-        **{
-            f"re-saved at {name}": encode_resaved(
-                encoder, args.data_dir, columns["paths"][scored], crops, *how
-            )
-            for name, how in RESAVED.items()
-            if args.data_dir
-        },
-        **copies,
-    }
+    return encoder
 
-    print(
-        f"Encoder `{encoder.name}`, {len(scored)} images of {len(set(sources))} sources in {FOLDS}"
-        f" folds ({', '.join(f'{(fold == k).sum()}' for k in range(FOLDS))}). 95% intervals over"
-        " sources.\n"
-    )
-    print(
-        "| trained on, scored | of the classifier | folds | "
-        + " | ".join(seen)
-        + " |\n|"
-        + "---|" * (3 + len(seen)),
-        flush=True,
-    )
-    ways = [("whole images", 0, 0, np.mean)]
-    ways += [("the same and a degraded copy of each", 1, 0, np.mean)] if copies else []
-    ways += [
-        (f"whole images and {crops} crops, {words}", 0, crops, combine)
-        for words, combine in (("mean", np.mean), ("highest", np.max))
-        if crops
-    ]
-    points = [{"C": C, "gamma": gamma} for C, gamma in itertools.product(args.C, args.gamma)]
+
+def conditions(columns, encoder, data_dir, crops):
+    """-> {name: features of the scored images, [n, pieces, d]}"""
+    paths = columns["paths"][columns["scored"]]
+    seen = {"untouched": columns["features"][columns["scored"]]}
+    if data_dir:
+        for name, save in RESAVED.items():
+            features = encode_resaved(encoder, data_dir, paths, crops, *save)
+            seen[f"re-saved at {name}"] = features
+    degraded = {columns["paths"][row]: row for row in np.flatnonzero(columns["view"] == 1)}
+    if degraded:
+        seen["degraded"] = columns["features"][[degraded[path] for path in paths]]
+    return seen
+
+
+def recipes(crops, with_copies):
+    """Ways to train and score: (words, copies, crops, combine) of `held_scores`."""
+    yield "whole images", 0, 0, np.mean
+    if with_copies:
+        yield "the same and a degraded copy of each", 1, 0, np.mean
+    if crops:
+        yield f"whole images and {crops} crops, mean", 0, crops, np.mean
+        yield f"whole images and {crops} crops, highest", 0, crops, np.max
+
+
+def points(args):
     if args.classifier != "svm":
-        points = [{"C": C} for C in args.C]
-    for (words, *how), point in itertools.product(ways, points):
-        scores = held_scores(columns, seen, args.classifier, point, *how)
-        cells = {name: mean_auc(labels, values, fold, sources) for name, values in scores.items()}
-        folds = ", ".join(f"{auc:.3f}" for auc in cells["untouched"][0])
+        return [{"C": C} for C in args.C]
+    return [{"C": C, "gamma": gamma} for C, gamma in itertools.product(args.C, args.gamma)]
+
+
+def print_table(args, columns, seen, crops):
+    labels, sources, fold = (
+        columns[name][columns["scored"]] for name in ("labels", "sources", "fold")
+    )
+    heading("trained on, scored", "of the classifier", "folds", *seen)
+    ways = recipes(crops, "degraded" in seen)
+    for (words, *way), point in itertools.product(ways, points(args)):
+        scores = held_scores(columns, seen, args.classifier, point, *way)
+        aucs = {name: mean_auc(labels, values, fold, sources) for name, values in scores.items()}
         values = ", ".join(f"{name} {value:g}" for name, value in point.items())
-        print(
-            f"| {words} | {args.classifier}, {values} | {folds} | "
-            + " | ".join(text for _, text in cells.values())
-            + " |",
-            flush=True,
-        )
+        folds = ", ".join(f"{auc:.3f}" for auc in aucs["untouched"][0])
+        row(words, f"{args.classifier}, {values}", folds, *(text for _, text in aucs.values()))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    stored = load_features(args.features_file)
+    crops = crops_of(stored["meta"])
+    encoder = find_encoder(args.features_file, stored["meta"]["encoder"])
+    columns = prepared_columns(stored, crops, args.sources_file)
+    seen = conditions(columns, encoder, args.data_dir, crops)
+    scored = columns["scored"]
+    sizes = np.bincount(columns["fold"][scored], minlength=FOLDS)
+    print(
+        f"Encoder `{encoder.name}`, {len(scored)} images of {len(set(columns['sources'][scored]))}"
+        f" sources in {FOLDS} folds ({', '.join(map(str, sizes))}). 95% intervals over sources.\n"
+    )
+    print_table(args, columns, seen, crops)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""One detector over images, run by the Python of the detector's own environment for peers.py.
+"""Runs one detector over images, for peers.py, by the Python of the detector's own environment.
 
     python -P benchmarks/judging.py sahu65 paths.json
     python -P benchmarks/judging.py ours paths.json models/baseline.joblib
 
-Prints a line of JSON for each image, [answer or why there is none, seconds], then its peak MB. An
-answer is [probability of fake, called fake, uncertain]. Imports nothing that a peer lacks.
+Prints a line of JSON for each image, [result, seconds], then its peak MB. A result is
+[probability of fake, called fake, uncertain], or the text of an error. Imports nothing that a peer
+lacks.
 """
 
 import json
@@ -32,11 +33,11 @@ def ours(model_path):
 def sahu65():
     import sahu65
 
-    sahu65.warm()  # weights that cannot be loaded end the process here
+    sahu65.warm()  # raises where the weights cannot be loaded
 
     def judge(path):
-        answer = sahu65.detect(path)
-        return answer.ai_probability, answer.is_ai, answer.is_inconclusive
+        result = sahu65.detect(path)
+        return result.ai_probability, result.is_ai, result.is_inconclusive
 
     return judge
 
@@ -45,10 +46,10 @@ def judge_all(judge, file):
     for path in json.loads(Path(file).read_text()):
         started = time.perf_counter()
         try:
-            answer = [float(value) for value in judge(path)]
+            result = [float(value) for value in judge(path)]
         except Exception as error:  # a peer may raise anything
-            answer = str(error)
-        print(json.dumps([answer, time.perf_counter() - started]), flush=True)
+            result = str(error)
+        print(json.dumps([result, time.perf_counter() - started]), flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 

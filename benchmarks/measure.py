@@ -1,4 +1,4 @@
-"""Whole processes in turns, and how the tables say it: for the benchmarks beside this file."""
+"""Measuring in turns and printing tables, for the benchmarks beside this file."""
 
 import os
 import statistics
@@ -6,42 +6,50 @@ import subprocess
 import time
 
 
-def run(name, command, **env):
-    """A process of its own -> (seconds, peak MB). One that fails ends the benchmark with what it said."""
+def run(command):
+    """Run a process -> (seconds, peak MB). A failure ends the benchmark with its stderr."""
     started = time.perf_counter()
     process = subprocess.Popen(
-        list(map(str, command)),
-        env={**os.environ, **env},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    said = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{name} failed: {said.decode()}")
-    return time.perf_counter() - started, used.ru_maxrss / 1000
+        raise SystemExit(f"{' '.join(map(str, command))} failed: {errors.decode()}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1000
 
 
-def in_turns(commands, runs, **env):
-    """{name: command} -> {name: [(seconds, peak MB)]}: one run of each that does not count, then A B A B ..., since the
-    machine's mood changes."""
-    found = {name: [] for name in commands}
-    for turn in range(runs + 1):
-        for name, command in commands.items():
-            measured = run(name, command, **env)
-            if turn:
-                found[name].append(measured)
-    return found
+def in_turns(measures, runs):
+    """{name: function} -> {name: [its results]}, in the order A B A B ...
+
+    A machine's speed drifts, so turns are fairer than blocks. The first result does not count.
+    """
+    results = {name: [] for name in measures}
+    for _ in range(runs + 1):
+        for name, measure in measures.items():
+            results[name].append(measure())
+    return {name: values[1:] for name, values in results.items()}
 
 
 def spread(values, digits=2):
     """'median (lowest to highest)'."""
-    return (
-        f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to"
-        f" {max(values):.{digits}f})"
+    median, low, high = (
+        f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values))
     )
+    return f"{median} ({low} to {high})"
 
 
 def ratios(values, others, digits=1):
-    """Pair by pair, since both of a pair met the same machine: 'median (lowest to highest)' of value / other."""
-    return spread([value / other for value, other in zip(values, others)], digits)
+    """'median (lowest to highest)' of value / other, pair by pair: both met the same machine."""
+    return spread([value / other for value, other in zip(values, others, strict=True)], digits)
+
+
+def row(*cells):
+    """Print a row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def heading(*names):
+    """Print the head of a Markdown table."""
+    row(*names)
+    print("|" + "---|" * len(names), flush=True)

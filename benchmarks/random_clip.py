@@ -1,10 +1,11 @@
-"""A full-size ViT-L/14 checkpoint with random weights, in the form that OpenAI ships, a TorchScript archive: speed and memory do not depend on the weights.
+"""A full-size ViT-L/14 checkpoint with random weights, as a TorchScript archive like OpenAI's.
 
     python -m benchmarks.random_clip --output vit-l-14.pt
-    CLIP_MODEL=vit-l-14.pt python extract_features.py --data_dir data --output_file random.npz --limit 40
+    CLIP_MODEL=vit-l-14.pt python extract_features.py --data_dir data --output_file random.npz
     python train_model.py --features_file random.npz --model_output_path random.joblib
 
-What is trained on it knows nothing. Needs torch and clip.
+Speed and memory do not depend on the weights. A model trained on them knows nothing. Needs torch
+and clip.
 """
 
 import argparse
@@ -25,10 +26,8 @@ def main(argv=None):
     tower = clip.model.VisionTransformer(224, 14, 1024, 24, 16, 768)
     with torch.no_grad():
         for weight in tower.transformer.parameters():
-            if weight.ndim > 1:
-                weight.mul_(
-                    1.5
-                )  # as torch initialises them all images get nearly the same features
+            if weight.ndim > 1:  # torch's own scale gives all images nearly the same features
+                weight.mul_(1.5)
     save_archive(rounded(tower), args.output)
 
 

@@ -1,27 +1,26 @@
-"""One verdict, the whole process: classify.py against what a competent user writes from OpenAI's README.
+"""One verdict as a whole process: classify.py against the loop of OpenAI's README.
 
     python -m benchmarks.random_clip --output vit-l-14.pt
     python -m benchmarks.starting --clip_model vit-l-14.pt --image photo.jpg
 
-Naive: `clip.load`, one image, and a calibrated scikit-learn SVC from joblib. Both were trained on the same made-up features:
-what they say is worth nothing, how long they take is. The page cache is warm. Prints Markdown.
+Naive: `clip.load`, one image, and a calibrated scikit-learn SVC from joblib. Both classifiers were
+trained on the same made-up features. Their verdicts are worth nothing; their times are measured.
+The page cache is warm. Prints Markdown.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-from benchmarks.measure import in_turns, ratios, spread
+from benchmarks.measure import heading, in_turns, ratios, row, run, spread
 from benchmarks.training import made_up, write_features
 from detector.encoders import runtime
 
+ROOT = Path(__file__).resolve().parent.parent
 NAIVE = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -36,7 +35,8 @@ BARE = """
 import sys
 import numpy as np, openvino as ov
 model = ov.Core().compile_model(sys.argv[1], "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-model.create_infer_request().infer([np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)])
+pixels = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
+model.create_infer_request().infer([pixels])
 """
 
 
@@ -48,18 +48,18 @@ def parse_args(argv):
         "--clip_model",
         required=True,
         metavar="FILE",
-        help="checkpoint, as random_clip.py writes one",
+        help="checkpoint, for example of random_clip.py",
     )
     parser.add_argument("--image", required=True, metavar="IMG", help="photograph to classify")
     parser.add_argument(
-        "--rows", type=int, default=4000, help="that both classifiers are trained on"
+        "--rows", type=int, default=4000, help="rows that both classifiers are trained on"
     )
-    parser.add_argument("--runs", type=int, default=5, help="of each command, in turns")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each command, in turns")
     return parser.parse_args(argv)
 
 
 def train_both(folder, encoder, rows):
-    """Our model file and a pickled scikit-learn classifier, of the same made-up features -> their paths."""
+    """Train ours and scikit-learn's classifier on the same made-up features -> their files."""
     import joblib
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.pipeline import make_pipeline
@@ -67,66 +67,47 @@ def train_both(folder, encoder, rows):
     from sklearn.svm import SVC
 
     features, labels = made_up(rows + 400, d=encoder["dim"])
-    write_features(folder / "features.npz", features, labels, rows)
-    with np.load(folder / "features.npz") as file:
-        columns = dict(file)
     named = {name: encoder[name] for name in ("name", "identity", "dim", "layers")}
-    np.savez(
-        folder / "features.npz", **columns | {"meta": np.array(json.dumps({"encoder": named}))}
-    )
+    write_features(folder / "features.npz", features, labels, rows, named)
     subprocess.run(
         [sys.executable, ROOT / "train_model.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL
     )
-    theirs = make_pipeline(
-        StandardScaler(),
-        CalibratedClassifierCV(SVC(C=10, gamma="scale", cache_size=1000), ensemble=False),
-    )
-    joblib.dump(theirs.fit(features[:rows], labels[:rows]), folder / "naive.joblib")
+    svc = SVC(C=10, gamma="scale", cache_size=1000)
+    naive = make_pipeline(StandardScaler(), CalibratedClassifierCV(svc, ensemble=False))
+    joblib.dump(naive.fit(features[:rows], labels[:rows]), folder / "naive.joblib")
     return folder / "model.joblib", folder / "naive.joblib"
+
+
+def prepare(checkpoint):
+    """Folder of the prepared encoder.
+
+    In another process, because a child's peak memory includes what its parent held at the start.
+    """
+    command = [sys.executable, ROOT / "prepare_clip.py", "--clip_model", checkpoint]
+    return Path(subprocess.check_output(command, text=True).strip())
 
 
 def main(argv=None):
     args = parse_args(argv)
     image, checkpoint = os.path.abspath(args.image), os.path.abspath(args.clip_model)
-    # as a process: a child's peak memory counts from what its parent held when it was born
-    prepared = subprocess.run(
-        [sys.executable, ROOT / "prepare_clip.py", "--clip_model", checkpoint],
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    encoder = Path(prepared.stdout.decode().strip())
+    encoder, python = prepare(checkpoint), sys.executable
     with tempfile.TemporaryDirectory() as folder:
         ours, naive = train_both(Path(folder), runtime.read_manifest(encoder), args.rows)
-        found = in_turns(
-            {
-                "`classify.py`": [
-                    sys.executable,
-                    ROOT / "classify.py",
-                    "--image_path",
-                    image,
-                    "--model_path",
-                    ours,
-                ],
-                "naive": [sys.executable, "-c", NAIVE, checkpoint, image, naive],
-                "the encoder alone, no cache": [
-                    sys.executable,
-                    "-c",
-                    BARE,
-                    encoder / "encoder.xml",
-                ],
-            },
-            args.runs,
-        )
-    print(
-        "\n| one image, whole process | seconds | naive's seconds to its own, pair by pair | peak"
-        " MB |\n|---|---|---|---|"
-    )
-    for name, pairs in found.items():
-        seconds = [s for s, _ in pairs]
-        print(
-            f"| {name} | {spread(seconds)} | {ratios([s for s, _ in found['naive']], seconds)} |"
-            f" {max(mb for _, mb in pairs):.0f} |"
-        )
+        classify = [python, ROOT / "classify.py", "--image_path", image, "--model_path", ours]
+        commands = {
+            "`classify.py`": classify,
+            "naive": [python, "-c", NAIVE, checkpoint, image, naive],
+            "the encoder alone, no cache": [python, "-c", BARE, encoder / "encoder.xml"],
+        }
+        measures = {name: partial(run, command) for name, command in commands.items()}
+        measured = in_turns(measures, args.runs)
+    print()
+    whole, ratio = "one image, whole process", "naive's seconds to its own, pair by pair"
+    heading(whole, "seconds", ratio, "peak MB")
+    seconds = {name: [taken for taken, _ in runs] for name, runs in measured.items()}
+    for name, own in seconds.items():
+        peak = max(megabytes for _, megabytes in measured[name])
+        row(name, spread(own), ratios(seconds["naive"], own), f"{peak:.0f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Training: what an SVM costs from 3,000 to 48,000 rows of 768 features, against scikit-learn's own, and the whole command.
+"""Training: what an SVM costs from 3,000 to 48,000 rows of 768 features, against scikit-learn's.
 
-    python -m benchmarks.training                                        # fits, and where linear ones overtake: half an hour
-    python -m benchmarks.training --rows --whole 48000                   # the whole command on the Kaggle set's shape
-    python -m benchmarks.training --rows --whole 48000 --stock           # and its verdicts against scikit-learn's SVC: an hour more
+    python -m benchmarks.training
+    python -m benchmarks.training --rows --whole 48000
+    python -m benchmarks.training --rows --whole 48000 --stock
 
-The features are made up: two classes of twenty clusters each in a space of 64 dimensions, mixed into 768 with some noise,
-so that an SVM errs on a few per cent and keeps a quarter of the rows as support vectors. What is measured is time and
-agreement, not how well anything detects. Prints Markdown.
+The first line measures single fits, half an hour. The second runs the whole command on rows of the
+Kaggle set's shape. The third compares its verdicts with those of scikit-learn's SVC, an hour more.
+
+The features are made up: two classes of twenty clusters each in a space of 64 dimensions, mixed
+into 768 with some noise. An SVM errs on a few per cent of them and keeps a quarter of the rows as
+support vectors. Time and agreement are measured, not how well anything detects. Prints Markdown.
 """
 
 import argparse
@@ -20,28 +23,27 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.measure import heading, row, spread
 from detector.base.files import sha256
 from detector.images.facts import FACTS
 from detector.model.file import load_model
 from detector.model.score import decision, squares_of, standardise
 from detector.training import classifiers
 
+ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = 12_000
-POINT = {"C": 10.0, "gamma": 1.0}  # what the search finds on these rows
+POINT = {"C": 10.0, "gamma": 1.0}  # the best of the grid on these rows
 COMPONENTS = 2000  # of the Nystroem map
+ENCODER = {"name": "made-up", "identity": "ab" * 32, "layers": "final", "dim": 768}
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_fit_arguments(parser):
     parser.add_argument(
         "--rows",
         type=int,
         nargs="*",
         default=[3000, 6000, 12000, 24000, 48000],
-        help="of the table of fits",
+        help="numbers of rows in the table of fits",
     )
     parser.add_argument(
         "--stock_rows",
@@ -53,8 +55,11 @@ def parse_args(argv):
         "--runs",
         type=int,
         default=3,
-        help="of each fit up to 12,000 rows, in turns; larger ones run once",
+        help="runs of each fit up to 12,000 rows, in turns; larger ones run once",
     )
+
+
+def add_whole_arguments(parser):
     parser.add_argument(
         "--whole",
         type=int,
@@ -67,6 +72,14 @@ def parse_args(argv):
         action="store_true",
         help="fit scikit-learn's SVC at the point that train_model.py chose",
     )
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_fit_arguments(parser)
+    add_whole_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -78,27 +91,16 @@ def made_up(n, d=768, clusters=40, dimensions=64, apart=0.55, seed=0):
     centres = fixed.standard_normal((clusters, dimensions)).astype(np.float32) * apart
     cluster = rng.integers(0, clusters, n)
     latent = (centres[cluster] + rng.standard_normal((n, dimensions)).astype(np.float32)) * scale
-    return (latent @ mix + 0.2 * rng.standard_normal((n, d)).astype(np.float32)).astype(
-        np.float32
-    ), cluster % 2
+    noise = 0.2 * rng.standard_normal((n, d)).astype(np.float32)
+    return (latent @ mix + noise).astype(np.float32), cluster % 2
 
 
-def write_features(path, features, labels, train):
+def write_features(path, features, labels, train, encoder=ENCODER):
     """A features file of the Kaggle set's layout: train and test, two classes, no sources."""
     n, facts, rng = len(labels), np.zeros(len(labels), FACTS), np.random.default_rng(2)
-    facts["width"], facts["height"], facts["bytes"], facts["format"] = (
-        640,
-        480,
-        rng.integers(40_000, 60_000, n),
-        "JPEG",
-    )
+    facts["width"], facts["height"], facts["format"] = 640, 480, "JPEG"
+    facts["bytes"] = rng.integers(40_000, 60_000, n)
     facts["density"] = rng.uniform(0.1, 0.3, n)
-    encoder = {
-        "name": "made-up",
-        "identity": "ab" * 32,
-        "layers": "final",
-        "dim": features.shape[1],
-    }
     np.savez(
         path,
         features=features,
@@ -114,15 +116,19 @@ def write_features(path, features, labels, train):
     )
 
 
-# ---- one fit each: function of (x, y) -> function of rows -> scores ----
+# ---- single fits: function of (x, y) -> (function of rows -> scores, support vectors) ----
+
+
+def svc(x, y, C, gamma, weight=None):
+    """scikit-learn's own SVC, with as large a cache as ours."""
+    from sklearn.svm import SVC
+
+    cache = classifiers.kernel_cache_mb()
+    return SVC(C=C, gamma=gamma / x.shape[1], cache_size=cache).fit(x, y, sample_weight=weight)
 
 
 def stock(x, y):
-    from sklearn.svm import SVC
-
-    fitted = SVC(
-        C=POINT["C"], gamma=POINT["gamma"] / x.shape[1], cache_size=classifiers.kernel_cache_mb()
-    ).fit(x, y)
+    fitted = svc(x, y, **POINT)
     return fitted.decision_function, len(fitted.dual_coef_[0])
 
 
@@ -142,116 +148,120 @@ def nystroem(x, y):
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
 
+    gamma, components = POINT["gamma"] / x.shape[1], min(COMPONENTS, len(x))
     fitted = make_pipeline(
-        Nystroem(
-            gamma=POINT["gamma"] / x.shape[1], n_components=min(COMPONENTS, len(x)), random_state=0
-        ),
+        Nystroem(gamma=gamma, n_components=components, random_state=0),
         LinearSVC(C=1.0, dual="auto", max_iter=5000, random_state=0),
     ).fit(x, y)
     return fitted.decision_function, 0
 
 
+STOCK = "scikit-learn `SVC`"
+FITS = {STOCK: stock, "ours, `svm`": ours, "`linear-svm`": linear}
+FITS[f"Nystroem of {COMPONENTS}"] = nystroem
+
+
 def growth(args):
-    """The table of fits: seconds (median, lowest to highest), support vectors, accuracy on rows that nothing was fitted on."""
-    most = max(args.rows)
-    features, labels = made_up(most + HELD_OUT)
-    held, truth = features[most:], labels[most:]
-    print(
-        "| rows | fit | seconds | against scikit-learn's | support vectors | accuracy on 12,000"
-        " others | ms a verdict |\n|---|---|---|---|---|---|---|"
+    """Print the table of fits. The accuracy is on rows that no classifier was fitted on."""
+    features, labels = made_up(max(args.rows) + HELD_OUT)
+    heading(
+        "rows",
+        "fit",
+        "seconds",
+        "against scikit-learn's",
+        "support vectors",
+        "accuracy on 12,000 others",
+        "ms a verdict",
     )
     for n in args.rows:
-        fits = {
-            "scikit-learn `SVC`": stock,
-            "ours, `svm`": ours,
-            "`linear-svm`": linear,
-            f"Nystroem of {COMPONENTS}": nystroem,
-        }
-        if n > args.stock_rows:
-            del fits["scikit-learn `SVC`"]
-        center, scale = features[:n].mean(0), features[:n].std(0)
-        x, seconds, result = (features[:n] - center) / scale, {name: [] for name in fits}, {}
-        for _ in range(args.runs if n <= 12_000 else 1):
-            for name, function in fits.items():
-                started = time.perf_counter()
-                result[name] = function(x, labels[:n])
-                seconds[name].append(time.perf_counter() - started)
-        for name, (score, vectors) in result.items():
-            accuracy = ((score((held - center) / scale) > 0) == truth).mean()
-            one = np.median([timed(score, (held[i : i + 1] - center) / scale) for i in range(50)])
-            base = (
-                np.median(seconds["scikit-learn `SVC`"]) / np.median(seconds[name])
-                if "scikit-learn `SVC`" in seconds
-                else None
-            )
-            print(
-                f"| {n:,} | {name} | {words(seconds[name])} |"
-                f" {'-' if base is None else f'{base:.1f} x'} | {vectors or '-'} | {accuracy:.4f} |"
-                f" {1000 * one:.2f} |",
-                flush=True,
+        fits = {name: fit for name, fit in FITS.items() if name != STOCK or n <= args.stock_rows}
+        x = (features - features[:n].mean(0)) / features[:n].std(0)
+        runs = args.runs if n <= 12_000 else 1
+        seconds, fitted = time_fits(fits, x[:n], labels[:n], runs)
+        for name, (score, vectors) in fitted.items():
+            held = x[-HELD_OUT:]
+            accuracy = ((score(held) > 0) == labels[-HELD_OUT:]).mean()
+            base = np.median(seconds[STOCK]) / np.median(seconds[name]) if STOCK in fits else None
+            row(
+                f"{n:,}",
+                name,
+                spread(seconds[name]) if runs > 1 else f"{seconds[name][0]:.2f}",
+                "-" if base is None else f"{base:.1f} x",
+                vectors or "-",
+                f"{accuracy:.4f}",
+                f"{1000 * seconds_a_verdict(score, held):.2f}",
             )
 
 
-def timed(function, *arguments):
-    started = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - started
+def time_fits(fits, x, y, runs):
+    """-> ({name: [seconds]}, {name: the last fit}), in turns"""
+    seconds, fitted = {name: [] for name in fits}, {}
+    for _ in range(runs):
+        for name, fit in fits.items():
+            started = time.perf_counter()
+            fitted[name] = fit(x, y)
+            seconds[name].append(time.perf_counter() - started)
+    return seconds, fitted
 
 
-def words(seconds):
-    return f"{np.median(seconds):.2f}" + (
-        f" ({min(seconds):.2f} to {max(seconds):.2f})" if len(seconds) > 1 else ""
-    )
+def seconds_a_verdict(score, rows):
+    """Median seconds to score a single row."""
+    seconds = []
+    for i in range(50):
+        started = time.perf_counter()
+        score(rows[i : i + 1])
+        seconds.append(time.perf_counter() - started)
+    return np.median(seconds)
 
 
-def whole(n, compare):
-    """train_model.py as a process; its seconds, peak memory, and with `compare` its verdicts against scikit-learn's SVC."""
-    features, labels = made_up(n + HELD_OUT)
+# ---- the whole command ----
+
+
+def train(features, labels, n):
+    """train_model.py as a process -> (model, seconds, peak GB)"""
     with tempfile.TemporaryDirectory() as folder:
         write_features(Path(folder, "features.npz"), features, labels, n)
         started = time.perf_counter()
         process = subprocess.Popen([sys.executable, ROOT / "train_model.py"], cwd=folder)
-        _, status, used = os.wait4(process.pid, 0)
+        _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
         if status:
             sys.exit("train_model.py failed")
-        model = load_model(Path(folder, "model.joblib"))
-    point = model["hyperparameters"]
+        return load_model(Path(folder, "model.joblib")), seconds, usage.ru_maxrss / 1e6
+
+
+def whole(n, compare):
+    """Print seconds and memory of train_model.py; `compare`: its verdicts with SVC's too."""
+    features, labels = made_up(n + HELD_OUT)
+    model, seconds, gigabytes = train(features, labels, n)
     print(
         f"\nThe whole command on {n:,} training and {HELD_OUT:,} test rows: {seconds:.0f} s, peak"
-        f" memory {used.ru_maxrss / 1e6:.1f} GB; {point}, {len(model['dual_coef']):,} support"
-        f" vectors, solver {model['versions']['svm']}."
+        f" memory {gigabytes:.1f} GB; {model['hyperparameters']}, {len(model['dual_coef']):,}"
+        f" support vectors, solver {model['versions']['svm']}."
     )
-    score = decision(model, features[n:])
-    alone = np.median([timed(decision, model, features[i : i + 1]) for i in range(50)])
+    alone = seconds_a_verdict(lambda rows: decision(model, rows), features)
     print(f"A verdict's score: {1000 * alone:.2f} ms.", flush=True)
     if compare:
-        from sklearn.svm import SVC
+        compare_verdicts(model, features, labels, n)
 
-        weight = classifiers.balanced_weights(labels[:n])
-        x = standardise(model, features[:n])
-        started = time.perf_counter()
-        fitted = SVC(
-            C=point["C"],
-            gamma=point["gamma"] / x.shape[1],
-            cache_size=classifiers.kernel_cache_mb(),
-        ).fit(x, labels[:n], sample_weight=weight)
-        seconds, theirs = (
-            time.perf_counter() - started,
-            fitted.decision_function(standardise(model, features[n:])),
-        )
-        print(
-            f"scikit-learn's SVC, one fit: {seconds:.0f} s. Verdicts at score 0 that differ on"
-            f" {HELD_OUT:,} held-out rows: {((score > 0) != (theirs > 0)).sum()}; scores differ by"
-            f" at most {np.abs(score - theirs).max():.1e}."
-        )
+
+def compare_verdicts(model, features, labels, n):
+    """Fit scikit-learn's SVC at the model's point, and print how far the two differ."""
+    x, weight = standardise(model, features), classifiers.balanced_weights(labels[:n])
+    started = time.perf_counter()
+    fitted = svc(x[:n], labels[:n], **model["hyperparameters"], weight=weight)
+    seconds = time.perf_counter() - started
+    score, theirs = decision(model, features[n:]), fitted.decision_function(x[n:])
+    print(
+        f"scikit-learn's SVC, one fit: {seconds:.0f} s. Verdicts at score 0 that differ on"
+        f" {HELD_OUT:,} held-out rows: {((score > 0) != (theirs > 0)).sum()}; scores differ by"
+        f" at most {np.abs(score - theirs).max():.1e}."
+    )
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if (
-        args.whole
-    ):  # first, since a child's peak memory counts from what its parent held when it was born
+    if args.whole:  # first, because a child's peak memory includes its parent's at the start
         whole(args.whole, args.stock)
     if args.rows:
         growth(args)

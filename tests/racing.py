@@ -1,7 +1,7 @@
 """Processes that wait, warm, for commands of registry.py and begin them at the same moment.
 
-A command that moves the champion waits after it read the history: only then is it a race that
-somebody loses, however slow the machine is.
+A command that moves the champion waits again after it has read the history. So there is always a
+race and a loser, however slow the machine is.
 """
 
 import json
@@ -95,12 +95,8 @@ def one_of_two_is_registered(race, twins, folder, name):
 
 
 def one_of_two_is_promoted(race, folder, name):
-    results = sorted(
-        race(
-            folder,
-            *(["promote", name, version, "--force", "x"] for version in ("v1.1.0", "v1.2.0")),
-        )
-    )
+    promotions = (["promote", name, version, "--force", "x"] for version in ("v1.1.0", "v1.2.0"))
+    results = sorted(race(folder, *promotions))
     assert [code for code, _ in results] == [0, 2], results
     assert "was moved meanwhile" in results[1][1]
     client = store.connect()

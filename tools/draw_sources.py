@@ -17,7 +17,7 @@ from detector.model.file import load_model
 from detector.model.score import p_fake_of
 
 COLOURS = ("#2c7fb8", "#e6550d")
-# What the sources of `external` show, in words that people know: every one of them.
+# What each source of `external` shows, in words that people know.
 NAMES = {
     ("fake", "dexer"): "generator not named",
     ("fake", "eenx16-progan"): "ProGAN, 2018",
@@ -48,15 +48,32 @@ NAMES = {
 def rows_of(columns, p_fake):
     """[(name, label, probabilities)], fakes above photographs, each class by its median."""
     images = (columns["splits"] == "external") & (columns["view"] == 0)
-    found = {}
+    by_name = {}
     for i in np.flatnonzero(images):
         label = int(columns["labels"][i])
         name = NAMES[CLASSES[label], str(columns["sources"][i])]
-        found.setdefault((label, name), []).append(p_fake[i])
+        by_name.setdefault((label, name), []).append(p_fake[i])
     return sorted(
-        ((name, label, np.array(values)) for (label, name), values in found.items()),
+        ((name, label, np.array(values)) for (label, name), values in by_name.items()),
         key=lambda row: (-row[1], np.median(row[2])),
     )
+
+
+def draw(ax, rows, threshold):
+    """A dot for each image, in one row for each source."""
+    rng, ticks = np.random.default_rng(0), []
+    for y, (name, label, values) in enumerate(rows):
+        heights = y + rng.uniform(-0.25, 0.25, len(values))
+        ax.plot(values, heights, ".", color=COLOURS[label], alpha=0.6, markersize=6)
+        right = np.mean((values >= threshold) == label)
+        ticks.append(f"{name} ({len(values)} images, {right:.0%} right)")
+    ax.axvline(threshold, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(rows)), ticks, fontsize=9)
+    ax.set_ylim(-1, len(rows))
+    ax.set_xlabel("calibrated probability of fake; line: the threshold", fontsize=9)
+    for label, words in ((1, "generated images"), (0, "photographs")):
+        ax.plot([], [], "o", color=COLOURS[label], label=words)
+    ax.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
 
 
 def main():
@@ -64,31 +81,7 @@ def main():
     columns, model = load_features(models / "features.npz"), load_model(models / "baseline.joblib")
     rows = rows_of(columns, p_fake_of(model, columns["features"]))
     figure, ax = pyplot.subplots(figsize=(8, 0.26 * len(rows) + 1))
-    rng = np.random.default_rng(0)
-    for y, (name, label, values) in enumerate(rows):
-        ax.plot(
-            values,
-            y + rng.uniform(-0.25, 0.25, len(values)),
-            ".",
-            color=COLOURS[label],
-            alpha=0.6,
-            markersize=6,
-        )
-    ax.axvline(model["threshold"], color="black", linewidth=0.8)
-    shares = [np.mean((values >= model["threshold"]) == label) for _, label, values in rows]
-    ax.set_yticks(
-        range(len(rows)),
-        [
-            f"{name} ({len(values)} images, {share:.0%} right)"
-            for (name, _, values), share in zip(rows, shares)
-        ],
-        fontsize=9,
-    )
-    ax.set_ylim(-1, len(rows))
-    ax.set_xlabel("calibrated probability of fake; line: the threshold", fontsize=9)
-    for label in (1, 0):
-        ax.plot([], [], "o", color=COLOURS[label], label=("photographs", "generated images")[label])
-    ax.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    draw(ax, rows, model["threshold"])
     figure.tight_layout()
     with atomic_write(HERE / "docs" / "sources.png") as file:
         figure.savefig(file, format="png", dpi=110)

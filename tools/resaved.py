@@ -2,8 +2,8 @@
 
     python -m tools.resaved --data_dir IMAGES
 
-evaluate.py puts a draw of the images through all of its distortions. These two count most, so all
-images go through them.
+evaluate.py puts a draw of the images through all of its distortions. Re-saving counts most, so all
+images are re-saved.
 """
 
 import argparse
@@ -24,17 +24,15 @@ from detector.model.score import p_fake_of
 from detector.verdict import Detector
 
 MODELS = HERE / "models"
-
 BATCH = 8
 
 
-def p_resaved(detector, data_dir, columns, how):
-    """Probability of fake of each image, re-saved, float64 [n]."""
+def p_resaved(detector, data_dir, columns, save):
+    """Probability of fake of each image after `resaved(image, *save)`, float64 [n]."""
 
     def pixels(i):
-        return detector.pixels(
-            resaved(read_picture(data_dir, columns["paths"][i], columns["sha256"][i]), *how)
-        )
+        image = read_picture(data_dir, columns["paths"][i], columns["sha256"][i])
+        return detector.pixels(resaved(image, *save))
 
     chunks = np.array_split(np.arange(len(columns["paths"])), -(-len(columns["paths"]) // BATCH))
     return np.concatenate(
@@ -42,35 +40,31 @@ def p_resaved(detector, data_dir, columns, how):
     )
 
 
-def main(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--data_dir", required=True, metavar="DIR", help="the images of models/features.npz"
+        "--data_dir",
+        required=True,
+        metavar="DIR",
+        help="folder of the images of the shipped features",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     columns, detector = load_features(MODELS / "features.npz"), Detector(MODELS / "baseline.joblib")
-    keep, _ = split_rows(columns, detector.model, [])
+    model = detector.model
+    keep, _ = split_rows(columns, model, [])
     columns = {name: column[keep] for name, column in columns.items() if name != "meta"}
+    labels, known = columns["labels"].astype(int), known_rows(model, columns["sources"])
     groups, _ = make_groups(columns, twin_clusters(columns["thumb"], columns["sha256"]))
-    known, threshold = known_rows(detector.model, columns["sources"]), detector.model["threshold"]
-    untouched = p_fake_of(detector.model, columns["features"])
-    found = {
-        "untouched": untouched,
-        **{name: p_resaved(detector, args.data_dir, columns, how) for name, how in RESAVED.items()},
-    }
-    rows = [
-        condition(
-            "re-saved",
-            name,
-            columns["labels"].astype(int),
-            p_fake,
-            untouched,
-            threshold,
-            groups,
-            known,
-        )
-        for name, p_fake in found.items()
-    ]
+    untouched = p_fake_of(model, columns["features"])
+    p_fakes = {"untouched": untouched}
+    for name, save in RESAVED.items():
+        p_fakes[name] = p_resaved(detector, args.data_dir, columns, save)
+    shared = (untouched, model["threshold"], groups, known)
+    rows = [condition("re-saved", name, labels, p, *shared) for name, p in p_fakes.items()]
     with atomic_write(MODELS / "evaluation" / "resaved.json", "w") as file:
         json.dump(rows, file, indent=1)
 

@@ -1,4 +1,4 @@
-"""Photographs to try things on: those that the installed packages carry, copied into one folder.
+"""Photographs to try things on, copied from the installed packages into one folder.
 
 python -m tools.samples
 python classify.py --image_path samples
@@ -15,7 +15,7 @@ from detector.base.files import atomic_write, check_folder
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument(
-        "--output_dir", default="samples", metavar="DIR", help="folder to copy them to"
+        "--output_dir", default="samples", metavar="DIR", help="folder for the copies"
     )
     return parser.parse_args(argv)
 
@@ -33,9 +33,8 @@ def main(argv=None):
     for path in photos:
         with atomic_write(Path(args.output_dir, path.name)) as file:
             file.write(path.read_bytes())
-    print(
-        f"{args.output_dir}: {len(photos)} photographs ({', '.join(path.name for path in photos)})"
-    )
+    names = ", ".join(path.name for path in photos)
+    print(f"{args.output_dir}: {len(photos)} photographs ({names})")
 
 
 if __name__ == "__main__":

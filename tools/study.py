@@ -1,10 +1,12 @@
-"""Everything on your own labelled folder, in one page: audit, extraction, training without and with views, evaluation.
+"""Audit, extraction, training without and with views, and evaluation of your folder, on one page.
 
-    python -m tools.study --data_dir data                      # 400 images, about 20 minutes on two cores with ViT-L/14
+    python -m tools.study --data_dir data
     python -m tools.study --data_dir data --limit 4000 --views 3 --robustness_images 200
-    python -m tools.study --data_dir data --levers --checkpoints finetuned.pt     # other layers, crops, an encoder of your own beside it
+    python -m tools.study --data_dir data --levers --checkpoints finetuned.pt
 
-`make study DATA=data` sets up the environment first. The page is study/index.html; runs that were interrupted go on.
+The first takes about 20 minutes on two cores with ViT-L/14 (400 images). The third compares other
+layers, crops and an encoder of your own with the embedding. `make study DATA=data` sets up the
+environment first. The page is study/index.html. An interrupted run is resumed.
 """
 
 import argparse
@@ -21,11 +23,11 @@ from detector.base.errors import UsageError
 from detector.base.files import atomic_write, check_folder
 from detector.base.project import HERE
 
-CROPS = 4  # squares in full resolution that --levers tries
+CROPS = 4  # full-resolution crops of each image that --levers tries
+FINDING = ("audit.py", "evaluate.py")  # exit code 1 of these is a finding, not a failure
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+def add_input_arguments(parser):
     parser.add_argument(
         "--data_dir", required=True, metavar="DIR", help="folder of labelled images"
     )
@@ -33,96 +35,123 @@ def parse_args(argv):
         "--output_dir",
         default="study",
         metavar="DIR",
-        help="folder for the page and everything behind it",
+        help="folder for the page and the files behind it",
     )
-    parser.add_argument(
-        "--limit", type=int, default=400, metavar="N", help="a seeded draw of N images"
-    )
-    parser.add_argument(
-        "--views", type=int, default=1, metavar="N", help="degraded copies of each image"
-    )
-    parser.add_argument(
-        "--robustness_images",
-        type=int,
-        default=40,
-        metavar="N",
-        help="images that go through the distortions",
-    )
+
+
+def add_size_arguments(parser):
+    for name, default, text in (
+        ("limit", 400, "draw N images, with a fixed seed"),
+        ("views", 1, "degraded copies of each image"),
+        ("robustness_images", 40, "images that go through the distortions"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+
+
+def add_comparison_arguments(parser):
     parser.add_argument(
         "--levers",
         action="store_true",
-        help=f"compare with other layers and with {CROPS} crops: seven extractions' time",
+        help=f"compare with other layers and with {CROPS} crops; takes as long as 7 extractions",
     )
     parser.add_argument(
         "--checkpoints",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="and with these encoders, as of finetune_clip.py",
+        help="compare with these encoders too, for example of finetune_clip.py",
     )
     parser.add_argument(
         "--max_fpr",
         type=float,
         metavar="X",
-        help="threshold at which at most this share of real images is called fake",
+        help="set the threshold so that at most this share of real images is called fake",
     )
-    args = parser.parse_args(argv)
+
+
+def check_arguments(args):
+    """Raises UsageError."""
     for name, most in (("limit", math.inf), ("views", MAX_VIEWS), ("robustness_images", math.inf)):
         if not 1 <= getattr(args, name) <= most:
-            raise UsageError(
-                f"--{name} {getattr(args, name)}: must be at least 1"
-                + (f", at most {most}" if most < math.inf else "")
-            )
+            limit = f", at most {most}" if most < math.inf else ""
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1{limit}")
     if args.max_fpr is not None and not 0 < args.max_fpr < 1:
         raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
     need_folder(args.data_dir)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    add_input_arguments(parser)
+    add_size_arguments(parser)
+    add_comparison_arguments(parser)
+    args = parser.parse_args(argv)
+    check_arguments(args)
     return args
 
 
-def step(times, *words):
-    """One of the project's commands, shown as a user would type it; its progress goes on, its output is kept. -> stdout"""
-    words = [str(word) for word in words]
-    say("$ python " + " ".join(words))
-    start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, str(HERE / words[0]), *words[1:]], stdout=subprocess.PIPE, text=True
-    )
-    if result.returncode == 2:
-        raise UsageError(f"{words[0]} failed (see the line above)")
-    if (
-        result.returncode not in ((0, 1) if words[0] in ("audit.py", "evaluate.py") else (0,))
-        or not result.stdout
-    ):
-        raise SystemExit(result.returncode or 1)  # it has told why
-    times.append(
-        {"command": "python " + " ".join(words), "seconds": round(time.perf_counter() - start)}
-    )
-    return result.stdout
+class Steps:
+    """The project's commands on one folder. `times`: command and seconds of each."""
+
+    def __init__(self, args):
+        self.args, self.out, self.times = args, Path(args.output_dir), []
+
+    def run(self, *words):
+        """Run a command, shown as a user would type it, with its progress. -> its stdout"""
+        words = [str(word) for word in words]
+        say("$ python " + " ".join(words))
+        start = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, str(HERE / words[0]), *words[1:]], stdout=subprocess.PIPE, text=True
+        )
+        if result.returncode == 2:
+            raise UsageError(f"{words[0]} failed (see the line above)")
+        failed = result.returncode not in ((0, 1) if words[0] in FINDING else (0,))
+        if failed or not result.stdout:
+            raise SystemExit(result.returncode or 1)  # the command has printed the reason
+        seconds = round(time.perf_counter() - start)
+        self.times.append({"command": "python " + " ".join(words), "seconds": seconds})
+        return result.stdout
+
+    def extract(self, name, *flags):
+        """Write NAME.npz. -> seconds"""
+        args, output = self.args, self.out / f"{name}.npz"
+        files = ("--data_dir", args.data_dir, "--output_file", output)
+        draw = ("--limit", args.limit, "--views", args.views)
+        self.run("extract_features.py", *files, *draw, *flags)
+        return self.times[-1]["seconds"]
+
+    def train(self, features, name, *flags):
+        """Train NAME.joblib."""
+        rate = [] if self.args.max_fpr is None else ["--max_fpr", self.args.max_fpr]
+        files = ("--features_file", self.out / f"{features}.npz")
+        output = ("--model_output_path", self.out / f"{name}.joblib")
+        self.run("train_model.py", *files, *output, *flags, *rate)
+
+    def evaluate(self, features, name, folder, *flags):
+        """Evaluate NAME.joblib into a folder."""
+        files = ("--model_path", self.out / f"{name}.joblib")
+        files += ("--features_file", self.out / f"{features}.npz")
+        self.run("evaluate.py", *files, *flags, "--report_dir", self.out / folder)
+
+    def metrics_of(self, folder):
+        return json.loads((self.out / folder / "metrics.json").read_text())
 
 
 def without_views(source, target):
-    """Features file -> the same without the degraded copies."""
+    """Copy a features file without the degraded copies."""
     import numpy as np
 
     with np.load(source) as file:
         columns = dict(file)
-    whole = columns["view"] == 0
+    whole, meta = columns["view"] == 0, columns.pop("meta")
     with atomic_write(target) as file:
-        np.savez_compressed(
-            file,
-            **{
-                name: values if name == "meta" else values[whole]
-                for name, values in columns.items()
-            },
-        )
-
-
-def metrics_of(folder):
-    return json.loads((folder / "metrics.json").read_text())
+        kept = {name: values[whole] for name, values in columns.items()}
+        np.savez_compressed(file, meta=meta, **kept)
 
 
 def levers(args):
-    """What is compared with the encoder's embedding -> (words, flags for extraction, flags for training)."""
+    """Alternatives to the embedding -> (words, flags for extraction, flags for training)."""
     if args.levers:
         yield "layer before the projection", ["--layers", "penultimate"], []
         yield "middle blocks and embedding", ["--layers", "multi"], []
@@ -131,168 +160,79 @@ def levers(args):
         yield checkpoint, ["--clip_model", checkpoint], []
 
 
-def compare_levers(args, times, out, rate):
-    """-> rows {words, seconds of extraction, evaluation, left_out}, the embedding first, each trained and judged with the copies."""
-    rows = [
-        (
-            "embedding",
-            sum(t["seconds"] for t in times if "extract_features.py" in t["command"]),
-            "with",
-        )
-    ]
-    for number, (words, extraction, training) in enumerate(levers(args), 1):
+def compare_levers(steps, seconds):
+    """-> rows {words, seconds of extraction, evaluation, left_out}, the embedding first.
+
+    Each is trained and evaluated with the degraded copies. `seconds`: of the embedding.
+    """
+    rows = [lever_row(steps, "embedding", seconds, "with")]
+    for number, (words, extraction, training) in enumerate(levers(steps.args), 1):
         name = f"lever{number}"
-        features, model = out / f"{name}.npz", out / f"{name}.joblib"
-        step(
-            times,
-            "extract_features.py",
-            "--data_dir",
-            args.data_dir,
-            "--output_file",
-            features,
-            "--limit",
-            args.limit,
-            "--views",
-            args.views,
-            *extraction,
-        )
-        seconds = times[-1]["seconds"]
-        step(
-            times,
-            "train_model.py",
-            "--features_file",
-            features,
-            "--model_output_path",
-            model,
-            *training,
-            *rate,
-        )
-        step(
-            times,
-            "evaluate.py",
-            "--model_path",
-            model,
-            "--features_file",
-            features,
-            "--report_dir",
-            out / name,
-        )
-        rows.append((words, seconds, name))
-    found = []
-    for words, seconds, name in rows:
-        left_out = [
-            row["value"] for row in metrics_of(out / f"{name}_report")["leave_one_source_out"]
-        ]
-        found.append(
-            {
-                "words": words,
-                "seconds": seconds,
-                **metrics_of(out / name),
-                "left_out": sum(left_out) / len(left_out) if left_out else None,
-            }
-        )
-    return found
+        seconds = steps.extract(name, *extraction)
+        steps.train(name, name, *training)
+        steps.evaluate(name, name, name)
+        rows.append(lever_row(steps, words, seconds, name))
+    return rows if len(rows) > 1 else []
+
+
+def lever_row(steps, words, seconds, name):
+    left_out = steps.metrics_of(f"{name}_report")["leave_one_source_out"]
+    mean = sum(row["value"] for row in left_out) / len(left_out) if left_out else None
+    return {"words": words, "seconds": seconds, **steps.metrics_of(name), "left_out": mean}
+
+
+def study(steps):
+    """Run every command on the folder. -> the audit, rows of `compare_levers`"""
+    args, out = steps.args, steps.out
+    audit = json.loads(steps.run("audit.py", "--data_dir", args.data_dir, "--json"))
+    seconds = steps.extract("features")
+    without_views(out / "features.npz", out / "untouched.npz")
+    steps.train("untouched", "without")
+    steps.train("features", "model", "--classifier", "all")
+    steps.train("features", "with")
+    for name in ("without", "with"):  # the same classifier, on the same images and their copies
+        steps.evaluate("features", name, name)
+    images = ("--data_dir", args.data_dir, "--robustness_images", args.robustness_images)
+    steps.evaluate("features", "model", "evaluation", *images)
+    return audit, compare_levers(steps, seconds)
+
+
+def write_page(steps, measured, audit, compared):
+    from detector.evaluation import report
+
+    training, evaluation = steps.metrics_of("model_report"), steps.out / "evaluation"
+    page = {
+        **measured,
+        "folder": audit,
+        "levers": compared,
+        "times": steps.times,
+        "arguments": vars(steps.args),
+        "models": {name: steps.metrics_of(name) for name in ("without", "with")},
+        **{
+            name: training[name] for name in ("classifiers", "leave_one_source_out", "false_alarms")
+        },
+    }
+    pictures = {path.stem: path.read_bytes() for path in evaluation.glob("*.png")}
+    with atomic_write(steps.out / "index.html", "w") as file:
+        file.write(report.render("study.html", page, pictures))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    from detector.evaluation import metrics, report
+    from detector.evaluation.metrics import words
     from detector.images.folders import list_images
 
-    list_images(args.data_dir)  # told before anything is started
-    out, times = Path(args.output_dir), []
-    rate = [] if args.max_fpr is None else ["--max_fpr", args.max_fpr]
-    check_folder(out, f"--output_dir {out}")
-    audit = json.loads(step(times, "audit.py", "--data_dir", args.data_dir, "--json"))
-    step(
-        times,
-        "extract_features.py",
-        "--data_dir",
-        args.data_dir,
-        "--output_file",
-        out / "features.npz",
-        "--limit",
-        args.limit,
-        "--views",
-        args.views,
-    )
-    without_views(out / "features.npz", out / "untouched.npz")
-    step(
-        times,
-        "train_model.py",
-        "--features_file",
-        out / "untouched.npz",
-        "--model_output_path",
-        out / "without.joblib",
-        *rate,
-    )
-    step(
-        times,
-        "train_model.py",
-        "--features_file",
-        out / "features.npz",
-        "--model_output_path",
-        out / "model.joblib",
-        "--classifier",
-        "all",
-        *rate,
-    )
-    step(
-        times,
-        "train_model.py",
-        "--features_file",
-        out / "features.npz",
-        "--model_output_path",
-        out / "with.joblib",
-        *rate,
-    )
-    for name in ("without", "with"):  # the same classifier, on the same images and their copies
-        step(
-            times,
-            "evaluate.py",
-            "--model_path",
-            out / f"{name}.joblib",
-            "--features_file",
-            out / "features.npz",
-            "--report_dir",
-            out / name,
-        )
-    step(
-        times,
-        "evaluate.py",
-        "--model_path",
-        out / "model.joblib",
-        "--features_file",
-        out / "features.npz",
-        "--data_dir",
-        args.data_dir,
-        "--report_dir",
-        out / "evaluation",
-        "--robustness_images",
-        args.robustness_images,
-    )
-    compared = compare_levers(args, times, out, rate) if args.levers or args.checkpoints else []
-    found = metrics_of(out / "evaluation")
-    training = metrics_of(out / "model_report")
-    page = {
-        **found,
-        "folder": audit,
-        "levers": compared,
-        "times": times,
-        "arguments": vars(args),
-        "classifiers": training["classifiers"],
-        "leave_one_source_out": training["leave_one_source_out"],
-        "false_alarms": training["false_alarms"],
-        "models": {name: metrics_of(out / name) for name in ("without", "with")},
-    }
-    pictures = {path.stem: path.read_bytes() for path in (out / "evaluation").glob("*.png")}
-    with atomic_write(out / "index.html", "w") as file:
-        file.write(report.render("study.html", page, pictures))
+    list_images(args.data_dir)  # raises before any command starts
+    check_folder(args.output_dir, f"--output_dir {args.output_dir}")
+    steps = Steps(args)
+    audit, compared = study(steps)
+    measured = steps.metrics_of("evaluation")
+    write_page(steps, measured, audit, compared)
+    balanced, auc = (words(measured["overall"][name]) for name in ("balanced_accuracy", "auc"))
     print(
-        f"{out / 'index.html'}: {found['overall']['n']} images not trained on,"
-        f" {found['classifier']} on '{found['encoder']}', balanced accuracy"
-        f" {metrics.words(found['overall']['balanced_accuracy'])}, AUC"
-        f" {metrics.words(found['overall']['auc'])}"
+        f"{steps.out / 'index.html'}: {measured['overall']['n']} images not trained on, "
+        f"{measured['classifier']} on '{measured['encoder']}', "
+        f"balanced accuracy {balanced}, AUC {auc}"
     )
 
 

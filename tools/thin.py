@@ -2,7 +2,7 @@
 
     python -m tools.thin runs/ship/all.npz runs/ship/features.npz
 
-The columns stay what they are. Rounded numbers take half of the room in a compressed file.
+The columns stay the same. Rounded numbers halve the size of the compressed file.
 """
 
 import json

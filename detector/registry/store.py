@@ -13,7 +13,7 @@ from detector.base.addresses import behind_proxy, is_remote, masked
 from detector.base.errors import UsageError
 
 ADDRESS = re.compile(r"(postgresql|mysql|mssql)(\+\w+)?://.+|https?://.+|sqlite(\+\w+)?:///[^?]+")
-REMEDIES = {  # what a reason says: what to do about it
+REMEDIES = {  # pattern of a reason: what to do about it
     "locked": "another program holds it; end that program, or wait for it",
     "readonly|read-only|unable to open|Permission denied": (
         "let this user write the file and its folder, or set MLFLOW_TRACKING_URI to another place"
@@ -23,8 +23,15 @@ REMEDIES = {  # what a reason says: what to do about it
         "the file is empty or another program's; remove it, or set MLFLOW_TRACKING_URI to another"
     ),
     "out-of-date database schema": "take the version of requirements/mlflow.txt that wrote it",
-    "full|No space left|File too large": "free some space, and the same command does it",
-    "No module named": "pip install what this kind of database needs",
+    "full|No space left|File too large": "free some space, then run this command again",
+    "No module named": "pip install the driver of this database",
+}
+ENVIRONMENT = {  # of MLflow; the user's own settings win
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -41,31 +48,25 @@ def check_address(uri):
             and (parts.hostname or not uri.startswith("http"))
             and parts.port != 0
         )
-    except ValueError:  # a port that is no number, half an IPv6 address
+    except ValueError:  # for example, a port that is no number
         usable = False
     if not usable or uri.endswith(":memory:"):
         raise UsageError(
-            f"MLFLOW_TRACKING_URI={masked(uri)}: cannot hold a registry; "
-            "set it to sqlite:///mlflow.db (a "
-            "file), http://HOST:PORT (an MLflow server) or a postgresql, mysql or mssql database"
+            f"MLFLOW_TRACKING_URI={masked(uri)}: cannot hold a registry; set it to "
+            "sqlite:///mlflow.db (a file), http://HOST:PORT (an MLflow server) or a postgresql, "
+            "mysql or mssql database"
         )
 
 
 def database_file():
-    """Path of a registry in an SQLite file, None of any other."""
+    """Path of the SQLite file that holds the registry, or None."""
     kind, _, path = registry_uri().partition(":///")
     return Path(path) if kind.startswith("sqlite") else None
 
 
 def connect(create=False):
     """-> MLflow's client. `create`: make a missing SQLite file. Raises UsageError."""
-    for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
-        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-    ):
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         import mlflow
@@ -75,7 +76,7 @@ def connect(create=False):
             f"registry.py needs mlflow ({error}): pip install -r requirements/mlflow.txt"
         ) from None
     check_address(registry_uri())
-    for name in ("alembic", "mlflow"):  # what they log is raised, too
+    for name in ("alembic", "mlflow"):  # they raise what they log, too
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with one_line(OSError, ImportError):
         if path := database_file():
@@ -85,13 +86,12 @@ def connect(create=False):
 
 
 def check_file(path, create):
-    """Ask SQLite itself first. MLflow tries ten times, and writes into another program's file."""
+    """Ask SQLite first. MLflow would try ten times, and write into another program's file."""
     if not path.exists():
         if not create:
             raise UsageError(
                 f"no registry at {registry_uri()} yet: registry.py register NAME model.joblib "
-                "makes it; is this the "
-                "right folder, or MLFLOW_TRACKING_URI?"
+                "makes it; check this folder and MLFLOW_TRACKING_URI"
             )
         make_file(path)
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -104,16 +104,17 @@ def make_file(path):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        made = Path(os.path.relpath(folder), path.name)
-        mlflow.MlflowClient(f"sqlite:///{made}")
+        draft = Path(os.path.relpath(folder), path.name)
+        mlflow.MlflowClient(f"sqlite:///{draft}")
         with contextlib.suppress(FileExistsError):
-            os.link(made, path)
+            os.link(draft, path)
 
 
 # ---- errors ----
 
 
-def exception():
+def mlflow_error():
+    """MLflow's exception class, imported late because MLflow takes long to import."""
     from mlflow.exceptions import MlflowException
 
     return MlflowException
@@ -126,46 +127,45 @@ def one_line(*others):
         yield
     except UsageError:
         raise
-    except (sqlite3.Error, *others) as error:
-        told = error
     except Exception as error:
-        from requests import RequestException
-        from sqlalchemy.exc import SQLAlchemyError
+        if not isinstance(error, (sqlite3.Error, *others)):
+            from requests import RequestException
+            from sqlalchemy.exc import SQLAlchemyError
 
-        if not isinstance(error, (exception(), SQLAlchemyError, RequestException)):
-            raise
-        told = error
-    else:
-        return
-    why, uri = reason(told), registry_uri()
-    remedy = next(
-        (remedy for words, remedy in REMEDIES.items() if re.search(words, why)),
-        "is MLFLOW_TRACKING_URI right?",
-    )
-    raise UsageError(
-        f"the registry {masked(uri)}: {why}; {remedy}{behind_proxy(uri, 'all')}"
-    ) from None
+            if not isinstance(error, (mlflow_error(), SQLAlchemyError, RequestException)):
+                raise
+        raise UsageError(explained(error)) from None
+
+
+def explained(error):
+    """The registry's address, the reason of the error and the remedy, in one line."""
+    why, uri = reason(error), registry_uri()
+    remedies = (remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, why))
+    remedy = next(remedies, "is MLFLOW_TRACKING_URI right?")
+    return f"the registry {masked(uri)}: {why}; {remedy}{behind_proxy(uri, 'all')}"
 
 
 def reason(error):
     """The innermost cause of the system, SQLite or an import, else MLflow's words. One line."""
-    chain = [error]
-    while inner := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(inner)
-    inner = next(
-        (e for e in reversed(chain) if isinstance(e, (OSError, sqlite3.Error, ImportError))), error
-    )
+    inner = innermost(error)
     words = " ".join(str(getattr(inner, "strerror", None) or inner).split())
     if page := re.search(r"<(!doctype|html)", words, re.IGNORECASE):
-        words = (
-            words[: page.start()].rstrip(" '") + " a web page, so no MLflow server answers there"
-        )
-    if system := re.search(
-        r"\[Errno -?\d+\] ([^'\")]+)", words
-    ):  # inside of what MLflow and shutil collect
+        start = words[: page.start()].rstrip(" '")
+        words = f"{start} a web page, so no MLflow server answers there"
+    # MLflow and shutil collect several errors of the system in one text
+    if system := re.search(r"\[Errno -?\d+\] ([^'\")]+)", words):
         words = system[1].strip()
     place = getattr(inner, "filename2", None) or getattr(inner, "filename", None)
     return words[:300] + (f" ({place})" if place else "")
+
+
+def innermost(error):
+    """The deepest cause that is of the system, of SQLite or of an import, else the error itself."""
+    cause = error
+    while error := error.__cause__ or error.__context__:
+        if isinstance(error, (OSError, sqlite3.Error, ImportError)):
+            cause = error
+    return cause
 
 
 # ---- the files of a version ----
@@ -174,7 +174,7 @@ def reason(error):
 def folder_of(uri, writing=False):
     """Where the files of a run lie -> path or URI.
 
-    MLflow stores absolute paths. A registry in a file that was moved has its files in `mlruns`
+    MLflow stores absolute paths. After a registry in a file has moved, its files lie in `mlruns`
     beside it.
     """
     database, (_, root, below) = database_file(), uri.rpartition("/mlruns/")

