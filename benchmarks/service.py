@@ -269,7 +269,7 @@ def memory_curve(server, body, requests):
 
 
 def sizing(server, capacity, cpus):
-    """Print the README's table: the rate of a pod, and how many pods are needed."""
+    """Print the table of docs/deployment.md: the rate of a pod, and how many pods are needed."""
     encoder = server.ask("/model")["encoder"]
     pods = [math.ceil(n / (FILL * capacity)) for n in UPLOADS]
     uploads = f"pods of {cpus} processors for {', '.join(map(str, UPLOADS))} uploads/s"

@@ -11,7 +11,7 @@ import re
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes, sha256
 
-# name: (default, meaning); a test compares the README's table with this one
+# name: (default, meaning); a test compares the table in docs/service.md with this one
 SETTINGS = {
     "MODEL_PATH": ("", "model file from train_model.py; required; read again on SIGHUP"),
     "MODEL_SHA256_FILE": (
