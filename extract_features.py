@@ -1,4 +1,4 @@
-"""Encode a folder of images with CLIP and write features.npz. Folder names give labels and splits.
+"""Encode a folder of images with CLIP, label them by folder and write features.npz.
 
     python extract_features.py --data_dir DIR --output_file features.npz
     CLIP_MODEL=ViT-B/16-8bit python extract_features.py --data_dir DIR
@@ -76,7 +76,7 @@ def add_selection_arguments(parser):
         type=int,
         default=0,
         metavar="N",
-        help="also encode N full-resolution crops of each image",
+        help="also encode N full-resolution crops per image",
     )
 
 
@@ -99,7 +99,7 @@ def add_folder_arguments(parser):
         type=float,
         default=0.05,
         metavar="X",
-        help="fail if more than this share of the images is unreadable",
+        help="accepted share of unreadable images",
     )
     parser.add_argument(
         "--max_pixels", type=int, default=MAX_PIXELS, metavar="N", help="largest image accepted"
@@ -125,8 +125,8 @@ def add_run_arguments(parser):
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="encode on Ray into features.parquet; Ray address: 'local' starts Ray here, "
-        "'auto' joins this machine's cluster",
+        help="write features.parquet on Ray: 'local' starts Ray here, 'auto' joins this "
+        "machine's cluster",
     )
 
 

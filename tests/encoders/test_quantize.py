@@ -31,7 +31,7 @@ def reds_and_blues(folder):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def int8_run(tmp_path_factory):
     """-> (folder of images, cache, checkpoint, CompletedProcess of the command)."""
     place = tmp_path_factory.mktemp("int8")
     data = reds_and_blues(place / "data")
@@ -56,8 +56,8 @@ def mild_vit():
 
 
 @pytest.mark.long
-def test_int8_is_another_encoder_and_reports_its_closeness(made, monkeypatch):
-    data, cache, checkpoint, result = made
+def test_int8_is_another_encoder_and_reports_its_closeness(int8_run, monkeypatch):
+    _, cache, checkpoint, result = int8_run
     assert result.returncode == 0, result.stderr
     monkeypatch.setenv("CLIP_CACHE", str(cache))
     folder = prepare.ensure_encoder(str(checkpoint), "int8")
@@ -76,8 +76,8 @@ def test_int8_is_another_encoder_and_reports_its_closeness(made, monkeypatch):
 
 
 @pytest.mark.long
-def test_int8_features_name_their_encoder_and_are_close(made, script, tmp_path):
-    data, cache, checkpoint, _ = made
+def test_int8_features_name_their_encoder_and_are_close(int8_run, script, tmp_path):
+    data, cache, checkpoint, _ = int8_run
     files = {}
     for precision in ("float32", "int8"):
         flags = f"--data_dir {data} --output_file {precision}.npz --precision {precision}"

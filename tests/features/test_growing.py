@@ -220,16 +220,6 @@ def test_prune_without_deleted_files_changes_nothing(few, tmp_path, capsys):
     assert digest(tmp_path / "f.npz") == before and "deleted" not in capsys.readouterr().err
 
 
-def test_prune_sets_aside_a_file_of_another_folder(few, make_folder, tmp_path, capsys):
-    output = tmp_path / "out/f.npz"
-    extract(few, output)
-    before = digest(output)
-    other = make_folder(tmp_path / "other", {"train/real/x": 4, "train/fake/y": 4}, seed=2)
-    extract(other, output, "--prune")
-    assert digest(f"{output}.old-1") == before
-    assert "has none of the images of this folder: set aside" in capsys.readouterr().err
-
-
 def test_prune_reports_a_moved_image(shrunk, capsys):
     data, output = shrunk
     shutil.move(data / "train/real/camera/000.jpg", data / "train/fake/gan/right.jpg")

@@ -254,15 +254,20 @@ def test_an_unreadable_features_file_is_set_aside(few, tmp_path, capsys):
     assert "cannot be read: set aside" in capsys.readouterr().err
 
 
+OTHER = {"train/real/x": 4, "train/fake/y": 4}
+
+
 @pytest.mark.parametrize(
-    "layout", [{"train/real/x": 4, "train/fake/y": 4}, FEW], ids=["other names", "the same names"]
+    "counts, flags",
+    [(OTHER, []), (FEW, []), (OTHER, ["--prune"])],
+    ids=["other names", "the same names", "prune"],
 )
-def test_the_file_of_another_folder_is_set_aside(few, make_folder, tmp_path, capsys, layout):
-    other = make_folder(tmp_path / "other", {**layout}, seed=2)
+def test_the_file_of_another_folder_is_set_aside(few, make_folder, tmp_path, capsys, counts, flags):
+    other = make_folder(tmp_path / "other", counts, seed=2)
     output = tmp_path / "out/f.npz"
     extract(few, output)
     before = digest(output)
-    columns = extract(other, output)
+    columns = extract(other, output, *flags)
     assert "has none of the images of this folder: set aside" in capsys.readouterr().err
     assert digest(f"{output}.old-1") == before
     assert set(columns["sha256"]) == {digest(p) for p in other.rglob("*.jpg")}

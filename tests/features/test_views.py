@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import threading
 
@@ -110,18 +109,6 @@ def test_a_changed_folder_keeps_the_copies_of_other_images(own, few, tmp_path, e
     }
 
 
-@pytest.mark.parametrize("before, after", [(0, 2), (2, 0), (2, 3)])
-def test_another_number_of_copies_sets_the_file_aside(few, tmp_path, capsys, before, after):
-    output = tmp_path / "out/f.npz"
-    extract(few, output, "--limit", 4, "--views", before)
-    earlier = digest(output)
-    columns = extract(few, output, "--limit", 4, "--views", after)
-    assert np.bincount(columns["view"]).tolist() == [4] * (1 + after)
-    assert f"set aside as {output}.old-1" in capsys.readouterr().err
-    assert names(output.parent) == ["f.npz", "f.npz.old-1"]
-    assert digest(f"{output}.old-1") == earlier
-
-
 def test_a_failed_run_resumes_with_all_copies(few, tmp_path, monkeypatch, capsys):
     extract(few, tmp_path / "fresh.npz", "--views", 2, "--batch_size", 4)
     savez, stored, number = np.savez, [], itertools.count(1)
@@ -144,8 +131,3 @@ def test_a_failed_run_resumes_with_all_copies(few, tmp_path, monkeypatch, capsys
     assert "resuming: 3 of 6 batches are stored already" in capsys.readouterr().err
     assert digest(tmp_path / "f.npz") == digest(tmp_path / "fresh.npz")
     assert names(tmp_path) == ["f.npz", "fresh.npz", "home"]
-
-
-def test_facts_describe_the_file_and_not_its_copies(few, plain):
-    for path, facts in zip(plain[1]["paths"], plain[1]["facts"], strict=True):
-        assert facts["bytes"] == os.path.getsize(few / path)
