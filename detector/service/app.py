@@ -18,24 +18,18 @@ from detector.base.constants import CLASSES
 from detector.base.errors import ImageError
 from detector.images import formats
 from detector.service.engine import Busy, Engine, named
-from detector.service.settings import key_of, read_settings
+from detector.service.settings import key_name, read_settings
 from detector.service.telemetry import Telemetry, say_event
 from detector.service.upload import Refused, read_images
 from detector.verdict import answer, details
 
-FEEDBACK_BYTES = 2000  # a parsed megabyte of JSON takes thirty
+FEEDBACK_BYTES = 2000  # a megabyte of JSON takes 30 MB once parsed
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
 UPLOADS = ("/classify", "/classify/batch")
-PROBES = (
-    "/healthz",
-    "/readyz",
-    "/metrics",
-)  # asked every few seconds: not logged while they succeed
+PROBES = ("/healthz", "/readyz", "/metrics")  # frequent, so they are logged only when they fail
 FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-ID, FEEDBACK_ID = (
-    re.compile(r"[A-Za-z0-9._-]{1,64}"),
-    re.compile(r"[A-Za-z0-9._-]{1,72}"),
-)  # a batch's has a number behind it
+ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+FEEDBACK_ID = re.compile(r"[A-Za-z0-9._-]{1,72}")  # an image of a batch adds its number
 PAGE_POLICY = (
     "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -48,10 +42,11 @@ routes = Blueprint("service", __name__)
 
 
 def create_app(config=None):
-    """Flask app; `config` overrides settings by name. The model loads in the background; /readyz says when.
+    """Flask app; `config` overrides settings by name.
 
-    Raises UsageError where a setting is unusable. It never falls back to another model: with a broken one it is alive,
-    not ready, and tries again on SIGHUP.
+    The model loads in the background, and /readyz says when it is ready. With a broken model the
+    app is alive and not ready, and tries again on SIGHUP. It never falls back to another model.
+    Raises UsageError where a setting is unusable.
     """
     settings = read_settings(config)
     app = Flask(__name__, static_folder=None)
@@ -63,14 +58,8 @@ def create_app(config=None):
     app.wsgi_app = turn_away(app)
     app.before_request(begin)
     app.after_request(finish)
-    for kind in (ImageError, Refused):
-        app.register_error_handler(kind, lambda e: error(e.status, str(e)))
-    app.register_error_handler(Busy, busy)
-    app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(
-        ParseException, lambda _: error(400, "the body's chunks are malformed")
-    )  # its words hold the body's
-    app.register_error_handler(Exception, unexpected)
+    for kind, handler in HANDLERS:
+        app.register_error_handler(kind, handler)
     return app
 
 
@@ -87,87 +76,68 @@ def route():
 
 
 def id_of(sent):
-    """The client's request id, or one of ours where it is none."""
+    """The client's request id, or a new id where the client's is unfit."""
     return sent if ID.fullmatch(sent) else uuid.uuid4().hex
 
 
 def drain(environ, settings):
-    """Read what is left of a request's body: an answer that overtakes it reaches many clients as a broken connection."""
+    """Read the rest of a request's body.
+
+    Many clients see a broken connection where the response comes before they have sent the body.
+    """
     left = 2 * settings["MAX_UPLOAD_BYTES"]
-    with contextlib.suppress(
-        OSError, ParseException
-    ):  # cut off, or malformed: gunicorn closes the connection
+    # Where the body is cut off or malformed, gunicorn closes the connection.
+    with contextlib.suppress(OSError, ParseException):
         while left > 0 and (part := environ["wsgi.input"].read(1 << 20)):
             left -= len(part)
 
 
 def turn_away(app):
-    """-> WSGI app: uploads that can get no verdict now get their 503 before Flask sees them, and no log line each. Under four
-    times the load that is most of them, and what one costs is taken from the verdicts: half of what it costs through
-    Flask."""
+    """-> WSGI app that refuses an upload with 503 before Flask, where no verdict is possible.
+
+    Under four times the load most uploads are refused. A refusal through Flask costs twice as much,
+    and this time is missing for verdicts. For the same reason these uploads get no log line each.
+    """
     inner, engine, telemetry = app.wsgi_app, app.extensions["engine"], app.extensions["telemetry"]
 
     def wsgi(environ, start_response):
-        route, started = (
-            "/" + environ["PATH_INFO"].lstrip("/"),
-            time.perf_counter(),
-        )  # as Flask sees it
+        started = time.perf_counter()
+        route = "/" + environ["PATH_INFO"].lstrip("/")  # as Flask sees it
         upload = route in UPLOADS and environ["REQUEST_METHOD"] == "POST"
         refusal = engine.refusal() if upload else None
-        if (
-            refusal is None
-            or engine.keys
-            and not key_of(environ.get("HTTP_AUTHORIZATION", ""), engine.keys)
-        ):
-            return inner(environ, start_response)  # who is not known learns that, and nothing else
+        authorization = environ.get("HTTP_AUTHORIZATION", "")
+        # A client without a known key gets 401 from Flask, and learns nothing about the load.
+        if refusal is None or engine.keys and not key_name(authorization, engine.keys):
+            return inner(environ, start_response)
         drain(environ, engine.settings)
         telemetry.turned_away(route, refusal.reason, time.perf_counter() - started)
-        body = json.dumps({"error": str(refusal)}).encode() + b"\n"
-        start_response(
-            "503 SERVICE UNAVAILABLE",
-            [
-                ("Content-Type", "application/json"),
-                ("Content-Length", str(len(body))),
-                ("X-Content-Type-Options", "nosniff"),
-                ("X-Request-ID", id_of(environ.get("HTTP_X_REQUEST_ID", ""))),
-                ("Retry-After", str(engine.settings["QUEUE_TIMEOUT_S"])),
-            ],
-        )
-        return [body]
+        response = busy_response(refusal, engine.settings)
+        add_headers(response, id_of(environ.get("HTTP_X_REQUEST_ID", "")))
+        return response(environ, start_response)
 
     return wsgi
 
 
 def begin():
-    """Before every request: its id, its clock, and where keys are set, whose it is."""
+    """Before every request: its id, its clock and, where keys are set, the name of its key."""
     g.request_id, g.started = id_of(request.headers.get("X-Request-ID", "")), time.perf_counter()
     g.key, g.error, g.read_s = None, None, None
-    if (
-        request.content_length is not None
-    ):  # gunicorn's own word for the end would let a body that stops early pass as whole
+    if request.content_length is not None:
+        # Without this a body that stops early would pass as whole.
         request.environ.pop("wsgi.input_terminated", None)
     if engine().keys and request.path not in OPEN:
-        g.key = key_of(request.headers.get("Authorization", ""), engine().keys)
+        g.key = key_name(request.headers.get("Authorization", ""), engine().keys)
         if g.key is None:
-            telemetry().rejections.labels("unauthorized").inc()
-            said = (
-                "this token is not known"
-                if "Authorization" in request.headers
-                else "a token is needed"
-            )
-            response = error(401, f"{said}: send the header 'Authorization: Bearer TOKEN'")
-            response.headers["WWW-Authenticate"] = "Bearer"
-            return response
+            return unauthorized()
 
 
 def finish(response):
-    """After every request: counted, logged, its id sent back."""
+    """After every request: count it, log it, and add the headers of every response."""
     drain(request.environ, engine().settings)
     seconds = time.perf_counter() - g.started
-    response.headers["X-Request-ID"] = g.request_id
-    response.headers["X-Content-Type-Options"] = "nosniff"
+    add_headers(response, g.request_id)
     telemetry().requests.labels(route(), response.status_code).inc()
-    telemetry().seconds.labels(route(), response.status_code).observe(seconds)
+    telemetry().request_seconds.labels(route(), response.status_code).observe(seconds)
     if request.path not in PROBES or response.status_code >= 400:
         say_event(
             "request",
@@ -183,97 +153,130 @@ def finish(response):
     return response
 
 
+def add_headers(response, request_id):
+    response.headers["X-Request-ID"] = request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+
+
 # ---- errors ----
 
 
+def error_response(status, message):
+    """The shape of every error: {"error": message}. Works without Flask's context, too."""
+    body = json.dumps({"error": message}, separators=(",", ":")) + "\n"
+    return Response(body, status, mimetype="application/json")
+
+
 def error(status, message):
-    """The one shape of every error: {"error": message}."""
+    """An error response, with its message in the log line of the request."""
     g.error = message
-    response = jsonify({"error": message})
-    response.status_code = status
+    return error_response(status, message)
+
+
+def unauthorized():
+    telemetry().rejections.labels("unauthorized").inc()
+    sent = "Authorization" in request.headers
+    reason = "this token is not known" if sent else "a token is needed"
+    response = error(401, f"{reason}: send the header 'Authorization: Bearer TOKEN'")
+    response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def busy_response(exception, settings):
+    """503, and after how many seconds to try again."""
+    response = error_response(503, str(exception))
+    response.headers["Retry-After"] = str(settings["QUEUE_TIMEOUT_S"])
     return response
 
 
 def busy(exception):
-    """503 and when to come again."""
     if request.path not in PROBES:
         telemetry().rejections.labels(exception.reason).inc()
-    response = error(503, str(exception))
-    response.headers["Retry-After"] = str(engine().settings["QUEUE_TIMEOUT_S"])
-    return response
+    g.error = str(exception)
+    return busy_response(exception, engine().settings)
+
+
+def slow_body(_):
+    telemetry().rejections.labels("slow_body").inc()
+    limit = engine().settings["BODY_TIMEOUT_S"]
+    if time.perf_counter() - g.started >= limit:
+        return error(408, f"the body did not arrive in full within {limit} s")
+    return error(408, "the connection ended before the body had arrived in full")
 
 
 def http_error(exception):
-    """What Flask itself refuses, in our shape and with its headers (a 405 must say what is allowed)."""
-    if isinstance(exception, ClientDisconnected):
-        telemetry().rejections.labels("slow_body").inc()
-        limit = engine().settings["BODY_TIMEOUT_S"]
-        late = time.perf_counter() - g.started >= limit
-        return error(
-            408,
-            (
-                f"the body did not arrive in full within {limit} s"
-                if late
-                else "the connection ended before the body had arrived in full"
-            ),
-        )
-    message = (
-        f"{request.method} {request.path[:100]!r}: {exception.name.lower()}; /openapi.json says"
-        " what there is"
-    )
-    if exception.code == 405:
-        message = message.replace(
-            ";", f" (allowed: {', '.join(sorted(exception.valid_methods))});", 1
-        )
+    """Flask's own refusals in our shape, with Flask's headers: a 405 must have `Allow`."""
     if exception.code == 413:
         size = f" of {request.content_length:,} bytes" if request.content_length else ""
-        message = (
-            f"the request{size} is larger than the {request.max_content_length:,} bytes allowed"
-        )
+        limit = request.max_content_length
+        message = f"the request{size} is larger than the {limit:,} bytes allowed"
+    else:
+        message = f"{request.method} {request.path[:100]!r}: {exception.name.lower()}"
+        if exception.code == 405:
+            message += f" (allowed: {', '.join(sorted(exception.valid_methods))})"
+        message += "; /openapi.json lists all routes"
     response = error(exception.code, message)
     response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
     return response
 
 
 def unexpected(exception):
-    """Our bug: a traceback for the log, one word for the client."""
+    """Our bug: a traceback for the log, and no details for the client."""
     say_event(
         "bug",
         level="error",
         exc_info=True,
         request_id=g.request_id,
-        message=f"{type(exception).__name__}",
+        message=type(exception).__name__,
     )
     return error(500, "internal error")
+
+
+HANDLERS = (
+    (ImageError, lambda exception: error(exception.status, str(exception))),
+    (Refused, lambda exception: error(exception.status, str(exception))),
+    (Busy, busy),
+    (ClientDisconnected, slow_body),
+    (HTTPException, http_error),
+    # gunicorn's message would repeat bytes of the body.
+    (ParseException, lambda _: error(400, "the body's chunks are malformed")),
+    (Exception, unexpected),
+)
 
 
 # ---- verdicts ----
 
 
 def read():
-    """-> (the detector that this request keeps, bytes of each image). Raises Busy, Refused, and HTTPException's kinds."""
+    """-> (the detector that this request keeps, bytes of each image).
+
+    Raises Busy, Refused and HTTPException's kinds.
+    """
     started, detector, g.details = time.perf_counter(), engine().ready(), wants_details()
     refuse_coding()
     try:
         return detector, read_images(request, engine().settings["BATCH_LIMIT"])
     finally:
         g.read_s = round(time.perf_counter() - started, 4)
-        telemetry().stage.labels("read").observe(g.read_s)
+        telemetry().stage_seconds.labels("read").observe(g.read_s)
 
 
 def wants_details():
-    """?details=1, true or yes. Raises Refused for another value, and for a parameter that looks like a slip of it. Any other
-    parameter is ignored, since proxies and trackers add their own."""
-    values = {FLAGS.get(value.lower()) for value in request.args.getlist("details")} or {False}
+    """?details=1, true or yes -> bool.
+
+    Raises Refused for another value, and for a parameter that looks like a typing error of it. Any
+    other parameter is ignored, since proxies and trackers add their own.
+    """
+    given = request.args.getlist("details")
+    values = {FLAGS.get(value.lower()) for value in given} or {False}
     if len(values) > 1 or None in values:
-        given = ", ".join(repr(value[:20]) for value in request.args.getlist("details")[:3])
+        shown = ", ".join(repr(value[:20]) for value in given[:3])
         raise Refused(
-            400, f"details={given}: send details=1 (or true, yes) or details=0 (or false, no), once"
+            400, f"details={shown}: send details=1 (or true, yes) or details=0 (or false, no), once"
         )
     for name in request.args:
-        if name != "details" and difflib.get_close_matches(
-            name[:20].lower(), ["details"], cutoff=0.75
-        ):
+        close = difflib.get_close_matches(name[:20].lower(), ["details"], cutoff=0.75)
+        if close and name != "details":
             raise Refused(400, f"unknown parameter {name[:20]!r}: did you mean details=1?")
     return values.pop()
 
@@ -290,19 +293,20 @@ def refuse_coding():
 
 
 def note(detector, facts, waited, request_id):
-    """One image's line in the log: a verdict, or why there is none."""
+    """Log one image: its verdict, or why there is none."""
     if "error" in facts:
         telemetry().image_errors.labels(facts["status"]).inc()
         return say_event("image_error", request_id=request_id, key=g.key, **facts)
-    facts = {
-        name: value for name, value in facts.items() if name != "provenance"
-    }  # its sender's business
-    numbers = {name: round(value, 4) for name, value in facts.items() if isinstance(value, float)}
+    logged = {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in facts.items()
+        if name != "provenance"  # private to the sender
+    }
     say_event(
         "verdict",
         request_id=request_id,
         key=g.key,
-        **{**facts, **numbers},
+        **logged,
         wait_s=round(waited, 4),
         model_version=detector.model["versions"]["model"],
         model_sha256=detector.model["sha256"],
@@ -310,19 +314,17 @@ def note(detector, facts, waited, request_id):
 
 
 def body_of(detector, facts):
-    """What is answered for one image: the documented keys, and with ?details=1 what stands behind them."""
+    """The JSON for one image: the documented keys and, with ?details=1, the details."""
     if "error" in facts:
         return {"error": facts["error"]}
-    more = (
-        details(detector.model, facts["p_fake"], facts["uncertain"], facts["provenance"])
-        if g.details
-        else {}
-    )
-    return {**answer(facts["classification"], facts["confidence"]), **more}
+    body = answer(facts["classification"], facts["confidence"])
+    if not g.details:
+        return body
+    return body | details(detector.model, facts["p_fake"], facts["uncertain"], facts["provenance"])
 
 
 def with_model(detector, body):
-    """JSON answer, with the model that gave it in the headers."""
+    """JSON response, with the model's version and notice in the headers."""
     response = jsonify(body)
     response.headers["X-Model-Version"] = detector.model["versions"]["model"]
     if "notice" in detector.model:
@@ -369,15 +371,18 @@ def classify_batch():
             f"the form has {len(images)} images, at most {limit} are taken in a batch: send fewer"
             " at a time",
         )
-    waited, found = engine().judge(detector, images, g.details)
-    for number, facts in enumerate(found):
+    waited, results = engine().judge(detector, images, g.details)
+    for number, facts in enumerate(results):
         note(detector, facts, waited, f"{g.request_id}.{number}")
-    return with_model(detector, {"results": [body_of(detector, facts) for facts in found]})
+    return with_model(detector, {"results": [body_of(detector, facts) for facts in results]})
 
 
 @routes.post("/feedback")
 def feedback():
-    """{"request_id": ..., "label": "real" | "fake"}: one line in the log, which `evaluate.py --feedback` reads. No state."""
+    """{"request_id": ..., "label": "real" | "fake"} -> one line in the log, and nothing else.
+
+    `evaluate.py --feedback` reads the line.
+    """
     if g.key is None:
         return error(403, "feedback needs a token: set API_KEYS_FILE")
     refuse_coding()
@@ -398,13 +403,11 @@ def feedback():
 
 
 def feedback_fault(sent):
-    """What is wrong with the JSON that was sent (None: it is none), in words, or None."""
+    """The fault of the JSON that was sent (None where it was no JSON), in words, or None."""
+    if not request.mimetype:
+        return "the body came without a Content-Type"
     if not request.is_json:
-        return (
-            f"the body came as {request.mimetype[:60]!r}"
-            if request.mimetype
-            else "the body came without a Content-Type"
-        )
+        return f"the body came as {request.mimetype[:60]!r}"
     if not isinstance(sent, dict):
         return "the body is no JSON object"
     if set(sent) != {"request_id", "label"}:
@@ -417,7 +420,7 @@ def feedback_fault(sent):
 
 @routes.get("/healthz")
 def healthz():
-    """The process answers. Never touches the model."""
+    """The process responds. Never touches the model."""
     return {"status": "ok"}
 
 
@@ -430,10 +433,10 @@ def readyz():
 
 @routes.get("/model")
 def model():
-    """Which model serves, from what, and how good it was on its test images."""
+    """The model that serves: its version, its training data and its accuracy on test images."""
     detector = engine().ready()
-    found, names = detector.model, named(detector)
-    data, whole = found["training_data"], found["metrics"].get("overall") or {}
+    names, stored = named(detector), detector.model
+    data, whole = stored["training_data"], stored["metrics"].get("overall") or {}
     body = {
         **{name: names[name] for name in ("version", "commit", "sha256")},
         "encoder": {
@@ -445,13 +448,13 @@ def model():
             **{name: data[name] for name in ("sha256", "real", "fake")},
             "sources": len(data["sources"]),
         },
-        "threshold": found["threshold"],
-        "threshold_rule": found["threshold_rule"],
-        "band": found["band"].tolist(),
-        "metrics": found["metrics"],
+        "threshold": stored["threshold"],
+        "threshold_rule": stored["threshold_rule"],
+        "band": stored["band"].tolist(),
+        "metrics": stored["metrics"],
         "golden_floor": (whole.get("balanced_accuracy", {}).get("interval") or [None])[0],
     }
-    return body | ({"notice": found["notice"]} if "notice" in found else {})
+    return body | ({"notice": stored["notice"]} if "notice" in stored else {})
 
 
 @routes.get("/metrics")
@@ -469,7 +472,7 @@ def openapi():
 
 @routes.get("/")
 def page():
-    """Drop images, see verdicts: one template, nothing from elsewhere."""
+    """The page for people: a template that loads nothing from elsewhere."""
     detector, nonce = engine().detector, secrets.token_urlsafe(16)
     response = Response(
         render_template(
@@ -485,7 +488,7 @@ def page():
         {
             "Content-Security-Policy": PAGE_POLICY.format(nonce),
             "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-store",
+            "Cache-Control": "no-store",  # the model that the page names may change
         }
-    )  # the model that it names may change
+    )
     return response

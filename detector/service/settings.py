@@ -6,11 +6,12 @@ read_settings({"PORT": "9000"})
 
 import hmac
 import os
+import re
 
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes, sha256
 
-# name: (default, what it is); the README's table is held against this one by a test
+# name: (default, meaning); a test compares the README's table with this one
 SETTINGS = {
     "MODEL_PATH": ("", "model file from train_model.py; required; read again on SIGHUP"),
     "MODEL_SHA256_FILE": (
@@ -25,7 +26,7 @@ SETTINGS = {
         "",
         "file of 'name sha256-of-token' lines; requests then need 'Authorization: Bearer TOKEN'",
     ),
-    "ALLOW_DEMO_MODEL": ("0", "1 serves a model with a notice, as the shipped baseline has"),
+    "ALLOW_DEMO_MODEL": ("0", "1 serves a model with a notice, such as the shipped baseline"),
     "MAX_UPLOAD_BYTES": ("10485760", "largest request body; beyond it 413"),
     "MAX_PIXELS": (
         "50000000",
@@ -34,54 +35,49 @@ SETTINGS = {
     "BATCH_LIMIT": ("16", "most images in one POST /classify/batch; beyond it 413"),
     "SLOTS": (
         "0",
-        "requests worked on at a time, a batch counts for up to half; 0: 4 more than processors",
+        "requests processed at a time; a batch takes up to half; 0: 4 more than processors",
     ),
     "QUEUE_LIMIT": ("16", "requests that may wait for a slot; beyond it 503 at once"),
-    "QUEUE_TIMEOUT_S": ("5", "longest wait for a slot, and what Retry-After says; beyond it 503"),
-    "BODY_TIMEOUT_S": ("20", "longest time for a request to arrive; beyond it 408"),
-    "SPARE_THREADS": (
-        "16",
-        "HTTP threads beside those that wait or work: slow bodies, health, metrics",
+    "QUEUE_TIMEOUT_S": (
+        "5",
+        "longest wait for a slot, and the value of Retry-After; beyond it 503",
     ),
-    "THREADS": ("0", "processor threads of a forward pass; 0: as many as the CPU limit allows"),
+    "BODY_TIMEOUT_S": ("20", "longest time for a request to arrive; beyond it 408"),
     "HOST": ("127.0.0.1", "address to listen on"),
     "PORT": ("8000", "port to listen on"),
 }
+SPARE_THREADS = 16  # HTTP threads for slow uploads, health and metrics while all slots are taken
 MOST_THREADS = 500  # each costs memory, and connections are at most 1,000
-POSITIVE = (
-    "BATCH_LIMIT",
-    "QUEUE_TIMEOUT_S",
-    "BODY_TIMEOUT_S",
-    "SPARE_THREADS",
-    "MAX_UPLOAD_BYTES",
-    "MAX_PIXELS",
-)
+POSITIVE = ("BATCH_LIMIT", "QUEUE_TIMEOUT_S", "BODY_TIMEOUT_S", "MAX_UPLOAD_BYTES", "MAX_PIXELS")
 
 
 def read_settings(given=None):
-    """Environment, and `given` over it -> {name: str or int}. Raises UsageError that names a bad value."""
-    values = {
-        name: (given or {}).get(name, os.environ.get(name) or default)
-        for name, (default, _) in SETTINGS.items()
-    }
+    """Environment, overridden by `given` -> {name: str or int}.
+
+    Raises UsageError that names a bad value.
+    """
+    values = {}
     for name, (default, _) in SETTINGS.items():
-        if default.isdigit():
-            if not str(values[name]).isdecimal():
-                raise UsageError(f"{name}={values[name]}: must be a whole number")
-            values[name] = int(values[name])
-        if name in POSITIVE and not values[name]:
-            raise UsageError(f"{name}=0: must be at least 1")
-    if (
-        threads := values["SLOTS"] + values["QUEUE_LIMIT"] + values["SPARE_THREADS"]
-    ) > MOST_THREADS:
+        value = (given or {}).get(name, os.environ.get(name) or default)
+        values[name] = whole_number(name, value) if default.isdigit() else value
+    threads = values["SLOTS"] + values["QUEUE_LIMIT"] + SPARE_THREADS
+    if threads > MOST_THREADS:
         raise UsageError(
-            f"SLOTS={values['SLOTS']}, QUEUE_LIMIT={values['QUEUE_LIMIT']},"
-            f" SPARE_THREADS={values['SPARE_THREADS']}: together {threads:,} threads; must be at"
-            f" most {MOST_THREADS}"
+            f"SLOTS={values['SLOTS']}, QUEUE_LIMIT={values['QUEUE_LIMIT']}: with {SPARE_THREADS}"
+            f" spare threads they make {threads:,} threads; must be at most {MOST_THREADS}"
         )
     if values["PORT"] > 65535:
         raise UsageError(f"PORT={values['PORT']}: must be at most 65535")
     return values
+
+
+def whole_number(name, value):
+    """Raises UsageError where the value is not a whole number, or 0 in a setting of POSITIVE."""
+    if not str(value).isdecimal():
+        raise UsageError(f"{name}={value}: must be a whole number")
+    if name in POSITIVE and int(value) == 0:
+        raise UsageError(f"{name}=0: must be at least 1")
+    return int(value)
 
 
 def read_file(name, path, remedy):
@@ -94,32 +90,27 @@ def read_file(name, path, remedy):
 
 # ---- API keys ----
 
+KEY_LINE = re.compile(r"\s*(?:([^\s#]+)\s+([0-9a-fA-F]{64})\s*)?(?:#.*)?")
+
 
 def read_keys(path):
-    """File of `name sha256-of-token` lines -> {name: 32 bytes}; {} where no file is set. Raises UsageError."""
-    keys = {}
-    data = (
-        read_file("API_KEYS_FILE", path, "a file of lines 'name sha256-of-token'") if path else b""
-    )
+    """File of `name sha256-of-token` lines -> {name: 32 bytes}; {} for an empty path.
+
+    Raises UsageError.
+    """
+    if not path:
+        return {}
+    keys, data = {}, read_file("API_KEYS_FILE", path, "a file of lines 'name sha256-of-token'")
     for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
-        words = line.split("#")[0].split()
-        if not words:
-            continue
-        try:
-            name, digest = words[0], bytes.fromhex(words[1])
-            if len(words) != 2 or len(digest) != 32:
-                raise ValueError
-        except (ValueError, IndexError):
-            raise UsageError(
-                f"API_KEYS_FILE={path}: line {number} is not 'name sha256-of-token'"
-            ) from None
+        place, match = f"API_KEYS_FILE={path}: line {number}", KEY_LINE.fullmatch(line)
+        if not match:
+            raise UsageError(f"{place} is not 'name sha256-of-token'")
+        name, digest = match.groups()
         if name in keys:
-            raise UsageError(
-                f"API_KEYS_FILE={path}: line {number} has a name that another line has; give it one"
-                " of its own"
-            )
-        keys[name] = digest
-    if path and not keys:
+            raise UsageError(f"{place} repeats the name of another line; give each key its own")
+        if name:
+            keys[name] = bytes.fromhex(digest)
+    if not keys:
         raise UsageError(
             f"API_KEYS_FILE={path}: holds no key; add a line 'name sha256-of-token', or leave the"
             " setting empty"
@@ -127,8 +118,11 @@ def read_keys(path):
     return keys
 
 
-def key_of(authorization, keys):
-    """Name of the key whose token this header bears, or None. All are compared, each in constant time."""
+def key_name(authorization, keys):
+    """Name of the key whose token this header holds, or None.
+
+    The token is compared with every key, each time in constant time.
+    """
     scheme, _, token = authorization.partition(" ")
     digest = bytes.fromhex(sha256(token.strip().encode()))
     names = [name for name, known in keys.items() if hmac.compare_digest(known, digest)]

@@ -1,7 +1,7 @@
-"""What operators see: metrics for Prometheus, drift among them, and one JSON object a line on stderr.
+"""What operators see: metrics for Prometheus, drift, and a log of JSON objects on stderr.
 
 telemetry = Telemetry()
-telemetry.stage.labels("decode").observe(0.02)
+telemetry.stage_seconds.labels("decode").observe(0.02)
 say_event("verdict", request_id="...", classification="real")
 """
 
@@ -23,12 +23,13 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-disable_created_metrics()  # a second series beside each counter that says when it began: nobody asks
+from detector.model.score import standardise
+
+disable_created_metrics()  # nobody uses the second series that says when a counter began
 
 LOG = logging.getLogger("detector")
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BINS = 10  # tenths of the model's reference scores
-WINDOW = 250  # images that the mean of recent features remembers: half of its weight lies on the last 173
+WINDOW = 250  # images in the mean of recent features: half of its weight lies on the last 173
 
 
 # ---- logs ----
@@ -40,14 +41,14 @@ def say_event(event, level="info", exc_info=False, **fields):
 
 
 class JsonFormatter(logging.Formatter):
-    """{"time": ISO 8601 UTC, "level", "event", ...}; lines that are not ours (gunicorn's) stand under "message"."""
+    """{"time": ISO 8601 UTC, "level", "event", ...} for our own lines.
+
+    Lines of other packages, such as gunicorn, have their text under "message".
+    """
 
     def format(self, record):
-        stamp = (
-            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z"
-        )
-        line = {"time": stamp, "level": record.levelname.lower()}
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {"time": f"{seconds}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
         if hasattr(record, "fields"):
             line |= {"event": record.msg, **record.fields}
         else:
@@ -57,7 +58,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-# gunicorn's `logconfig_dict`: all of it through the one formatter
+# gunicorn's `logconfig_dict`: all lines go through the one formatter
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -71,151 +72,148 @@ LOGGING = {
 # ---- metrics ----
 
 
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+STAGES = ("wait", "turn", "read", "decode", "encode", "classify")
+REASONS = ("queue_full", "queue_timeout", "not_ready", "unauthorized", "slow_body")
+RESULTS = ("ok", "failed")
+MODEL = ("version", "commit", "sha256", "encoder", "identity", "precision", "demonstration")
+# (kind, name, help, labels, and a histogram's buckets); the name is an attribute of Telemetry
+METRICS = (
+    (Counter, "requests", "Responses", ("route", "status")),
+    (Histogram, "request_seconds", "Seconds of a whole request", ("route", "status"), SECONDS),
+    (
+        Histogram,
+        "stage_seconds",
+        "Seconds of a stage: wait (for a slot), turn (in a slot, for the decoding and the forward"
+        " passes of others), read (the body), decode (bytes to the encoder's input), encode (a"
+        " forward pass), classify",
+        ("stage",),
+        SECONDS,
+    ),
+    (Gauge, "queue_depth", "Requests that wait for a slot", ()),
+    (Gauge, "slots", "Most requests that are processed at a time", ()),
+    (Gauge, "slots_busy", "Slots in use now", ()),
+    (
+        Counter,
+        "rejections",
+        "Refused requests: queue_full, queue_timeout, not_ready, unauthorized, slow_body (the body"
+        " came too late, or its client gave up)",
+        ("reason",),
+    ),
+    (Counter, "image_errors", "Refused images, by the HTTP status that fits", ("status",)),
+    (Counter, "verdicts", "Verdicts", ("model_version", "classification")),
+    (Counter, "uncertain", "Verdicts in the model's uncertain band", ("model_version",)),
+    (Histogram, "confidence", "Confidence of verdicts", (), SHARES),
+    (
+        Counter,
+        "scores",
+        "Verdicts by tenth of the model's reference scores",
+        ("model_version", "bin"),
+    ),
+    (
+        Gauge,
+        "reference_share",
+        "Share of the model's reference (out-of-fold) scores in each bin",
+        ("model_version", "bin"),
+    ),
+    (
+        Gauge,
+        "feature_distance",
+        "Distance of the mean of recent features from the means of the training classes, in"
+        " training deviations",
+        ("model_version",),
+    ),
+    (Gauge, "model_info", "The model that serves: 1", MODEL),
+    (Counter, "reloads", "Reloads of model and keys, by result: ok, failed", ("result",)),
+    (Gauge, "ready", "1 when the service can give verdicts", ()),
+    (Counter, "feedback", "Correct labels that users sent", ("label",)),
+)
+
+
 class Telemetry:
-    """The metrics, in a registry of their own (one process, so nothing to merge)."""
+    """The metrics, in a registry of their own. There is one process, so nothing to merge."""
 
     def __init__(self):
-        self.registry = registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=registry)
+            collector(registry=self.registry)
+        for kind, name, text, labels, *buckets in METRICS:
+            options = {"buckets": buckets[0]} if buckets else {}
+            metric = kind(f"detector_{name}", text, labels, registry=self.registry, **options)
+            setattr(self, name, metric)
+        self._start_at_zero()
+        self.drift, self._lock = None, threading.Lock()
+        self._refused, self._logged = 0, 0.0  # refused uploads, and when a line last said so
 
-        def new(kind, name, text, labels=(), **more):
-            return kind(f"detector_{name}", text, labels, registry=registry, **more)
-
-        self.requests = new(Counter, "requests", "Requests answered", ("route", "status"))
-        self.seconds = new(
-            Histogram, "request_seconds", "Whole requests", ("route", "status"), buckets=SECONDS
-        )
-        self.stage = new(
-            Histogram,
-            "stage_seconds",
-            "Stages of a verdict: wait (for a slot), turn (in it, for others' decoding and passes),"
-            " read (the body), decode (to the encoder's input), encode (a forward pass), classify",
-            ("stage",),
-            buckets=SECONDS,
-        )
-        self.queue = new(Gauge, "queue_depth", "Requests that wait for a slot")
-        self.slots = new(Gauge, "slots", "Requests that are worked on at a time, at most")
-        self.busy = new(Gauge, "slots_busy", "Requests that are worked on now")
-        self.rejections = new(
-            Counter,
-            "rejections",
-            "Requests turned away: queue_full, queue_timeout, not_ready, "
-            "unauthorized, slow_body (late, or its sender gave up)",
-            ("reason",),
-        )
-        self.image_errors = new(
-            Counter, "image_errors", "Images refused, by the status that fits", ("status",)
-        )
-        self.verdicts = new(Counter, "verdicts", "Verdicts", ("model_version", "classification"))
-        self.uncertain = new(
-            Counter,
-            "uncertain",
-            "Verdicts inside the model's band of uncertainty",
-            ("model_version",),
-        )
-        self.confidence = new(
-            Histogram,
-            "confidence",
-            "Confidence of verdicts",
-            buckets=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1),
-        )
-        self.scores = new(
-            Counter,
-            "scores",
-            "Verdicts by tenth of the model's reference scores",
-            ("model_version", "bin"),
-        )
-        self.reference = new(
-            Gauge,
-            "reference_share",
-            "Share of the model's reference (out-of-fold) scores in each bin",
-            ("model_version", "bin"),
-        )
-        self.distance = new(
-            Gauge,
-            "feature_distance",
-            "Distance of the mean of recent features from the training classes' "
-            "means, in training deviations",
-            ("model_version",),
-        )
-        self.info = new(
-            Gauge,
-            "model_info",
-            "The model that serves: 1",
-            ("version", "commit", "sha256", "encoder", "identity", "precision", "demonstration"),
-        )
-        self.reloads = new(
-            Counter, "reloads", "Models and keys read again, by result: ok, failed", ("result",)
-        )
-        self.ready = new(Gauge, "ready", "1 once verdicts can be given")
-        self.feedback = new(Counter, "feedback", "Right labels that users sent", ("label",))
-        self.drift, self.away, self.told, self._lock = None, 0, 0.0, threading.Lock()
+    def _start_at_zero(self):
+        """A counter that appears with its first event has no increase for Prometheus to see."""
         for metric, values in (
-            (self.stage, ("wait", "turn", "read", "decode", "encode", "classify")),
-            (self.reloads, ("ok", "failed")),
-            (
-                self.rejections,
-                ("queue_full", "queue_timeout", "not_ready", "unauthorized", "slow_body"),
-            ),
+            (self.stage_seconds, STAGES),
+            (self.reloads, RESULTS),
+            (self.rejections, REASONS),
         ):
-            for value in values:  # there from the first scrape: a counter that appears with its first event has no increase
+            for value in values:
                 metric.labels(value)
         for route, status in itertools.product(("/classify", "/classify/batch"), (200, 500, 503)):
             self.requests.labels(route, status)
 
     def watch(self, slots):
-        """Gauges read from the slots when they are asked for."""
+        """Let the gauges read the slots at each scrape."""
         self.slots.set(slots.count)
-        self.queue.set_function(lambda: slots.waiting)
-        self.busy.set_function(lambda: slots.busy)
+        self.queue_depth.set_function(lambda: slots.waiting)
+        self.slots_busy.set_function(lambda: slots.busy)
 
     def serve(self, detector, names):
-        """A model begins to serve: its names, its reference, and drift measured from now on."""
+        """A model begins to serve: show its names and its reference, and restart the drift."""
         self.drift = Drift(detector.model)
-        for gauge in (self.info, self.reference, self.distance):
+        for gauge in (self.model_info, self.reference_share, self.feature_distance):
             gauge.clear()
-        self.info.labels(**names).set(1)
+        self.model_info.labels(**names).set(1)
+        version = names["version"]
         for number, share in enumerate(self.drift.reference):
-            self.reference.labels(names["version"], str(number)).set(share)
-            self.scores.labels(names["version"], str(number))  # there from the first scrape, at 0
-        self.distance.labels(names["version"]).set_function(self.drift.distance)
+            self.reference_share.labels(version, str(number)).set(share)
+            self.scores.labels(version, str(number))  # 0 from the first scrape
+        self.feature_distance.labels(version).set_function(self.drift.distance)
         self.ready.set(1)
 
     def turned_away(self, route, reason, seconds):
-        """Count an upload that got its 503 at once. At most one line a second says how many there were."""
+        """Count an upload that got its 503 at once.
+
+        At most one line a second is logged, with the total so far.
+        """
         self.requests.labels(route, 503).inc()
-        self.seconds.labels(route, 503).observe(seconds)
+        self.request_seconds.labels(route, 503).observe(seconds)
         self.rejections.labels(reason).inc()
         with self._lock:
-            self.away, now = self.away + 1, time.monotonic()
-            if now < self.told + 1:
+            self._refused, now = self._refused + 1, time.monotonic()
+            if now < self._logged + 1:
                 return
-            self.told, total = now, self.away
+            self._logged, total = now, self._refused
         say_event("turned_away", level="warning", reason=reason, total=total)
 
     def verdict(self, detector, facts, score, features):
-        """Count one; `score` its decision value, `features` float32 [d]."""
+        """Count a verdict; `score` is its decision value, `features` float32 [d]."""
         version = detector.model["versions"]["model"]
         self.verdicts.labels(version, facts["classification"]).inc()
         self.confidence.observe(facts["confidence"])
         if facts["uncertain"]:
             self.uncertain.labels(version).inc()
         drift = self.drift  # a reload may replace it meanwhile
-        if (
-            drift.model is detector.model
-        ):  # one that began under the model before belongs to no reference
+        if drift.model is detector.model:  # a verdict of the model before has another reference
             self.scores.labels(version, str(drift.bin(score))).inc()
             drift.add(features)
 
 
 class Drift:
-    """How far live images are from those that the model was trained on.
+    """How far live images are from the images that the model was trained on.
 
-    `reference`: share of the model's out-of-fold scores in each of BINS bins between their quantiles, float64 [BINS].
-    `distance()`: of the exponentially weighted mean of recent standardised features from the line between the means of
-    the two training classes, root mean square over the features, what so few images give by chance subtracted. 0: some
-    mix of the training classes; 1: one training deviation away. The mix itself does not move it.
+    `reference`: share of the model's out-of-fold scores in each of BINS bins between their
+    quantiles, float64 [BINS].
+    `distance()`: from the exponentially weighted mean of recent standardised features to the line
+    between the means of the two training classes, as a root mean square over the features. The
+    distance that so few images have by chance is subtracted. 0 is some mix of the training
+    classes, 1 is one training deviation away. A change of the mix does not move it.
     """
 
     def __init__(self, model):
@@ -233,27 +231,22 @@ class Drift:
         return int(np.searchsorted(self.edges, score, "right"))
 
     def add(self, features):
-        """float32 [d]: one image's."""
-        from detector.model.score import standardise
-
+        """Take the features of one image, float32 [d], into the mean."""
         row = standardise(self.model, features[None])[0]
         with self._lock:
             self.seen += 1
             weight = max(1 / self.seen, 1 / WINDOW)
             self.mean = self.mean + weight * (row - self.mean)
-            self.noise = (
-                (1 - weight) ** 2 * self.noise + weight** 2
-            )  # sum of squared weights: variance of a mean of white noise
+            # The sum of squared weights is the variance of a mean of white noise.
+            self.noise = (1 - weight) ** 2 * self.noise + weight**2
 
     def distance(self):
         if not self.seen:
             return 0.0
         with self._lock:
             mean, noise = self.mean, self.noise
-        start, line = (
-            self.model["means"][0].astype(np.float64),
-            np.subtract(*self.model["means"][::-1].astype(np.float64)),
-        )
+        start, end = self.model["means"].astype(np.float64)
+        line = end - start
         along = np.clip((mean - start) @ line / max(line @ line, 1e-12), 0, 1)
         away = mean - start - along * line
         return float(np.sqrt(max(0.0, (away * away).mean() - noise)))

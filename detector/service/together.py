@@ -1,7 +1,7 @@
-"""Calls of several threads share a run of one function: how uploads that wait for the encoder share a forward pass.
+"""Calls from several threads share one run of a function: uploads share a forward pass.
 
 encode = Together(encoder.encode)
-features, waited = encode(pixels)       # float32 [n, 3, r, r] -> float32 [n, d], seconds until its pass began
+features, waited = encode(pixels)  # float32 [n, 3, r, r] -> float32 [n, d], seconds until the pass
 """
 
 import time
@@ -10,42 +10,51 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-TOGETHER = (
-    4  # images in a shared pass: 8 gain 4% over 4 (a small network) and hold up the first of them
-)
+# Images in a shared pass. 8 are only 4% faster than 4 (on a small network) and delay the first.
+TOGETHER = 4
 
 
 class Together:
-    """The function runs once at a time, in a thread of its own; rows that wait meanwhile go together into its next run,
-    first come, first served, at most TOGETHER of them (more only where one call brings more)."""
+    """Runs the function once at a time, in a thread of its own.
+
+    Rows that wait meanwhile go together into the next run, first come, first served. A run has at
+    most TOGETHER rows, or more where a single call brings more.
+    """
 
     def __init__(self, function):
         self._function, self._waiting, self._thread = function, deque(), ThreadPoolExecutor(1)
 
     def __call__(self, rows):
-        """rows [n, ...] -> (the function's [n, ...], seconds waited before it began); raises what the function raises."""
-        called, result = time.perf_counter(), Future()
-        self._waiting.append((rows, result))
-        self._thread.submit(
-            self._run
-        )  # one for each call; finds nothing where an earlier one took its rows along
-        found, began = result.result()
-        return found, began - called
+        """rows [n, ...] -> (the function's [n, ...], seconds waited before its run).
+
+        Raises what the function raises.
+        """
+        called, future = time.perf_counter(), Future()
+        self._waiting.append((rows, future))
+        # One run for each call. A run does nothing where an earlier run has taken its rows.
+        self._thread.submit(self._run)
+        result, began = future.result()
+        return result, began - called
 
     def _run(self):
-        taken, n = [], 0
-        while self._waiting and (not taken or n + len(self._waiting[0][0]) <= TOGETHER):
-            taken.append(self._waiting.popleft())
-            n += len(taken[-1][0])
-        if not taken:
+        calls = self._take()
+        if not calls:
             return
         began = time.perf_counter()
         try:
-            found = self._function(np.concatenate([rows for rows, _ in taken]))
+            results = self._function(np.concatenate([rows for rows, _ in calls]))
         except Exception as error:
-            for _, result in taken:
-                result.set_exception(error)
+            for _, future in calls:
+                future.set_exception(error)
             return
-        for rows, result in taken:
-            result.set_result((found[: len(rows)], began))
-            found = found[len(rows) :]
+        for rows, future in calls:
+            future.set_result((results[: len(rows)], began))
+            results = results[len(rows) :]
+
+    def _take(self):
+        """The calls of the next run: [(rows, future)]."""
+        calls, count = [], 0
+        while self._waiting and (not calls or count + len(self._waiting[0][0]) <= TOGETHER):
+            calls.append(self._waiting.popleft())
+            count += len(calls[-1][0])
+        return calls

@@ -1,6 +1,6 @@
-"""The images of an upload: a multipart form read in memory. What is wrong with any other request is told in one line.
+"""The images of an upload, read from a multipart form in memory.
 
-images = read_images(request, most=16)     # [bytes], at least one; raises Refused
+images = read_images(request, most=16)     # [bytes], at least one; raises Refused in one line
 """
 
 import io
@@ -10,8 +10,9 @@ from werkzeug.sansio.multipart import Data, Field, File, MultipartDecoder, NeedD
 
 from detector.model.file import is_text
 
-FIELD_BYTES = 500_000  # of a text field beside the images, and of a part's headers: a megabyte of these takes 200 once parsed
-FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,32}")  # fit for an answer and for the log
+# Of a text field, and of a part's headers. A megabyte of headers takes 200 MB once parsed.
+FIELD_BYTES = 500_000
+FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,32}")  # safe to repeat in a response and in the log
 TORN = {
     State.PREAMBLE: "the boundary that Content-Type names is not in the body",
     State.PART: "the headers of a part are too long, or do not end",
@@ -20,7 +21,7 @@ NOT_CLOSED = "the form ends without its closing boundary, as a body that was cut
 
 
 class Refused(Exception):
-    """A request that is not what the route takes; `status` is the HTTP status that fits."""
+    """A request that the route does not take; `status` is the HTTP status that fits."""
 
     def __init__(self, status, message):
         super().__init__(message)
@@ -28,14 +29,17 @@ class Refused(Exception):
 
 
 class Decoder(MultipartDecoder):
-    """File names may be of any charset, since nothing reads them."""
+    """Takes file names of any charset, since nothing reads them."""
 
     def _parse_headers(self, data):
         return super()._parse_headers(bytes(data).decode(errors="replace").encode())
 
 
 class Part(io.BytesIO):
-    """One part of a form, in memory: no image is ever written to disk. `is_file`: it came with a file's name."""
+    """One part of a form, in memory: no image is ever written to disk.
+
+    `is_file`: the part has a file name.
+    """
 
     def __init__(self, event):
         super().__init__()
@@ -52,37 +56,43 @@ class Part(io.BytesIO):
 
 
 def read_images(request, most):
-    """Werkzeug's request -> bytes of each field `image`, with a file's name or without one. Raises Refused, and HTTPException
-    where the body is too large or late."""
+    """Werkzeug's request -> bytes of each field `image`, with or without a file name.
+
+    Raises Refused, and HTTPException where the body is too large or late.
+    """
     try:
         parts = read_form(request.stream, boundary_of(request), most)
         images = [part for part in parts if part.name == "image"]
-        if not images:
-            names = ", ".join(sorted({shown(part.name) for part in parts}))
-            raise Refused(
-                400,
-                f"the form has no field 'image', only {names}" if names else "the form is empty",
-            )
-        for part in images:
-            if not part.is_file and is_text(part.getvalue()):
-                size = f"holds {part.tell():,} bytes of text" if part.tell() else "is empty"
-                raise Refused(400, f"the field 'image' {size} and came without a file's name")
+        check_images(images, parts)
     except Refused as error:
-        raise (
-            error if error.status != 400 else Refused(400, f"{error}; {how_to_send(request)}")
+        if error.status != 400:
+            raise
+        raise Refused(
+            400,
+            f"{error}; send the image as a file in the multipart field 'image': curl -F image=@FILE"
+            f" URL{request.url_rule.rule}",
         ) from None
     return [part.getvalue() for part in images]
 
 
-def how_to_send(request):
-    return (
-        "send the image as a file in the multipart field 'image': curl -F image=@FILE"
-        f" URL{request.url_rule.rule}"
-    )
+def check_images(images, parts):
+    """Raises Refused where no part is an image, or where an image is text without a file name."""
+    if not parts:
+        raise Refused(400, "the form is empty")
+    if not images:
+        names = ", ".join(sorted({shown(part.name) for part in parts}))
+        raise Refused(400, f"the form has no field 'image', only {names}")
+    for part in images:
+        if not part.is_file and is_text(part.getvalue()):
+            size = f"holds {part.tell():,} bytes of text" if part.tell() else "is empty"
+            raise Refused(400, f"the field 'image' {size} and came without a file's name")
 
 
 def boundary_of(request):
-    """Bytes of the boundary between the parts of a request's form. Raises Refused where it has no form."""
+    """Bytes of the boundary between the parts of a request's form.
+
+    Raises Refused where the request has no form.
+    """
     if not request.content_length and "Transfer-Encoding" not in request.headers:
         raise Refused(400, "the request has no body")
     if not request.mimetype:
@@ -95,33 +105,37 @@ def boundary_of(request):
             400,
             "'multipart/form-data' came without its boundary: leave the Content-Type to the client",
         )
-    return boundary.encode("latin-1", "replace")  # as WSGI has headers
+    return boundary.encode("latin-1", "replace")  # WSGI decodes headers as Latin-1
 
 
 def read_form(body, boundary, most):
-    """Stream of a multipart form -> [Part]. Raises Refused where it is torn, or has more than `most` images or one field more."""
+    """Stream of a multipart form -> [Part].
+
+    Raises Refused where the form is torn, or has more than `most` images and one more field.
+    """
     decoder, parts = Decoder(boundary), []
-    for data in iter(
-        lambda: body.read(1 << 16), b""
-    ):  # to its end: of a body that is too large that is told, and nothing else
+    # The loop reads to the end, so that a body above the size limit is reported as too large.
+    while data := body.read(1 << 16):
         if decoder.state is State.EPILOGUE or len(decoder.buffer) > FIELD_BYTES:
             continue
         decoder.receive_data(data)
         for event in events(decoder):
             if isinstance(event, (Field, File)):
                 parts.append(Part(event))
+                check_count(parts, most)
             elif isinstance(event, Data):
                 parts[-1].write(event.data)
-            if len(parts) > most + 1:
-                only_images = all(part.name == "image" for part in parts)
-                raise Refused(
-                    413,
-                    "the form has more than"
-                    f" {f'{most} images' if only_images else f'{most + 1} fields'}: send fewer",
-                )
     if decoder.state is not State.EPILOGUE:
         raise Refused(400, TORN.get(decoder.state, NOT_CLOSED))
     return parts
+
+
+def check_count(parts, most):
+    """Raises Refused where there are too many parts."""
+    if len(parts) > most + 1:
+        only_images = all(part.name == "image" for part in parts)
+        limit = f"{most} images" if only_images else f"{most + 1} fields"
+        raise Refused(413, f"the form has more than {limit}: send fewer")
 
 
 def events(decoder):
@@ -134,5 +148,5 @@ def events(decoder):
 
 
 def shown(name):
-    """A field's name, where it is fit to be shown."""
+    """A field's name, where it is safe to repeat."""
     return repr(name) if FIELD_NAME.fullmatch(name) else "one with another name"

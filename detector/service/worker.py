@@ -1,4 +1,7 @@
-"""gunicorn's thread worker, made fit for clients that are slow on purpose, and what is checked before it starts."""
+"""gunicorn's thread worker, hardened against clients that are slow on purpose.
+
+`load_settings` checks everything that can be checked before the worker starts.
+"""
 
 import json
 import resource
@@ -30,7 +33,10 @@ from detector.service.telemetry import say_event
 
 
 def load_settings():
-    """A bad setting ends the start in one line, exit code 2; left to the worker it would be a traceback and a 3."""
+    """The settings, checked. A bad setting ends the start with one line and exit code 2.
+
+    The worker would end with a traceback and exit code 3.
+    """
     try:
         settings = read_settings()
         check_address(settings["HOST"], settings["PORT"])
@@ -42,7 +48,10 @@ def load_settings():
 
 
 def check_address(host, port):
-    """Raises UsageError where nobody can listen: gunicorn would try for five seconds and name no setting."""
+    """Raises UsageError where nobody can listen.
+
+    gunicorn would try for five seconds and name no setting.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM
@@ -58,19 +67,19 @@ def check_address(host, port):
 
 
 class QuietLogger(Logger):
-    """With a `logconfig_dict` gunicorn puts together a line for each request, a tenth of a millisecond, for nobody."""
+    """Writes no access log.
+
+    With a `logconfig_dict` gunicorn formats a line for each request, 0.1 ms, that nobody reads.
+    """
 
     def access(self, *_):
         pass
 
 
 FIRST_BYTE_S = 5  # for a new connection that has sent nothing
-ANSWER_S = 60  # beyond the deadline of its body, for the queue, the verdicts of a batch and a client that reads slowly
-OURS = (
-    ConfigurationProblem,
-    InvalidResponseHeader,
-    InvalidResponseHeaderName,
-)  # our mistakes, though gunicorn derives them so
+ANSWER_S = 60  # after the deadline of the body: queue, verdicts of a batch, a slow reader
+# Subclasses of ParseException in gunicorn, although they are our mistakes.
+OURS = (ConfigurationProblem, InvalidResponseHeader, InvalidResponseHeaderName)
 MALFORMED = {
     ExpectationFailed: "417 Expectation Failed",
     LimitRequestHeaders: "431 Request Header Fields Too Large",
@@ -80,29 +89,30 @@ MALFORMED = {
 
 
 class Worker(ThreadWorker):
-    """gthread, for clients that are slow on purpose: one that has sent nothing costs no thread, a request that has not
-    arrived by its deadline is cut off, and nobody makes the main loop wait."""
+    """gthread, hardened against clients that are slow on purpose.
+
+    A silent connection holds no thread. A request that has not arrived by its deadline is cut off.
+    No client can block the main loop.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # connection: (when its request must have arrived, it once its headers have); threads write, the main loop looks
+        # {connection: (deadline of its request, the request once its headers have arrived)}
+        # Threads write it, and the main loop reads it.
         self.deadlines = {}
 
     def enqueue_req(self, conn):
         if conn.initialized or conn.data_ready:
             return super().enqueue_req(conn)
-        conn.sock.setblocking(
-            False
-        )  # as gunicorn itself does after five seconds of a thread's waiting
+        # gunicorn itself does this after a thread has waited for five seconds.
+        conn.sock.setblocking(False)
         conn.timeout = time.monotonic() + FIRST_BYTE_S
         self.pending_conns.append(conn)
         self.poller.register(conn.sock, EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def handle(self, conn):
-        self.deadlines[conn] = (
-            time.monotonic() + self.wsgi.extensions["engine"].settings["BODY_TIMEOUT_S"],
-            None,
-        )
+        limit = self.wsgi.extensions["engine"].settings["BODY_TIMEOUT_S"]
+        self.deadlines[conn] = time.monotonic() + limit, None
         try:
             return super().handle(conn)
         finally:
@@ -113,53 +123,59 @@ class Worker(ThreadWorker):
         return super().handle_request(req, conn)
 
     def handle_error(self, req, client, addr, exc):
-        """gunicorn would write the bytes that it could not parse, a token perhaps, into its log and its answer."""
+        """Refuse a request that cannot be parsed.
+
+        gunicorn would write the malformed bytes, perhaps a token, into its log and its response.
+        """
         if not isinstance(exc, ParseException) or isinstance(exc, OURS):
             return super().handle_error(req, client, addr, exc)
+        kind = type(exc).__name__
         status = MALFORMED.get(type(exc), "400 Bad Request")
-        self.wsgi.extensions["telemetry"].requests.labels("other", int(status[:3])).inc()
-        say_event(
-            "malformed",
-            level="warning",
-            kind=type(exc).__name__,
-            address=addr and addr[0],
-            status=int(status[:3]),
+        code = int(status[:3])
+        self.wsgi.extensions["telemetry"].requests.labels("other", code).inc()
+        address = addr and addr[0]
+        say_event("malformed", level="warning", kind=kind, address=address, status=code)
+        body = json.dumps({"error": f"the request is malformed: {kind}"}) + "\n"
+        response = (
+            f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}"
         )
-        body = json.dumps({"error": f"the request is malformed: {type(exc).__name__}"}) + "\n"
-        with suppress(OSError):  # gone by itself
-            write_nonblock(
-                client,
-                (
-                    f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-                    f"Content-Length: {len(body)}\r\n\r\n{body}"
-                ).encode(),
-            )
+        with suppress(OSError):  # the client has gone
+            write_nonblock(client, response.encode())
 
     def notify(self):
-        """Called by the main loop at least once a second. At first only reading is cut off, so that an answer can still be
-        sent; a client that does not take it is cut off as well."""
+        """Cut off late requests. The main loop calls this at least once a second.
+
+        At first only reading is cut off, so that a response can still be sent. A client that does
+        not read the response is cut off after ANSWER_S.
+        """
         super().notify()
         now = time.monotonic()
         for conn, (deadline, req) in list(self.deadlines.items()):
-            if now > deadline and not (req and arrived(req)) or now > deadline + ANSWER_S:
+            deaf = now > deadline + ANSWER_S
+            if deaf or now > deadline and not (req and arrived(req)):
                 if req:
-                    req.force_close()  # what comes of its body later is no request
+                    req.force_close()  # later bytes of its body are no request
                 with suppress(OSError):
-                    conn.sock.shutdown(
-                        socket.SHUT_RDWR if now > deadline + ANSWER_S else socket.SHUT_RD
-                    )
+                    conn.sock.shutdown(socket.SHUT_RDWR if deaf else socket.SHUT_RD)
 
 
 def arrived(req):
-    """Has its body been read to the end? Both of gunicorn's readers know: one counts down, the other drops its parser."""
+    """Has its body been read to the end?
+
+    Of gunicorn's two readers one counts down `length`, the other drops its `parser`.
+    """
     reader = req.body.reader
     return getattr(reader, "length", None) == 0 or getattr(reader, "parser", reader) is None
 
 
 def close_now(conn, graceful=False):
-    """gunicorn's own graceful close waits in the main loop, up to two seconds, for the client to close first: one client that
-    does not would stop all others. Here what has come already is read, so that the answer is followed by an end and not
-    by a reset, and that is all: bodies were read before the answer."""
+    """Close a connection without waiting for its client.
+
+    gunicorn's own graceful close waits in the main loop, for up to two seconds, until the client
+    closes. A client that does not close would stop all others. This reads the bytes that have
+    arrived already, so that the client gets an end after its response and not a reset.
+    """
     with suppress(OSError):
         conn.sock.setblocking(False)
         conn.sock.shutdown(socket.SHUT_WR)
@@ -174,9 +190,12 @@ TConn.close = close_now
 
 
 def most_connections():
-    """Open connections that the limit on open files allows, which is raised first: out of files, gunicorn's worker ends."""
+    """How many connections the limit on open files allows. The limit is raised first.
+
+    gunicorn's worker ends when it runs out of files.
+    """
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit < 2048:
         limit = min(2048, most) if most != resource.RLIM_INFINITY else 2048
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
-    return max(50, min(1000, limit - 100))  # a hundred for all else that is open
+    return max(50, min(1000, limit - 100))  # 100 are for other open files

@@ -320,10 +320,10 @@ def test_the_watch_above_does_see_what_flask_does_by_itself(watch):
     "name, value",
     [
         (n, v)
-        for n in ("PORT", "THREADS", "MAX_PIXELS", "ALLOW_DEMO_MODEL")
+        for n in ("PORT", "SLOTS", "MAX_PIXELS", "ALLOW_DEMO_MODEL")
         for v in ("eighty", "-1", "1.5", "²")
     ]
-    + [("PORT", "70000"), ("SPARE_THREADS", "0")],
+    + [("PORT", "70000"), ("BATCH_LIMIT", "0")],
 )
 def test_a_bad_number_is_refused_by_name_and_value(name, value):
     with pytest.raises(UsageError, match=f"{name}={value}: must be"):

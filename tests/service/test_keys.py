@@ -179,8 +179,7 @@ def test_a_line_that_is_no_key_is_refused_by_its_number(tmp_path, line):
     with pytest.raises(
         UsageError,
         match=(
-            "API_KEYS_FILE=.*keys: line 3 (is not 'name sha256-of-token'|has a name that another"
-            " line has)"
+            "API_KEYS_FILE=.*keys: line 3 (is not 'name sha256-of-token'|repeats the name)"
         ),
     ) as error:
         read_keys(tmp_path / "keys")

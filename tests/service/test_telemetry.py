@@ -200,12 +200,12 @@ def test_what_alerts_compare_is_there_before_it_first_happens(route, status):
 
 def test_seconds_are_counted_in_buckets_from_5_ms_to_30_s():
     telemetry = Telemetry()
-    telemetry.seconds.labels("/classify", 200).observe(0.02)
+    telemetry.request_seconds.labels("/classify", 200).observe(0.02)
     for name, labels in (
         ("request_seconds", {"route": "/classify", "status": "200"}),
         ("stage_seconds", {"stage": "decode"}),
     ):
-        telemetry.stage.labels("decode").observe(0.02)
+        telemetry.stage_seconds.labels("decode").observe(0.02)
         bounds = [s["le"] for s in series(telemetry, f"{name}_bucket") if {**s, **labels} == s]
         assert [float(bound) for bound in bounds] == [
             0.005,
