@@ -1,26 +1,32 @@
 # The service as a CPU image without torch.
 #
-#   docker build -t detector .                  the shipped model and its encoder: a demonstration, and it says so
+# The shipped model and its encoder. It is a demonstration, and says so:
+#
+#   docker build -t detector .
 #   docker run --rm -p 8000:8000 --read-only detector
 #
-#   docker build -t detector --build-arg CLIP_MODEL=ViT-L/14 .      that encoder, prepared; the model is yours:
+# An encoder of your choice, prepared in the image, and a mounted model:
+#
+#   docker build -t detector --build-arg CLIP_MODEL=ViT-L/14 .
 #   docker run --rm -p 8000:8000 --read-only -v "$PWD/model.joblib:/models/model.joblib:ro" detector
 #
-#   docker build -t detector --target serve .   neither: mount an encoder prepared elsewhere as well, with
-#                                               -v "$HOME/.cache/clip:/cache:ro" (a ResNet is prepared with torch)
+# Neither. Also mount an encoder that was prepared elsewhere, with -v "$HOME/.cache/clip:/cache:ro".
+# A ResNet needs this, because its preparation needs torch:
 #
-# Add --build-arg LAYERS=multi for a model of other layers than CLIP's embedding, and
-# --build-arg CODE_COMMIT="$(git rev-parse HEAD)": there is no git in the image to ask.
+#   docker build -t detector --target serve .
+#
+# Add --build-arg LAYERS=multi for a model of other layers than CLIP's embedding.
+# Add --build-arg CODE_COMMIT="$(git rev-parse HEAD)", because the image has no git.
 
 ARG CLIP_MODEL
-# of another encoder its embedding; of the shipped one what the shipped model was trained on
+# Another encoder gives its embedding. The shipped encoder gives the layers of the shipped model.
 ARG LAYERS=${CLIP_MODEL:+final}
-# the last stage: `prepared` where CLIP_MODEL is given, else `demo`
+# The last stage: `prepared` with CLIP_MODEL, `demo` without it.
 ARG KIND=${CLIP_MODEL:+prepared}
 
 
 FROM python:3.11-slim AS serve
-# MODEL_PATH and CLIP_CACHE: where a model and prepared encoders are mounted
+# MODEL_PATH and CLIP_CACHE: the paths at which a model and prepared encoders are mounted.
 ENV PYTHONDONTWRITEBYTECODE=1 \
     HOST=0.0.0.0 \
     PORT=8000 \
@@ -34,15 +40,16 @@ COPY detector detector
 COPY requirements requirements
 ARG CODE_COMMIT=unknown
 ENV CODE_COMMIT=${CODE_COMMIT}
-# a number, so that Kubernetes can tell that it is not root
+# A number, so that Kubernetes can check that it is not root.
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['PORT'] + '/healthz')"]
+    CMD ["python", "-c", "import os, urllib.request as u; \
+         u.urlopen('http://127.0.0.1:' + os.environ['PORT'] + '/healthz')"]
 CMD ["python", "app.py"]
 
 
-# the download, and the form for CUDA, end here
+# The download and the form for CUDA stay in this stage.
 FROM serve AS encoder
 USER 0
 ARG CLIP_MODEL

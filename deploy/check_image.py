@@ -1,9 +1,10 @@
-"""Does what the Dockerfile says, without a Docker engine: in a clean virtual environment, an empty home, a folder as root.
+"""Carry out the Dockerfile without a Docker engine, in a clean environment with an empty home.
 
     python deploy/check_image.py
 
-What to install, copy, set, start and probe is read from the Dockerfile, for the image that a plain `docker build .`
-gives. Then: a photograph is posted, the answer, its header and the log are looked at, and SIGTERM must end it with 0.
+The packages, files, settings, command and health check come from the Dockerfile, for the image
+that a plain `docker build .` makes. Then the check posts a photograph and looks at the response,
+its header and the log. At last SIGTERM must end the service with exit code 0.
 """
 
 import json
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def read_dockerfile(path):
-    """Dockerfile -> [(keyword, value)] in order; comments out, continued lines joined."""
+    """Dockerfile -> [(keyword, value)] in order, without comments, continued lines joined."""
     lines = [
         line
         for line in Path(path).read_text().splitlines()
@@ -48,7 +49,7 @@ def expand(text, values):
 
 
 def read_stages(instructions, **build_args):
-    """Instructions -> {stage name: (what it builds on, its instructions)}; the last one, without a name, is ''."""
+    """Instructions -> {stage name: (its base, its instructions)}; the last stage's name is ''."""
     arguments, stages, current = dict(build_args), {}, None
     for keyword, value in instructions:
         if keyword == "FROM":
@@ -64,7 +65,7 @@ def read_stages(instructions, **build_args):
 
 
 def steps_of(stages, name=""):
-    """All instructions that make this stage's image, those of the stages below it first."""
+    """All instructions that make this stage's image; the stages below it come first."""
     base, own = stages[name]
     return (steps_of(stages, base) if base in stages else []) + own
 
@@ -74,28 +75,23 @@ def read_env(value):
     return dict(pair.split("=", 1) for pair in value.split())
 
 
-# ---- doing it ----
+# ---- the image's steps ----
 
 
 def build(stages, name, venv, root, args):
-    """Carry out a stage's steps below `root`, with `venv` for the image's Python: -> (environment, working directory).
+    """Carry out a stage's steps below `root`, with `venv` as the image's Python.
 
-    A path that only an image has, such as /cache, is one below `root` here.
+    A path that only an image has, such as /cache, is a folder below `root` here.
+    Returns (environment, working directory).
     """
     env, workdir = {}, root
-    steps = [
-        (keyword, value.replace("/cache", f"{root}/cache"))
-        for keyword, value in steps_of(stages, name)
-    ]
-    for keyword, value in steps:
+    for keyword, value in steps_of(stages, name):
+        value = value.replace("/cache", f"{root}/cache")
         if keyword == "ARG":
-            name, _, default = value.partition("=")
-            args.setdefault(name, default)
+            argument, _, default = value.partition("=")
+            args.setdefault(argument, default)
         elif keyword == "COPY" and value.startswith("--from="):
-            stage, folder = re.match(r"--from=(\w+) (\S+)", value).groups()
-            below = root.with_name(stage)
-            build(stages, stage, venv, below, dict(args))
-            shutil.copytree(folder.replace(str(root), str(below)), folder)
+            copy_from_stage(stages, value, venv, root, args)
         elif keyword == "ENV":
             env |= read_env(expand(value, args))
         elif keyword == "WORKDIR":
@@ -103,19 +99,24 @@ def build(stages, name, venv, root, args):
             workdir.mkdir(parents=True, exist_ok=True)
         elif keyword == "COPY":
             copy(value.split(), workdir)
-        elif (
-            keyword == "RUN"
-        ):  # with the caller's environment: pip's settings, proxies, certificates
-            print(f"RUN {value}", flush=True)
-            subprocess.run(
-                value,
-                shell=True,
-                check=True,
-                cwd=workdir,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, **args, **env, "PATH": path_with(venv)},
-            )
+        elif keyword == "RUN":
+            run_step(value, workdir, {**args, **env, "PATH": path_with(venv)})
     return env, workdir
+
+
+def run_step(command, workdir, env):
+    """RUN, with the caller's environment for pip's settings, proxies and certificates."""
+    print(f"RUN {command}", flush=True)
+    env = {**os.environ, **env}
+    subprocess.run(command, shell=True, check=True, cwd=workdir, stdout=subprocess.DEVNULL, env=env)
+
+
+def copy_from_stage(stages, value, venv, root, args):
+    """COPY --from=STAGE folder folder, after building that stage beside `root`."""
+    stage, folder = re.match(r"--from=(\w+) (\S+)", value).groups()
+    beside = root.with_name(stage)
+    build(stages, stage, venv, beside, dict(args))
+    shutil.copytree(folder.replace(str(root), str(beside)), folder)
 
 
 def copy(arguments, workdir):
@@ -143,10 +144,10 @@ def free_port():
 def ask(request, timeout=60):
     """URL or Request -> (status, headers, JSON)."""
     try:
-        answer = urllib.request.urlopen(request, timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        answer = error
-    return answer.status, answer.headers, json.load(answer)
+        response = error
+    return response.status, response.headers, json.load(response)
 
 
 def post(url, data):
@@ -172,7 +173,7 @@ def wait_until_ready(url, process, seconds=60):
 
 
 def probe(url, photo, healthcheck, env, workdir):
-    """What a user and the engine would do with the running image."""
+    """Do what a user and a container engine do with the running image."""
     status, headers, verdict = ask(post(f"{url}/classify", photo.read_bytes()))
     print(f"{photo.name}: {verdict}, X-Model-Notice: {headers['X-Model-Notice']}")
     assert status == 200 and list(verdict) == ["classification", "confidence"], verdict
@@ -180,61 +181,64 @@ def probe(url, photo, healthcheck, env, workdir):
     assert "demonstration" in headers["X-Model-Notice"]
     assert ask(post(f"{url}/classify", b"no image"))[0] == 415
     subprocess.run(healthcheck, env=env, cwd=workdir, check=True)
-    dead = subprocess.run(
-        healthcheck, env={**env, "PORT": str(free_port())}, cwd=workdir, capture_output=True
-    )
+    env = {**env, "PORT": str(free_port())}
+    dead = subprocess.run(healthcheck, env=env, cwd=workdir, capture_output=True)
     assert dead.returncode == 1, "the health check passes where nothing listens"
 
 
-def main():
-    temporary = Path(tempfile.mkdtemp(prefix="image-"))
-    venv, root, home, log = (temporary / name for name in ("venv", "root", "home", "log"))
-    home.mkdir()
-    process = None
+def python(code, env, workdir):
+    """What the image's Python prints."""
+    command = ["python", "-c", code]
+    return subprocess.check_output(command, env=env, cwd=workdir, text=True).strip()
+
+
+def check_packages(env, workdir):
+    """No torch, and the commit is known. Returns a photograph that scikit-learn installs."""
+    assert python("import importlib.util as u; print(u.find_spec('torch'))", env, workdir) == "None"
+    commit = python(
+        "from detector.base.project import code_commit; print(code_commit())", env, workdir
+    )
+    assert commit == "0123abc"
+    package = python("import sklearn; print(sklearn.__path__[0])", env, workdir)
+    return Path(package) / "datasets/images/china.jpg"
+
+
+def check_service(command, healthcheck, photo, env, workdir, log):
+    """Start the service, use it, and end it with SIGTERM."""
+    started = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=env, cwd=workdir, stdout=file, stderr=file)
     try:
-        stages = read_stages(read_dockerfile(ROOT / "Dockerfile"))
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        env, workdir = build(stages, "", venv, root, {"CODE_COMMIT": "0123abc"})
-        env |= {"PATH": path_with(venv), "HOME": str(home), "PORT": str(free_port())}
-        said = dict(steps_of(stages))  # the last of each keyword holds, as in an image
-        healthcheck = json.loads(said["HEALTHCHECK"].split("CMD", 1)[1])
-
-        def python(code):
-            return subprocess.check_output(
-                ["python", "-c", code], env=env, cwd=workdir, text=True
-            ).strip()
-
-        assert python("import importlib.util as u; print(u.find_spec('torch'))") == "None"
-        assert (
-            python("from detector.base.project import code_commit; print(code_commit())")
-            == "0123abc"
-        )
-        photo = (
-            Path(python("import sklearn; print(sklearn.__path__[0])")) / "datasets/images/china.jpg"
-        )
-
-        started = time.monotonic()
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                json.loads(said["CMD"]), env=env, cwd=workdir, stdout=file, stderr=file
-            )
         url = f"http://127.0.0.1:{env['PORT']}"
         wait_until_ready(url, process)
         print(f"ready after {time.monotonic() - started:.1f} s")
         probe(url, photo, healthcheck, env, workdir)
         process.terminate()
         assert process.wait(30) == 0, f"SIGTERM ended it with {process.returncode}"
-        assert "demonstration" in log.read_text(), (
-            "the log does not say that this is a demonstration"
-        )
+    finally:
+        process.kill()
+    assert "demonstration" in log.read_text(), "the log does not name the demonstration"
+
+
+def main():
+    temporary = Path(tempfile.mkdtemp(prefix="image-"))
+    venv, root, home, log = (temporary / name for name in ("venv", "root", "home", "log"))
+    home.mkdir()
+    try:
+        stages = read_stages(read_dockerfile(ROOT / "Dockerfile"))
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+        env, workdir = build(stages, "", venv, root, {"CODE_COMMIT": "0123abc"})
+        env |= {"PATH": path_with(venv), "HOME": str(home), "PORT": str(free_port())}
+        last = dict(steps_of(stages))  # the last of each keyword holds, as in an image
+        healthcheck = json.loads(last["HEALTHCHECK"].split("CMD", 1)[1])
+        photo = check_packages(env, workdir)
+        check_service(json.loads(last["CMD"]), healthcheck, photo, env, workdir, log)
         assert not list(home.rglob("*")), "something was written into the home"
         print("the image's steps work")
     except Exception:
         print(log.read_text() if log.exists() else "", file=sys.stderr)
         raise
     finally:
-        if process and process.poll() is None:
-            process.kill()
         shutil.rmtree(temporary)
 
 

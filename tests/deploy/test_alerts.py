@@ -1,4 +1,7 @@
-"""Rules, alerts, dashboard and autoscaler: their numbers by promtool, their names against what the service really says."""
+"""Rules, alerts, dashboard and autoscaler.
+
+promtool checks their numbers. Their names are compared with the metrics that the service exports.
+"""
 
 import json
 import re
@@ -43,7 +46,7 @@ EXPRESSIONS = {
     "adapter series": ADAPTER["seriesQuery"],
     "adapter query": ADAPTER["metricsQuery"],
 }
-# shown by a recording rule made of them, another series of the same histogram, or worth no panel
+# Shown by a recording rule, or by another series of the same histogram, or not worth a panel.
 HIDDEN = {
     "detector_scores_total",
     "detector_reference_share",
@@ -86,7 +89,7 @@ def test_the_rules_compute_and_alert_as_they_should(name):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_fires_in_a_test_and_every_recording_rule_has_its_part():
+def test_every_alert_fires_in_a_test_and_every_recording_rule_is_used():
     text = "".join(
         (DEPLOY / name).read_text()
         for name in ("prometheus-rules-test.yaml", "prometheus-alerts-test.yaml")
@@ -111,7 +114,7 @@ def test_every_expression_of_dashboard_and_autoscaler_is_promql(tmp_path):
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_says_what_to_do_first(name):
+def test_an_alert_names_the_first_step(name):
     alert = ALERTS[name]
     assert alert["labels"].keys() == {"severity"} and alert["labels"]["severity"] in (
         "critical",
@@ -124,15 +127,16 @@ def test_an_alert_says_what_to_do_first(name):
         assert (ROOT / path).is_file()
 
 
-def test_the_events_that_alerts_tell_to_look_for_are_logged():
-    code = "".join((ROOT / f"detector/service/{name}.py").read_text() for name in ("app", "engine"))
-    for event in re.findall(
-        r'event "(\w+)"', "".join(alert["annotations"]["description"] for alert in ALERTS.values())
-    ):
-        assert f'say_event("{event}"' in code
+CODE = "".join((ROOT / f"detector/service/{name}.py").read_text() for name in ("app", "engine"))
 
 
-def test_the_command_that_wraps_the_rules_for_the_operator_does(tmp_path):
+def test_the_events_that_alerts_name_are_logged():
+    text = "".join(alert["annotations"]["description"] for alert in ALERTS.values())
+    for event in re.findall(r'event "(\w+)"', text):
+        assert re.search(rf'say_event\(\s*"{event}"', CODE)
+
+
+def test_the_command_for_the_operator_wraps_the_rules():
     head = re.findall(r"^#   (.*)", (DEPLOY / "prometheus-rules.yaml").read_text(), re.M)
     assert head[-1].endswith("| kubectl -n detector apply -f -")
     done = subprocess.run(
@@ -155,7 +159,7 @@ def test_the_command_that_wraps_the_rules_for_the_operator_does(tmp_path):
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, photos):
-    """A client of the service after a bit of everything: verdicts, images refused, no token, a reload that fails, feedback."""
+    """A client after verdicts, refused images, a missing token, feedback and a failed reload."""
     keys = tmp_path_factory.mktemp("keys") / "api-keys"
     keys.write_text(f"mine {sha256(b'token')}\n")
     client = ready_client(API_KEYS_FILE=str(keys))
@@ -172,21 +176,21 @@ def service(tmp_path_factory, photos):
 
 @pytest.fixture(scope="module")
 def scraped(service):
-    """What Prometheus gets: {series name: [its label sets]}; a counter without any series yet has no label sets."""
-    found = {}
+    """What Prometheus gets: {series name: [its label sets]}; [] for a counter without series."""
+    series = {}
     for family in text_string_to_metric_families(service.get("/metrics").text):
         ends = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(
             family.type, [""]
         )
-        found |= {family.name + end: [] for end in ends}
+        series |= {family.name + end: [] for end in ends}
         for sample in family.samples:
-            found.setdefault(sample.name, []).append(sample.labels)
-    return found
+            series.setdefault(sample.name, []).append(sample.labels)
+    return series
 
 
 @pytest.fixture(scope="module")
 def pushed():
-    """What golden.py sends, read off its own `push`: {metric: [label sets]}."""
+    """What golden.py pushes: {metric: [label sets]}."""
     sent = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -211,25 +215,22 @@ def known(scraped, pushed):
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_every_metric_that_is_named_exists(name, known):
+def test_every_metric_in_an_expression_exists(name, known):
     named = {metric for metric, _ in selectors(resolve(EXPRESSIONS[name]))}
     assert named and named <= set(known)
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_every_label_that_is_named_exists_and_can_have_the_value(name, known, service):
+def test_every_label_in_an_expression_exists_and_can_have_its_value(name, known, service):
     routes = {rule.rule for rule in service.application.url_map.iter_rules()}
-    code = "".join(
-        (ROOT / f"detector/service/{module}.py").read_text() for module in ("app", "engine")
-    )
     for metric, matchers in selectors(resolve(EXPRESSIONS[name])):
-        for label, operator, value in matchers:
+        for label, _, value in matchers:
             values = {labels[label] for labels in known[metric] if label in labels}
             assert values or label in SCRAPED, f"{metric} has no label {label}"
             if label == "route":
                 assert set(value.split("|")) <= routes
             elif label != "status" and label not in SCRAPED:
-                assert all(one in values or f'"{one}"' in code for one in value.split("|")), (
+                assert all(one in values or f'"{one}"' in CODE for one in value.split("|")), (
                     f"{label} is never {value}"
                 )
             else:
@@ -237,7 +238,7 @@ def test_every_label_that_is_named_exists_and_can_have_the_value(name, known, se
 
 
 def labels_of(metric, known):
-    """All that a series of this name may be grouped by; a recorded one has what its own expression leaves."""
+    """Labels by which a series may be grouped; a recorded series has those of its expression."""
     if metric in RECORDED:
         inner = (labels_of(name, known) for name, _ in selectors(EXPRESSIONS[metric]))
         return set().union(*inner, groupings(EXPRESSIONS[metric]))
@@ -245,14 +246,14 @@ def labels_of(metric, known):
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_every_label_that_is_grouped_by_exists(name, known):
+def test_every_label_in_a_grouping_exists(name, known):
     expression = resolve(EXPRESSIONS[name])
-    made = set(re.findall(r'label_replace\([^,]+, "(\w+)"', expression))
+    replaced = set(re.findall(r'label_replace\([^,]+, "(\w+)"', expression))
     has = set().union(*(labels_of(metric, known) for metric, _ in selectors(expression)))
-    assert groupings(expression) <= has | SCRAPED | made
+    assert groupings(expression) <= has | SCRAPED | replaced
 
 
-def test_the_reader_of_promql_reads():
+def test_selectors_and_groupings_are_read_from_promql():
     expression = (
         'sum by (a) (rate(x_total{b="1",c=~"2|3"}[5m])) / ignoring (d) group_left () y:z:w offset'
         ' 1w > 1.5e3 unless on (e) label_replace(v, "f", "$1", "g", "(.+)") and absent(u == 1)'
@@ -279,7 +280,7 @@ def test_the_dashboard_can_be_imported_and_uses_its_variables():
     assert used == set(variables)
 
 
-def test_no_panel_lies_on_another():
+def test_no_panel_overlaps_another():
     taken = {}
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]
@@ -289,11 +290,11 @@ def test_no_panel_lies_on_another():
                 assert taken.setdefault((x, y), panel["id"]) == panel["id"]
 
 
-def test_lines_on_panels_are_where_the_alerts_are():
+def test_thresholds_on_panels_are_those_of_the_alerts():
     for title, alert in (
         ("p95, /classify", "DetectorSlow"),
         ("Latency, /classify", "DetectorSlow"),
-        ("Turned away", "DetectorRejecting"),
+        ("Refused uploads", "DetectorRejecting"),
         ("PSI since last week", "DetectorDriftSinceLastWeek"),
         ("Population stability index", "DetectorDriftFromTraining"),
         ("Feature distance", "DetectorUnknownImages"),
@@ -330,8 +331,8 @@ def psi(counts, expected):
     return ((live - expected) * np.log(live / expected)).sum(-1)
 
 
-def test_so_few_verdicts_do_not_alert_by_chance():
-    """20,000 draws without any drift, of as many verdicts as the alerts ask for at least."""
+def test_the_least_number_of_verdicts_does_not_alert_by_chance():
+    """20,000 draws without drift."""
     rng, even = np.random.default_rng(0), np.full(BINS, 1 / BINS)
     limit, least = limits("DetectorDriftFromTraining")
     assert psi(rng.multinomial(int(least), even, 20_000), even).max() < limit

@@ -115,7 +115,7 @@ def test_the_limits_are_told_in_words_with_the_settings_defaults():
 def test_it_says_what_a_confidence_is_and_that_it_may_be_below_one_half():
     words = DOCUMENT["components"]["schemas"]["Confidence"]["description"]
     assert (
-        "Calibrated probability of the class answered, at equal shares of both classes" in words
+        "Calibrated probability of the returned class, at equal shares of both classes" in words
         and "below 0.5" in words
     )
 
