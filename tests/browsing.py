@@ -1,4 +1,4 @@
-"""For tests of the page: what a visitor does in it, and what it must then say."""
+"""For tests of the page: the actions of a visitor, and checks of the page's text."""
 
 import pytest
 
@@ -11,24 +11,29 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
     "--disable-breakpad",
-]  # asks nobody but the page
-# a file made inside the page, handed over as the system's clipboard or file manager would
-HAND_OVER = """([how, name, data]) => {
-  const transfer = new DataTransfer();
-  if (name) transfer.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name, {type: "image/jpeg"}));
+]  # makes no connections of its own
+# A file made inside the page, transferred as the clipboard or a file manager would do.
+HAND_OVER = """([action, name, data]) => {
+  const transfer = new DataTransfer(), options = {bubbles: true, cancelable: true};
+  const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+  if (name) transfer.items.add(new File([bytes], name, {type: "image/jpeg"}));
   else transfer.setData("text/plain", "https://example.org/a.jpg");
-  const event = how === "paste" ? new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true, cancelable: true})
-                                : new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
+  const event = action === "paste"
+    ? new ClipboardEvent("paste", {clipboardData: transfer, ...options})
+    : new DragEvent("drop", {dataTransfer: transfer, ...options});
   document.querySelector("#drop").dispatchEvent(event);
   return event.defaultPrevented;
 }"""
-# how many requests of the page were under way at once, in `most`
+# Counts in `most` how many requests of the page ran at once.
 COUNT = """() => {
   const send = fetch;
   let now = window.most = 0;
-  window.fetch = (...given) => { most = Math.max(most, ++now); return send(...given).finally(() => now--); };
+  window.fetch = (...given) => {
+    most = Math.max(most, ++now);
+    return send(...given).finally(() => now--);
+  };
 }"""
-# what the page asks, and an answer of the documented shape
+# The request of the page, and a response of the documented shape.
 CLASSIFY = "**/classify?details=1"
 VERDICT = {
     "classification": "real",
@@ -44,17 +49,16 @@ VERDICT = {
 
 
 def pick(page, *files):
-    """Through the file dialogue's input, found by what a visitor reads on it."""
+    """Choose files through the input of the file dialogue."""
     page.get_by_label("Choose images").set_input_files(files)
 
 
 def card(page, name, state="done"):
     """The card of that image, once it is in that state."""
-    found = page.locator(
-        f".card[data-state={state}]", has=page.get_by_role("heading", name=name, exact=True)
-    )
-    found.wait_for()
-    return found
+    heading = page.get_by_role("heading", name=name, exact=True)
+    element = page.locator(f".card[data-state={state}]", has=heading)
+    element.wait_for()
+    return element
 
 
 def assert_says(element, *words):
@@ -63,32 +67,27 @@ def assert_says(element, *words):
         assert word in text, text
 
 
-def assert_shows(found, known):
-    """The card says what this ?details=1 (or `classify.py --details --json`) says."""
+def assert_shows(element, known):
+    """The card shows the verdict of ?details=1 or of `classify.py --details --json`."""
     percent = f"{known['confidence']:.0%}"
     if known["uncertain"]:
-        assert_says(
-            found,
-            "Uncertain",
-            f"leaning to {known['classification']}, {percent}",
-            known["reason"][1:],
-        )
+        leaning = f"leaning to {known['classification']}, {percent}"
+        assert_says(element, "Uncertain", leaning, known["reason"][1:])
     else:
-        assert_says(found, known["classification"].title(), f"{percent} confidence")
-    bar = found.locator(".bar")
+        assert_says(element, known["classification"].title(), f"{percent} confidence")
+    bar = element.locator(".bar")
     share = bar.locator("i").bounding_box()["width"] / bar.bounding_box()["width"]
     assert share == pytest.approx(known["confidence"], abs=0.01)
 
 
 def answer(**changes):
-    """A handler for page.route: this verdict, without asking the service."""
-    return lambda route: route.fulfill(
-        json={**VERDICT, **changes}, headers={"X-Request-ID": "from-the-test"}
-    )
+    """A handler for page.route: this verdict, without a request to the service."""
+    headers = {"X-Request-ID": "from-the-test"}
+    return lambda route: route.fulfill(json={**VERDICT, **changes}, headers=headers)
 
 
 def fill(page, photos):
-    """A card of each kind with its details open, one to try again, the field for the token."""
+    """Show a card of each kind with open details, "Try again" and the field for the token."""
     page.route(CLASSIFY, answer(uncertain=True, reason="its sides are short"))
     pick(page, photos["china.jpg"])
     card(page, "china.jpg")
@@ -102,15 +101,9 @@ def fill(page, photos):
         ),
     ):
         page.route(CLASSIFY, handler)
-        pick(
-            page,
-            {
-                "name": f"{'long_name_' * 12}{name}",
-                "mimeType": "image/jpeg",
-                "buffer": photos[name].read_bytes(),
-            },
-        )
-        card(page, f"{'long_name_' * 12}{name}", "waiting" if name == "camera.png" else "done")
+        long, data = f"{'long_name_' * 12}{name}", photos[name].read_bytes()
+        pick(page, {"name": long, "mimeType": "image/jpeg", "buffer": data})
+        card(page, long, "waiting" if name == "camera.png" else "done")
     for summary in page.locator("summary").all():
         summary.click()
     page.evaluate(HAND_OVER, ["drop", "", ""])

@@ -1,4 +1,4 @@
-"""The service under test: Flask's test client with a model loaded, and the service as a process of its own."""
+"""The service under test: Flask's test client with a model, and the service as a process."""
 
 import json
 import os
@@ -17,46 +17,34 @@ from patience import PATIENCE
 from detector.service import app
 
 DEMO = {"MODEL_PATH": str(BASELINE), "ALLOW_DEMO_MODEL": "1"}
-PATIENT = (  # of gunicorn: a machine may be slow to start and to stop
-    f"--timeout {PATIENCE} --graceful-timeout {PATIENCE}"
-)
-# The service's own gunicorn.conf.py, and images that wait for the lock on a file before they are made the encoder's input.
+# For gunicorn on a machine that is slow to start and to stop.
+PATIENT = f"--timeout {PATIENCE} --graceful-timeout {PATIENCE}"
 
 
 def assert_error(response, status, *words):
-    """The one shape of every error, of flask's test client and of requests alike: {"error": one line that says `words`}."""
+    """The shape of every error: {"error": a line with `words`}. For Flask's client and requests."""
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/json"
     body = json.loads(response.text)
-    assert (response.status_code, response.headers["Content-Type"]) == (
-        status,
-        "application/json",
-    ), response.text
     assert list(body) == ["error"] and isinstance(body["error"], str)
-    assert (
-        body["error"] and len(body["error"].splitlines()) == 1 and "Traceback" not in body["error"]
-    )
+    assert len(body["error"].splitlines()) == 1 and "Traceback" not in body["error"]
     for word in words:
         assert word in body["error"]
 
 
-def wait_until_ready(ask):
-    """Call `ask()` for the status of /readyz until it is 200."""
+def wait_for(condition):
+    """Wait for something that another thread or process does."""
     deadline = time.monotonic() + PATIENCE
-    while (status := ask()) != 200:
-        assert time.monotonic() < deadline, f"/readyz answers {status}"
-        time.sleep(0.05)
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(0.005)
 
 
 def ready_client(**settings):
+    """A test client of a service on the small model, once its model serves."""
     client = app.create_app({**DEMO, **settings}).test_client()
-    wait_until_ready(lambda: client.get("/readyz").status_code)
+    wait_for(lambda: client.get("/readyz").status_code == 200)
     return client
-
-
-def post(client, *images, field="image"):
-    """Multipart upload of these bytes, each under `field`. (The test client would build it in a temporary file.)"""
-    files = [(field, (f"{i}.bin", data)) for i, data in enumerate(images)]
-    ready = requests.Request("POST", "http://x", files=files).prepare()
-    return client.post("/classify", data=ready.body, content_type=ready.headers["Content-Type"])
 
 
 def free_port():
@@ -66,33 +54,27 @@ def free_port():
 
 
 class Live:
-    """The service as a process of its own, started from another folder than the project's."""
+    """The service as a process, started from another folder than the project's."""
 
     def __init__(self, folder, **settings):
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
+        defaults = {**DEMO, "GUNICORN_CMD_ARGS": PATIENT, "PORT": str(port)}
+        env, command = {**os.environ, **defaults, **settings}, [sys.executable, ROOT / "app.py"]
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, ROOT / "app.py"],
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-                env={
-                    **os.environ,
-                    **DEMO,
-                    "GUNICORN_CMD_ARGS": PATIENT,
-                    "PORT": str(port),
-                    **settings,
-                },
-            )
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=env)
         self.session = requests.Session()
         self.session.trust_env = False  # no proxy of the host
-        wait_until_ready(self.status)
+        wait_for(lambda: self.status() == 200)
+
+    def get(self, path):
+        return self.session.get(self.url + path, timeout=PATIENCE)
 
     def status(self):
+        """Status of /readyz, or None before the service listens."""
         assert self.process.poll() is None, self.log.read_text()
         try:
-            return self.session.get(f"{self.url}/readyz", timeout=PATIENCE).status_code
+            return self.get("/readyz").status_code
         except requests.ConnectionError:
             return None
 
@@ -110,13 +92,6 @@ class Live:
 
 def metric(server, name):
     """Value of the first series of that name, 0 where there is none."""
-    text = server.session.get(f"{server.url}/metrics", timeout=PATIENCE).text
-    found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-    return float(found.group(1)) if found else 0.0
-
-
-def wait_for(what):
-    deadline = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
+    pattern = rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$"
+    match = re.search(pattern, server.get("/metrics").text, re.MULTILINE)
+    return float(match[1]) if match else 0.0

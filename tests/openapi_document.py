@@ -1,6 +1,8 @@
-"""The OpenAPI document as tests use it: where things stand in it, and whether an answer is as it says."""
+"""The OpenAPI document for tests: its operations, and whether a response matches it."""
 
 import json
+from functools import reduce
+from operator import getitem
 
 import jsonschema
 from commands import ROOT
@@ -14,17 +16,15 @@ OPERATIONS = {
 
 
 def resolve(part):
-    """What a `$ref` stands for."""
+    """Follow `$ref` to its target."""
     while "$ref" in part:
-        found = DOCUMENT
-        for name in part["$ref"].removeprefix("#/").split("/"):
-            found = found[name]
-        part = found
+        names = part["$ref"].removeprefix("#/").split("/")
+        part = reduce(getitem, names, DOCUMENT)
     return part
 
 
 def faults(schema, value):
-    """What is wrong with a value by a schema of the document: [message]."""
+    """Faults of a value by a schema of the document: [message]."""
     rules = jsonschema.Draft202012Validator(
         {"allOf": [schema], "components": DOCUMENT["components"]}
     )
@@ -36,27 +36,21 @@ def documented(method, path, status):
 
 
 def typed(schema, text):
-    """A header's text as its schema has it."""
+    """A header's text in the type of its schema."""
     return int(text) if resolve(schema).get("type") == "integer" else text
 
 
 def assert_as_documented(response, described):
-    """Flask's or requests' response against a response of the document: type, body, every header that must be there."""
+    """A response of Flask's client or requests has the documented type, body and headers."""
     ((kind, content),) = described["content"].items()
     assert response.headers["Content-Type"].split(";")[0] == kind
-    assert (
-        faults(
-            content["schema"],
-            json.loads(response.text) if kind == "application/json" else response.text,
-        )
-        == []
-    )
+    body = json.loads(response.text) if kind == "application/json" else response.text
+    assert faults(content["schema"], body) == []
     for name, header in described["headers"].items():
         header = resolve(header)
         if header.get("required") or name in response.headers:
-            assert (
-                faults(header["schema"], typed(header["schema"], response.headers[name])) == []
-            ), name
+            value = typed(header["schema"], response.headers[name])
+            assert faults(header["schema"], value) == [], name
 
 
 def examples(part, where="document"):

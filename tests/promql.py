@@ -1,4 +1,4 @@
-"""What a PromQL expression names: enough of its grammar to hold rules, panels and queries against a service's /metrics."""
+"""Metrics and labels in a PromQL expression, to compare rules and panels with /metrics."""
 
 import re
 
@@ -13,7 +13,7 @@ def selectors(expression):
     text = GROUPING.sub(" ", re.sub(r"\[[^\]]*\]|\boffset\s+\w+", " ", expression))
     kept = []
 
-    def keep(match):  # strings outside of braces (label_replace's) name no metric
+    def keep(match):  # strings outside braces, as in label_replace, name no metric
         kept.append(match[0])
         return f"{{{len(kept) - 1}}}"
 
@@ -26,17 +26,12 @@ def selectors(expression):
 
 
 def groupings(expression):
-    """Labels named in by (...), on (...) and the like."""
-    return {
-        label
-        for names in GROUPING.findall(expression)
-        for label in re.split(r"[\s,]+", names)
-        if label
-    }
+    """Labels in by (...), on (...) and the like."""
+    return set(re.findall(r"\w+", " ".join(GROUPING.findall(expression))))
 
 
 def resolve(expression):
-    """Placeholders of Grafana and of prometheus-adapter put in place -> PromQL that promtool can check."""
+    """Replace placeholders of Grafana and prometheus-adapter -> PromQL that promtool can check."""
     values = {
         "$__rate_interval": "5m",
         "$namespace": "detector",

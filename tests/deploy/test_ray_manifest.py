@@ -1,6 +1,7 @@
-"""deploy/ray: the job against Kubernetes' schemas as far as these reach, and against what the script, its image and its packages are.
+"""deploy/ray: the job agrees with Kubernetes' schemas, the script, its image and its packages.
 
-KubeRay's own schema is in no package: the pods inside the RayJob are validated as pods, the rest is compared with its documentation.
+No package has KubeRay's schema. So the pods in the RayJob are validated as pods, and the rest is
+compared with KubeRay's documentation.
 """
 
 import re
@@ -10,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from commands import ROOT
-from test_deploy import closure, ignored
+from test_deploy import closure, dockerignore_lines, ignored
 
 import extract_features
 
@@ -31,7 +32,7 @@ def test_a_pod_of_the_cluster_fits_kubernetes_schema(pod, version):
     assert kubernetes_validate.validate(document, version, strict=True) == version
 
 
-def test_the_job_has_no_field_that_kuberay_does_not_know():
+def test_kuberay_knows_every_field_of_the_job():
     assert (JOB["apiVersion"], JOB["kind"]) == ("ray.io/v1", "RayJob")
     assert set(JOB["spec"]) <= {
         "entrypoint",
@@ -41,44 +42,32 @@ def test_the_job_has_no_field_that_kuberay_does_not_know():
         "rayClusterSpec",
     }
     assert set(CLUSTER) == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
-    assert all(
-        isinstance(value, str)
-        for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"])
-        for value in group["rayStartParams"].values()
-    )
+    for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-def test_its_command_is_one_that_the_script_takes():
+def test_the_script_accepts_the_command():
     python, script, *flags = shlex.split(JOB["spec"]["entrypoint"])
     args = extract_features.parse_args(flags)
     assert (python, script, args.ray) == ("python", "extract_features.py", "auto")
     assert args.data_dir.startswith("s3://") and args.output_file.startswith("s3://")
 
 
-def test_the_version_of_ray_is_the_one_that_is_installed():
-    assert (
-        CLUSTER["rayVersion"]
-        == re.search(
-            r"^ray\[.*\]==(\S+)$", (ROOT / "requirements/ray.txt").read_text(), re.MULTILINE
-        )[1]
-    )
+def test_the_version_of_ray_is_the_required_version():
+    requirements = (ROOT / "requirements/ray.txt").read_text()
+    assert CLUSTER["rayVersion"] == re.search(r"^ray\[.*\]==(\S+)$", requirements, re.M)[1]
 
 
-def test_nobody_is_root_and_the_cache_that_the_image_names_is_mounted():
+def test_the_pods_have_the_user_and_the_cache_of_the_image():
     user = re.search(r"^USER (\d+):", DOCKERFILE, re.MULTILINE)[1]
     assert all(pod["spec"]["securityContext"]["runAsUser"] == int(user) for pod in PODS)
     cache = re.search(r"CLIP_CACHE=(\S+)", DOCKERFILE)[1]
-    assert cache in [
-        mount["mountPath"] for mount in PODS[0]["spec"]["containers"][0]["volumeMounts"]
-    ]
+    mounts = PODS[0]["spec"]["containers"][0]["volumeMounts"]
+    assert cache in [mount["mountPath"] for mount in mounts]
 
 
 def test_the_image_copies_every_module_that_the_command_imports():
-    lines = [
-        line
-        for line in (ROOT / ".dockerignore").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
+    lines = dockerignore_lines()
     assert "COPY *.py ./" in DOCKERFILE and "COPY detector detector" in DOCKERFILE
     assert not any(ignored(path, lines) for path in closure("extract_features.py"))
     assert not ignored("requirements/ray.txt", lines)

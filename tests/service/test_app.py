@@ -1,4 +1,4 @@
-"""The service: documented JSON for verdicts and errors, settings that are refused in one line, nothing on disk."""
+"""The service: documented JSON for verdicts and errors, bad settings, nothing on disk."""
 
 import io
 import json
@@ -11,27 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import flask
-import numpy as np
 import pytest
-import requests
 from commands import ROOT, assert_one_line_error
-from live import DEMO, Live, assert_error, post, ready_client, wait_for, wait_until_ready
-from made_up import BASELINE, NOTICE, baseline_for, other_encoder
+from engines import picture, upload
+from live import DEMO, Live, assert_error, ready_client
+from made_up import BASELINE, baseline_for
 from patience import PATIENCE
 from PIL import Image
 
 from detector import verdict
-from detector.base.errors import EncoderError, UsageError
+from detector.base.errors import UsageError
 from detector.images import decoding
-from detector.service import app, settings
-from detector.service import settings as service_settings
+from detector.service import settings
 
 NAMES = ("china.jpg", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
 
 
-@pytest.fixture(scope="module")
-def client():
-    return ready_client()
+def post(client, *images, field="image"):
+    return upload(client, "/classify", *images, field=field)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +41,7 @@ def data(photos):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_verdict_is_that_of_classify_py_in_the_documented_json(
-    client, script, photos, data, name
-):
+def test_the_verdict_is_that_of_classify_py(client, script, photos, data, name):
     response = post(client, data[name])
     assert response.status_code == 200 and response.headers["Content-Type"] == "application/json"
     assert list(response.json) == ["classification", "confidence"]
@@ -56,85 +51,18 @@ def test_the_verdict_is_that_of_classify_py_in_the_documented_json(
     assert response.json == json.loads(printed)
 
 
-def test_a_demonstration_says_so_in_a_header_and_the_json_stays_as_documented(client, data):
-    assert post(client, data["china.jpg"]).headers["X-Model-Notice"] == NOTICE
+# ---- errors of a request (of a form: test_upload.py) ----
 
 
-def test_a_model_without_a_notice_needs_no_permission_and_shows_none(data, tmp_path, client):
-    other_encoder()
-    other = ready_client(MODEL_PATH=baseline_for(tmp_path / "other.joblib"), ALLOW_DEMO_MODEL="0")
-    response = post(other, data["china.jpg"])
-    assert (
-        "X-Model-Notice" not in response.headers
-        and response.json == post(client, data["china.jpg"]).json
-    )
-
-
-def test_health_and_readiness_are_answered(client):
-    assert (client.get("/healthz").json, client.get("/readyz").json) == (
-        {"status": "ok"},
-        {"status": "ready"},
-    )
-
-
-# ---- errors of a request ----
-
-
-@pytest.mark.parametrize(
-    "body, content_type, arrived",
-    [
-        ({}, "multipart/form-data", "the form is empty"),
-        ({"image": "text, no file"}, "multipart/form-data", "13 bytes of text"),
-        (b"", None, "no body"),
-        (b'{"image": "..."}', "application/json", "'application/json'"),
-        (b"\xff\xd8\xff", "image/jpeg", "'image/jpeg'"),
-        (b"no boundary", "multipart/form-data", "without its boundary"),
-        (b"--x\r\n", "multipart/form-data; boundary=x", "do not end"),
-    ],
-    ids=["no field", "text", "no body", "json", "bare image", "no boundary", "torn"],
-)
-def test_a_request_without_a_file_in_the_field_image_is_400(client, body, content_type, arrived):
-    assert_error(
-        client.post("/classify", data=body, content_type=content_type),
-        400,
-        arrived,
-        "'image'",
-        "curl -F image=@FILE",
-    )
-
-
-def test_a_file_in_another_field_is_400(client, data):
-    assert_error(
-        post(client, data["china.jpg"], field="file"),
-        400,
-        "no field 'image', only 'file'",
-        "curl -F image=@FILE",
-    )
-
-
-def test_a_repeated_field_is_400(client, data):
-    assert_error(
-        post(client, data["china.jpg"], data["coffee.png"]),
-        400,
-        "2 fields 'image'",
-        "/classify/batch",
-    )
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"hello", b"%PDF-1.7 ...", b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
-    ids=["empty", "text", "pdf", "svg"],
-)
-def test_what_is_no_image_is_415(client, content):
+@pytest.mark.parametrize("content", [b"", b"hello", b"%PDF-1.7 ..."], ids=["empty", "text", "pdf"])
+def test_a_file_that_is_no_image_is_415(client, content):
     assert_error(post(client, content), 415, "JPEG")
 
 
-@pytest.mark.parametrize(
-    "name, kept", [("china.jpg", 0.5), ("coffee.png", 0.5), ("china.jpg", 0.001)]
-)
-def test_a_truncated_image_is_422(client, data, name, kept):
-    assert_error(post(client, data[name][: int(kept * len(data[name]))]), 422)
+@pytest.mark.parametrize("kept", [0.5, 0.001])
+def test_a_truncated_image_is_422(client, data, kept):
+    image = data["china.jpg"]
+    assert_error(post(client, image[: int(kept * len(image))]), 422)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +74,7 @@ def test_a_truncated_image_is_422(client, data, name, kept):
         ("post", "/healthz", "GET"),
     ],
 )
-def test_another_method_is_405_and_says_which_is_allowed(client, method, path, allowed):
+def test_another_method_is_405_and_names_the_allowed_methods(client, method, path, allowed):
     response = getattr(client, method)(path)
     assert_error(response, 405, allowed)
     assert allowed in response.headers["Allow"]
@@ -168,23 +96,19 @@ def png(width, height):
     return buffer.getvalue()
 
 
-def test_an_image_up_to_the_limit_of_pixels_is_taken_and_above_it_is_413(limited):
+def test_an_image_above_the_limit_of_pixels_is_413(limited):
     assert post(limited, png(100, 100)).status_code == 200
     assert_error(post(limited, png(100, 101)), 413, "100 x 101", "10,000")
 
 
 def test_a_body_above_the_limit_of_bytes_is_413(limited, data):
-    sent = len(
-        requests.Request("POST", "http://x", files=[("image", ("0.bin", data["china.jpg"]))])
-        .prepare()
-        .body
-    )
-    assert_error(
-        post(limited, data["china.jpg"]), 413, f"of {sent:,} bytes", "the 20,000 bytes allowed"
-    )
+    response = post(limited, data["china.jpg"])
+    sent = response.request.content_length
+    assert sent > len(data["china.jpg"])
+    assert_error(response, 413, f"of {sent:,} bytes", "the 20,000 bytes allowed")
 
 
-def test_a_body_of_unstated_length_is_cut_off_at_the_same_limit(limited):
+def test_a_body_of_unknown_length_has_the_same_limit(limited):
     body = (
         b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
         + bytes(50_000)
@@ -199,7 +123,7 @@ def test_a_body_of_unstated_length_is_cut_off_at_the_same_limit(limited):
     assert_error(response, 413, "20,000 bytes")
 
 
-def test_a_bomb_is_refused_from_its_header_before_decoding(client, monkeypatch):
+def test_a_bomb_is_refused_before_decoding(client, monkeypatch):
     def never(*_):
         raise AssertionError("decoded")
 
@@ -207,7 +131,7 @@ def test_a_bomb_is_refused_from_its_header_before_decoding(client, monkeypatch):
     assert_error(post(client, png(20_000, 20_000)), 413, "50,000,000")
 
 
-def test_our_own_bug_is_500_and_tells_the_client_nothing(client, data, monkeypatch):
+def test_a_bug_is_500_without_details(client, data, monkeypatch):
     def broken(*_):
         raise RuntimeError("secret")
 
@@ -224,44 +148,9 @@ def test_an_error_does_not_stop_the_service(client, data):
     assert post(client, data["china.jpg"]).json == before
 
 
-# ---- loading ----
-
-
-def test_while_the_model_loads_it_is_alive_but_not_ready(monkeypatch, data):
-    may_load, load = threading.Event(), verdict.Detector.__init__
-
-    def slow(self, *args, **options):
-        assert may_load.wait(PATIENCE)
-        load(self, *args, **options)
-
-    monkeypatch.setattr(verdict.Detector, "__init__", slow)
-    client = app.create_app(DEMO).test_client()
-    assert client.get("/healthz").status_code == 200
-    for response in (client.get("/readyz"), post(client, data["china.jpg"])):
-        assert_error(response, 503, "still loading")
-    may_load.set()
-    wait_until_ready(lambda: client.get("/readyz").status_code)
-    assert post(client, data["china.jpg"]).status_code == 200
-
-
-def test_where_the_model_cannot_be_loaded_the_log_says_why_and_it_never_is_ready(
-    monkeypatch, data, caplog
-):
-    def broken(self, *_, **__):
-        raise EncoderError("the weights are gone")
-
-    monkeypatch.setattr(verdict.Detector, "__init__", broken)
-    client = app.create_app(DEMO).test_client()
-    wait_for(lambda: "cannot be loaded" in client.get("/readyz").text)
-    for response in (client.get("/readyz"), post(client, data["china.jpg"])):
-        assert_error(response, 503, "cannot be loaded", "log") and "weights" not in response.text
-    (failed,) = (record for record in caplog.records if record.msg == "load_failed")
-    assert "the weights are gone" in failed.fields["message"]
-
-
 # ---- nothing on disk ----
 
-WRITES = []  # paths opened for writing while this is watched
+WRITES = []  # paths that a watched thread opened for writing
 WATCHED = threading.local()
 
 
@@ -276,7 +165,10 @@ def note_writes(event, arguments):
 
 @pytest.fixture(scope="module")
 def watch():
-    """Function: call something -> the paths that Python opened for writing meanwhile. An audit hook stays for good."""
+    """Function: call a function -> the paths that Python opened for writing meanwhile.
+
+    Python cannot remove an audit hook.
+    """
     sys.addaudithook(note_writes)
 
     def run(function, *args):
@@ -291,26 +183,19 @@ def watch():
     return run
 
 
-def megabytes():
-    """A PNG of noise, 2.7 MB: beyond the size from which uploads usually go to a temporary file."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1000, 900, 3), dtype=np.uint8)).save(
-        buffer, "PNG"
-    )
-    return buffer.getvalue()
+# 2.7 MB of noise. Flask writes uploads of this size to a temporary file.
+LARGE = picture(0, 900, 1000)
 
 
 def test_an_upload_never_touches_the_disk(client, watch):
-    upload = megabytes()
-    assert len(upload) > 1_000_000
-    assert watch(lambda: post(client, upload)) == []
-    assert post(client, upload).status_code == 200
+    assert watch(lambda: post(client, LARGE)) == []
+    assert post(client, LARGE).status_code == 200
 
 
-def test_the_watch_above_does_see_what_flask_does_by_itself(watch):
+def test_the_watch_sees_the_temporary_file_of_flask(watch):
     app = flask.Flask("plain")
     app.post("/classify")(lambda: str(len(flask.request.files)))
-    assert watch(lambda: post(app.test_client(), megabytes())) != []
+    assert watch(lambda: post(app.test_client(), LARGE)) != []
 
 
 # ---- settings ----
@@ -330,12 +215,12 @@ def test_a_bad_number_is_refused_by_name_and_value(name, value):
         settings.read_settings({name: value})
 
 
-def test_the_environment_counts_and_an_empty_setting_is_none(monkeypatch):
+def test_settings_come_from_the_environment_and_an_empty_one_is_the_default(monkeypatch):
     monkeypatch.setenv("PORT", "1234")
     monkeypatch.setenv("HOST", "")
-    settings = service_settings.read_settings()
-    assert (settings["PORT"], settings["HOST"]) == (1234, "127.0.0.1")
-    assert service_settings.read_settings({"PORT": 99})["PORT"] == 99
+    values = settings.read_settings()
+    assert (values["PORT"], values["HOST"]) == (1234, "127.0.0.1")
+    assert settings.read_settings({"PORT": 99})["PORT"] == 99
 
 
 def test_help_lists_every_setting_with_its_default(script):
@@ -349,7 +234,7 @@ def test_help_lists_every_setting_with_its_default(script):
 
 @pytest.fixture(params=["python app.py", "gunicorn"])
 def start(request, script):
-    """Function: start the service in both ways, in the project's folder -> CompletedProcess; for starts that must fail."""
+    """Function: settings -> CompletedProcess of a start that must fail, in each of the two ways."""
 
     def run(**env):
         if request.param == "python app.py":
@@ -390,11 +275,11 @@ def start(request, script):
         "port too high",
     ],
 )
-def test_it_does_not_start_on_a_bad_setting(start, settings, words):
+def test_a_bad_setting_ends_the_start(start, settings, words):
     assert_one_line_error(start(**settings), *words)
 
 
-def test_it_does_not_start_without_the_models_encoder(start, tmp_path):
+def test_a_missing_encoder_ends_the_start(start, tmp_path):
     path = str(baseline_for(tmp_path / "m.joblib", name="mine"))
     assert_one_line_error(start(MODEL_PATH=path), "'mine'", "prepare_clip.py")
 
@@ -409,7 +294,7 @@ def live(tmp_path_factory):
     server.stop()
 
 
-def test_live_answers_are_those_of_the_test_client(live, client, data):
+def test_the_live_service_gives_the_verdicts_of_the_test_client(live, client, data):
     for name in NAMES:
         response = live.post(data[name])
         assert (response.status_code, response.json()) == (200, post(client, data[name]).json)
@@ -421,27 +306,26 @@ def test_live_answers_are_those_of_the_test_client(live, client, data):
     [(415, b"hello"), (422, b"\xff\xd8\xff\xe0"), (413, bytes(11_000_000))],
     ids=["text", "truncated", "too many bytes"],
 )
-def test_live_errors_have_the_one_shape(live, status, image):
+def test_errors_of_the_live_service_have_the_documented_shape(live, status, image):
     assert_error(live.post(image), status)
 
 
-def test_live_unknown_paths_and_methods_have_it_too(live):
-    assert_error(live.session.get(f"{live.url}/nowhere", timeout=PATIENCE), 404)
-    assert_error(live.session.get(f"{live.url}/classify", timeout=PATIENCE), 405)
+def test_unknown_paths_and_methods_of_the_live_service_have_it_too(live):
+    assert_error(live.get("/nowhere"), 404)
+    assert_error(live.get("/classify"), 405)
 
 
-def test_requests_at_the_same_time_get_the_answers_that_they_get_alone(live, data):
+def test_concurrent_requests_get_the_same_verdicts_as_single_requests(live, data):
     names = NAMES * 4
     alone = {name: live.post(data[name]).json() for name in NAMES}
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda name: live.post(data[name]).json(), names))
     assert together == [alone[name] for name in names]
-    assert (
-        len({answer["confidence"] for answer in alone.values()}) > 1
-    )  # so that a mix-up would show
+    # Verdicts must differ, or a mix-up would pass.
+    assert len({verdict["confidence"] for verdict in alone.values()}) > 1
 
 
-def test_a_client_that_goes_away_does_no_harm(live, data):
+def test_a_client_that_disconnects_does_no_harm(live, data):
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as gone:
         gone.sendall(
@@ -451,9 +335,7 @@ def test_a_client_that_goes_away_does_no_harm(live, data):
     assert live.post(data["china.jpg"]).status_code == 200
 
 
-def test_sigterm_ends_it_with_exit_code_0_and_a_relative_model_path_is_that_of_the_users_folder(
-    tmp_path,
-):
+def test_sigterm_gives_exit_code_0_and_a_relative_model_path_works(tmp_path):
     (tmp_path / "mine.joblib").write_bytes(BASELINE.read_bytes())
     server = Live(tmp_path, MODEL_PATH="mine.joblib")
     assert server.stop() == 0

@@ -1,28 +1,27 @@
-"""Requests made to confuse the live service, byte by byte: each is answered once and plainly, none is taken for two.
+"""Malicious requests, byte by byte. Each gets a single response, and none counts as two.
 
-(Slow bodies, silent connections and headers that never end: test_service_faults.py.)
+Slow bodies, silent connections and headers that never end: test_slow_clients.py.
 """
 
 import json
 import re
 import socket
+from contextlib import suppress
 
 import pytest
 from engines import picture
-from live import Live
+from live import Live, metric
 from patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
-FORM = (  # no picture: 415
+FORM = (  # without an image, so 415
     b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nhello\r\n--x--\r\n'
 )
 LENGTH = b"Content-Length: %d\r\n" % len(FORM)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 CLOSE = b"Connection: close\r\n"
-NEXT = (  # would be answered with 404 if it were taken for a request
-    b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
-)
+NEXT = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"  # 404 if it were taken for a request
 
 
 def chunks(body, size=7):
@@ -37,18 +36,7 @@ def request(
     host=b"Host: x\r\n",
     kind=b"multipart/form-data; boundary=x",
 ):
-    return (
-        line
-        + b"\r\n"
-        + host
-        + CLOSE
-        + b"Content-Type: "
-        + kind
-        + b"\r\n"
-        + headers
-        + b"\r\n"
-        + body
-    )
+    return line + b"\r\n" + host + CLOSE + b"Content-Type: %s\r\n" % kind + headers + b"\r\n" + body
 
 
 def get(line, headers=b""):
@@ -67,7 +55,7 @@ LENGTHS = {
     "five thousand digits": b"9" * 5000,
     "a space": b"8 8",
 }
-SMUGGLED = {  # a proxy might see one request in each of these, and the server behind it two
+SMUGGLED = {  # a proxy might see a single request, and the server behind it two
     "two lengths that differ": (400, request(LENGTH + b"Content-Length: 3\r\n")),
     "two lengths that are the same": (400, request(LENGTH + LENGTH)),
     "a length and chunks": (400, request(LENGTH + CHUNKED, chunks(FORM))),
@@ -189,52 +177,46 @@ ALL = {
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
-    server = Live(
-        tmp_path_factory.mktemp("http"), BODY_TIMEOUT_S="4"
-    )  # ten times what the largest body here takes
+    # Ten times the seconds of the largest body here.
+    server = Live(tmp_path_factory.mktemp("http"), BODY_TIMEOUT_S="4")
     yield server
     server.stop()
 
 
 def ask(live, data, quiet=PATIENCE):
-    """Send these bytes -> everything that comes back until the connection is closed, or nothing more comes for some seconds."""
+    """Send bytes -> all bytes that come back, until the end or `quiet` seconds of silence."""
     host, port = live.url.removeprefix("http://").split(":")
-    answer = b""
+    response = b""
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
-        try:
+        with suppress(OSError):  # refused before all was sent; the response can still be read
             connection.sendall(data)
-        except (
-            OSError
-        ):  # refused before it was all sent; the answer, if any, is still there to be read
-            pass
         try:
             while part := connection.recv(65536):
-                answer += part
+                response += part
                 connection.settimeout(quiet)
         except TimeoutError:
-            assert answer, "neither an answer nor an end"
+            assert response, "neither a response nor an end"
         except OSError:
             pass
-    return answer
+    return response
 
 
 def log(live, start=0):
-    """The lines of its log from this byte on, each of them JSON."""
+    """The log lines from this byte on, each of them JSON."""
     return [json.loads(line) for line in live.log.read_bytes()[start:].splitlines()]
 
 
-def statuses(answer):
-    return [int(code) for code in re.findall(rb"^HTTP/1\.1 (\d+) ", answer, re.MULTILINE)]
+def statuses(response):
+    return [int(code) for code in re.findall(rb"^HTTP/1\.1 (\d+) ", response, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("what", ALL)
-def test_a_strange_request_is_answered_once_with_the_fitting_status(live, what):
-    status, data = ALL[what]
-    answer = ask(live, data)
-    assert statuses(answer) == [status], answer[:500]
-    assert status < 400 or list(json.loads(answer.split(b"\r\n\r\n")[1])) == ["error"]
-    assert b"Traceback" not in answer and b"root:" not in answer
-    assert live.session.get(f"{live.url}/healthz", timeout=PATIENCE).status_code == 200
+@pytest.mark.parametrize("status, data", ALL.values(), ids=ALL)
+def test_a_malicious_request_gets_a_single_response_with_the_fitting_status(live, status, data):
+    response = ask(live, data)
+    assert statuses(response) == [status], response[:500]
+    assert status < 400 or list(json.loads(response.split(b"\r\n\r\n")[1])) == ["error"]
+    assert b"Traceback" not in response and b"root:" not in response
+    assert live.get("/healthz").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -249,12 +231,10 @@ def test_a_strange_request_is_answered_once_with_the_fitting_status(live, what):
         request(CHUNKED, b"TOKEN\r\n"),
     ],
 )
-def test_what_cannot_be_parsed_is_named_and_its_bytes_come_neither_into_the_answer_nor_into_the_log(
-    live, data
-):
+def test_malformed_bytes_are_neither_in_the_response_nor_in_the_log(live, data):
     before = live.log.stat().st_size
-    answer = ask(live, data)
-    assert statuses(answer) == [400] and b"malformed" in answer and b"TOKEN" not in answer
+    response = ask(live, data)
+    assert statuses(response) == [400] and b"malformed" in response and b"TOKEN" not in response
     assert [line["event"] for line in log(live, before)] in (["malformed"], ["request"])
     assert b"TOKEN" not in live.log.read_bytes()[before:]
 
@@ -268,33 +248,30 @@ def test_what_cannot_be_parsed_is_named_and_its_bytes_come_neither_into_the_answ
         (b"POST /feedback HTTP/1.1", 403),
     ],
 )
-def test_a_body_that_nobody_reads_is_not_taken_for_the_next_request(live, line, status):
+def test_an_unread_body_is_not_taken_for_the_next_request(live, line, status):
     head = line + b"\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(NEXT)
     assert statuses(ask(live, head + NEXT + get(b"GET /readyz HTTP/1.1"))) == [status, 200]
 
 
-def test_a_body_that_is_too_long_to_be_read_is_not_taken_for_the_next_request(live):
+def test_a_body_that_is_too_large_is_not_taken_for_the_next_request(live):
     body, before = NEXT * (11_000_000 // len(NEXT)), live.log.stat().st_size
-    assert statuses(
-        ask(live, request(b"Content-Length: %d\r\n" % len(body), body).replace(CLOSE, b""), quiet=1)
-    ) == [413]
+    data = request(b"Content-Length: %d\r\n" % len(body), body).replace(CLOSE, b"")
+    assert statuses(ask(live, data, quiet=1)) == [413]
     assert [line["status"] for line in log(live, before)] == [413]
 
 
-def test_who_asks_before_sending_is_told_to_go_on(live):
+def test_expect_100_continue_is_granted(live):
     data = request(LENGTH + b"Expect: 100-continue\r\n")
     assert statuses(ask(live, data)) == [100, 415]
 
 
 def test_tls_on_the_plain_port_is_cut_off(live):
-    assert statuses(ask(live, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200))) in (
-        [],
-        [400],
-    )
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)
+    assert statuses(ask(live, hello)) in ([], [400])
 
 
-def test_a_body_shorter_than_announced_is_a_408_and_not_a_picture(live):
-    """All of the form is there, and nothing says that it is all."""
+def test_a_body_shorter_than_its_stated_length_is_408(live):
+    """Although the form is complete."""
     with_picture = FORM.replace(b"hello", picture())
     data = request(b"Content-Length: %d\r\n" % (len(with_picture) + 50), with_picture)
     assert statuses(ask(live, data)) == [408]
@@ -324,28 +301,23 @@ NAMES = [
         b'name="%s"; filename="a"',
     ],
 )
-def test_no_name_comes_into_the_log_or_breaks_its_lines(live, name, field):
+def test_no_name_is_in_the_log_or_breaks_its_lines(live, name, field):
     before = live.log.stat().st_size
     body = FORM.replace(b'name="image"; filename="a"', field % name)
-    assert set(statuses(ask(live, request(b"Content-Length: %d\r\n" % len(body), body)))) <= {
-        400,
-        413,
-        415,
-    }
+    response = ask(live, request(b"Content-Length: %d\r\n" % len(body), body))
+    assert set(statuses(response)) <= {400, 413, 415}
     assert {line["event"] for line in log(live, before)} <= {"request", "image_error"}
     for word in (b"evil.example", b"passwd", b"DROP", b"boot.ini", b"aaaaa", b"\x1b"):
         assert word not in live.log.read_bytes()[before:]
 
 
-def test_after_all_this_it_is_as_it_was(live, photos):
-    """Its log is one JSON object a line, none of them about a mistake of ours, and its memory has not grown."""
+def test_after_all_this_the_log_has_no_bug_and_memory_has_not_grown(live, photos):
     first = [live.post(photos["china.jpg"].read_bytes()).json() for _ in range(20)][0]
     before = resident(live)
     for _, data in ALL.values():
         ask(live, data)
-    assert (
-        live.post(photos["china.jpg"].read_bytes()).json() == first and resident(live) - before < 40
-    )
+    assert live.post(photos["china.jpg"].read_bytes()).json() == first
+    assert resident(live) - before < 40e6
     assert not [
         line
         for line in log(live)
@@ -354,8 +326,4 @@ def test_after_all_this_it_is_as_it_was(live, photos):
 
 
 def resident(live):
-    text = live.session.get(f"{live.url}/metrics", timeout=PATIENCE).text
-    return (
-        float(re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE).group(1))
-        / 1e6
-    )
+    return metric(live, "process_resident_memory_bytes")

@@ -1,10 +1,10 @@
-"""API keys: who may ask, what stays open, what the log says of them; and feedback, which needs one."""
+"""API keys: routes that need a token, routes that stay open, log lines; and feedback."""
 
 import hashlib
 import json
 
 import pytest
-from engines import client_on, counted, keys_file, lines, picture, upload
+from engines import BEARER, OTHER, TOKEN, counted, engine_of, lines, picture, upload
 from live import assert_error
 
 from detector.base.errors import UsageError
@@ -12,7 +12,6 @@ from detector.service.settings import read_keys
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-TOKEN, OTHER = "correct-horse-battery", "staple-staple-staple"
 OPEN = ["/", "/healthz", "/readyz", "/metrics", "/openapi.json"]
 CLOSED = [
     ("post", "/classify"),
@@ -20,31 +19,17 @@ CLOSED = [
     ("post", "/feedback"),
     ("get", "/model"),
 ]
-BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory, compiled_once):
-    return client_on(
-        API_KEYS_FILE=keys_file(tmp_path_factory.mktemp("keys") / "keys", ann=TOKEN, ben=OTHER)
-    )
+def digest(token):
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def without(compiled_once):
-    return client_on()
+def count(keyed, name, **labels):
+    return counted(engine_of(keyed).telemetry, name, **labels)
 
 
-@pytest.fixture(autouse=True)
-def everything_is_logged(caplog):
-    caplog.set_level("INFO")
-
-
-def count(client, name, **labels):
-    return counted(client.application.extensions["telemetry"], name, **labels)
-
-
-# ---- who may ask ----
+# ---- tokens ----
 
 REFUSED = {
     "none": None,
@@ -54,7 +39,7 @@ REFUSED = {
     "a wrong token": "Bearer nonsense",
     "another scheme": f"Basic {TOKEN}",
     "no scheme": TOKEN,
-    "the hash": f"Bearer {hashlib.sha256(TOKEN.encode()).hexdigest()}",
+    "the hash": f"Bearer {digest(TOKEN)}",
     "too short": f"Bearer {TOKEN[:-1]}",
     "too long": f"Bearer {TOKEN}x",
     "in capitals": f"Bearer {TOKEN.upper()}",
@@ -65,15 +50,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("authorization", REFUSED.values(), ids=REFUSED)
-def test_without_the_right_token_it_is_401_and_says_what_to_send(client, authorization, caplog):
-    before = count(client, "rejections_total", reason="unauthorized")
+def test_without_a_known_token_the_response_is_401(keyed, authorization, caplog):
+    before = count(keyed, "rejections_total", reason="unauthorized")
     for method, path in CLOSED:
-        response = getattr(client, method)(
-            path, headers={} if authorization is None else {"Authorization": authorization}
-        )
+        headers = {} if authorization is None else {"Authorization": authorization}
+        response = keyed.open(path, method=method.upper(), headers=headers)
         assert_error(response, 401, "Authorization: Bearer TOKEN")
         assert response.headers["WWW-Authenticate"] == "Bearer" and response.headers["X-Request-ID"]
-    assert count(client, "rejections_total", reason="unauthorized") == before + len(CLOSED)
+    assert count(keyed, "rejections_total", reason="unauthorized") == before + len(CLOSED)
     assert [(line["event"], line["status"], line["key"]) for line in lines(caplog)] == [
         ("request", 401, None)
     ] * len(CLOSED)
@@ -81,77 +65,55 @@ def test_without_the_right_token_it_is_401_and_says_what_to_send(client, authori
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])
 @pytest.mark.parametrize("name, token", [("ann", TOKEN), ("ben", OTHER)])
-def test_with_the_right_token_it_answers_and_the_log_knows_whose_it_was(
-    client, caplog, scheme, name, token
-):
+def test_with_a_known_token_the_log_names_its_key(keyed, caplog, scheme, name, token):
     headers = {"Authorization": f"{scheme} {token}"}
-    assert upload(client, "/classify", picture(), headers=headers).status_code == 200
-    assert [(line["event"], line["key"]) for line in lines(caplog)] == [
-        ("verdict", name),
-        ("request", name),
-    ]
+    assert upload(keyed, "/classify", picture(), headers=headers).status_code == 200
+    events = [(line["event"], line["key"]) for line in lines(caplog)]
+    assert events == [("verdict", name), ("request", name)]
     caplog.clear()
-    assert upload(client, "/classify/batch", b"hello", headers=headers).status_code == 200
-    assert [(line["event"], line["key"]) for line in lines(caplog)] == [
-        ("image_error", name),
-        ("request", name),
-    ]
-    assert client.get("/model", headers=headers).json["version"] == "v0.0.0-dev"
+    assert upload(keyed, "/classify/batch", b"hello", headers=headers).status_code == 200
+    events = [(line["event"], line["key"]) for line in lines(caplog)]
+    assert events == [("image_error", name), ("request", name)]
+    assert keyed.get("/model", headers=headers).json["version"] == "v0.0.0-dev"
 
 
 @pytest.mark.parametrize("path", OPEN)
-def test_some_routes_stay_open(client, without, path):
-    assert client.get(path).status_code == without.get(path).status_code != 401
+def test_the_page_the_probes_and_the_document_stay_open(keyed, client, path):
+    assert keyed.get(path).status_code == client.get(path).status_code != 401
 
 
 @pytest.mark.parametrize(
     "path", ["/nowhere", "/classify/", "/healthz/", "/Model", "/metrics/x", "/static/index.html"]
 )
-def test_everything_else_is_closed_even_where_there_is_nothing(client, path):
-    assert_error(client.get(path), 401)
+def test_unknown_paths_need_a_token_too(keyed, path):
+    assert_error(keyed.get(path), 401)
 
 
-def test_without_keys_everything_is_open(without):
-    assert (
-        without.get("/model").status_code
-        == upload(without, "/classify", picture()).status_code
-        == 200
-    )
+def test_an_upload_without_a_token_is_neither_read_nor_queued(keyed):
+    def counts():
+        return [count(keyed, "stage_seconds_count", stage=stage) for stage in ("wait", "read")]
+
+    before = counts()
+    assert upload(keyed, "/classify", picture()).status_code == 401
+    assert counts() == before
 
 
-def test_what_is_refused_is_not_worked_on(client, caplog):
-    before = (
-        count(client, "stage_seconds_count", stage="wait"),
-        count(client, "stage_seconds_count", stage="read"),
-    )
-    assert upload(client, "/classify", picture()).status_code == 401
-    assert before == (
-        count(client, "stage_seconds_count", stage="wait"),
-        count(client, "stage_seconds_count", stage="read"),
-    )
-
-
-def test_neither_tokens_nor_their_hashes_come_into_the_log_or_an_answer(client, caplog):
-    digest = hashlib.sha256(TOKEN.encode()).hexdigest()
+def test_no_token_and_no_hash_is_in_the_log_or_a_response(keyed, caplog):
     texts = [
-        upload(client, "/classify", picture(), headers=BEARER).text,
-        client.get("/model", headers=BEARER).text,
-        client.get("/model", headers={"Authorization": f"Basic {TOKEN}"}).text,
-        client.get("/metrics").text,
-        client.get("/model", headers={"Authorization": f"Bearer {TOKEN} "}).text,
+        upload(keyed, "/classify", picture(), headers=BEARER).text,
+        keyed.get("/model", headers=BEARER).text,
+        keyed.get("/model", headers={"Authorization": f"Basic {TOKEN}"}).text,
+        keyed.get("/metrics").text,
+        keyed.get("/model", headers={"Authorization": f"Bearer {TOKEN} "}).text,
     ]
-    said = json.dumps(lines(caplog)) + "".join(texts)
-    assert TOKEN not in said and digest not in said and len(lines(caplog)) == 5
+    written = json.dumps(lines(caplog)) + "".join(texts)
+    assert TOKEN not in written and digest(TOKEN) not in written and len(lines(caplog)) == 5
 
 
 # ---- the file ----
 
 
-def digest(token):
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def test_keys_are_names_and_hashes_with_comments_between(tmp_path):
+def test_a_file_of_names_hashes_and_comments_is_read(tmp_path):
     (tmp_path / "keys").write_text(
         f"# ours\n\nann {digest('1')}  # until May\n  ben\t{digest('2').upper()}\r\n"
     )
@@ -174,26 +136,22 @@ def test_keys_are_names_and_hashes_with_comments_between(tmp_path):
     ],
     ids=["no hash", "no name", "short", "long", "no hex", "three words", "a name twice"],
 )
-def test_a_line_that_is_no_key_is_refused_by_its_number(tmp_path, line):
+def test_a_line_that_is_no_key_is_refused_with_its_number(tmp_path, line):
     (tmp_path / "keys").write_text(f"# ours\nben {digest('2')}\n{line}\n")
-    with pytest.raises(
-        UsageError,
-        match=(
-            "API_KEYS_FILE=.*keys: line 3 (is not 'name sha256-of-token'|repeats the name)"
-        ),
-    ) as error:
+    fault = "(is not 'name sha256-of-token'|repeats the name)"
+    with pytest.raises(UsageError, match=f"API_KEYS_FILE=.*keys: line 3 {fault}") as error:
         read_keys(tmp_path / "keys")
     assert digest("1") not in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["", "# none\n\n"])
-def test_a_file_without_a_key_is_refused_rather_than_opening_everything(tmp_path, content):
+def test_a_file_without_a_key_is_refused(tmp_path, content):
     (tmp_path / "keys").write_text(content)
     with pytest.raises(UsageError, match="holds no key"):
         read_keys(tmp_path / "keys")
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot read .*nowhere"):
         read_keys(tmp_path / "nowhere")
 
@@ -203,7 +161,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 GOOD = {"request_id": "abc", "label": "fake"}
 
 
-def test_feedback_is_noted_in_one_line_and_counted(client, caplog):
+def test_feedback_is_logged_and_counted(keyed, caplog):
     for label, request_id in (
         ("real", "a"),
         ("fake", "x" * 64),
@@ -211,8 +169,8 @@ def test_feedback_is_noted_in_one_line_and_counted(client, caplog):
         ("real", "x" * 64 + ".15"),
     ):
         caplog.clear()
-        before = count(client, "feedback_total", label=label)
-        response = client.post(
+        before = count(keyed, "feedback_total", label=label)
+        response = keyed.post(
             "/feedback", json={"request_id": request_id, "label": label}, headers=BEARER
         )
         assert (response.status_code, response.json) == (200, {"status": "noted"})
@@ -220,74 +178,48 @@ def test_feedback_is_noted_in_one_line_and_counted(client, caplog):
         assert set(line) == {"time", "level", "event", "request_id", "label", "key"}
         assert (line["request_id"], line["label"], line["key"]) == (request_id, label, "ann")
         assert [line["event"] for line in lines(caplog)] == ["feedback", "request"]
-        assert count(client, "feedback_total", label=label) == before + 1
+        assert count(keyed, "feedback_total", label=label) == before + 1
 
 
-def test_the_ids_of_a_batch_can_be_used_for_feedback(client, caplog):
-    answer = upload(
-        client,
-        "/classify/batch",
-        picture(1),
-        picture(2),
-        headers={**BEARER, "X-Request-ID": "x" * 64},
-    )
-    ids = [line["request_id"] for line in lines(caplog, "verdict")]
-    assert ids == [f"{answer.headers['X-Request-ID']}.{number}" for number in (0, 1)]
-    for request_id in ids:
-        assert (
-            client.post(
-                "/feedback", json={"request_id": request_id, "label": "real"}, headers=BEARER
-            ).status_code
-            == 200
-        )
-
-
-def test_feedback_without_keys_set_is_403_and_says_how_to_allow_it(without, caplog):
-    assert_error(without.post("/feedback", json=GOOD), 403, "API_KEYS_FILE")
-    assert_error(without.post("/feedback", json=GOOD, headers=BEARER), 403, "API_KEYS_FILE")
+def test_feedback_without_keys_is_403_and_names_the_setting(client, caplog):
+    assert_error(client.post("/feedback", json=GOOD), 403, "API_KEYS_FILE")
+    assert_error(client.post("/feedback", json=GOOD, headers=BEARER), 403, "API_KEYS_FILE")
     assert lines(caplog, "feedback") == []
 
 
+JSON = "application/json"
+SHAPE, LABEL, ID = "other keys", "neither 'real' nor 'fake'", "the request_id is not of 1 to 72"
 BAD = {
-    "empty": "",
-    "no json": "label=fake",
-    "a list": "[]",
-    "a text": '"fake"',
-    "null": "null",
-    "no label": '{"request_id": "a"}',
-    "no id": '{"label": "fake"}',
-    "another label": '{"request_id": "a", "label": "Fake"}',
-    "a label that is a number": '{"request_id": "a", "label": 1}',
-    "a label that is a list": '{"request_id": "a", "label": ["fake"]}',
-    "more than is asked for": '{"request_id": "a", "label": "fake", "x": 1}',
-    "an id that is a number": '{"request_id": 1, "label": "fake"}',
-    "an empty id": '{"request_id": "", "label": "fake"}',
-    "an id too long": json.dumps({"request_id": "x" * 73, "label": "fake"}),
-    "an id with a line end": '{"request_id": "a\\n", "label": "fake"}',
-    "an id with markup": '{"request_id": "<b>", "label": "fake"}',
-    "not UTF-8": b'{"request_id": "\xff", "label": "fake"}',
-    "a depth without end": "[" * 1900,
+    "empty": ("", JSON, "no JSON object"),
+    "no json": ("label=fake", JSON, "no JSON object"),
+    "a list": ("[]", JSON, "no JSON object"),
+    "a text": ('"fake"', JSON, "no JSON object"),
+    "null": ("null", JSON, "no JSON object"),
+    "not UTF-8": (b'{"request_id": "\xff", "label": "fake"}', JSON, "no JSON object"),
+    "a depth without end": ("[" * 1900, JSON, "no JSON object"),
+    "no type": (json.dumps(GOOD), None, "without a Content-Type"),
+    "urlencoded": ("label=fake", "application/x-www-form-urlencoded", "urlencoded'"),
+    "no label": ('{"request_id": "a"}', JSON, SHAPE),
+    "no id": ('{"label": "fake"}', JSON, SHAPE),
+    "another key": ('{"request_id": "a", "label": "fake", "x": 1}', JSON, SHAPE),
+    "another label": ('{"request_id": "a", "label": "Fake"}', JSON, LABEL),
+    "a label that is a number": ('{"request_id": "a", "label": 1}', JSON, LABEL),
+    "a label that is a list": ('{"request_id": "a", "label": ["fake"]}', JSON, LABEL),
+    "an id that is a number": ('{"request_id": 1, "label": "fake"}', JSON, ID),
+    "an empty id": ('{"request_id": "", "label": "fake"}', JSON, ID),
+    "an id too long": (json.dumps({"request_id": "x" * 73, "label": "fake"}), JSON, ID),
+    "an id with a line end": ('{"request_id": "a\\n", "label": "fake"}', JSON, ID),
+    "an id with markup": ('{"request_id": "<b>", "label": "fake"}', JSON, ID),
 }
 
 
-@pytest.mark.parametrize("body", BAD.values(), ids=BAD)
-def test_feedback_that_is_not_as_asked_for_is_400_and_leaves_no_line(client, caplog, body):
-    response = client.post("/feedback", data=body, content_type="application/json", headers=BEARER)
-    assert_error(response, 400, "request_id", "real", "fake")
+@pytest.mark.parametrize("body, kind, fault", BAD.values(), ids=BAD)
+def test_bad_feedback_is_400_and_leaves_no_line(keyed, caplog, body, kind, fault):
+    response = keyed.post("/feedback", data=body, content_type=kind, headers=BEARER)
+    assert_error(response, 400, fault, "send Content-Type: application/json", '"request_id"')
     assert lines(caplog, "feedback") == []
 
 
-def test_feedback_that_is_large_is_413_before_it_is_parsed(client):
-    assert_error(
-        client.post(
-            "/feedback", data="[" * 100_000, content_type="application/json", headers=BEARER
-        ),
-        413,
-        "2,000 bytes",
-    )
-
-
-def test_feedback_that_does_not_say_it_is_json_is_400(client):
-    assert_error(
-        client.post("/feedback", data=json.dumps(GOOD), headers=BEARER), 400, "application/json"
-    )
+def test_large_feedback_is_413_before_it_is_parsed(keyed):
+    response = keyed.post("/feedback", data="[" * 100_000, content_type=JSON, headers=BEARER)
+    assert_error(response, 413, "2,000 bytes")

@@ -1,9 +1,9 @@
-"""The OpenAPI document: valid, complete, and true of the running app: its routes, its statuses, its answers, its limits."""
+"""The OpenAPI document: valid, complete, and in line with the app's responses and limits."""
 
 import io
 
 import pytest
-from engines import client_on, keys_file, picture, upload
+from engines import BEARER, client_on, engine_of, picture, upload
 from openapi_document import (
     DOCUMENT,
     OPERATIONS,
@@ -22,7 +22,6 @@ from detector.service.upload import FIELD_BYTES
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-TOKEN = {"Authorization": "Bearer correct-horse"}
 VERDICTS = ("/classify", "/classify/batch")
 EXAMPLES = list(examples(DOCUMENT))
 FORM = "multipart/form-data; boundary=x"
@@ -34,48 +33,44 @@ def client(compiled_once):
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory, compiled_once):
-    keys = keys_file(tmp_path_factory.mktemp("keys") / "keys", ann="correct-horse")
-    return client_on(API_KEYS_FILE=keys, MAX_UPLOAD_BYTES="20000")
+def keyed(api_keys, compiled_once):
+    return client_on(API_KEYS_FILE=api_keys, MAX_UPLOAD_BYTES="20000")
 
 
 # ---- the document ----
 
 
 def test_it_is_valid_openapi_3_1():
-    assert list(OpenAPIV31SpecValidator(DOCUMENT).iter_errors()) == [] and DOCUMENT[
-        "openapi"
-    ].startswith("3.1.")
+    assert list(OpenAPIV31SpecValidator(DOCUMENT).iter_errors()) == []
+    assert DOCUMENT["openapi"].startswith("3.1.")
 
 
-def test_it_is_what_the_service_serves(client):
+def test_the_service_serves_it(client):
     assert client.get("/openapi.json").json == DOCUMENT
 
 
-def test_every_route_is_in_it_and_everything_in_it_is_a_route(client):
-    """HEAD and OPTIONS come with every route by themselves, and its introduction says so."""
+def test_its_operations_are_the_routes(client):
+    """HEAD and OPTIONS exist for every route, as its introduction says."""
     routes = {
         (method.lower(), rule.rule)
         for rule in client.application.url_map.iter_rules()
         for method in rule.methods - {"HEAD", "OPTIONS"}
     }
     assert routes == set(OPERATIONS)
-    assert (
-        "`HEAD`" in DOCUMENT["info"]["description"]
-        and "`OPTIONS`" in DOCUMENT["info"]["description"]
-    )
+    for method in ("`HEAD`", "`OPTIONS`"):
+        assert method in DOCUMENT["info"]["description"]
 
 
-def test_a_token_is_asked_for_where_it_says_so():
-    without = {path for (_, path), operation in OPERATIONS.items() if operation["security"] == []}
-    assert without == set(app.OPEN)
-    assert {
-        path for (_, path), operation in OPERATIONS.items() if {} not in operation["security"]
-    } - without == {"/feedback"}
+def test_it_documents_which_routes_need_a_token():
+    security = {path: operation["security"] for (_, path), operation in OPERATIONS.items()}
+    assert {path for path, schemes in security.items() if schemes == []} == set(app.OPEN)
+    assert {path for path, schemes in security.items() if schemes == [{"token": []}]} == {
+        "/feedback"
+    }
 
 
 @pytest.mark.parametrize("where, schema, value", EXAMPLES, ids=[where for where, _, _ in EXAMPLES])
-def test_every_example_is_as_its_schema_says(where, schema, value):
+def test_every_example_fits_its_schema(where, schema, value):
     assert faults(schema, value) == []
 
 
@@ -86,16 +81,12 @@ def test_every_json_body_and_every_error_has_an_example():
         for response in operation["responses"].values()
     ]
     for body in bodies:
-        for kind, content in body["content"].items():
-            assert (
-                kind != "application/json"
-                or "example" in content
-                or "examples" in content
-                or "OpenAPI" in body["description"]
-            ), body["description"]
+        content = body["content"].get("application/json")
+        if content and "OpenAPI" not in body["description"]:
+            assert {"example", "examples"} & set(content), body["description"]
 
 
-def test_the_limits_are_told_in_words_with_the_settings_defaults():
+def test_the_introduction_lists_the_limits_with_settings_and_defaults():
     words = DOCUMENT["info"]["description"]
     for name in (
         "MAX_UPLOAD_BYTES",
@@ -112,12 +103,10 @@ def test_the_limits_are_told_in_words_with_the_settings_defaults():
         assert name.lower() in words.lower()
 
 
-def test_it_says_what_a_confidence_is_and_that_it_may_be_below_one_half():
+def test_it_explains_confidence():
     words = DOCUMENT["components"]["schemas"]["Confidence"]["description"]
-    assert (
-        "Calibrated probability of the returned class, at equal shares of both classes" in words
-        and "below 0.5" in words
-    )
+    assert "Calibrated probability of the returned class, at equal shares of both" in words
+    assert "below 0.5" in words
 
 
 # ---- the two shapes of a verdict ----
@@ -129,7 +118,7 @@ def verdict_schema():
     return documented("post", "/classify", 200)["content"]["application/json"]["schema"]
 
 
-def test_the_plain_verdict_is_exactly_two_keys():
+def test_a_plain_verdict_has_exactly_two_keys():
     assert faults(verdict_schema(), PLAIN) == []
     for wrong in (
         {**PLAIN, "note": 1},
@@ -146,19 +135,17 @@ def test_the_plain_verdict_is_exactly_two_keys():
         assert faults(verdict_schema(), wrong), wrong
 
 
-def test_the_detailed_verdict_is_all_of_its_keys():
-    whole = documented("post", "/classify", 200)["content"]["application/json"]["examples"][
-        "details"
-    ]["value"]
+def test_a_detailed_verdict_has_all_of_its_keys():
+    content = documented("post", "/classify", 200)["content"]["application/json"]
+    whole = content["examples"]["details"]["value"]
     assert faults(verdict_schema(), whole) == []
     for missing in whole:
-        assert faults(
-            verdict_schema(), {name: value for name, value in whole.items() if name != missing}
-        ), missing
+        rest = {name: value for name, value in whole.items() if name != missing}
+        assert faults(verdict_schema(), rest), missing
     assert faults(verdict_schema(), {**whole, "more": 1})
 
 
-# ---- real answers ----
+# ---- responses ----
 
 
 def broken(*_, **__):
@@ -166,7 +153,7 @@ def broken(*_, **__):
 
 
 def short(client, path, headers):
-    """A body that ends before the length that was announced: what is left of one that came too slowly."""
+    """Send a body that ends before its stated length, as a slow body does."""
     return client.post(
         path,
         input_stream=io.BytesIO(b"--x\r\n"),
@@ -177,34 +164,30 @@ def short(client, path, headers):
 
 
 def failing(client, monkeypatch, method, path):
-    """The route with a mistake of ours in it."""
+    """A response of the route with a bug in it."""
     endpoint, _ = client.application.url_map.bind("").match(path, method=method.upper())
     monkeypatch.setitem(client.application.view_functions, endpoint, broken)
     return client.open(path, method=method.upper())
 
 
 def unready(client, monkeypatch, method, path):
-    monkeypatch.setattr(client.application.extensions["engine"], "detector", None)
+    monkeypatch.setattr(engine_of(client), "detector", None)
     return client.open(path, method=method.upper())
 
 
 def ask(client, keyed, monkeypatch, method, path, status):
-    """An answer of this status."""
+    """A response with this status."""
     if status in (500, 503):
         return (failing if status == 500 else unready)(client, monkeypatch, method, path)
     if status == 401:
         return keyed.open(path, method=method.upper())
     if status == 408:
-        return short(keyed, path, TOKEN)
+        return short(keyed, path, BEARER)
     if status == 413:
-        return keyed.post(
-            path,
-            data=bytes(30_000),
-            headers=TOKEN,
-            content_type="application/json" if "feed" in path else FORM,
-        )
+        kind = "application/json" if path == "/feedback" else FORM
+        return keyed.post(path, data=bytes(30_000), headers=BEARER, content_type=kind)
     if status == 415 and path != "/classify":
-        return keyed.post(path, data=b"x", headers={**TOKEN, "Content-Encoding": "gzip"})
+        return keyed.post(path, data=b"x", headers={**BEARER, "Content-Encoding": "gzip"})
     if path in VERDICTS:
         image = {200: picture(), 415: b"hello", 422: picture()[:-500]}.get(status)
         return upload(client, path, *([] if image is None else [image]))
@@ -212,7 +195,7 @@ def ask(client, keyed, monkeypatch, method, path, status):
         return keyed.post(
             path,
             json={"request_id": "a.0", "label": "fake" if status == 200 else "maybe"},
-            headers=TOKEN,
+            headers=BEARER,
         )
     return client.open(
         path,
@@ -229,7 +212,7 @@ def ask(client, keyed, monkeypatch, method, path, status):
         for status in operation["responses"]
     ],
 )
-def test_each_documented_status_is_given_and_its_answer_is_as_documented(
+def test_each_documented_status_has_the_documented_response(
     client, keyed, monkeypatch, method, path, status
 ):
     response = ask(client, keyed, monkeypatch, method, path, status)
@@ -239,7 +222,7 @@ def test_each_documented_status_is_given_and_its_answer_is_as_documented(
 
 @pytest.mark.parametrize("query", ["", "?details=1"])
 @pytest.mark.parametrize("path", VERDICTS)
-def test_verdicts_are_as_documented_with_and_without_details(client, path, query):
+def test_verdicts_with_and_without_details_are_as_documented(client, path, query):
     response = upload(client, path + query, picture())
     assert_as_documented(response, documented("post", path, 200))
     first = response.json["results"][0] if "results" in response.json else response.json
@@ -268,8 +251,8 @@ def test_unknown_paths_and_other_methods_are_as_documented(client, method, path,
     assert_as_documented(response, DOCUMENT["components"]["responses"][name])
 
 
-def test_every_status_that_the_app_can_answer_with_is_in_it():
-    told = {
+def test_it_lists_every_status_of_the_app():
+    statuses = {
         int(status) for operation in OPERATIONS.values() for status in operation["responses"]
     } | {404, 405}
-    assert told == {200, 400, 401, 403, 404, 405, 408, 413, 415, 422, 500, 503}
+    assert statuses == {200, 400, 401, 403, 404, 405, 408, 413, 415, 422, 500, 503}

@@ -1,4 +1,4 @@
-"""Clients that are slow on purpose: cut off in time, and nobody else waits for them."""
+"""Clients that are slow on purpose are cut off in time, and nobody waits for them."""
 
 import os
 import re
@@ -6,8 +6,7 @@ import select
 import socket
 import subprocess
 import sys
-import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import requests
@@ -16,8 +15,11 @@ from engines import picture
 from live import DEMO, PATIENT, free_port, metric, wait_for
 from patience import PATIENCE
 
+from detector.service.settings import SPARE_THREADS
+
 pytestmark = pytest.mark.slow
 
+TWO_THREADS = f"{PATIENT} --threads 2"
 HEAD = (
     b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
     b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
@@ -29,53 +31,58 @@ def connect(server):
     return socket.create_connection((host, int(port)), timeout=PATIENCE)
 
 
-def answer_of(connection):
-    """One answer, head and JSON, or what comes before the connection ends."""
-    answer = b""
-    while not answer.endswith(b"}\n") and (part := connection.recv(65536)):
-        answer += part
-    return answer
+@contextmanager
+def connections(server, count):
+    with ExitStack() as stack:
+        yield [stack.enter_context(connect(server)) for _ in range(count)]
 
 
-def test_a_body_that_trickles_in_is_cut_off_with_408_and_the_others_are_served(serve):
+def response_of(connection):
+    """A whole response, or the bytes before the connection ends."""
+    response = b""
+    while not response.endswith(b"}\n") and (part := connection.recv(65536)):
+        response += part
+    return response
+
+
+def test_a_trickling_body_is_cut_off_with_408_and_others_are_served(serve):
     server = serve(BODY_TIMEOUT_S="2")
     with connect(server) as slow:
         slow.sendall(HEAD)
-        while not select.select([slow], [], [], 0.1)[0]:  # until there is an answer
+        while not select.select([slow], [], [], 0.1)[0]:  # until there is a response
             slow.sendall(b"x")
         assert server.post(picture()).status_code == 200
         assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
     assert metric(server, 'detector_rejections_total{reason="slow_body"}') == 1
 
 
-def test_a_body_whose_client_goes_is_not_told_to_be_late(serve):
+def test_the_error_of_a_client_that_disconnects_does_not_mention_time(serve):
     with connect(serve()) as gone:
         gone.sendall(HEAD)
         gone.shutdown(socket.SHUT_WR)
-        assert b"the connection ended before the body" in answer_of(gone)
+        assert b"the connection ended before the body" in response_of(gone)
 
 
-def test_what_comes_of_a_body_after_it_was_cut_off_is_no_request(serve):
+def test_bytes_of_a_body_that_was_cut_off_are_no_request(serve):
     server = serve(BODY_TIMEOUT_S="1")
     with connect(server) as slow:
         slow.sendall(HEAD)
-        answer = answer_of(slow)
-        assert answer.startswith(b"HTTP/1.1 408 ") and b"\r\nConnection: close\r\n" in answer
+        response = response_of(slow)
+        assert response.startswith(b"HTTP/1.1 408 ") and b"\r\nConnection: close\r\n" in response
         with suppress(OSError):
             slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert slow.recv(4096) == b""
 
 
-def test_a_chunked_body_that_stops_is_cut_off_as_well(serve):
+def test_a_chunked_body_that_stops_is_cut_off(serve):
     server = serve(BODY_TIMEOUT_S="1")
     with connect(server) as slow:
-        slow.sendall(
-            HEAD.replace(b"Content-Length: 100000", b"Transfer-Encoding: chunked") + b"100\r\nabc"
-        )
+        chunked = HEAD.replace(b"Content-Length: 100000", b"Transfer-Encoding: chunked")
+        slow.sendall(chunked + b"100\r\nabc")
         assert slow.recv(4096).startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 "))
 
 
-def test_headers_that_never_end_are_cut_off_as_well(serve):
+def test_headers_that_never_end_are_cut_off(serve):
     server = serve(BODY_TIMEOUT_S="1")
     with connect(server) as slow:
         slow.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
@@ -91,106 +98,90 @@ def test_headers_that_never_end_are_cut_off_as_well(serve):
     ],
     ids=["close", "HTTP/1.0", "nonsense"],
 )
-def test_clients_that_do_not_close_after_their_answer_make_nobody_wait(serve, head):
+def test_clients_that_do_not_close_after_their_response_delay_nobody(serve, head):
     server = serve()
-    lingering = [connect(server) for _ in range(60)]
-    try:
-        for one in lingering:
-            one.sendall(head)
-        # gunicorn by itself waits two seconds for each, one after the other
+    with connections(server, 60) as lingering:
+        for connection in lingering:
+            connection.sendall(head)
+        # gunicorn by itself waits two seconds for each connection, one after the other
         assert server.session.get(f"{server.url}/healthz", timeout=60).status_code == 200
-        assert all(re.match(rb"HTTP/1\.[01] (200|400) ", one.recv(4096)) for one in lingering)
-    finally:
-        for one in lingering:
-            one.close()
+        for connection in lingering:
+            assert re.match(rb"HTTP/1\.[01] (200|400) ", connection.recv(4096))
 
 
 def test_a_request_that_has_arrived_and_takes_long_keeps_its_connection(held):
-    """A body that begins when the request is in work already, and does not arrive, is cut off later than the request would be."""
+    """The deadline of a second request, whose body does not arrive, ends after the first's."""
     server, stand_still = held(BODY_TIMEOUT_S="2")
     ready = requests.Request("POST", server.url, files={"image": picture()}).prepare()
     with connect(server) as long, connect(server) as later:
         with stand_still:
-            long.sendall(
-                "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type:"
-                f" {ready.headers['Content-Type']}\r\nContent-Length: {len(ready.body)}\r\n\r\n".encode()
-                + ready.body
+            head = (
+                "POST /classify HTTP/1.1\r\nHost: x\r\n"
+                f"Content-Type: {ready.headers['Content-Type']}\r\n"
+                f"Content-Length: {len(ready.body)}\r\n\r\n"
             )
+            long.sendall(head.encode() + ready.body)
             wait_for(lambda: metric(server, "detector_slots_busy") == 1)
             later.sendall(HEAD)
-            assert answer_of(later).startswith(b"HTTP/1.1 408 ")
-            assert not select.select([long], [], [], 0)[0], "neither answered nor closed"
-        assert answer_of(long).startswith(b"HTTP/1.1 200 ")
+            assert response_of(later).startswith(b"HTTP/1.1 408 ")
+            assert not select.select([long], [], [], 0)[0], "neither a response nor an end"
+        assert response_of(long).startswith(b"HTTP/1.1 200 ")
         long.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert answer_of(long).startswith(b"HTTP/1.1 200 ")
+        assert response_of(long).startswith(b"HTTP/1.1 200 ")
 
 
-def test_clients_that_never_read_their_answers_are_cut_off(tmp_path):
+def test_clients_that_never_read_their_responses_are_cut_off(tmp_path):
     patch = (
         "from detector.service import worker\nassert worker.ANSWER_S == 60\nworker.ANSWER_S = 4\n"
     )
     (tmp_path / "conf.py").write_text(patch + (ROOT / "gunicorn.conf.py").read_text())
     port = free_port()
+    settings = {"GUNICORN_CMD_ARGS": TWO_THREADS, "PORT": str(port), "BODY_TIMEOUT_S": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "gunicorn", "-c", tmp_path / "conf.py", "app:create_app()"],
         cwd=ROOT,
-        env={
-            **os.environ,
-            **DEMO,
-            "GUNICORN_CMD_ARGS": PATIENT,
-            "PORT": str(port),
-            "SLOTS": "1",
-            "QUEUE_LIMIT": "0",
-            "SPARE_THREADS": "1",
-            "BODY_TIMEOUT_S": "1",
-        },
+        env={**os.environ, **DEMO, **settings},
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: answers(port))
-        with deaf_client(port), deaf_client(port):  # one for each thread
-            wait_for(lambda: not answers(port, seconds=0.5))
-            wait_for(lambda: all(answers(port, seconds=2) for _ in range(10)))
+        wait_for(lambda: is_healthy(port))
+        with deaf_client(port), deaf_client(port):  # a client for each thread
+            # Below the five seconds in which the clients hold the threads.
+            wait_for(lambda: not is_healthy(port, seconds=2))
+            wait_for(lambda: all(is_healthy(port, seconds=2) for _ in range(10)))
     finally:
         process.terminate()
         assert process.wait(PATIENCE) == 0
 
 
-def answers(port, seconds=5):
+def is_healthy(port, seconds=5):
     with suppress(requests.RequestException):
         return requests.get(f"http://127.0.0.1:{port}/healthz", timeout=seconds).status_code == 200
 
 
 def deaf_client(port):
-    """A connection full of requests whose answers nobody reads."""
-    one = socket.socket()
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    one.connect(("127.0.0.1", port))
-    one.setblocking(False)
+    """A connection full of requests whose responses nobody reads."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    client.setblocking(False)
     with suppress(BlockingIOError):
-        one.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 50_000)
-    return one
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 50_000)
+    return client
 
 
-def test_connections_that_send_nothing_cost_no_thread(serve):
-    server = serve(QUEUE_LIMIT="0", SPARE_THREADS="1", SLOTS="1")
-    silent = [connect(server) for _ in range(100)]
-    try:
-        # each of them would hold a thread for FIRST_BYTE_S, and there are two: 250 seconds
+def test_silent_connections_hold_no_thread(serve):
+    server = serve(GUNICORN_CMD_ARGS=TWO_THREADS)
+    with connections(server, 100):
+        # With a thread for FIRST_BYTE_S each, they would hold two threads for 250 seconds.
         assert server.session.get(f"{server.url}/healthz", timeout=60).status_code == 200
-    finally:
-        for one in silent:
-            one.close()
 
 
-def test_as_many_slow_bodies_as_there_are_spare_threads_leave_room_for_verdicts(serve, photo):
-    server = serve(SPARE_THREADS="4", SLOTS="1", QUEUE_LIMIT="1")
-    slow = [connect(server) for _ in range(4)]
-    try:
-        for one in slow:
-            one.sendall(HEAD)
-        time.sleep(0.3)
+def test_as_many_slow_bodies_as_spare_threads_leave_room_for_verdicts(held, photo):
+    server, _ = held(SLOTS="1", QUEUE_LIMIT="1")
+    before = held.begun()
+    with connections(server, SPARE_THREADS) as slow:
+        for connection in slow:
+            connection.sendall(HEAD)
+        wait_for(lambda: held.begun() == before + SPARE_THREADS)
         assert server.post(photo).status_code == 200
-    finally:
-        for one in slow:
-            one.close()

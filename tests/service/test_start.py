@@ -1,4 +1,4 @@
-"""What a script imports before it answers: speed is measured in benchmarks/, its cause is held here."""
+"""Scripts import no slow package before --help or an error. benchmarks/ measures their speed."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ WRONG = {
 
 
 def imported(*command, cwd):
-    """-> (CompletedProcess, the slow packages that it imported)."""
+    """Run a script -> (CompletedProcess, the slow packages that it imported)."""
     name = ["-m", command[0]] if command[0].startswith("tools.") else [ROOT / command[0]]
     result = subprocess.run(
         [sys.executable, "-X", "importtime", *name, *command[1:]],
@@ -74,15 +74,13 @@ def test_help_imports_nothing_slow(script, tmp_path):
     assert result.returncode == 0 and result.stdout.startswith("usage:") and slow == set()
 
 
-def test_every_script_with_a_parser_is_held_to_it():
-    of_root = sorted(
-        p.name for p in ROOT.glob("*.py") if "argparse.ArgumentParser(" in p.read_text()
-    )
-    assert SCRIPTS == [*of_root, "tools.demo", "tools.samples", "tools.study"]
+def test_the_list_holds_every_script_with_a_parser():
+    commands = [p.name for p in ROOT.glob("*.py") if "argparse.ArgumentParser(" in p.read_text()]
+    assert SCRIPTS == [*sorted(commands), "tools.demo", "tools.samples", "tools.study"]
 
 
 @pytest.mark.parametrize("script", WRONG)
-def test_a_wrong_flag_is_told_before_anything_slow_is_imported(script, tmp_path):
+def test_a_wrong_flag_is_refused_before_a_slow_import(script, tmp_path):
     result, slow = imported(script, *WRONG[script], cwd=tmp_path)
     assert result.returncode == 2 and slow == set(), result.stderr
     assert any(
@@ -91,31 +89,27 @@ def test_a_wrong_flag_is_told_before_anything_slow_is_imported(script, tmp_path)
     )
 
 
-def test_the_kinds_that_the_parser_offers_are_those_that_can_be_trained(capsys):
+def test_the_parser_offers_all_classifiers_that_can_be_trained(capsys):
     import train_model
     from detector.training import classifiers
 
     for kind in [*classifiers.GRIDS, "all"]:
-        assert (
-            train_model.parse_args(["--features_file", __file__, "--classifier", kind]).classifier
-            == kind
-        )
+        args = train_model.parse_args(["--features_file", __file__, "--classifier", kind])
+        assert args.classifier == kind
     with pytest.raises(SystemExit):
         train_model.parse_args(["--help"])
     assert "{" + ",".join([*classifiers.GRIDS, "all"]) + "}" in capsys.readouterr().out
 
 
-def test_a_compiled_encoder_is_kept_and_where_none_can_be_kept_it_runs_all_the_same(
-    tmp_path, monkeypatch
-):
+def test_a_compiled_encoder_is_cached_and_runs_without_a_cache_too(tmp_path, monkeypatch):
     import numpy as np
 
     from detector.encoders import runtime
 
     pixels = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
-    found = []
+    features = []
     for cache in (tmp_path / "cache", tmp_path / "cache", Path("/proc/none")):
         monkeypatch.setenv("CLIP_CACHE", str(cache))
-        found.append(runtime.Encoder(small.ENCODER).encode(pixels))
+        features.append(runtime.Encoder(small.ENCODER).encode(pixels))
     assert len(list((tmp_path / "cache" / "compiled").glob("*.blob"))) == 1
-    assert all(np.array_equal(found[0], again) for again in found[1:])
+    assert all(np.array_equal(features[0], again) for again in features[1:])

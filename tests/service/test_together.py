@@ -1,4 +1,4 @@
-"""Calls of several threads become one pass of the encoder: each gets its own rows, nobody waits without need, nobody is lost."""
+"""Calls of several threads share a pass of the encoder, and each gets its own rows."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -12,7 +12,7 @@ from detector.service.together import TOGETHER, Together
 
 
 class Held:
-    """A function of rows that notes the size of each pass; the first one lasts until it is let go."""
+    """A function of rows that notes the size of each pass. A pass lasts until `go` is set."""
 
     def __init__(self):
         self.sizes, self.begun, self.go = [], Event(), Event()
@@ -31,13 +31,13 @@ def rows(*values):
 
 
 def waiting(together, pool, held, calls):
-    """One call is in its pass; `calls` wait for it. -> their futures in order."""
+    """Start a pass with a single call and let `calls` wait for it -> their futures in order."""
     first = pool.submit(together, rows(1))
     assert held.begun.wait(PATIENCE)
     futures = [first]
     for number, call in enumerate(calls, 1):
         futures.append(pool.submit(together, call))
-        until(lambda: len(together._waiting) == number)
+        until(lambda number=number: len(together._waiting) == number)
     return futures
 
 
@@ -59,26 +59,26 @@ def pool():
         ([1, 16], [1, 1, 16]),
     ],
 )
-def test_what_waits_goes_together_in_the_order_it_came_and_each_gets_its_own(pool, calls, sizes):
+def test_waiting_calls_share_passes_in_the_order_in_which_they_came(pool, calls, sizes):
     held = Held()
     together = Together(held)
     given = [rows(*range(10 * i, 10 * i + n)) for i, n in enumerate(calls)]
     futures = waiting(together, pool, held, given)
     held.go.set()
     for call, future in zip([rows(1), *given], futures, strict=True):
-        found, waited = future.result(PATIENCE)
-        assert (found == call * 2).all() and waited >= 0
+        result, waited = future.result(PATIENCE)
+        assert (result == call * 2).all() and waited >= 0
     assert held.sizes == sizes and max(n for n in sizes if n != 16) <= TOGETHER
 
 
-def test_a_call_alone_starts_at_once():
+def test_a_single_call_starts_at_once():
     held = Held()
     held.go.set()
-    found, waited = Together(held)(rows(1, 2))
-    assert found.tolist() == [[2], [4]] and held.sizes == [2] and waited < 5
+    result, waited = Together(held)(rows(1, 2))
+    assert result.tolist() == [[2], [4]] and held.sizes == [2] and waited < 5
 
 
-def test_an_error_reaches_all_of_its_pass_and_nobody_else(pool):
+def test_an_error_reaches_all_calls_of_its_pass_and_no_others(pool):
     held = Held()
     together = Together(held)
     first, *others, last = waiting(
@@ -91,8 +91,8 @@ def test_an_error_reaches_all_of_its_pass_and_nobody_else(pool):
             future.result(PATIENCE)
 
 
-def test_many_threads_lose_and_mix_up_nothing(pool):
+def test_many_threads_get_their_own_rows(pool):
     together = Together(lambda rows: rows * 2)
     values = np.random.default_rng(0).random((500, 3))
-    found = [found for found, _ in pool.map(lambda value: together(value[None]), values)]
-    assert (np.concatenate(found) == values * 2).all()
+    results = [rows for rows, _ in pool.map(lambda value: together(value[None]), values)]
+    assert (np.concatenate(results) == values * 2).all()
