@@ -236,6 +236,7 @@ def test_a_model_with_another_hash_than_the_pin_is_refused(path, tmp_path, caplo
     pin = tmp_path / "pin"
     pin.write_text(sha256(path.read_bytes()))
     engine = engine_on(MODEL_PATH=path, MODEL_SHA256_FILE=pin)
+    caplog.clear()
     old = engine.detector
     model_file(path, **versions("v2"))
     assert reload(engine) == "failed"
@@ -247,6 +248,7 @@ def test_a_model_with_another_hash_than_the_pin_is_refused(path, tmp_path, caplo
 def test_a_demonstration_does_not_take_over_without_permission(path, caplog):
     other_encoder()
     engine = engine_on(MODEL_PATH=baseline_for(path), ALLOW_DEMO_MODEL=0)
+    caplog.clear()
     old = engine.detector
     model_file(path)
     assert reload(engine) == "failed"
