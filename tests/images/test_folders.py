@@ -166,7 +166,7 @@ def test_to_what_measures_an_unreadable_folder_is_a_file_that_cannot_be_read(scr
 def test_a_folder_that_vanishes_while_it_is_listed_is_no_matter_of_permissions(data, capsys):
     listing = list_files(data)._replace(unreadable=[("train/real/a", "No such file or directory")])
     assert list_images(data, listing=listing)[-1] == describe("train/real/a/")
-    assert "train/real/a (No such file or directory); look whether" in capsys.readouterr().err
+    assert "train/real/a (No such file or directory); check that its disk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_pipes_and_sockets_are_never_opened_and_are_counted(extract, script, dat
         server.bind("train/fake/socket.jpg")
     result = extract(timeout=60)
     assert result.returncode == 0 and "left out: 3 pipes, sockets or devices" in result.stderr
-    assert "left out 3 pipes or devices" in result.stdout
+    assert "left out 3 pipes, sockets or devices" in result.stdout
 
 
 def test_a_device_is_special(tmp_path):
