@@ -74,6 +74,10 @@ def chain(name, seconds, ocsp=None):
     )
 
 
+def add_ingredient(builder, relationship, mime, data):
+    builder.add_ingredient({"title": "a", "relationship": relationship}, mime, io.BytesIO(data))
+
+
 def sign(
     data,
     kind,
@@ -93,11 +97,11 @@ def sign(
     address that replaces the manifest. `ocsp` is the address of the certificate's status.
     """
     pem, key = chain(name, seconds, ocsp)
-    created = [{"action": "c2pa.created", "digitalSourceType": TERMS + term}]
-    made = {"label": "c2pa.actions", "data": {"actions": actions or created}}
+    actions = actions or [{"action": "c2pa.created", "digitalSourceType": TERMS + term}]
+    created = [] if parent else [{"label": "c2pa.actions", "data": {"actions": actions}}]
     manifest = {
         "claim_generator_info": [{"name": "Test Generator", "version": "2.0"}],
-        "assertions": [*([] if parent else [made]), *assertions],
+        "assertions": [*created, *assertions],
     }
     out, mime = io.BytesIO(), f"image/{kind.lower()}"
     context = c2pa.Context.from_dict(QUIET)
@@ -107,13 +111,9 @@ def sign(
     ):
         if parent:
             builder.set_intent(c2pa.C2paBuilderIntent.EDIT)
-            builder.add_ingredient(
-                {"title": "a", "relationship": "parentOf"}, mime, io.BytesIO(parent)
-            )
+            add_ingredient(builder, "parentOf", mime, parent)
         for other in others:
-            builder.add_ingredient(
-                {"title": "b", "relationship": "componentOf"}, mime, io.BytesIO(other)
-            )
+            add_ingredient(builder, "componentOf", mime, other)
         if remote:
             builder.set_no_embed()
             builder.set_remote_url(remote)

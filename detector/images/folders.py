@@ -190,7 +190,7 @@ def need_files(data_dir, listing):
     """Raises UsageError without files."""
     if listing.files:
         return
-    problem = "holds no file that can be taken" if any(listing) else "the folder is empty"
+    problem = "the folder has no usable file" if any(listing) else "the folder is empty"
     if listing.unreadable:
         problem = "the folder cannot be read"
     raise UsageError(f"--data_dir {data_dir}: {problem}")
@@ -201,7 +201,7 @@ def need_classes(data_dir, labels, notes):
     if len(labels) == 2:
         return
     problem = (
-        f"only one class is there ('{CLASSES[min(labels)]}'); a detector needs both"
+        f"only one class has images ('{CLASSES[min(labels)]}'); a detector needs both"
         if labels
         else "no folder below it names a label; expected real/ and fake/ (accepted:"
         f" {', '.join(LABELS)})"
@@ -240,7 +240,7 @@ def doubtful_splits(entries, split_names):
     for name in sorted({e.source.split("/")[0] for e in entries if not e.split and e.source}):
         if close := get_close_matches(plain(name), known, 1, CLOSE):
             notes.append(
-                f"note: the folder '{name}' is taken for a source, not for a split;"
+                f"note: the folder '{name}' counts as a source, not as a split;"
                 f" did you mean '{close[0]}'? --split_names {name},... makes it a split"
             )
     return notes

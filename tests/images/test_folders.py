@@ -124,7 +124,7 @@ def test_a_folder_close_to_a_split_is_named_with_the_flag(data, capsys):
     (data / "train").rename(data / "trian")
     list_images(data)
     note = capsys.readouterr().err
-    assert "the folder 'trian' is taken for a source" in note
+    assert "the folder 'trian' counts as a source" in note
     assert "did you mean 'train'" in note and "--split_names" in note
 
 
