@@ -16,9 +16,10 @@ __all__ = ["load_clip", "preprocess", "read_image"]
 
 
 def load_clip(clip_model, layers="final", device="auto", precision="auto"):
-    """Name (docs/encoders.md) or checkpoint -> Encoder; `encoder.encode` takes float32 [n, 3, r, r].
+    """Name (docs/encoders.md) or checkpoint -> Encoder.
 
-    The weights are fetched and prepared where they are missing. Raises EncoderError.
+    `encoder.encode` takes float32 [n, 3, r, r]. Missing weights are fetched and prepared.
+    Raises EncoderError.
     """
     return Encoder(ensure_encoder(clip_model, precision, layers), device, precision)
 

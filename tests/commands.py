@@ -1,4 +1,4 @@
-"""What tests of commands share: the project's folder, the shape of every error, a right given up."""
+"""Helpers for tests of commands: the project's folder, the form of errors, fewer rights."""
 
 import ctypes
 from pathlib import Path
@@ -8,13 +8,13 @@ OPENAI_CACHE = ROOT / ".clip"  # `make test` fills it
 
 
 def without_root():
-    """Root gives up its right to pass over permissions, as the tests of unreadable folders need."""
+    """Root gives up its right to ignore permissions, for tests of unreadable folders."""
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, by prctl(PR_CAPBSET_DROP)
         ctypes.CDLL(None).prctl(24, capability)
 
 
 def assert_one_line_error(result, *words, code=2):
-    """Exit code and one line on stderr that says all of `words`; no traceback."""
+    """The command ended with `code` and one line on stderr with all `words`."""
     text = result.stderr if isinstance(result.stderr, str) else result.stderr.decode()
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert result.returncode == code, text

@@ -1,6 +1,5 @@
-"""Fixtures: real photographs that installed packages bring, a labelled folder made of them, the scripts as subprocesses."""
+"""Fixtures: photographs of installed packages, labelled folders of them, scripts as processes."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -20,13 +19,14 @@ from threadpoolctl import threadpool_limits
 from detector.base.files import sha256
 from detector.encoders import catalogue, runtime
 from detector.images import decoding
+from detector.images.samples import installed_photos
 from detector.model.file import load_model
 from detector.service.settings import SETTINGS
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_wider_fixtures():
-    """What is set up once for a whole file finds the small encoder as well."""
+    """Fixtures of a wider scope find the small encoder too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIP_CACHE", str(small.FOLDER))
         yield
@@ -34,9 +34,9 @@ def cache_of_wider_fixtures():
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
-    """No setting of the host changes a test. Each has a home of its own, with a cache.
+    """No setting of the host changes a test. Each test has its own home with a cache.
 
-    The cache holds the small encoder. It is hidden, so that no listing of images shows it.
+    The cache holds the small encoder. It is hidden, so no listing of images shows it.
     """
     for name in ("CLIP_MODEL", "CLIP_CACHE", "CODE_COMMIT", "API_KEY", *SETTINGS):
         monkeypatch.delenv(name, raising=False)
@@ -57,7 +57,7 @@ def wheel():
 
 @pytest.fixture
 def openai(clean_environment, wheel, monkeypatch):
-    """The cache with OpenAI's weights in the place of the test's own; what is compiled is kept in it."""
+    """The cache with OpenAI's weights. Compiled encoders stay in it."""
     monkeypatch.setenv("CLIP_CACHE", str(OPENAI_CACHE))
     return OPENAI_CACHE
 
@@ -65,56 +65,51 @@ def openai(clean_environment, wheel, monkeypatch):
 @pytest.fixture(scope="session")
 def photos():
     """Paths of photographs that scikit-image, scikit-learn and matplotlib install, {name: path}."""
-    found = {}
-    for package, folder, names in (
-        (
-            "skimage",
-            "data",
-            ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"],
-        ),
-        ("sklearn", "datasets/images", ["china.jpg", "flower.jpg"]),
-        ("matplotlib", "mpl-data/sample_data", ["grace_hopper.jpg"]),
-    ):
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            pytest.skip(f"{package} is not installed: pip install -r requirements/dev.txt")
-        found |= {name: Path(spec.origin).parent / folder / name for name in names}
-    return found
+    names = (
+        "astronaut.png coffee.png chelsea.png rocket.jpg camera.png china.jpg flower.jpg"
+        " grace_hopper.jpg"
+    ).split()
+    paths = {path.name: path for path in installed_photos()}
+    if not paths.keys() >= set(names):
+        pytest.skip("photographs are missing: pip install -r requirements/dev.txt")
+    return {name: paths[name] for name in names}
 
 
 @pytest.fixture(scope="session")
 def make_folder(photos):
-    """Function: (folder, {'train/real/a': 12, ...}) -> the folder filled with that many different crops of photographs.
+    """Function: (folder, {'train/real/a': 12, ...}) -> the folder with so many different crops.
 
-    Crops under a fake label have their channels swapped: something simple to learn, real pictures all the same.
+    Crops of photographs under a fake label have swapped channels, which is simple to learn.
     """
 
+    def make_crop(sources, rng):
+        image = sources[rng.integers(len(sources))]
+        side = int(rng.integers(80, 200))
+        left, top = rng.integers(image.width - side), rng.integers(image.height - side)
+        crop = image.crop((left, top, left + side, top + side))
+        return crop.rotate(90 * int(rng.integers(4)))
+
     def make(folder, counts, seed=0):
-        rng = np.random.default_rng(seed)
+        folder, rng = Path(folder), np.random.default_rng(seed)
         sources = [Image.open(path).convert("RGB") for path in photos.values()]
-        for below, n in counts.items():
-            (Path(folder) / below).mkdir(parents=True, exist_ok=True)
-            for i in range(n):
-                image = sources[rng.integers(len(sources))]
-                side = int(rng.integers(80, 200))
-                left, top = rng.integers(image.width - side), rng.integers(image.height - side)
-                crop = image.crop((left, top, left + side, top + side)).rotate(
-                    90 * int(rng.integers(4))
-                )
+        for below, number in counts.items():
+            (folder / below).mkdir(parents=True, exist_ok=True)
+            for i in range(number):
+                crop = make_crop(sources, rng)
                 if "fake" in below:
                     crop = Image.merge("RGB", crop.split()[::-1])
-                crop.save(Path(folder) / below / f"{i:03d}.jpg", quality=int(rng.integers(60, 95)))
-        return Path(folder)
+                crop.save(folder / below / f"{i:03d}.jpg", quality=int(rng.integers(60, 95)))
+        return folder
 
     return make
 
 
 @pytest.fixture
 def script(tmp_path):
-    """Function: script('classify.py', '--json', ..., CLIP_MODEL='ViT-B/32') -> CompletedProcess, run in an empty folder.
-    script('tools.samples') runs a module.
+    """Function: script('classify.py', '--json', CLIP_MODEL='ViT-B/32') -> CompletedProcess.
 
-    `first`: called in the process before it starts. A variable that is None is taken away.
+    It runs in an empty folder. script('tools.samples') runs a module. The process calls `first`
+    before it starts. A variable that is None is removed.
     """
 
     def run(
@@ -152,7 +147,7 @@ COMPILED = {}
 
 @pytest.fixture(scope="module")
 def compiled_once():
-    """OpenVINO compiles the same weights once and not for every engine: that is most of the time that loading takes."""
+    """OpenVINO compiles the same weights once, because compiling takes most of the loading time."""
     compile_anew = runtime.openvino_forward
 
     def compile_once(folder, *options):
@@ -168,7 +163,7 @@ def compiled_once():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For matrices this small a second thread of torch costs more than it gives."""
+    """One thread of torch, because small matrices are slower with two."""
     import torch
 
     threads = torch.get_num_threads()
@@ -185,7 +180,7 @@ def pictures(photos):
 
 @pytest.fixture
 def serve(tmp_path):
-    """Function: settings -> the live service, on a copy of the small model that may be replaced."""
+    """Function: settings -> the live service on a copy of the small model."""
     started = []
 
     def start(**settings):
@@ -200,8 +195,8 @@ def serve(tmp_path):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
-    """Function: columns or features files, and flags -> (model, metrics.json, stdout, stderr) of one training."""
-    import sklearn.ensemble  # noqa: F401  loaded here, so that the limit below reaches its threads
+    """Function: columns or features files, flags -> (model, metrics.json, stdout, stderr)."""
+    import sklearn.ensemble  # noqa: F401  first, so that the limit below reaches its threads
 
     import train_model
     from detector.training import recipe
@@ -214,31 +209,20 @@ def train(tmp_path, monkeypatch, capsys):
             for i, part in enumerate(data)
         ]
         output = tmp_path / f"{name}.joblib"
-        given = [
-            word
-            for flag, value in flags.items()
-            for word in (f"--{flag}", *([] if value is True else [str(value)]))
-        ]
-        with threadpool_limits(
-            1
-        ):  # so small a training is nothing but threads that wait for each other
-            train_model.main(
-                ["--features_file", *map(str, files), "--model_output_path", str(output), *given]
-            )
-        captured = capsys.readouterr()
-        return (
-            load_model(output),
-            json.loads((tmp_path / f"{name}_report" / "metrics.json").read_text()),
-            captured.out,
-            captured.err,
-        )
+        words = ["--features_file", *map(str, files), "--model_output_path", str(output)]
+        for flag, value in flags.items():
+            words += [f"--{flag}", *([] if value is True else [str(value)])]
+        with threadpool_limits(1):  # more threads of a small training only wait for each other
+            train_model.main(words)
+        metrics = json.loads((tmp_path / f"{name}_report" / "metrics.json").read_text())
+        return load_model(output), metrics, *capsys.readouterr()
 
     return run
 
 
 @pytest.fixture
 def command(script, tmp_path):
-    """Function: train_model.py as a process on a features file, into tmp_path / 'out.joblib'."""
+    """Function: flags -> train_model.py as a process; it writes tmp_path / 'out.joblib'."""
 
     def run(*flags, features=None, **env):
         return script(
@@ -256,7 +240,7 @@ def command(script, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The search takes the first point of the grid: for tests that are not about what it finds."""
+    """The search takes the first point of the grid."""
     from detector.training import classifiers, recipe
 
     monkeypatch.setattr(recipe, "search", lambda kind, *_: classifiers.GRIDS[kind][0])
@@ -274,11 +258,7 @@ def pytest_addoption(parser):
 def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
-    if (
-        report.skipped
-        and item.config.getoption("--fail-on-skip")
-        and "this processor has no" not in str(report.longrepr)
-    ):
-        report.outcome = (  # something to install is missing; another processor cannot be installed
-            "failed"
-        )
+    # a missing package can be installed, a missing processor cannot
+    hardware = "this processor has no" in str(report.longrepr)
+    if report.skipped and item.config.getoption("--fail-on-skip") and not hardware:
+        report.outcome = "failed"

@@ -1,4 +1,4 @@
-"""Files made to do harm: a few hundred bytes to 10 MB each, that ask for gigabytes, for hours, or for a wrong decoder.
+"""Hostile files of at most 10 MB that ask for gigabytes, for hours, or for a wrong decoder.
 
 status, data = BOMBS["a TIFF of one strip listed a hundred thousand times"]()
 """
@@ -11,38 +11,24 @@ import zlib
 
 import heif_boxes
 from PIL import Image
-from test_decoding import FILES, chunk, picture, saved
+from written import FILES, chunk, encode, picture, png
 
-FULL = 9_900_000  # bytes: as much as fits into an upload
-LONG = 4  # TIFF's name for an unsigned 32-bit number
+FULL = 9_900_000  # bytes that fit into an upload
+LONG = 4  # TIFF's type of unsigned 32-bit numbers
 
 
 # ---- parts ----
 
 
-def png(*chunks, size=(60, 44)):
-    """A grey PNG of this declared size with `chunks` before its pixels, which are those of 60 x 44."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + header
-        + b"".join(chunks)
-        + chunk(b"IDAT", zlib.compress((b"\0" + bytes(range(60))) * 44))
-        + chunk(b"IEND", b"")
-    )
-
-
 def segments(marker, body, size=FULL):
-    """A JPEG whose header is filled up with copies of one segment."""
-    data, segment = (
-        FILES["JPEG"](),
-        b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body,
-    )
+    """A JPEG with copies of one segment, up to this many bytes, in its header."""
+    data = FILES["JPEG"]()
+    segment = b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
     return data[:2] + segment * (size // len(segment)) + data[2:]
 
 
 def gif(size, frame=None, extra=b""):
-    """A GIF of one colour with this logical screen, and a frame of that size."""
+    """A GIF of one colour with this logical screen and a frame, by default as large."""
     return (
         b"GIF89a"
         + struct.pack("<HHBBB", *size, 0x80, 0, 0)
@@ -55,15 +41,13 @@ def gif(size, frame=None, extra=b""):
 
 
 def tiff(tags, body, at=None):
-    """A TIFF of {tag: value, or (type, count, bytes)}, with `body` at offset `at` (default: 2,000)."""
+    """A TIFF of {tag: value or (type, count, bytes)} with `body` at offset `at` (default 2,000)."""
     outside, entries, end = bytearray(), bytearray(), 14 + 12 * len(tags)
     for tag, value in sorted(tags.items()):
-        kind, count, stored = (
-            value if isinstance(value, tuple) else (LONG, 1, struct.pack("<I", value))
-        )
-        entries += struct.pack("<HHI", tag, kind, count) + (
-            stored if len(stored) <= 4 else struct.pack("<I", end + len(outside))
-        )
+        number = value if isinstance(value, tuple) else (LONG, 1, struct.pack("<I", value))
+        kind, count, stored = number
+        entries += struct.pack("<HHI", tag, kind, count)
+        entries += stored if len(stored) <= 4 else struct.pack("<I", end + len(outside))
         outside += stored if len(stored) > 4 else b""
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + bytes(entries) + bytes(4) + bytes(outside)
     assert len(head) <= (at or 2000)
@@ -88,39 +72,23 @@ def riff(*chunks):
 
 
 def canvas(width, height):
-    """An animated WebP: this canvas, and one frame of 16 x 16."""
+    """An animated WebP with this canvas and one frame of 16 x 16."""
 
-    def small(number):
-        return struct.pack("<I", number)[:3]
+    def numbers(*values):
+        return b"".join(value.to_bytes(3, "little") for value in values)
 
-    frame = (
-        bytes(6)
-        + small(15)
-        + small(15)
-        + small(100)
-        + b"\0"
-        + saved(Image.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
-    )
+    still = encode(Image.new("RGB", (16, 16)), "WEBP", lossless=True)
     return riff(
-        (b"VP8X", b"\2\0\0\0" + small(width - 1) + small(height - 1)),
+        (b"VP8X", b"\2\0\0\0" + numbers(width - 1, height - 1)),
         (b"ANIM", bytes(6)),
-        (b"ANMF", frame),
+        (b"ANMF", bytes(6) + numbers(15, 15, 100) + b"\0" + still[12:]),
     )
 
 
-def avif(declared):
-    """A small AVIF whose header declares another size than its pixels have."""
-    data = bytearray(FILES["AVIF"]())
-    at = data.index(b"ispe") + 8
-    data[at : at + 8] = struct.pack(">II", *declared)
-    return bytes(data)
-
-
-def jpeg(width, height):
-    data = bytearray(FILES["JPEG"]())
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 4] = struct.pack(">HH", height, width)
-    return bytes(data)
+def replaced(data, name, distance, patch):
+    """The file with `patch` at this distance from the first `name`."""
+    at = data.index(name) + distance
+    return data[:at] + patch + data[at + len(patch) :]
 
 
 def bmp(width, height, body=bytes(100), compression=0, bits=24):
@@ -138,7 +106,7 @@ def hundred_megabytes():
 
 
 def hidden_tile():
-    """Tile sides of 32,768, in a type of number that libtiff reads and Pillow passes over."""
+    """Tile sides of 32,768, in a type of number that libtiff reads and Pillow ignores."""
     sides = {tag: (17, 1, struct.pack("<q", 32768)) for tag in (322, 323)}
     return tiff(
         grid(64, 64, 8, t324=2000, t325=len(hundred_megabytes())) | sides, hundred_megabytes()
@@ -146,7 +114,7 @@ def hidden_tile():
 
 
 def tiles(width, height, tile, body):
-    """A TIFF whose tiles all lie in the same bytes."""
+    """A TIFF with all tiles in the same bytes."""
     count = -(-width // tile[0]) * -(-height // tile[1])
     at = 2000 + 8 * count
     where = {"t324": listed(at, count), "t325": listed(len(body), count)}
@@ -154,7 +122,7 @@ def tiles(width, height, tile, body):
 
 
 def strips(width, height, rows, count):
-    """A TIFF of one bit a pixel whose strips all lie in the same bytes."""
+    """A TIFF of one bit a pixel with all strips in the same bytes."""
     at = 2000 + 4 * count
     return tiff(
         grid(width, height, 1, bits=1, t273=listed(at, count), t278=rows),
@@ -163,23 +131,27 @@ def strips(width, height, rows, count):
     )
 
 
-# ---- {what: function -> (HTTP status, bytes)} ----
+# ---- {name: function -> bytes} ----
 
 
 def declared(width, height):
-    """The same lie in every format: a header of billions of pixels."""
+    """Files of each format that declare this size."""
     return {
         "PNG": lambda: png(size=(width, height)),
-        "JPEG": lambda: jpeg(width, height),
+        "JPEG": lambda: replaced(
+            FILES["JPEG"](), b"\xff\xc0", 5, struct.pack(">HH", height, width)
+        ),
         "BMP": lambda: bmp(width, height),
         "GIF": lambda: gif((width, height)),
         "animated WebP": lambda: canvas(width, height),
-        "HEIC": lambda: heif_boxes.heic(  # pi-heif itself takes no more
+        "HEIC": lambda: heif_boxes.heic(  # pi-heif itself accepts no more
             [(1, b"hvc1", b"")],
             [heif_boxes.coded_picture(picture())[1], heif_boxes.size(min(width, 32768), height)],
             {1: [1, 2]},
         ),
-        "AVIF": lambda: avif((16384, 16384)),  # libavif itself takes no more
+        "AVIF": lambda: replaced(  # libavif itself accepts no more
+            FILES["AVIF"](), b"ispe", 8, struct.pack(">II", 16384, 16384)
+        ),
         "WebP": lambda: riff(
             (b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(100))
         ),
@@ -194,12 +166,9 @@ def declared(width, height):
 
 TOO_LARGE = {
     **{
-        f"a {name} of 40,000 x 40,000 pixels": make
-        for name, make in declared(40_000, 40_000).items()
-    },
-    **{
-        f"a {name} of 14,000 x 14,000 pixels": make
-        for name, make in declared(14_000, 14_000).items()
+        f"a {name} of {side:,} x {side:,} pixels": make
+        for side in (40_000, 14_000)
+        for name, make in declared(side, side).items()
     },
     "a HEIC of 200 x 200 pixels in 256 tiles of 4 million": lambda: heif_boxes.tiled(
         Image.new("RGB", (2048, 2048), "red"), 16, 16, 200, 200
@@ -274,7 +243,7 @@ BROKEN = {
             )
         )(*heif_boxes.coded_picture(Image.new("RGB", (4096, 4096), "red")))
     ),
-    "half of a JPEG of 49 million pixels": lambda: saved(Image.new("L", (7000, 7000), 99), "JPEG")[
+    "half of a JPEG of 49 million pixels": lambda: encode(Image.new("L", (7000, 7000), 99), "JPEG")[
         :-9000
     ],
     "a BMP of runs that never reach the picture's end": lambda: bmp(
@@ -284,7 +253,7 @@ BROKEN = {
         lambda: b"BM" + struct.pack("<IHHII", 99, 0, 0, 54, 0xFFFFFFFF) + bytes(99)
     ),
 }
-HARMLESS = {  # what they ask for is never needed for the first picture, so they are pictures like others
+HARMLESS = {  # the first picture needs none of the costly parts
     "a PNG comment that unpacks to 100 MB": (
         lambda: png(chunk(b"zTXt", b"k\0\0" + hundred_megabytes()))
     ),
@@ -316,7 +285,7 @@ HARMLESS = {  # what they ask for is never needed for the first picture, so they
         lambda: tiff(grid(64, 64, 1, t273=2000, t279=4096, t330=8, t34665=8, t34853=8), bytes(4096))
     ),
     "a JPEG whose EXIF points at itself": (
-        lambda: saved(
+        lambda: encode(
             picture(),
             "JPEG",
             exif=b"Exif\0\0II*\0"
@@ -344,7 +313,7 @@ def zipped():
 
 
 HTML = b"<html><script>alert(1)</script></html>"
-POLYGLOTS = {  # {what: (HTTP status, function)}: the first bytes decide, and only pixels are ever looked at
+POLYGLOTS = {  # {name: (HTTP status, function)}; the first bytes decide
     "a JPEG that is an archive too": (200, lambda: FILES["JPEG"]() + zipped()),
     "a GIF that is a script too": (200, lambda: FILES["GIF"]() + b"*/=1;alert(1)//"),
     "a PNG that is a page too": (200, lambda: png(chunk(b"tEXt", b"c\0" + HTML)) + HTML),
@@ -365,8 +334,8 @@ POLYGLOTS = {  # {what: (HTTP status, function)}: the first bytes decide, and on
         lambda: b'<?xml version="1.0"?><svg><image href="file:///etc/passwd"/></svg>',
     ),
 }
-BOMBS = {
-    what: functools.partial(lambda status, make: (status, make()), status, make)
+BOMBS = {  # {name: function -> (HTTP status, bytes)}
+    name: lambda status=status, make=make: (status, make())
     for status, group in ((413, TOO_LARGE), (422, BROKEN), (200, HARMLESS))
-    for what, make in group.items()
+    for name, make in group.items()
 }

@@ -1,13 +1,12 @@
-"""HEIC files put together box by box (ISO 14496-12 and 23008-12), around pictures that pillow-heif has coded.
+"""HEIC files, box by box (ISO 14496-12 and 23008-12), around pictures that pillow-heif coded.
 
-coded, configuration = coded_picture(image)     # the bits of one picture, and how to decode them
+coded, configuration = coded_picture(image)     # the bits of a picture, and its decoder's settings
 data = heic([(1, b"hvc1", coded)], [configuration, size(64, 48)], {1: [1, 2]})
 """
 
-import io
 import struct
 
-import pillow_heif
+from written import heic as encode_heic
 
 
 def box(name, *parts):
@@ -28,22 +27,23 @@ def grid(rows, columns, width, height):
 
 
 def overlay(width, height):
-    """Of two pictures, both in its corner."""
+    """An overlay of two pictures, both at its top left."""
     return struct.pack(">BB4HHH4h", 0, 0, 65535, 0, 0, 65535, width, height, 0, 0, 0, 0)
 
 
 def coded_picture(image, **options):
-    file = io.BytesIO()
-    pillow_heif.from_pillow(image).save(file, **options)
-    data = file.getvalue()
+    data = encode_heic(image, **options)
     at = data.index(b"hvcC") - 4
     return data[data.index(b"mdat") + 4 :], data[at : at + struct.unpack_from(">I", data, at)[0]]
 
 
 def heic(items, properties, of_item, made_of=()):
-    """Items [(id, type, bytes)], of which 1 is the picture; properties; {id: their numbers, from 1}; [(id, [ids])]."""
+    """A file of items [(id, type, bytes)]; item 1 is the picture.
+
+    `of_item`: {id: numbers of its properties, from 1}; `made_of`: [(id, [ids])].
+    """
     places, stored, locations = {}, b"", b""
-    for item, _, body in items:  # the same bytes are stored once
+    for item, _, body in items:  # equal bytes are stored once
         if body not in places:
             places[body], stored = len(stored), stored + body
         locations += struct.pack(">IHHHII", item, 1, 0, 1, places[body], len(body))
@@ -75,7 +75,7 @@ def heic(items, properties, of_item, made_of=()):
 
 
 def tiled(image, rows, columns, width, height, **options):
-    """One picture as all tiles of a grid, of which this much is shown."""
+    """A grid with one picture in all tiles, shown up to this size."""
     coded, configuration = coded_picture(image, **options)
     tiles = list(range(2, 2 + rows * columns))
     items = [
@@ -91,7 +91,7 @@ def tiled(image, rows, columns, width, height, **options):
 
 
 def nested(image, kind, levels=12):
-    """Pictures made of two pictures, which are made of two pictures: each level doubles the work."""
+    """Pictures made of two pictures, on many levels. Each level doubles the work."""
     coded, configuration = coded_picture(image)
     body = grid(1, 2, *image.size) if kind == b"grid" else overlay(*image.size)
     items, made_of, below = [(100, b"hvc1", coded), (101, b"hvc1", coded)], [], [100, 101]

@@ -1,13 +1,13 @@
-"""Time in tests: how long to wait for what must happen, and what work may cost, on a machine of any speed."""
+"""Time limits of tests, for machines of any speed."""
 
 import time
 from contextlib import contextmanager
 
-PATIENCE = 600  # seconds after which something hangs; no test that passes waits so long
+PATIENCE = 600  # seconds; a test that passes never waits so long
 
 
 def additions():
-    """Seconds of processor time that a million additions take here and now: some hundredths."""
+    """Processor time in seconds of a million additions on this machine, now."""
     started = time.process_time()
     sum(number for number in range(1_000_000))
     return time.process_time() - started
@@ -15,7 +15,7 @@ def additions():
 
 @contextmanager
 def costs_at_most(million_additions):
-    """The body takes no more processor time than so many million additions in Python: a limit that a slower machine shares."""
+    """Fails if the body takes more processor time than so many million additions in Python."""
     before, started = additions(), time.process_time()
     yield
     seconds = time.process_time() - started

@@ -1,4 +1,4 @@
-"""C2PA files as tests use them: a certificate chain of our own, pictures signed with it, stores taken apart and put together wrongly."""
+"""C2PA files: our own certificate chain, signed pictures, and stores with faults."""
 
 import datetime
 import functools
@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
-from test_decoding import chunk
+from written import chunk
 
 TERMS = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 QUIET = {"verify": {"verify_after_sign": False}, "builder": {"thumbnail": {"enabled": False}}}
@@ -19,34 +19,24 @@ QUIET = {"verify": {"verify_after_sign": False}, "builder": {"thumbnail": {"enab
 # ---- signing ----
 
 
+def named(name):
+    kinds = NameOID.ORGANIZATION_NAME, NameOID.COMMON_NAME
+    return x509.Name([x509.NameAttribute(kind, name) for kind in kinds])
+
+
 def certificate(name, key, issuer, issuer_key, authority, seconds, ocsp=None):
-    """An x509 certificate as C2PA wants it: of a signer, for the use `emailProtection`, or of an authority."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+    """An x509 certificate with the fields that C2PA requires, of a signer or an authority."""
+    now = datetime.datetime.now(datetime.UTC)
     use = dict.fromkeys(
-        (
-            "content_commitment",
-            "key_encipherment",
-            "data_encipherment",
-            "key_agreement",
-            "encipher_only",
-            "decipher_only",
-        ),
+        "content_commitment key_encipherment data_encipherment key_agreement encipher_only"
+        " decipher_only".split(),
         False,
     )
     use |= {"digital_signature": not authority, "key_cert_sign": authority, "crl_sign": authority}
-    subject, by = (
-        x509.Name(
-            [
-                x509.NameAttribute(kind, n)
-                for kind in (NameOID.ORGANIZATION_NAME, NameOID.COMMON_NAME)
-            ]
-        )
-        for n in (name, issuer)
-    )
     builder = (
         x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(by)
+        .subject_name(named(name))
+        .issuer_name(named(issuer))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
@@ -64,9 +54,8 @@ def certificate(name, key, issuer, issuer_key, authority, seconds, ocsp=None):
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False
         )
     if ocsp:
-        place = x509.AccessDescription(
-            AuthorityInformationAccessOID.OCSP, x509.UniformResourceIdentifier(ocsp)
-        )
+        address = x509.UniformResourceIdentifier(ocsp)
+        place = x509.AccessDescription(AuthorityInformationAccessOID.OCSP, address)
         builder = builder.add_extension(x509.AuthorityInformationAccess([place]), critical=False)
     return builder.sign(issuer_key, hashes.SHA256())
 
@@ -85,6 +74,10 @@ def chain(name, seconds, ocsp=None):
     )
 
 
+def add_ingredient(builder, relationship, mime, data):
+    builder.add_ingredient({"title": "a", "relationship": relationship}, mime, io.BytesIO(data))
+
+
 def sign(
     data,
     kind,
@@ -98,21 +91,17 @@ def sign(
     seconds=86400,
     ocsp=None,
 ):
-    """Bytes of an image of this format, signed: made by what `term` says, or an edit of `parent`, with `others` in it; `remote`: the
-    manifest is left out, and this address of it written instead; `ocsp`: where to ask whether the certificate is still good.
+    """Bytes of an image of this format, signed, with the source type `term`.
+
+    With `parent` the image is an edit of that file. `others` are its ingredients. `remote` is an
+    address that replaces the manifest. `ocsp` is the address of the certificate's status.
     """
     pem, key = chain(name, seconds, ocsp)
-    created = [{"action": "c2pa.created", "digitalSourceType": TERMS + term}]
+    actions = actions or [{"action": "c2pa.created", "digitalSourceType": TERMS + term}]
+    created = [] if parent else [{"label": "c2pa.actions", "data": {"actions": actions}}]
     manifest = {
         "claim_generator_info": [{"name": "Test Generator", "version": "2.0"}],
-        "assertions": [
-            *(
-                []
-                if parent
-                else [{"label": "c2pa.actions", "data": {"actions": actions or created}}]
-            ),
-            *assertions,
-        ],
+        "assertions": [*created, *assertions],
     }
     out, mime = io.BytesIO(), f"image/{kind.lower()}"
     context = c2pa.Context.from_dict(QUIET)
@@ -122,13 +111,9 @@ def sign(
     ):
         if parent:
             builder.set_intent(c2pa.C2paBuilderIntent.EDIT)
-            builder.add_ingredient(
-                {"title": "a", "relationship": "parentOf"}, mime, io.BytesIO(parent)
-            )
+            add_ingredient(builder, "parentOf", mime, parent)
         for other in others:
-            builder.add_ingredient(
-                {"title": "b", "relationship": "componentOf"}, mime, io.BytesIO(other)
-            )
+            add_ingredient(builder, "componentOf", mime, other)
         if remote:
             builder.set_no_embed()
             builder.set_remote_url(remote)
@@ -155,7 +140,7 @@ def superbox(kind, label, *inside):
 
 
 def with_store(png, store):
-    """A PNG with this C2PA store, whatever it is."""
+    """A PNG with these bytes as its C2PA store."""
     return png[:33] + chunk(b"caBX", store) + png[33:]
 
 
@@ -173,21 +158,18 @@ def store(*manifests):
 
 
 def nested(depth):
-    """Boxes in boxes, each announcing all that is left."""
+    """Boxes in boxes. Each announces all bytes behind it."""
     head = described(b"c2pa", "c2pa")
     each = 8 + len(head)
     return b"".join(struct.pack(">I", (depth - i) * each) + b"jumb" + head for i in range(depth))
 
 
-def claimed(cbor):
-    """A store of one manifest with this claim."""
-    return store(
-        manifest(
-            0,
-            superbox(
-                b"c2as", "c2pa.assertions", superbox(b"cbor", "c2pa.actions", box(b"cbor", b"\xa0"))
-            ),
-            superbox(b"c2cl", "c2pa.claim", box(b"cbor", cbor)),
-            superbox(b"c2cs", "c2pa.signature", box(b"cbor", b"\x80")),
-        )
+def full(number, claim=b"\xa0"):
+    """A manifest with an assertion, this claim and a signature."""
+    assertion = superbox(b"cbor", "c2pa.actions", box(b"cbor", b"\xa0"))
+    return manifest(
+        number,
+        superbox(b"c2as", "c2pa.assertions", assertion),
+        superbox(b"c2cl", "c2pa.claim", box(b"cbor", claim)),
+        superbox(b"c2cs", "c2pa.signature", box(b"cbor", b"\x80")),
     )

@@ -10,12 +10,12 @@ def is_remote(path):
 
 
 def masked(url):
-    """An address without the password in it, to be shown."""
+    """An address with its password hidden."""
     return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", url)
 
 
 def behind_proxy(url, *also):
-    """Words for the error of a connection to `url` where a proxy lies between: its address, its variable, the remedy. Else ''.
+    """End of an error message that names the proxy for `url` and the remedy; '' without a proxy.
 
     `also`: 'all' for clients that follow ALL_PROXY.
     """
@@ -24,17 +24,12 @@ def behind_proxy(url, *also):
 
     parts, proxies = urlsplit(url), getproxies()
     kinds = [kind for kind in (parts.scheme, *also) if kind in proxies]
-    if (
-        parts.scheme not in ("http", "https")
-        or not kinds
-        or proxy_bypass(parts.netloc.rpartition("@")[2])
-    ):
+    is_http = parts.scheme in ("http", "https")
+    if not is_http or not kinds or proxy_bypass(parts.netloc.rpartition("@")[2]):
         return ""
-    names = [
-        name for name in (f"{kinds[0]}_proxy", f"{kinds[0]}_PROXY".upper()) if name in os.environ
-    ]
-    name = names[0] if names else "the system's settings"
+    variables = (f"{kinds[0]}_proxy", f"{kinds[0]}_PROXY".upper())
+    source = next((name for name in variables if name in os.environ), "the system's settings")
     return (
-        f"; the proxy {masked(proxies[kinds[0]])} of {name} lies between: unset {name}, or set"
-        f" NO_PROXY={parts.hostname}, where it is not needed"
+        f"; the connection goes through the proxy {masked(proxies[kinds[0]])} of {source};"
+        f" unset {source}, or set NO_PROXY={parts.hostname}, where it is not needed"
     )

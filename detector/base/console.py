@@ -1,4 +1,4 @@
-"""What a command prints, and how it ends."""
+"""Output of a command, and its exit."""
 
 import argparse
 import os
@@ -11,19 +11,19 @@ from detector.base.addresses import is_remote
 from detector.base.errors import DetectorError, UsageError
 from detector.base.files import REMEDIES, reason
 
-SOON = 2  # seconds after which a loop that may be quick shows its progress
+SOON = 2  # seconds after which a loop shows its progress
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line, paragraph
-# bidirectional classes of the marks that turn what follows round: 'gpj.exe' shown as 'exe.jpg'
+# bidirectional classes of the marks that reverse the text behind them: 'gpj.exe' reads 'exe.jpg'
 TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def one_line(error):
-    """An error's words in one line, of at most 300 characters."""
+    """The message of an error as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults, where there is one to tell."""
+    """--help with the defaults that are texts or numbers."""
 
     def _get_help_string(self, action):
         shown = isinstance(action.default, (str, int, float)) and action.default is not False
@@ -37,17 +37,19 @@ def say(message):
 
 
 def printable(text):
-    """Text with control characters, line ends, marks that turn the direction of writing, and bytes
-    that are not UTF-8 as backslash escapes."""
+    """Text with backslash escapes in the place of characters that could mislead its reader.
 
-    def bad(c):
+    These are control characters, line ends, direction marks and bytes that are not UTF-8.
+    """
+
+    def misleads(c):
         return unicodedata.category(c) in UNPRINTABLE or unicodedata.bidirectional(c) in TURNING
 
-    return "".join(c.encode("unicode_escape").decode() if bad(c) else c for c in str(text))
+    return "".join(c.encode("unicode_escape").decode() if misleads(c) else c for c in str(text))
 
 
 def all_printable(value):
-    """The same for every text in dicts and lists."""
+    """`printable` for every text in dicts and lists."""
     if isinstance(value, dict):
         return {all_printable(key): all_printable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -56,13 +58,13 @@ def all_printable(value):
 
 
 def need_folder(path):
-    """Raises UsageError unless --data_dir is a folder; of an object store that is seen when it is listed."""
-    if not is_remote(path) and not os.path.isdir(path):  # '' is none
+    """Raises UsageError unless --data_dir is a folder. Object stores are checked when listed."""
+    if not is_remote(path) and not os.path.isdir(path):  # Path("") would be the current folder
         raise UsageError(f"--data_dir {path}: no such folder")
 
 
 def need_features(path):
-    """Raises UsageError unless --features_file is there; of an object store that is seen when it is read."""
+    """Raises UsageError unless --features_file exists. Object stores are checked when read."""
     if not is_remote(path) and not Path(path).exists():
         raise UsageError(
             f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR"
@@ -70,9 +72,11 @@ def need_features(path):
 
 
 def run(main):
-    """Call a script's main() and exit with what it returns; what a user can mend becomes one line
-    and exit code 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
+    """Call a script's main() and exit with its return value.
+
+    An error that the user can correct becomes one line and exit code 2.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell closed it
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -94,7 +98,7 @@ def run(main):
 
 
 def end(code, line=None):
-    """Exit; what stdout still holds and cannot take goes nowhere."""
+    """Exit. Buffered output that stdout refuses is dropped."""
     if line:
         say(line)
     try:

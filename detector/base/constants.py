@@ -1,12 +1,12 @@
-"""Names and limits that commands and the library share. Imports nothing that takes time."""
+"""Names and limits that commands and the library share. Imports nothing slow."""
 
 import re
 
 CLASSES = ("real", "fake")  # labels 0 and 1
 SPLITS = ("train", "val", "test", "external", "extra")
-MAX_PIXELS = 200_000_000  # on the command line: the Kaggle set has sides of 14,000
-VERSION = re.compile(r"[!-~]{1,64}")  # of a model: it goes into a header of every verdict
-NOTICE = re.compile(r"[ -~]{1,200}")  # of a model: so does this
-MAX_VIEWS = 20  # degraded copies of an image: those of three batches are in memory at a time
-MAX_CROPS = 32  # squares of it in full resolution, each a forward pass more
-LEAST_INT8_IMAGES = 40  # that int8 is calibrated and proved on
+MAX_PIXELS = 200_000_000  # on the command line; the Kaggle set has sides of 14,000
+VERSION = re.compile(r"[!-~]{1,64}")  # of a model; an HTTP header of every verdict carries it
+NOTICE = re.compile(r"[ -~]{1,200}")  # of a model; an HTTP header carries it too
+MAX_VIEWS = 20  # degraded copies of an image; memory holds those of three batches at a time
+MAX_CROPS = 32  # full-resolution crops of an image; each costs one forward pass
+LEAST_INT8_IMAGES = 40  # for the calibration and the proof of int8

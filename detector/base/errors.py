@@ -1,18 +1,20 @@
-"""Errors that a user can cause, each told in one line with exit code 2 (the service: a fitting status).
+"""Errors that a user can cause. A command prints one line and exits with 2.
+
+The service responds with the error's HTTP status.
 
 DetectorError
  |- UsageError         a flag, a folder, a file or a setting
  |- EncoderError       CLIP weights or a prepared encoder
  |- ModelError         a model file
- |- ImageError         one image; `status` is the HTTP status that fits
-      |- UnsupportedImage   415: not a format we take
+ |- ImageError         one image; `status` is the HTTP status
+      |- UnsupportedImage   415: not a format that we accept
       |- BrokenImage        422: truncated or corrupt
       |- ImageTooLarge      413: too many pixels
 """
 
 
 class DetectorError(Exception):
-    """Something the user can mend; the message names the value and the remedy."""
+    """An error that the user can correct. The message names the value and the remedy."""
 
 
 class UsageError(DetectorError):
@@ -28,7 +30,7 @@ class ModelError(DetectorError):
 
 
 class ImageError(DetectorError):
-    """`is_image`: the bytes are an image's, by what they announce, and not a caption's or a program's."""
+    """`is_image`: the first bytes are those of an image format, not of a caption or a program."""
 
     status = 422
     is_image = True

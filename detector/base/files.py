@@ -1,4 +1,4 @@
-"""Reading and writing files, and what the system refuses."""
+"""Reading and writing files, and the remedies where the system refuses."""
 
 import errno
 import fcntl
@@ -14,62 +14,53 @@ from pathlib import Path
 from detector.base.addresses import is_remote
 from detector.base.errors import UsageError
 
-# ---- what the system refuses ----
+# ---- errors of the system ----
 
 ANOTHER_PLACE = "name another place"
-# What the user can do about a refusal of the system's; the same command then works, or resumes.
+AGAIN = ", and run the same command again"  # it then works, or resumes
 REMEDIES = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT), "free some space, and run the same command again"
-    ),
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), and run the same command again",
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
-    errno.ENOMEM: "free some memory, and run the same command again",
-    **dict.fromkeys(
-        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV),
-        "check the disk or network drive, and run the same command again",
-    ),
-    errno.ENAMETOOLONG: "give it a shorter name",
-    errno.ENOENT: "check the path",
-    **dict.fromkeys(
-        (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.ELOOP,
-            errno.EBUSY,
-            errno.ETXTBSY,
-            errno.ENXIO,
-            errno.EINVAL,
-        ),
-        ANOTHER_PLACE,
-    ),
+    getattr(errno, name): remedy
+    for names, remedy in (
+        ("ENOSPC EDQUOT", f"free some space{AGAIN}"),
+        ("EFBIG", f"raise the limit on the size of files (ulimit -f){AGAIN}"),
+        ("EMFILE ENFILE", "raise the limit on open files (ulimit -n)"),
+        ("ENOMEM", f"free some memory{AGAIN}"),
+        ("EIO ESTALE ENOTCONN EHOSTDOWN ENODEV", f"check the disk or network drive{AGAIN}"),
+        ("ENAMETOOLONG", "give it a shorter name"),
+        ("ENOENT", "check the path"),
+        ("EACCES EPERM EROFS ENOTDIR EISDIR ELOOP", ANOTHER_PLACE),
+        ("EBUSY ETXTBSY ENXIO EINVAL", ANOTHER_PLACE),
+    )
+    for name in names.split()
 }
 
 
 def reason(error):
     """OSError -> 'No space left on device; free some space ...'."""
-    words = "a folder of its path is a file" if error.errno == errno.EEXIST else error.strerror
-    return f"{words or error}; {REMEDIES.get(error.errno, ANOTHER_PLACE)}"
+    text = "a folder of its path is a file" if error.errno == errno.EEXIST else error.strerror
+    return f"{text or error}; {REMEDIES.get(error.errno, ANOTHER_PLACE)}"
 
 
 @contextmanager
-def refusal(what):
-    """An OSError becomes a UsageError: `what`, the reason, the remedy."""
+def refusal(problem, of_other_files=True):
+    """An OSError becomes a UsageError: `problem`, the reason, the remedy.
+
+    Unless `of_other_files`, an OSError that names a file passes: a write names none.
+    """
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{what}: {reason(error)}") from None
+        if error.filename is not None and not of_other_files:
+            raise
+        raise UsageError(f"{problem}: {reason(error)}") from None
 
 
 @contextmanager
 def atomic_write(path, mode="wb"):
-    """Write beside `path`, rename at the end: a reader sees the old file or the whole new one.
+    """Write beside `path` and rename at the end. A reader sees the old file or the whole new file.
 
-    A symbolic link is followed. A new file's mode follows the umask, an existing file keeps its
-    own. Raises UsageError where `path` is no regular file, and for what the system refuses.
+    Symbolic links are followed. A new file's mode follows the umask; an existing file keeps its
+    mode. Raises UsageError where `path` is no regular file, and where the system refuses.
     """
     refuse_place(path, f"cannot write {path}")
     given, path = Path(path), Path(os.path.realpath(path))
@@ -78,9 +69,9 @@ def atomic_write(path, mode="wb"):
         with refusal(f"cannot write {given}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        # whatever the locale, whatever a name
+        # the locale may have another encoding, and a file name may not be UTF-8
         text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-        with unnamed_refusal(f"cannot write {given}"), os.fdopen(handle, mode, **text) as file:
+        with refusal(f"cannot write {given}", False), os.fdopen(handle, mode, **text) as file:
             yield file
         with refusal(f"cannot write {given}"):
             put(temporary, path)
@@ -91,7 +82,7 @@ def atomic_write(path, mode="wb"):
 
 
 def put(temporary, path):
-    """Rename a file to `path`; a file that was there leaves it its mode and its owner."""
+    """Rename a file to `path`. It takes the mode and the owner of the file that it replaces."""
     with suppress(FileNotFoundError):
         before = os.stat(path)
         with suppress(OSError):
@@ -100,19 +91,8 @@ def put(temporary, path):
     os.replace(temporary, path)
 
 
-@contextmanager
-def unnamed_refusal(what):
-    """`refusal` of a write; an OSError that names a file is of another file, and passes."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise UsageError(f"{what}: {reason(error)}") from None
-
-
 def refuse_place(path, given):
-    """Raises UsageError where `path` is there and is no regular file."""
+    """Raises UsageError where `path` exists and is no regular file."""
     if Path(path).is_dir():
         raise UsageError(f"{given}: it is a folder; name a file in it")
     if Path(path).exists() and not Path(path).is_file():
@@ -121,9 +101,9 @@ def refuse_place(path, given):
 
 @contextmanager
 def atomic_folder(folder, own=()):
-    """Yields a new folder beside `folder`. At the end its files take their places in `folder`.
+    """Yields a new folder inside `folder`. At the end its files move to `folder`.
 
-    Then what `folder` still has of the names `own` is removed. Raises UsageError.
+    Older files in `folder` with a name in `own` are then removed. Raises UsageError.
     """
     folder = Path(os.path.realpath(folder))
     with refusal(f"cannot write {folder}"):
@@ -137,7 +117,7 @@ def atomic_folder(folder, own=()):
                 put(scratch / name, folder / name)
             for name in set(own) - set(new):
                 (folder / name).unlink(missing_ok=True)
-    except UsageError as error:  # of a file in a folder that is gone when this is read
+    except UsageError as error:  # the user knows no scratch folder
         raise UsageError(str(error).replace(str(scratch), str(folder))) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -147,13 +127,13 @@ def atomic_folder(folder, own=()):
 def only_writer(path, given):
     """Hold a lock beside `path` while this process writes there; `given`: the flag and its value.
 
-    Raises UsageError where another process holds it. An object store, and a file system without
-    locks, do without.
+    Raises UsageError where another process holds the lock. Object stores, and file systems
+    without locks, are not locked.
     """
     if is_remote(path):
         yield
         return
-    if not os.path.isdir(path):  # which --ray writes
+    if not os.path.isdir(path):  # --ray writes a folder
         refuse_place(path, given)
     path = Path(os.path.realpath(path))
     lock = path.with_name(os.fsdecode(b".%s.lock" % os.fsencode(path.name)[:200]))
@@ -169,7 +149,7 @@ def only_writer(path, given):
                 f"{given}: process {file.read() or 'of another machine'} is writing it; "
                 "wait until it ends, or name another place"
             ) from None
-        except OSError:
+        except OSError:  # no locks here
             pass
         try:
             file.truncate(0)
@@ -180,32 +160,32 @@ def only_writer(path, given):
 
 
 def reserve(folder, size):
-    """Raises OSError unless `folder` has room for `size` bytes: some libraries do not say so."""
+    """Raises OSError unless `folder` has room for `size` bytes. Some libraries do not report it."""
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
 def check_file(path, given):
-    """A place where no file can be written is told before the work. Raises UsageError."""
+    """Raises UsageError, before the work, where no file can be written at `path`."""
     refuse_place(path, given)
     check_folder(Path(os.path.realpath(path)).parent, given)
 
 
 def check_folder(path, given):
-    """Make the folder where it is missing; a place that cannot be written is told before the work.
+    """Make the folder where it is missing. `given`: the flag and its value.
 
-    `given`: the flag and value that it comes from. Raises UsageError.
+    Raises UsageError, before the work, where no file can be written in it.
     """
     with refusal(f"{given}: cannot be written"):
         Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
 
 
-# ---- what every script does ----
+# ---- reading ----
 
 
 def read_bytes(path):
-    """The bytes of a file; UsageError where it cannot be read."""
+    """The bytes of a file. Raises UsageError where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

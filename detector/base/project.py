@@ -1,4 +1,4 @@
-"""Where the project lies, and the commit of its code."""
+"""The project's folder, and the commit of its code."""
 
 import os
 import subprocess
@@ -7,16 +7,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[2]
 
 
+def git(*words):
+    """Output of a git command in the project's folder."""
+    command = ["git", "-C", str(HERE), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def code_commit():
-    """Commit of this code (CODE_COMMIT where there is no git, as in a container), '-dirty' with uncommitted changes."""
+    """Commit of this code, with '-dirty' where tracked files have changed.
+
+    Without git, as in a container: the variable CODE_COMMIT.
+    """
     try:
-        git = ["git", "-C", str(HERE)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
-        return commit + ("-dirty" if changed else "")
+        changed = git("status", "--porcelain", "-uno")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CODE_COMMIT", "unknown")

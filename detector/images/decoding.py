@@ -10,10 +10,11 @@ import re
 import warnings
 import zlib
 from contextlib import suppress
+from itertools import chain
 
 from pi_heif import HeifImagePlugin  # noqa: F401
 
-# The plug-ins of the formats we take, by name: otherwise Pillow imports all forty at the first WebP.
+# The plug-ins of our formats, by name. Otherwise Pillow imports all forty at the first WebP.
 from PIL import (  # noqa: F401
     AvifImagePlugin,
     BmpImagePlugin,
@@ -42,38 +43,21 @@ from detector.images.formats import (
 )
 from detector.images.pixels import STRIP_PIXELS, declare_kind, refuse_tiff_kind, to_rgb
 
-MAX_ASPECT = 200  # beyond it the resized strip alone would take more memory than any photograph
-MAX_SCANS, MAX_REPEATS = (
-    50,
-    200,
-)  # what costs a pass each: a JPEG's scans (10 where it is progressive); profiles, EXIF
+MAX_ASPECT = 200  # beyond it the resized strip alone takes more memory than any photograph
+MAX_SCANS = 50  # of a JPEG, a decoding pass each; a progressive JPEG has about 10
+MAX_EXIF_SEGMENTS = 200  # of a JPEG; Pillow copies all earlier segments at each
 MAX_SCANNED = 150_000_000  # pixels times scans of a JPEG without end marker, decoded 5 times
-MAX_HEADER_READS = 100_000  # pieces of a file's header: cameras write dozens, millions of empty ones would take seconds
-MAX_TIFF_PIECES = 250_000  # strips or tiles: more than any picture here has rows
-TIFF_GRID = {
-    256,
-    257,
-    258,
-    259,
-    273,
-    277,
-    278,
-    279,
-    284,
-    322,
-    323,
-    324,
-    325,
-}  # tags that say how a TIFF's pixels lie
-HEIF_DERIVED = b"grid", b"iovl", b"iden"  # items that are made of others
+MAX_HEADER_READS = 100_000  # cameras write dozens of parts; millions of empty parts take seconds
+MAX_TIFF_PIECES = 250_000  # strips or tiles; no picture here has so many rows
+# tags that place a TIFF's pixels
+TIFF_GRID = {256, 257, 258, 259, 273, 277, 278, 279, 284, 322, 323, 324, 325}
+HEIF_DERIVED = b"grid", b"iovl", b"iden"  # items that are made of other items
 
-# Pillow warns above its limit and refuses above twice that; a bomb must never get as far as a warning.
+# Pillow warns above its limit and refuses above twice the limit. We refuse where it warns.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what it thinks of a file's metadata
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-with suppress(
-    OSError, AttributeError
-):  # libtiff writes to stderr itself, for a crafted file thousands of lines
+with suppress(OSError, AttributeError):  # libtiff writes thousands of lines to stderr
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
     ctypes.CDLL(Image.core.__file__).TIFFSetWarningHandler(None)
 
@@ -82,7 +66,7 @@ with suppress(
 
 
 class Header(io.BytesIO):
-    """Bytes that can be read in so many pieces and no more. `del header.read` ends the counting."""
+    """Bytes that allow MAX_HEADER_READS reads. `del header.read` ends the counting."""
 
     def __init__(self, data):
         super().__init__(data)
@@ -96,17 +80,19 @@ class Header(io.BytesIO):
 
 
 def open_image(data, max_pixels=MAX_PIXELS):
-    """Image bytes -> PIL image, its header read, its size and kind of pixels checked, not decoded.
+    """Image bytes -> PIL image, not decoded. Its header is read, its size and pixel kind checked.
 
-    The content decides on the format, never a name. Raises UnsupportedImage, BrokenImage,
-    ImageTooLarge.
+    The content decides on the format, never a name.
+    Raises UnsupportedImage, BrokenImage, ImageTooLarge.
     """
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     known = sniff(data)
     if known not in FORMATS:
         raise unsupported(known, data)
-    refuse_repeats(known, data)
-    if known == "TIFF":
+    if known == "JPEG":
+        refuse_jpeg_bombs(data)
+    elif known == "TIFF":
+        refuse_tiff_pieces(data)
         refuse_tiff_kind(data)
     parts, texts = needed_parts(data, known)
     try:
@@ -114,31 +100,22 @@ def open_image(data, max_pixels=MAX_PIXELS):
     except BrokenImage:
         image = read_header(without_metadata(data, known), known, max_pixels)
     image.info |= texts
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageTooLarge(
-            f"the image has {width} x {height} pixels; at most {max_pixels:,} are allowed"
-        )
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageTooLarge(
-            f"the image has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the"
-            " other"
-        )
+    refuse_size(*image.size, max_pixels)
     if known == "TIFF":
         refuse_tiff_bombs(image, data, max_pixels)
-    if known == "HEIF":
+    elif known == "HEIF":
         refuse_heif_bombs(data, max_pixels)
     return image
 
 
 def unsupported(known, data):
-    """The error for bytes of a format that is not taken, or of none that is known."""
+    """The error for bytes of a known format that we do not accept, or of no known format."""
     if known:
         return UnsupportedImage(
             f"{known} is not among the formats taken ({TAKEN}): save the image as JPEG or PNG"
         )
-    what = "not an image format we take" if data else "the file is empty"
-    error = UnsupportedImage(f"{what} (taken: {TAKEN})")
+    problem = "not an image format we take" if data else "the file is empty"
+    error = UnsupportedImage(f"{problem} (taken: {TAKEN})")
     error.is_image = False
     return error
 
@@ -155,34 +132,51 @@ def read_header(data, known, max_pixels):
     except UnidentifiedImageError:
         name = known.replace("HEIF", "HEIC")
         raise BrokenImage(
-            f"the file starts like {name} but its header cannot be read (damaged, or "
-            "of a rare kind): save the image as JPEG or PNG"
+            f"the file starts like {name} but its header cannot be read"
+            " (damaged, or of a rare kind): save the image as JPEG or PNG"
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLarge(f"the image has more than the {max_pixels:,} pixels allowed") from None
     except Exception as error:  # Pillow's parsers raise almost anything on crafted bytes
         raise BrokenImage(f"the image cannot be opened: {one_line(error)}") from None
     finally:
-        del file.read  # pixels may come in as many pieces as they like
+        del file.read  # no limit for the reads of pixels
 
 
-# ---- what a small file with a harmless header can still ask for: gigabytes, or hours ----
+# ---- small files that ask for gigabytes or hours ----
 
 
-def refuse_repeats(known, data):
-    """Parts that cost a pass over the image, or over all parts before them, each time they come."""
-    for name, most, what, pattern in (
-        ("JPEG", MAX_SCANS, "scans", rb"\xff\xda\0[\x08\x0a\x0c\x0e]"),
-        ("JPEG", MAX_REPEATS, "EXIF segments", rb"Exif\0\0"),
+def refuse_size(width, height, max_pixels):
+    """Raises ImageTooLarge."""
+    size = f"the image has {width} x {height} pixels"
+    if width * height > max_pixels:
+        raise ImageTooLarge(f"{size}; at most {max_pixels:,} are allowed")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageTooLarge(f"{size}; a side may be at most {MAX_ASPECT} times the other")
+
+
+def refuse_jpeg_bombs(data):
+    """Raises BrokenImage for many scans or EXIF segments; each costs a pass."""
+    for pattern, most, parts in (
+        (rb"\xff\xda\0[\x08\x0a\x0c\x0e]", MAX_SCANS, "scans"),
+        (rb"Exif\0\0", MAX_EXIF_SEGMENTS, "EXIF segments"),
     ):
-        if known == name and len(re.findall(pattern, data)) > most:
-            raise BrokenImage(f"the {known} has more than {most} {what}")
+        if len(re.findall(pattern, data)) > most:
+            raise BrokenImage(f"the JPEG has more than {most} {parts}")
+
+
+def refuse_tiff_pieces(data):
+    """Raises BrokenImage before Pillow reads long lists of strips or tiles."""
     if any(line[2] > MAX_TIFF_PIECES for line in tiff_directory(data) if line[0] in TIFF_GRID):
         raise BrokenImage(f"the TIFF is cut into more than {MAX_TIFF_PIECES:,} pieces")
 
 
 def refuse_tiff_bombs(image, data, max_pixels):
-    """Tiles far larger than the picture, strips that are listed again and again, tags that libtiff sees and Pillow does not."""
+    """Raises ImageTooLarge for tiles far larger than the picture.
+
+    Raises BrokenImage for strips that are listed repeatedly, and for tags that libtiff reads and
+    Pillow does not.
+    """
     tags = image.tag_v2
     listed = {line[0] for line in tiff_directory(data)}
     if data.startswith(b"MM\0+") or listed & TIFF_GRID - set(tags):
@@ -195,38 +189,34 @@ def refuse_tiff_bombs(image, data, max_pixels):
                 f"the TIFF has tiles of more than the {max_pixels:,} pixels allowed"
             )
     read = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
-    lengths = (
-        n
-        for tag in (279, 325)
-        if isinstance(tags.get(tag), tuple)
-        for n in tags[tag]
-        if isinstance(n, int)
-    )
-    stored = sum(min(n, len(data)) for n in lengths)
-    if read > 8 * width * height or stored > 4 * len(
-        data
-    ):  # planes lie one by one, up to 6; byte counts may be careless
+    counts = (tags[tag] for tag in (279, 325) if isinstance(tags.get(tag), tuple))
+    stored = sum(min(n, len(data)) for n in chain(*counts) if isinstance(n, int))
+    # up to 6 planes lie one after the other; sound files may have wrong byte counts
+    if read > 8 * width * height or stored > 4 * len(data):
         raise BrokenImage("the TIFF lists the same strips or tiles again and again")
 
 
 def refuse_heif_bombs(data, max_pixels):
-    """Pictures made of pictures that are made of others, and tiles far larger than the picture.
+    """Raises BrokenImage for derived pictures of derived pictures, ImageTooLarge for large tiles.
 
-    (libheif refuses thousands of items, and sizes that are not those of the coded pictures.)
+    libheif itself refuses thousands of items, and sizes that differ from the coded pictures.
     """
     kinds, made_of, pixels = heif_items(data)
-    for item in made_of:
+    for item, parts in made_of.items():
         if kinds.get(item) in HEIF_DERIVED:
-            if any(kinds.get(part) in HEIF_DERIVED for part in made_of[item]):
+            if any(kinds.get(part) in HEIF_DERIVED for part in parts):
                 raise BrokenImage("the HEIF is made of pictures that are made of others")
-            if sum(pixels.get(part, max_pixels) for part in made_of[item]) > 2 * max_pixels:
+            if sum(pixels.get(part, max_pixels) for part in parts) > 2 * max_pixels:
                 raise ImageTooLarge(
                     f"the HEIF has tiles of more than the {max_pixels:,} pixels allowed"
                 )
 
 
 def upright(image):
-    """EXIF orientation applied; unreadable EXIF counts as none."""
+    """EXIF orientation applied; unreadable EXIF counts as none.
+
+    Pillow's exif_transpose would copy an upright image, and raise on unreadable EXIF.
+    """
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:
@@ -245,7 +235,7 @@ def upright(image):
 
 
 def load(image):
-    """Decodes an image of `open_image` in place; a complete JPEG may lack its end marker."""
+    """Decodes an image of `open_image` in place. A complete JPEG may lack its end marker."""
     try:
         image.load()
     except OSError as error:
@@ -253,9 +243,9 @@ def load(image):
         if not 0 < jpeg_scans(data) * image.width * image.height <= MAX_SCANNED:
             raise
         image._im, checksums = None, set()
-        for data in jpeg_ends(data):
-            complete = None  # its memory is free before the next is decoded
-            complete = Image.open(io.BytesIO(data), formats=["JPEG"])
+        for ended in jpeg_ends(data):
+            complete = None  # free the memory before the next one is decoded
+            complete = Image.open(io.BytesIO(ended), formats=["JPEG"])
             complete.load()
             checksums.add(checksum(complete))
             if len(checksums) > 1:
@@ -264,7 +254,7 @@ def load(image):
 
 
 def checksum(image):
-    """CRC-32 of an image's pixels, taken in strips."""
+    """CRC-32 of an image's pixels, in strips to save memory."""
     value, rows = 0, max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -273,8 +263,10 @@ def checksum(image):
 
 
 def load_rgb(image):
-    """An image from `open_image` -> decoded RGB, upright. Truncated files are errors, not grey images. Raises BrokenImage,
-    UnsupportedImage."""
+    """An image from `open_image` -> decoded RGB, upright.
+
+    Raises BrokenImage, for truncated files too, and UnsupportedImage.
+    """
     try:
         load(image)
         return to_rgb(upright(image))
@@ -285,5 +277,8 @@ def load_rgb(image):
 
 
 def decode_image(data, max_pixels=MAX_PIXELS):
-    """Image bytes -> PIL image, RGB, upright (first frame of an animation). Raises ImageError's kinds."""
+    """Image bytes -> PIL image, RGB, upright. Of an animation: the first frame.
+
+    Raises ImageError's kinds.
+    """
     return load_rgb(open_image(data, max_pixels))

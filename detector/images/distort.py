@@ -1,9 +1,10 @@
-"""The stated degradations: what happens to a picture between a camera and an upload button.
+"""Degradations that a picture meets between a camera and an upload.
 
     for panel, level, change in CONDITIONS: degraded = change(image)
     view = degrade(image, view_rng(sha256, number))
 
-Each takes a PIL RGB image and returns one; `rng` is a numpy Generator, so that the same seed gives the same pixels.
+Each takes a PIL RGB image and returns a PIL RGB image. `rng` is a numpy Generator. The same seed
+gives the same pixels.
 """
 
 import io
@@ -19,30 +20,38 @@ FILTERS = (
 )
 
 
+def encoded(image, kind, **options):
+    """RGB image -> bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def jpeg_bytes(image, quality):
     """RGB image -> bytes of a JPEG file (4:2:0, as most sites save)."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=int(quality))
-    return buffer.getvalue()
+    return encoded(image, "JPEG", quality=int(quality))
+
+
+def opened(data):
+    """Bytes of a file that we wrote -> RGB image."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def jpeg(image, quality):
     """Saved as JPEG and opened again."""
-    return Image.open(io.BytesIO(jpeg_bytes(image, quality))).convert("RGB")
+    return opened(jpeg_bytes(image, quality))
 
 
 def fit(image, side, resample=Image.Resampling.LANCZOS):
-    """Shrunk so that the long side is at most `side` pixels; smaller images stay as they are."""
+    """Shrunk so that the long side is at most `side` pixels. Smaller images are not changed."""
     scale = side / max(image.size)
-    return (
-        image
-        if scale >= 1
-        else image.resize([max(1, round(s * scale)) for s in image.size], resample)
-    )
+    if scale >= 1:
+        return image
+    return image.resize([max(1, round(s * scale)) for s in image.size], resample)
 
 
 def social_bytes(image, side, quality):
-    """What a site that shrinks uploads to `side` pixels and saves them at `quality` hands out: bytes of a JPEG file."""
+    """Bytes of the JPEG file that a site makes of an upload: at most `side` pixels, `quality`."""
     return jpeg_bytes(fit(image, side), quality)
 
 
@@ -53,16 +62,12 @@ def blur(image, sigma):
 
 def webp(image, quality):
     """Saved as WebP and opened again."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=int(quality))
-    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+    return opened(encoded(image, "WEBP", quality=int(quality)))
 
 
 def png(image):
     """Saved as PNG and opened again: the same pixels, another file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+    return opened(encoded(image, "PNG", compress_level=1))
 
 
 def resize(image, scale, resample=Image.Resampling.BICUBIC):
@@ -79,20 +84,19 @@ def noise(image, sigma, rng=None):
     """Gaussian noise on each channel, `sigma` in grey levels of 255."""
     rng = np.random.default_rng(0) if rng is None else rng
     pixels = np.asarray(image).astype(np.float32)
-    return Image.fromarray(
-        np.clip(np.rint(pixels + rng.normal(0, sigma, pixels.shape)), 0, 255).astype(np.uint8)
-    )
+    noisy = np.rint(pixels + rng.normal(0, sigma, pixels.shape))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def crop(image, share, left=0.5, top=0.5):
-    """Cut to `share` of both sides; `left` and `top` say where in the room that leaves, 0.5 in the middle."""
+    """Cut to `share` of both sides; `left` and `top` place the cut: 0, 0.5 (middle) to 1."""
     width, height = (max(1, round(side * share)) for side in image.size)
     x, y = round((image.width - width) * left), round((image.height - height) * top)
     return image.crop((x, y, x + width, y + height))
 
 
 def square(image, side=224):
-    """Cropped to the middle square and shrunk (or enlarged) to one size: the same shape for every picture."""
+    """Cropped to the middle square and resized to `side`: one shape for every picture."""
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     return image.resize(
@@ -101,19 +105,19 @@ def square(image, side=224):
 
 
 def social(image, *tiers):
-    """Shared on one site after another: each shrinks to (side, quality) and saves as JPEG."""
+    """Shared on several sites in turn. Each shrinks to a side and saves as JPEG of a quality."""
     for side, quality in tiers:
         image = jpeg(fit(image, side), quality)
     return image
 
 
 def resaved(image, share, quality):
-    """Shrunk to `share` of its sides and saved as JPEG: as a site treats a picture larger than it shows."""
+    """Shrunk to `share` of its sides and saved as JPEG, as sites treat large pictures."""
     return jpeg(resize(image, share), quality)
 
 
-RESAVED = {"75%, quality 60": (0.75, 60), "50%, quality 40": (0.5, 40)}  # of the sides, of the JPEG
-# What evaluate.py tries, as (panel, level, function).
+RESAVED = {"75%, quality 60": (0.75, 60), "50%, quality 40": (0.5, 40)}  # share, quality
+# The conditions of evaluate.py: (panel, level, function).
 CONDITIONS = [
     *(("JPEG", f"quality {q}", lambda image, q=q: jpeg(image, q)) for q in (95, 80, 60, 40, 30)),
     *(("WebP", f"quality {q}", lambda image, q=q: webp(image, q)) for q in (95, 80, 60, 40, 30)),
@@ -128,17 +132,14 @@ CONDITIONS = [
     ("social media", "1080 px q75", lambda image: social(image, (1080, 75))),
     ("social media", "768 px q60", lambda image: social(image, (768, 60))),
     ("social media", "512 px q40", lambda image: social(image, (512, 40))),
-    (
-        "social media",
-        "both, one after the other",
-        lambda image: social(image, (768, 60), (512, 40)),
-    ),
+    ("social media", "both, one after the other", lambda i: social(i, (768, 60), (512, 40))),
     *(
-        ("re-saved", f"at {name}", lambda image, how=how: resaved(image, *how))
-        for name, how in RESAVED.items()
+        ("re-saved", f"at {name}", lambda image, step=step: resaved(image, *step))
+        for name, step in RESAVED.items()
     ),
 ]
-# Files made alike in steps, as (name, change of reals, change of fakes): a detector that reads files shows here.
+# Steps that make the files of both classes alike: (name, change of reals, change of fakes).
+# They expose a detector that reads files instead of pictures.
 ARMS = [
     ("fakes as JPEG 96", lambda image: image, lambda image: jpeg(image, 96)),
     ("both as JPEG 96", lambda image: jpeg(image, 96), lambda image: jpeg(image, 96)),
@@ -152,20 +153,19 @@ ARMS = [
 
 
 def manageable(image, side=8192):
-    """The picture as the distortions take it: WebP has no longer sides, and no comment or colour profile is to be saved
-    with every copy."""
+    """A copy that the distortions can save: sides that WebP allows, no comment, no profile."""
     image = fit(image, side).copy()
     image.info = {}
     return image
 
 
 def view_rng(sha256, number):
-    """Generator for view `number` of the image with this hash: the same for both classes, folders and file names."""
+    """Generator for view `number` of the image with this hash, whatever its class and path."""
     return np.random.default_rng([int(sha256[:16], 16), number])
 
 
 def degrade(image, rng):
-    """One degraded copy: a random chain of one to three of the distortions above, then saved as JPEG or WebP."""
+    """A degraded copy: one to three random distortions of those above, saved as JPEG or WebP."""
     changes = [
         lambda i: resize(i, rng.uniform(0.4, 1), FILTERS[rng.integers(4)]),
         lambda i: there_and_back(i, rng.uniform(0.4, 1)),
@@ -180,9 +180,9 @@ def degrade(image, rng):
 
 
 def random_view(image, rng, resolution):
-    """A training view [resolution x resolution]: random crop, flip, JPEG, blur, resize filter, brightness.
+    """A training view [resolution x resolution].
 
-    Every draw is blind to the label, so nothing here can tell the classes apart.
+    Crop, flip, JPEG, blur, resize filter and brightness are random and do not depend on the label.
     """
     if rng.random() < 0.3:
         image = jpeg(

@@ -1,11 +1,10 @@
-"""What is known of each file without any detector: its facts, its 8x8 picture, its twins, the group it belongs to.
+"""Properties of each file that need no detector: facts, 8x8 thumbnail, twins, group.
 
 rgb, row = describe_image(data)                 # sha256, facts (FACTS), thumb
 cluster = twin_clusters(thumb, sha256)          # images that show the same picture share a number
-groups, kind = make_groups(columns)             # what must stay on one side of every split
+groups, kind = make_groups(columns)             # images that must stay on one side of every split
 """
 
-import io
 import json
 import zlib
 
@@ -14,8 +13,10 @@ import numpy as np
 from detector.base.constants import MAX_PIXELS
 from detector.base.files import sha256
 from detector.images import decoding
+from detector.images.distort import jpeg_bytes
 
-# Of each file: what a leak probe needs. Sizes as in the header (before EXIF rotation), bytes of the whole file.
+# The leak probes need these. Sizes are those of the header, before EXIF rotation. `bytes` counts
+# the whole file.
 FACTS = np.dtype(
     [
         ("width", np.int32),
@@ -29,22 +30,23 @@ FACTS = np.dtype(
     ]
 )
 
-NEAR_GREY = 3.0  # root mean square difference of two 8x8 thumbnails, in grey levels: copies re-saved at other
-NEAR_CORRELATION = (
-    0.9  # sizes and qualities stay below 1.9 (and above 0.95), different photographs above 7
-)
-MIN_SOURCES = (
-    10  # sources, and MIN_OF_CLASS of them in each class, from which on groups are sources
-)
-MIN_OF_CLASS = 5
-MIDDLE = 512  # pixels of the middle that blockiness and density look at
+# Two 8x8 thumbnails: root mean square difference in grey levels, and correlation. Copies re-saved
+# at other sizes and qualities stay below 1.9 and above 0.95. Different photographs are above 7.
+NEAR_GREY = 3.0
+NEAR_CORRELATION = 0.9
+MIN_SOURCES = 10  # groups are sources from this number on,
+MIN_OF_CLASS = 5  # with this many in each class
+MIDDLE = 512  # side in pixels of the middle for blockiness and density
 
 
 # ---- one image ----
 
 
 def describe_image(data, max_pixels=MAX_PIXELS):
-    """Image bytes -> (decoded RGB, {'sha256': ..., 'facts': record of FACTS, 'thumb': uint8 [64]}). Raises ImageError's kinds."""
+    """Image bytes -> (decoded RGB, {'sha256': ..., 'facts': record of FACTS, 'thumb': uint8 [64]}).
+
+    Raises ImageError's kinds.
+    """
     opened = decoding.open_image(data, max_pixels)
     rgb = decoding.load_rgb(opened)
     return rgb, {
@@ -66,7 +68,7 @@ def container_facts(opened, rgb, size):
             format_name,
             np.mean(values) if values else 0,
             zlib.crc32(json.dumps(values).encode()) if values else 0,
-            # as stored: EXIF rotation moves the grid of a JPEG whose sides are no multiples of 8
+            # before rotation, because EXIF rotation moves the grid where a side is no multiple of 8
             blockiness(opened if format_name == "JPEG" else rgb),
             density(rgb),
         ),
@@ -75,38 +77,33 @@ def container_facts(opened, rgb, size):
 
 
 def middle(image):
-    """The middle MIDDLE pixels of an image, cut on its 8x8 grid."""
+    """The middle square of an image, of side MIDDLE, cut on its 8x8 grid."""
     left, top = (max(0, (side - MIDDLE) // 2) // 8 * 8 for side in image.size)
     return image.crop((left, top, min(left + MIDDLE, image.width), min(top + MIDDLE, image.height)))
 
 
 def density(rgb):
-    """Bytes per pixel that the picture itself takes: of its middle, saved here as JPEG 90."""
-    crop, buffer = middle(rgb), io.BytesIO()
-    crop.info = {}  # Pillow would copy comments and colour profiles, which are the file's and not the picture's
-    crop.save(buffer, "JPEG", quality=90)
-    return buffer.tell() / (crop.width * crop.height)
+    """Bytes per pixel of the picture itself: its middle, saved as JPEG 90."""
+    crop = middle(rgb)
+    crop.info = {}  # Pillow would save the file's comments and colour profile
+    return len(jpeg_bytes(crop, 90)) / (crop.width * crop.height)
 
 
 def blockiness(image):
-    """Grey steps across the 8x8 grid over those inside it, in the middle; 1 where no JPEG ever was."""
+    """Grey steps across the 8x8 grid, divided by steps inside the blocks; about 1 without JPEG."""
     grey = np.asarray(middle(image).convert("L")).astype(np.int16)
     if min(grey.shape) < 16:
         return 1.0
-    across, down = (
-        np.abs(np.diff(grey, axis=1)).mean(axis=0),
-        np.abs(np.diff(grey, axis=0)).mean(axis=1),
-    )
-    edge = np.concatenate([across[7::8], down[7::8]]).mean()
-    inside = np.concatenate([np.delete(d, np.s_[7::8]) for d in (across, down)]).mean()
+    steps = [np.abs(np.diff(grey, axis=axis)).mean(axis=1 - axis) for axis in (1, 0)]
+    edge = np.concatenate([step[7::8] for step in steps]).mean()
+    inside = np.concatenate([np.delete(step, np.s_[7::8]) for step in steps]).mean()
     return float((edge + 0.1) / (inside + 0.1))
 
 
 def thumbnail(rgb):
     """8x8 grey picture, uint8 [64]."""
-    small = rgb.resize(
-        (8, 8), decoding.Image.Resampling.BOX
-    )  # no reducing_gap: it moves greys by 10
+    # without reducing_gap, which changes grey values by 10
+    small = rgb.resize((8, 8), decoding.Image.Resampling.BOX)
     return np.asarray(small.convert("L")).reshape(64)
 
 
@@ -114,29 +111,27 @@ def thumbnail(rgb):
 
 
 def near_pairs(thumb, block=256):
-    """uint8 [n, 64] -> index pairs [m, 2], first below second, whose 8x8 pictures agree (see `pairs_between`)."""
+    """uint8 [n, 64] -> index pairs [m, 2], first below second; see `pairs_between`."""
     pairs = pairs_between(thumb, thumb, block)
     return pairs[pairs[:, 0] < pairs[:, 1]]
 
 
 def pairs_between(thumb, others, block=256):
-    """uint8 [n, 64], uint8 [k, 64] -> index pairs [m, 2], one of each, whose 8x8 pictures agree.
+    """uint8 [n, 64], uint8 [k, 64] -> index pairs [m, 2] of near-identical thumbnails.
 
-    Within NEAR_GREY of each other and, so that flat pictures do not all agree, correlated by NEAR_CORRELATION. Two pictures
-    differ by no less than their means do, so only those of about the same brightness are compared.
+    They differ by at most NEAR_GREY. They correlate by NEAR_CORRELATION, because all flat pictures
+    differ little. Thumbnails differ at least as much as their means, so only thumbnails of nearly
+    the same brightness are compared.
     """
-    (
-        (order, mean, grey, square, shape),
-        (other_order, other_mean, other_grey, other_square, other_shape),
-    ) = map(by_brightness, (thumb, others))
+    order, mean, grey, square, shape = by_brightness(thumb)
+    other_order, other_mean, other_grey, other_square, other_shape = by_brightness(others)
     pairs = [np.empty((0, 2), int)]
     for start in range(0, len(grey), block):
         rows = slice(start, start + block)
         first = np.searchsorted(other_mean, mean[start] - NEAR_GREY - 0.01)
         near = slice(first, np.searchsorted(other_mean, mean[rows][-1] + NEAR_GREY + 0.01))
-        distance = (
-            square[rows, None] + other_square[near] - 2 * grey[rows] @ other_grey[near].T
-        ) / 64
+        squares = square[rows, None] + other_square[near]
+        distance = (squares - 2 * grey[rows] @ other_grey[near].T) / 64
         i, j = np.nonzero(distance <= NEAR_GREY**2)
         alike = (shape[start + i] * other_shape[first + j]).sum(axis=1) >= NEAR_CORRELATION
         pairs.append(np.stack([order[start + i[alike]], other_order[first + j[alike]]], axis=1))
@@ -145,31 +140,28 @@ def pairs_between(thumb, others, block=256):
 
 
 def by_brightness(thumb):
-    """-> (row numbers from dark to bright; and of these rows: mean, greys as float32, their squared length, their deviations
-    from the mean at length 1)."""
+    """uint8 [n, 64] -> (order, mean, grey, square, shape), the last four in this order.
+
+    `order` lists rows from dark to bright. `grey` is float32, `square` its squared length, `shape`
+    its deviation from the mean, scaled to length 1.
+    """
     grey = thumb.astype(np.float32)
     mean = grey.mean(axis=1)
     order = np.argsort(mean, kind="stable")
     grey, mean = grey[order], mean[order]
     shape = grey - mean[:, None]
-    return (
-        order,
-        mean,
-        grey,
-        (grey * grey).sum(axis=1),
-        shape / np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 1e-6),
-    )
+    shape /= np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 1e-6)
+    return order, mean, grey, (grey * grey).sum(axis=1), shape
 
 
 def twin_clusters(thumb, sha256):
     """Cluster number of each image, int [n]: byte-identical and near-identical images share one.
 
-    Seen in the pictures, not in features: on a few pictures saved many times whitened features tell copies apart
-    (cosine -0.5), and plain cosine chains half of a data set together.
+    Thumbnails are compared, not features. On a few pictures saved many times, copies have whitened
+    features of cosine -0.5. Plain cosine joins half of a data set.
     """
-    _, first, cluster = np.unique(
-        sha256, return_index=True, return_inverse=True
-    )  # views of an image are compared once
+    # views of an image share its hash and are compared once
+    _, first, cluster = np.unique(sha256, return_index=True, return_inverse=True)
     return merge(cluster, first[near_pairs(thumb[first])])
 
 
@@ -180,26 +172,24 @@ def merge(cluster, pairs):
 
     n = int(cluster.max(initial=-1)) + 1
     left, right = cluster[pairs[:, 0]], cluster[pairs[:, 1]]
-    return connected_components(
-        coo_matrix((np.ones(len(pairs)), (left, right)), (n, n)), directed=False
-    )[1][cluster]
+    graph = coo_matrix((np.ones(len(pairs)), (left, right)), (n, n))
+    return connected_components(graph, directed=False)[1][cluster]
 
 
 # ---- groups ----
 
 
 def make_groups(columns, cluster=None):
-    """Group number of each row, int [n]: twins share one; with MIN_SOURCES sources or more, sources do.
+    """Columns -> (group number of each row, int [n]; name of the groups).
 
-    Images without a source are grouped as twins alone. -> (groups, what they are, in words)
+    Twins share a group. With MIN_SOURCES sources or more, images of one source share a group too.
+    Images without a source are grouped with their twins only.
     """
     cluster = twin_clusters(columns["thumb"], columns["sha256"]) if cluster is None else cluster
     sources = columns["sources"]
     named = np.flatnonzero(sources != "")
-    of_class = [
-        len(np.unique(sources[named][columns["labels"][named] == label])) for label in (0, 1)
-    ]
-    if len(np.unique(sources[named])) < MIN_SOURCES or min(of_class) < MIN_OF_CLASS:
+    of_class = [set(sources[named][columns["labels"][named] == label]) for label in (0, 1)]
+    if len(set(sources[named])) < MIN_SOURCES or min(map(len, of_class)) < MIN_OF_CLASS:
         return cluster, "near-identical images"
     first = {sources[i]: i for i in named[::-1]}
     return merge(cluster, np.array([(i, first[sources[i]]) for i in named])), "sources"

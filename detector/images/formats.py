@@ -1,7 +1,7 @@
-"""What the first bytes of a file announce, and the parts of a file that its pixels need.
+"""The format of a file by its first bytes, and the parts of a file that its pixels need.
 
-sniff(data)                               # "PNG"; "JPEG XL", known and not taken; or None
-data, texts = needed_parts(data, "PNG")   # the picture alone, and what it says of itself
+sniff(data)                               # "PNG"; "JPEG XL", known but not accepted; or None
+data, texts = needed_parts(data, "PNG")   # the picture alone, and the file's texts
 tiff_tags(data)                           # {256: (width,), ...} of the first directory
 """
 
@@ -12,8 +12,8 @@ import zlib
 
 import numpy as np
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "HEIF")  # those that are taken
-TAKEN = ", ".join(FORMATS).replace("HEIF", "HEIC")  # as people know them
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "HEIF")  # accepted
+TAKEN = ", ".join(FORMATS).replace("HEIF", "HEIC")  # with the names that people know
 PNG_START = b"\x89PNG\r\n\x1a\n"
 STARTS = (
     (b"\xff\xd8\xff\xf7", "JPEG-LS"),
@@ -26,7 +26,7 @@ STARTS = (
     (b"MM\0*", "TIFF"),
     (b"II+\0", "TIFF"),
     (b"MM\0+", "TIFF"),
-    # known and not taken
+    # known, not accepted
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
     (b"\0\0\0\x0cjP  ", "JPEG 2000"),
@@ -54,7 +54,7 @@ STARTS = (
     (b"P6\n", "PPM"),
     (b"P7\n", "PAM"),
 )
-# ISO base media files name their kinds ("brands") in the first box: major, version, compatible ones
+# ISO base media files list "brands" in their first box: major, version, compatible brands
 BRANDS = {
     b"avif": "AVIF",
     b"avis": "AVIF",
@@ -63,18 +63,18 @@ BRANDS = {
         (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIF"
     ),
 }
-MAX_PARTS = 100_000  # chunks beside the pixels: millions would take seconds
-MAX_TEXT = 1 << 20  # bytes that are unpacked of one text in a PNG, and of all of them
-MAX_TEXTS = 4 << 20
-# of a PNG, colour type: lengths that its chunk tRNS may have; readers pass over another
+MAX_PARTS = 100_000  # chunks beside the pixels; millions would take seconds
+MAX_TEXT = 1 << 20  # bytes that are unpacked of one text in a PNG
+MAX_TEXTS = 4 << 20  # bytes of all texts
+# PNG's colour type -> valid lengths of the chunk tRNS; readers ignore other lengths
 TRANSPARENCY = {b"\0": (2,), b"\2": (6,), b"\3": range(257)}
-# inside a scan are stuffed bytes and restarts alone
+# a scan holds stuffed bytes and restart markers only
 JPEG_MARKER = re.compile(rb"\xff+[\x02-\xcf\xd9-\xfe]")
 TIFF_TYPES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}  # unsigned numbers
 
 
 def sniff(data):
-    """Name of the format that the first bytes announce, taken (FORMATS) or not, or None."""
+    """Name of the format by its first bytes, accepted (FORMATS) or not; None if unknown."""
     if data[4:8] == b"ftyp":
         end = min(int.from_bytes(data[:4]), 400)
         brands = [data[8:12], *(data[at : at + 4] for at in range(16, end, 4))]
@@ -90,8 +90,8 @@ def sniff(data):
 def needed_parts(data, kind):
     """Bytes of an image -> (bytes of its first picture and its EXIF, {key: text} of a PNG).
 
-    Profiles, texts, further pictures and damaged metadata of a JPEG, PNG or WebP stay out, because
-    they can make a sound picture unreadable.
+    Profiles, texts, further pictures and damaged metadata of a JPEG, PNG or WebP are left out,
+    because they can make a sound picture unreadable.
     """
     if kind == "PNG":
         return png_parts(data)
@@ -99,7 +99,10 @@ def needed_parts(data, kind):
 
 
 def png_parts(data):
-    """Only critical chunks, transparency and sound EXIF; the decoder checks the others."""
+    """-> (critical chunks, transparency and sound EXIF; {key: text}).
+
+    The decoder checks the critical chunks.
+    """
     kept, texts, at, others, pixels = [data[:8]], [], 8, 0, False
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
@@ -131,7 +134,7 @@ def checksum_fits(chunk):
 
 
 def png_texts(chunks):
-    """[(chunk's name, its bytes)] -> {key: text}: the first of a key, the start of a long one."""
+    """[(chunk's name, its bytes)] -> {key: text}: the first text of a key, cut to MAX_TEXT."""
     texts, left = {}, MAX_TEXTS
     for name, body in chunks:
         key, _, body = body.partition(b"\0")
@@ -152,19 +155,19 @@ def png_texts(chunks):
 
 
 def without_metadata(data, kind):
-    """Bytes of a JPEG or AVIF whose header cannot be read -> without metadata."""
+    """Bytes of a JPEG or AVIF with an unreadable header -> the file without metadata."""
     if kind == "AVIF":
         return re.sub(rb"(infe[\2\3]\0\0.(?:..|....)..)Exif", rb"\1skip", data, flags=re.DOTALL)
     return jpeg_parts(data, left_out=(*range(0xE2, 0xEE), 0xEF, 0xFE)) if kind == "JPEG" else data
 
 
 def jpeg_parts(data, left_out=(0xE2,)):
-    """Without APP2 (profiles, the list of further pictures) and cut segments of JFIF and Adobe."""
+    """A JPEG without APP2 (profiles, list of pictures) and without cut JFIF and Adobe segments."""
     kept, start, at = [], 0, 2
     for _ in range(MAX_PARTS):
         marker = data[at : at + 2]
         if marker[:1] != b"\xff" or marker[1:] in (b"\xda", b"\xff", b""):
-            break  # the pixels, or what only a decoder can make sense of
+            break  # pixels, or a part that only a decoder understands
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
         if marker[1] in left_out or marker[1] in (0xE0, 0xEE) and end - at < 16:
             kept.append(data[start:at])
@@ -174,9 +177,9 @@ def jpeg_parts(data, left_out=(0xE2,)):
 
 
 def webp_parts(data):
-    """The picture, or an animation's first, and whole metadata, in a file of the right length."""
+    """The first picture and complete metadata, in a file of the right length."""
     kept, at, frames = [], 12, 0
-    if data[12:16] == b"VP8X" and len(data) > 20 and data[20] & 2:  # what no frame fills is clear
+    if data[12:16] == b"VP8X" and len(data) > 20 and data[20] & 2:  # no frame fills it all
         data = data[:20] + bytes([data[20] | 16]) + data[21:]
     for _ in range(MAX_PARTS):
         if at + 8 > len(data):
@@ -197,17 +200,17 @@ def webp_parts(data):
 
 
 def tiff_directory(data):
-    """[(tag, type, count, place of its value)] of a TIFF's first directory, as libtiff finds them.
+    """[(tag, type, count, offset of its value)] of a TIFF's first directory, as libtiff reads it.
 
     [] where the directory is cut.
     """
 
     def number(at, size):
-        return int.from_bytes(data[at : at + size], order or "little")
+        return int.from_bytes(data[at : at + size], order)
 
-    order, wide = {b"II": "little", b"MM": "big"}.get(data[:2]), b"+" in data[2:4]
+    order, wide = "big" if data[:2] == b"MM" else "little", b"+" in data[2:4]
     at, head, line, room = (number(8, 8), 8, 20, 8) if wide else (number(4, 4), 2, 12, 4)
-    lines = min(number(at, head), 1 << 16) if order else 0
+    lines = min(number(at, head), 1 << 16)
     if at + head + lines * line > len(data):
         return []
     return [
@@ -217,9 +220,9 @@ def tiff_directory(data):
 
 
 def tiff_tags(data):
-    """{tag: numbers} of a TIFF's first directory, for tags of at most 16 unsigned ones.
+    """{tag: numbers} of a TIFF's first directory, for tags of at most 16 unsigned numbers.
 
-    {} where the file is cut before the end of these.
+    {} where the file is cut before the end of a value.
     """
     order, room, tags = ">" if data[:2] == b"MM" else "<", 8 if b"+" in data[2:4] else 4, {}
     for tag, kind, count, at in tiff_directory(data):
@@ -244,14 +247,13 @@ def boxes(data, at, end):
         at = max(stop, at + head)
 
 
+def number(data, at, size):
+    """A big-endian number; bytes beyond the end count as missing."""
+    return int.from_bytes(data[at : at + size])
+
+
 def heif_items(data):
     """HEIF (ISO 23008-12) -> ({item: type}, {item: its parts}, {item: declared pixels})."""
-
-    def number(size):
-        nonlocal at
-        at += size
-        return int.from_bytes(data[at - size : at])
-
     kinds, made_of, pixels, sizes, links = {}, {}, {}, [], []
     tops = [
         part
@@ -260,39 +262,64 @@ def heif_items(data):
         for part in boxes(data, start + 4, end)
     ]
     parts = tops + [part for top in tops if top[0] == b"iprp" for part in boxes(data, *top[1:])]
-    for name, at, end in parts:
-        if name == b"ipco":
-            sizes = [
-                math.prod(struct.unpack(">II", data[start + 4 : stop])) if kind == b"ispe" else 0
-                for kind, start, stop in boxes(data, at, end)
-            ]
-            continue
-        version, flags = number(1), number(3)
+    for name, start, end in parts:
         if name == b"iinf":
-            for _, at, _ in boxes(data, at + (4 if version else 2), end):
-                item = number(4 if number(4) >> 24 > 2 else 2)
-                kinds[item] = data[at + 2 : at + 6]
+            kinds |= heif_types(data, start, end)
         elif name == b"iref":
-            for kind, at, _ in boxes(data, at, end):
-                item, count = number(4 if version else 2), number(2)
-                if kind == b"dimg":
-                    made_of[item] = [number(4 if version else 2) for _ in range(count)]
+            made_of |= heif_derivations(data, start, end)
+        elif name == b"ipco":
+            sizes = heif_sizes(data, start, end)
         elif name == b"ipma":
-            for _ in range(min(number(4), len(data))):
-                item, count = number(4 if version else 2), number(1)
-                links += [
-                    (item, number(2) & 0x7FFF if flags & 1 else number(1) & 0x7F)
-                    for _ in range(count)
-                ]
-                if at >= end:
-                    break
+            links += heif_links(data, start, end)
     for item, index in links:
         pixels[item] = max(pixels.get(item, 0), sizes[index - 1] if 0 < index <= len(sizes) else 0)
     return kinds, made_of, pixels
 
 
+def heif_types(data, start, end):
+    """Box iinf -> {item: type}."""
+    kinds = {}
+    for _, at, _ in boxes(data, start + (8 if number(data, start, 1) else 6), end):
+        size = 4 if number(data, at, 1) > 2 else 2
+        kinds[number(data, at + 4, size)] = data[at + size + 6 : at + size + 10]
+    return kinds
+
+
+def heif_derivations(data, start, end):
+    """Box iref -> {item: the items that it is made of}."""
+    made_of, size = {}, 4 if number(data, start, 1) else 2
+    for name, at, _ in boxes(data, start + 4, end):
+        if name == b"dimg":
+            first, count = at + size + 2, number(data, at + size, 2)
+            parts = [number(data, first + i * size, size) for i in range(count)]
+            made_of[number(data, at, size)] = parts
+    return made_of
+
+
+def heif_sizes(data, start, end):
+    """Box ipco -> declared pixels of each property; 0 for a property that is no size."""
+    return [
+        math.prod(struct.unpack(">II", data[at + 4 : stop])) if name == b"ispe" else 0
+        for name, at, stop in boxes(data, start, end)
+    ]
+
+
+def heif_links(data, start, end):
+    """Box ipma -> [(item, number of its property, from 1)]."""
+    links, at, size = [], start + 8, 4 if number(data, start, 1) else 2
+    width, mask = (2, 0x7FFF) if number(data, start + 1, 3) & 1 else (1, 0x7F)
+    for _ in range(min(number(data, start + 4, 4), len(data))):
+        item, count = number(data, at, size), number(data, at + size, 1)
+        at += size + 1
+        links += [(item, number(data, at + i * width, width) & mask) for i in range(count)]
+        at += count * width
+        if at >= end:
+            break
+    return links
+
+
 def jpeg_scans(data):
-    """Number of a JPEG's scans; 0 unless their heads cover every bit of every coefficient.
+    """Number of a JPEG's scans; 0 unless their headers cover every bit of every coefficient.
 
     ISO 10918-1, B.2.3 and G.1.1.
     """
@@ -313,16 +340,17 @@ def jpeg_scans(data):
 
 
 def jpeg_ends(data):
-    """A JPEG without its end marker -> the same with each of four tails and an end marker.
+    """A JPEG without its end marker -> four files, each with another tail and an end marker.
 
-    A complete picture is the same in all. A cut one is not, because its missing bits are read from
-    the tail. (Two tails agree by chance in 1 of 4,000 cuts.) After a cut at a restart marker a
-    decoder passes over everything up to the next one, so the tails have restart markers too.
+    A complete picture decodes to the same pixels in all files. A cut picture does not, because the
+    decoder reads its missing bits from the tail. Two tails agree by chance in 1 of 4,000 cuts.
+    After a cut at a restart marker a decoder skips to the next restart marker, so the tails have
+    restart markers too.
     """
-    data = data.rstrip(b"\xff")  # half of a marker, or of a stuffed byte
+    data = data.rstrip(b"\xff")  # half of a marker or of a stuffed byte
     restarts = re.findall(rb"\xff[\xd0-\xd7]", data[data.rfind(b"\xff\xda") :])
     first = restarts[-1][1] + 1 if restarts else 0
-    filler = np.random.default_rng(0).integers(1, 255, (2, 64), np.uint8)
-    for filler in map(bytes, (*filler, *~filler)):
+    noise = np.random.default_rng(0).integers(1, 255, (2, 64), np.uint8)
+    for filler in map(bytes, (*noise, *~noise)):
         restarts = (b"\xff" + bytes([0xD0 | (first + i) & 7]) + filler for i in range(8))
         yield data + filler + b"".join(restarts) + b"\xff\xd9"

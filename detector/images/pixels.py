@@ -1,12 +1,12 @@
-"""Decoded pixels of any kind -> RGB, by what a file declares of them: one table of conversions.
+"""Decoded pixels of any kind -> RGB.
 
-    declare_kind(image, data, kind)   # of a header: refuses what has no one meaning, notes the rest
+    declare_kind(image, data, kind)   # from the header: notes in `image.info` what to_rgb needs
     rgb = to_rgb(image)               # after decoding
 
-Bits are scaled to 8, alpha lies over white, ICC profiles are ignored (as CLIP does). `image.info`
-carries what is noted: `levels` (the stored values of black and white, where a value takes more than
-8 bits), `drawn` (the box that a GIF's frame fills) and `transparency` (as Pillow has it, in stored
-values for 16-bit grey).
+Values are scaled to 8 bits. Alpha lies over white. ICC profiles are ignored, as CLIP does.
+`image.info` holds `levels`: the stored values of black and white, where a value has more than
+8 bits. `drawn` is the box of a GIF's frame. `transparency` is Pillow's, in stored values for
+16-bit grey.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ from PIL import Image, ImagePalette, TiffImagePlugin
 from detector.base.errors import BrokenImage, UnsupportedImage
 from detector.images.formats import tiff_tags
 
-STRIP_PIXELS = 1 << 20  # converted at a time: copies of a whole large image would double the memory
+STRIP_PIXELS = 1 << 20  # converted at a time; copies of a whole image would double the memory
 REMEDY = "save the image as PNG or JPEG, with 8 or 16 bits"
-# TIFF 6.0, photometric interpretation: (name, samples, bits, values of ExtraSamples that are taken)
+# TIFF 6.0, photometric interpretation: (name, samples, bits, accepted values of ExtraSamples)
 TIFF_KINDS = {
     0: ("white is zero", 1, (1, 2, 4, 8, 16), [()]),
     1: ("black is zero", 1, (1, 2, 4, 8, 12, 16), [(), (0,), (1,), (2,)]),
@@ -27,59 +27,68 @@ TIFF_KINDS = {
     6: ("YCbCr", 3, (8,), [()]),
 }
 TIFF_JPEG = 6, 7  # compressions
-# of little-endian files Pillow knows this
+# Pillow has this entry for little-endian files only
 TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = "I;16B", "I;16B"
 
 
-# ---- what the header declares ----
+# ---- header ----
 
 
 def declare_kind(image, data, known):
-    """Notes in `image.info` what `to_rgb` needs. Raises UnsupportedImage: no agreed colours."""
+    """Notes in `image.info` what `to_rgb` needs. Raises UnsupportedImage, BrokenImage."""
     if known == "PNG":
         declare_png(image, data)
     elif known == "TIFF":
-        declare_tiff(image, data)
+        declare_tiff(image)
     elif known == "BMP":
         declare_bmp(image, data)
     elif known == "GIF":
         image.info["drawn"] = image.dispose_extent
     elif image.mode == "CMYK" and "adobe" not in image.info:
         raise UnsupportedImage(
-            "a CMYK JPEG without Adobe's marker does not say whether its "
-            "inks are inverted: save it as RGB"
+            "a CMYK JPEG without Adobe's marker does not say whether its inks are inverted:"
+            " save it as RGB"
         )
 
 
 def declare_png(image, data):
-    """A transparent colour is in stored bits (PNG 11.3.2.1). Pillow takes it for 8 bits."""
+    """Scales a transparent colour to 8 bits: PNG stores the file's depth (11.3.2.1)."""
     if image.mode == "P" and not image.palette:
         raise BrokenImage("the PNG lacks the palette that its pixels are numbers of")
     bits, colour = data[24], data[25]
     key = image.info.get("transparency")
-    if colour == 0 and key is not None and bits < 16:
-        key &= 2**bits - 1
-        image.info["transparency"] = key * (255 // (2**bits - 1)) if bits > 1 else 255 * key
-    elif colour == 2 and key is not None and bits == 16:
+    if key is None:
+        return
+    if colour == 0 and bits < 16:
+        most = 2**bits - 1
+        image.info["transparency"] = (key & most) * (255 // most)
+    elif colour == 2 and bits == 16:
         raise UnsupportedImage(
-            "a 16-bit colour PNG with one transparent colour is not taken: "
-            "save it with an alpha channel"
+            "a 16-bit colour PNG with one transparent colour is not taken:"
+            " save it with an alpha channel"
         )
-    elif colour == 2 and key is not None:
+    elif colour == 2:
         image.info["transparency"] = tuple(value & 255 for value in key)
 
 
 def refuse_tiff_kind(data):
-    """Raises UnsupportedImage for kinds without agreed colours and those that Pillow misreads."""
+    """Raises UnsupportedImage for kinds without agreed colours, and kinds that Pillow misreads."""
     tags = tiff_tags(data)
-    # CR2; DNGVersion; NewSubfileType and SubfileType of a reduced copy
+    # CR2, DNGVersion, NewSubfileType and SubfileType of a reduced copy
     if data[8:10] == b"CR" or 50706 in tags or tags.get(254, (0,))[0] & 1 or tags.get(255) == (2,):
         raise UnsupportedImage(
-            "a camera raw file, or a TIFF that begins with a preview of its "
-            "picture: save the picture as JPEG or PNG"
+            "a camera raw file, or a TIFF that begins with a preview of its picture:"
+            " save the picture as JPEG or PNG"
         )
     if not {256, 257} <= set(tags):
-        return  # no directory: its decoder says so
+        return  # no directory; the decoder reports it
+    for fault, is_wrong in tiff_faults(tags, data[:2] == b"MM").items():
+        if is_wrong:
+            raise UnsupportedImage(f"a TIFF of this kind is not taken ({fault}): {REMEDY}")
+
+
+def tiff_faults(tags, big_endian):
+    """Tags of a TIFF -> {fault in words: has the TIFF this fault?}. Raises UnsupportedImage."""
     compression, photometric = tags.get(259, (1,))[0], tags.get(262, (None,))[0]
     extra, bits, formats = tags.get(338, ()), set(tags.get(258, (1,))), set(tags.get(339, (1,)))
     planes, fill = (tags.get(tag, (1,))[0] for tag in (284, 266))
@@ -91,7 +100,7 @@ def refuse_tiff_kind(data):
     depth = bits.pop() if len(bits) == 1 else 0
     given = tags.get(277, (3 if compression == 6 else 1,))[0]
     one_by_one = planes != 1 and given > 1
-    wrong = {
+    return {
         f"{name} with {depth or 'mixed'} bits": depth not in depths,
         "signed or undefined numbers": formats != {1},
         f"{name} with extra samples {extra}": (
@@ -101,29 +110,26 @@ def refuse_tiff_kind(data):
         f"separate planes of {depth} bits": (
             one_by_one and (depth != 8 or extra or photometric == 6)
         ),
-        "big-endian with 12 bits": data[:2] == b"MM" and depth == 12,
+        "big-endian with 12 bits": big_endian and depth == 12,
         "reversed bits": fill != 1 and depth != 1,
         "inks other than CMYK": tags.get(332, (1,)) != (1,),
         "YCbCr that is not JPEG": photometric == 6 and compression not in TIFF_JPEG,
     }
-    for what, is_wrong in wrong.items():
-        if is_wrong:
-            raise UnsupportedImage(f"a TIFF of this kind is not taken ({what}): {REMEDY}")
 
 
-def declare_tiff(image, data):
+def declare_tiff(image):
     tags = image.tag_v2
     if tags.get(258) == (12,):
         image.info["levels"] = 0, 4095
     elif image.mode in ("I;16", "I;16B") and tags.get(262) == 0:
         image.info["levels"] = 65535, 0
     colours = tags.get(320)
-    if image.mode == "P" and max(colours) < 256:  # some programs write 8 bits (as libtiff knows)
+    if image.mode == "P" and max(colours) < 256:  # some programs write 8 bits, libtiff knows
         image.palette = ImagePalette.raw("RGB", np.uint8(colours).reshape(3, -1).T.tobytes())
 
 
 def declare_bmp(image, data):
-    """Pillow takes pixels for 8-bit where a palette is grey, for 1-bit where black and white."""
+    """Corrects a grey palette: Pillow reads its pixels as 8-bit or 1-bit values."""
     head = int.from_bytes(data[14:18], "little")
     bits = int.from_bytes(data[24:26] if head == 12 else data[28:30], "little")
     if bits == 16 and head >= 56 and data[30:31] == b"\3" and any(data[66:70]):
@@ -132,34 +138,29 @@ def declare_bmp(image, data):
         greys = (0, 255) if image.mode == "1" else range(16)
         colours = bytes(grey for grey in greys for _ in range(3))
         image._mode, image.palette = "P", ImagePalette.raw("RGB", colours)
-        image.tile = [
-            (
-                tile._replace(args=("P;4" if bits == 4 else "P", *tile.args[1:]))
-                if tile.codec_name == "raw"
-                else tile
-            )
-            for tile in image.tile
-        ]
+        if image.tile[0].codec_name == "raw":
+            args = "P;4" if bits == 4 else "P", *image.tile[0].args[1:]
+            image.tile = [image.tile[0]._replace(args=args)]
 
 
 # ---- decoded -> RGB ----
 
 
 def to_rgb(image):
-    """A loaded PIL image of any mode -> RGB. Raises UnsupportedImage where nothing is opaque."""
+    """A loaded PIL image of any mode -> RGB. Raises UnsupportedImage without any opaque pixel."""
     if image.mode == "F":
         raise UnsupportedImage(f"floating-point pixels have no agreed white: {REMEDY}")
     drawn = image.info.get("drawn", (0, 0, *image.size))
     if image.mode == "RGB" and not image.has_transparency_data and drawn == (0, 0, *image.size):
         return image
-    rows, seen = max(1, STRIP_PIXELS // image.width), False
+    rows, visible = max(1, STRIP_PIXELS // image.width), False
     rgb = Image.new("RGB", image.size, "white")
     for top in range(drawn[1], drawn[3], rows):
         box = (drawn[0], top, drawn[2], min(top + rows, drawn[3]))
         strip, opaque = strip_to_rgb(image.crop(box))
         rgb.paste(strip, box)
-        seen |= opaque
-    if not seen:
+        visible |= opaque
+    if not visible:
         raise UnsupportedImage(
             "the picture is wholly transparent: save it without its alpha channel"
         )
@@ -167,7 +168,7 @@ def to_rgb(image):
 
 
 def strip_to_rgb(image):
-    """-> (RGB, is anything in it to be seen?)"""
+    """-> (RGB, has it any visible pixel?)"""
     key = image.info.get("transparency")
     if image.mode in ("I", "I;16", "I;16L", "I;16B"):
         black, white = image.info.get("levels", (0, 65535))

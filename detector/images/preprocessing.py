@@ -1,8 +1,6 @@
 """RGB pixels -> CLIP's input, bit for bit CLIP's own transform."""
 
 import numpy as np
-
-# The plug-ins of the formats we take, by name: otherwise Pillow imports all forty at the first WebP.
 from PIL import Image
 
 # Channel mean and standard deviation of OpenAI's training images: clip/clip.py, _transform
@@ -11,22 +9,22 @@ STD = np.float32([0.26862954, 0.26130258, 0.27577711])
 R2 = 0.7548776662466927, 0.5698402909980532  # 1 / g and 1 / g^2 of the g with g^3 = g + 1
 
 
-# ---- RGB -> CLIP's input ----
-
-
 def preprocess(image, resolution):
-    """PIL RGB image -> float32 [3, resolution, resolution], normalised, bit for bit what `clip.load`'s transform gives."""
+    """PIL RGB image -> float32 [3, resolution, resolution], normalised.
+
+    Equal bit for bit to the transform that `clip.load` returns.
+    """
     return normalise(resize_and_crop(image, resolution))
 
 
 def resize_and_crop(image, resolution):
-    """PIL RGB image -> uint8 [resolution, resolution, 3]: short side to `resolution` (bicubic), centre crop; the roundings
-    are torchvision's (Resize, CenterCrop)."""
-    width, height = image.size
-    if width <= height:
-        size = resolution, int(resolution * height / width)
-    else:
-        size = int(resolution * width / height), resolution
+    """PIL RGB image -> uint8 [resolution, resolution, 3].
+
+    Bicubic resize of the short side to `resolution`, centre crop. The roundings are those of
+    torchvision's Resize and CenterCrop.
+    """
+    short = min(image.size)
+    size = tuple(int(resolution * side / short) for side in image.size)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (int(round((side - resolution) / 2.0)) for side in size)
@@ -34,20 +32,19 @@ def resize_and_crop(image, resolution):
 
 
 def in_pieces(image, resolution, crops=0):
-    """PIL RGB image -> uint8 [1 + crops, r, r, 3]: the whole as `resize_and_crop` gives it, then `native_crops`."""
-    return np.concatenate(
-        [
-            resize_and_crop(image, resolution)[None],
-            *([native_crops(image, resolution, crops)] if crops else []),
-        ]
-    )
+    """PIL RGB image -> uint8 [1 + crops, r, r, 3]: `resize_and_crop`, then `native_crops`."""
+    pieces = [resize_and_crop(image, resolution)[None]]
+    if crops:
+        pieces.append(native_crops(image, resolution, crops))
+    return np.concatenate(pieces)
 
 
 def native_crops(image, resolution, number):
-    """PIL RGB image -> uint8 [number, r, r, 3]: squares at the image's own resolution, which show what shrinking takes away.
+    """PIL RGB image -> uint8 [number, r, r, 3]: square crops at full resolution.
 
-    The first lies in the middle, the others as the R2 sequence (M. Roberts, 2018) spreads them, so fewer are the first of more. An
-    image with a shorter side is enlarged to it (bicubic).
+    They keep details that `resize_and_crop` removes. The first crop lies in the middle. The R2
+    sequence (M. Roberts, 2018) places the others, so a smaller number gives the first of a larger
+    number. An image with a side below r is enlarged (bicubic).
     """
     short = min(image.size)
     if short < resolution:
@@ -56,7 +53,10 @@ def native_crops(image, resolution, number):
             Image.Resampling.BICUBIC,
         )
     corners = [
-        [round((side - resolution) * ((0.5 + k * step) % 1)) for side, step in zip(image.size, R2)]
+        [
+            round((side - resolution) * ((0.5 + k * step) % 1))
+            for side, step in zip(image.size, R2, strict=True)
+        ]
         for k in range(number)
     ]
     return np.stack(
@@ -65,10 +65,9 @@ def native_crops(image, resolution, number):
 
 
 def normalise(crops):
-    """uint8 [..., r, r, 3] -> float32 [..., 3, r, r]: /255, minus CLIP's mean, by its standard deviation."""
-    pixels = np.ascontiguousarray(np.moveaxis(crops, -1, -3)).astype(
-        np.float32
-    )  # turned while small, then in place
+    """uint8 [..., r, r, 3] -> float32 [..., 3, r, r]: (x / 255 - mean) / deviation of CLIP."""
+    # transposed as uint8, a quarter of the bytes, then computed in place
+    pixels = np.ascontiguousarray(np.moveaxis(crops, -1, -3)).astype(np.float32)
     pixels /= np.float32(255)
     pixels -= MEAN[:, None, None]
     pixels /= STD[:, None, None]

@@ -1,9 +1,9 @@
-"""Photographs that the installed packages carry."""
+"""Photographs in the installed packages."""
 
 import importlib.util
 from pathlib import Path
 
-# Package -> folder in it, files. scikit-image comes with `make demo` alone.
+# Package -> its folder, files. Only `make demo` installs scikit-image.
 PHOTOS = {
     "sklearn": ("datasets/images", "china.jpg flower.jpg"),
     "matplotlib": ("mpl-data/sample_data", "grace_hopper.jpg"),
@@ -18,10 +18,10 @@ PHOTOS = {
 
 
 def installed_photos():
-    """Paths of the photographs that are installed here."""
-    found = []
+    """Paths of these photographs, of the packages that are installed."""
+    paths = []
     for package, (folder, names) in PHOTOS.items():
         spec = importlib.util.find_spec(package)
         if spec is not None:
-            found += [Path(spec.origin).parent / folder / name for name in names.split()]
-    return found
+            paths += [Path(spec.origin).parent / folder / name for name in names.split()]
+    return paths

@@ -1,4 +1,4 @@
-"""common.py: loading CLIP and preprocessing, as the scripts do both."""
+"""common.py loads CLIP and preprocesses like the scripts."""
 
 import numpy as np
 import small
@@ -7,12 +7,11 @@ from common import load_clip, preprocess, read_image
 from detector.images.preprocessing import in_pieces, normalise
 
 
-def test_its_features_are_those_that_the_scripts_extract(photos):
+def test_the_features_of_common_py_are_those_of_the_scripts(photos):
     encoder = load_clip(str(small.CHECKPOINT))
     image = read_image(photos["china.jpg"])
     pixels = preprocess(image, encoder.resolution)
-    assert (
-        pixels.shape == (3, encoder.resolution, encoder.resolution) and pixels.dtype == np.float32
-    )
+    assert pixels.shape == (3, encoder.resolution, encoder.resolution)
+    assert pixels.dtype == np.float32
     pieces = normalise(in_pieces(image, encoder.resolution))
     assert np.array_equal(encoder.encode(pixels[None]), encoder.encode(pieces))

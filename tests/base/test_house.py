@@ -1,4 +1,4 @@
-"""The house: which folder may import which, no circles, thin commands."""
+"""The imports that each folder may have, no circles, short commands."""
 
 import ast
 from functools import cache
@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from commands import ROOT
 
-# folder of detector/ -> the folders that it may import; docs/development.md draws it
+# folder of detector/ -> the folders that it may import, as in docs/development.md
 MAY_IMPORT = {
     "base": "",
     "images": "base",
@@ -32,14 +32,14 @@ COMMANDS = [name for name in FILES if "." not in name and name != "common"]
 
 @cache
 def imports(name):
-    """Files of the project that this one imports, however late."""
-    found = set()
+    """Files of the project that a file imports, at its top or in functions."""
+    modules = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found & set(FILES)
+            modules |= {alias.name for alias in node.names}
+    return modules & set(FILES)
 
 
 def folder_of(name):
@@ -55,10 +55,9 @@ def test_the_library_imports_one_way_and_no_command(name):
         assert allowed, f"{name} imports {other}"
 
 
-def test_no_folder_is_without_a_rule():
-    assert {folder_of(name) for name in FILES if name.startswith("detector.")} - {
-        "__init__"
-    } == set(MAY_IMPORT)
+def test_every_folder_has_a_rule():
+    folders = {folder_of(name) for name in FILES if name.startswith("detector.")}
+    assert folders - {"__init__"} == set(MAY_IMPORT)
 
 
 def test_no_file_imports_in_a_circle():
@@ -77,33 +76,23 @@ def test_no_file_imports_in_a_circle():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_parses_and_names_its_steps(name):
-    functions = [
-        node
-        for node in ast.parse(FILES[name].read_text()).body
-        if isinstance(node, ast.FunctionDef)
-    ]
-    (main,) = [node for node in functions if node.name == "main"]
+def test_a_command_has_a_short_main_and_imports_no_command(name):
+    body = ast.parse(FILES[name].read_text()).body
+    (main,) = [node for node in body if getattr(node, "name", None) == "main"]
     assert main.end_lineno - main.lineno < LONGEST_MAIN
-    assert imports(name).isdisjoint(COMMANDS), "a command imports no other"
+    assert imports(name).isdisjoint(COMMANDS)
 
 
 def names_of(path):
-    """What a file defines at its top level, without what it imports."""
-    found = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found.add(node.name)
-        found |= {
-            name.id
-            for name in ast.walk(node)
-            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
-        }
-    return found
+    """Names that a file defines; imported names are not among them."""
+    tree = ast.parse(path.read_text())
+    names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    stored = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return names | {node.id for node in stored if isinstance(node.ctx, ast.Store)}
 
 
 def borrowed(path):
-    """(module, name) of each import that names what the module itself does not define."""
+    """(module, name) of each import of a name that the module itself only imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module in FILES:
             own = names_of(FILES[node.module])
@@ -111,7 +100,7 @@ def borrowed(path):
 
 
 @pytest.mark.parametrize("place", ["detector", "tools", "benchmarks", "."])
-def test_a_name_is_imported_from_where_it_is_defined(place):
+def test_a_name_is_imported_from_the_file_that_defines_it(place):
     paths = (ROOT / place).glob("*.py") if place == "." else (ROOT / place).rglob("*.py")
     assert [(path.name, *pair) for path in paths for pair in borrowed(path)] == []
 

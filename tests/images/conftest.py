@@ -1,4 +1,4 @@
-"""A fixture of the tests of decoding."""
+"""A fixture for tests of decoding."""
 
 import warnings
 
@@ -7,6 +7,7 @@ import pytest
 
 @pytest.fixture
 def as_users_have_it():
+    """Warnings are not errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

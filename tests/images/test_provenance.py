@@ -1,22 +1,24 @@
-"""What a file's metadata says of its making: every field that is looked at, what is not told, what crafted ones cost."""
+"""Claims in metadata about a file's origin: each field, fields without claims, crafted fields."""
 
 import io
 import json
 import re
 import struct
+import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from commands import ROOT
-from crafted import LONG, grid, png, segments, tiff
+from crafted import LONG, grid, segments, tiff
 from engines import client_on, lines, upload
 from made_up import BASELINE
 from openapi_document import DOCUMENT, faults
 from patience import costs_at_most
 from PIL import Image, PngImagePlugin
-from test_decoding import chunk, picture, saved
+from written import animation, chunk, encode, picture, png
 
-from detector.images import decoding
+from detector.images import decoding, provenance
 from detector.images.provenance import (
     LONGEST,
     MADE,
@@ -54,7 +56,7 @@ NAMESPACES = (
 
 
 def claims(data):
-    """Bytes -> [(where, says, name)], read as on the way to a verdict, pixels first."""
+    """Bytes -> [(where, says, name)], read after the pixels, as for a verdict."""
     image = decoding.open_image(data)
     decoding.load_rgb(image)
     return [tuple(claim.values()) for claim in read_metadata(image)]
@@ -63,20 +65,19 @@ def claims(data):
 def texts(compressed=False, international=False, **fields):
     """A PNG with these text chunks."""
     info = PngImagePlugin.PngInfo()
+    add = info.add_itxt if international else info.add_text
     for key, value in fields.items():
-        (info.add_itxt if international else info.add_text)(
-            key.replace("_", "-") if key == "sd_metadata" else key, value, zip=compressed
-        )
-    return saved(picture(), "PNG", pnginfo=info)
+        add("sd-metadata" if key == "sd_metadata" else key, value, zip=compressed)
+    return encode(picture(), "PNG", pnginfo=info)
 
 
 def exif(kind="JPEG", comment=None, **tags):
     """A file with EXIF: {'t305': value}, and a UserComment."""
-    found = Image.Exif()
-    found.update({int(tag[1:]): value for tag, value in tags.items()})
+    data = Image.Exif()
+    data.update({int(tag[1:]): value for tag, value in tags.items()})
     if comment is not None:
-        found.get_ifd(0x8769)[0x9286] = comment
-    return saved(picture(), kind, exif=found.tobytes())
+        data.get_ifd(0x8769)[0x9286] = comment
+    return encode(picture(), kind, exif=data.tobytes())
 
 
 def packet(inside="", **attributes):
@@ -90,19 +91,15 @@ def packet(inside="", **attributes):
 
 
 def typed(declared, entity="a"):
-    """XMP with a document type that declares these entities, and one of them as the creator tool."""
-    return (
-        b"<!DOCTYPE x ["
-        + declared
-        + b"]>"
-        + packet(f"<xmp:CreatorTool>&{entity};</xmp:CreatorTool>").partition(b"?>")[2]
-    )
+    """XMP with a document type that declares entities; one of them is the creator tool."""
+    body = packet(f"<xmp:CreatorTool>&{entity};</xmp:CreatorTool>").partition(b"?>")[2]
+    return b"<!DOCTYPE x [" + declared + b"]>" + body
 
 
 def with_xmp(xmp, kind="JPEG"):
     if kind == "PNG":
         return png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
-    return saved(picture(), kind, **({"tiffinfo": {700: xmp}} if kind == "TIFF" else {"xmp": xmp}))
+    return encode(picture(), kind, **({"tiffinfo": {700: xmp}} if kind == "TIFF" else {"xmp": xmp}))
 
 
 def iptc(**records):
@@ -111,12 +108,8 @@ def iptc(**records):
         b"\x1c\2" + bytes([int(name[1:])]) + struct.pack(">H", len(value)) + value
         for name, value in records.items()
     )
-    resource = (
-        b"Photoshop 3.0\x008BIM\x04\x04\0\0"
-        + struct.pack(">I", len(body))
-        + body
-        + b"\0" * (len(body) & 1)
-    )
+    head = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + struct.pack(">I", len(body))
+    resource = head + body + b"\0" * (len(body) & 1)
     return segments(0xED, resource, len(resource) + 4)
 
 
@@ -279,7 +272,7 @@ FIELDS = {
         "Midjourney",
     ),
     "EXIF of a TIFF": (
-        lambda: saved(picture(), "TIFF", tiffinfo={305: "Capture One"}),
+        lambda: encode(picture(), "TIFF", tiffinfo={305: "Capture One"}),
         "EXIF Software",
         SAVED,
         "Capture One",
@@ -361,32 +354,27 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("what", FIELDS)
-def test_each_field_is_told_with_its_place_and_without_the_prompt(what):
-    make, *expected = FIELDS[what]
-    assert claims(make()) == [tuple(expected)]
+@pytest.mark.parametrize("make, where, says, name", FIELDS.values(), ids=FIELDS)
+def test_each_field_is_reported_with_its_place_and_without_the_prompt(make, where, says, name):
+    assert claims(make()) == [(where, says, name)]
 
 
 @pytest.mark.parametrize("international", [False, True])
-def test_a_workflow_of_megabytes_is_told_like_a_short_one(international):
-    workflow = json.dumps(
-        {
-            "last_node_id": 9,
-            "nodes": [{"id": i, "widgets_values": ["a secret garden"]} for i in range(60_000)],
-        }
-    )
+def test_a_workflow_of_megabytes_is_reported_like_a_short_workflow(international):
+    nodes = [{"id": i, "widgets_values": ["a secret garden"]} for i in range(60_000)]
+    workflow = json.dumps({"last_node_id": 9, "nodes": nodes})
     assert len(workflow) > 2_000_000
     assert claims(texts(True, international, workflow=workflow)) == [
         ("PNG text 'workflow'", MADE, "ComfyUI")
     ]
 
 
-def test_a_text_with_a_wrong_checksum_is_told():
+def test_a_text_with_a_wrong_checksum_is_reported():
     data = png(chunk(b"tEXt", b"parameters\0" + WEBUI.encode("latin-1"), checksum=12345))
     assert claims(data) == [("PNG text 'parameters'", MADE, "Stable Diffusion web UI")]
 
 
-def test_several_are_told_in_a_fixed_order():
+def test_several_claims_are_reported_in_a_fixed_order():
     data = texts(
         Software="NovelAI",
         Comment=NOVELAI,
@@ -402,7 +390,7 @@ def test_several_are_told_in_a_fixed_order():
 
 
 ORDINARY = {
-    "nothing": lambda: saved(picture(), "PNG"),
+    "nothing": lambda: encode(picture(), "PNG"),
     "texts of other programs": lambda: texts(
         parameters="lr=0.1",
         prompt="type your name",
@@ -427,72 +415,58 @@ ORDINARY = {
     "an IPTC credit": lambda: iptc(r110=b"A. Person", r80=b"A. Person"),
     "a string behind a JPEG": (
         lambda: (
-            saved(picture(), "JPEG")
+            encode(picture(), "JPEG")
             + b"parameters\0"
             + WEBUI.encode()
             + packet(xmp__CreatorTool="Midjourney")
         )
     ),
     "a string behind a PNG": (
-        lambda: saved(picture(), "PNG") + chunk(b"tEXt", b"parameters\0" + WEBUI.encode())
+        lambda: encode(picture(), "PNG") + chunk(b"tEXt", b"parameters\0" + WEBUI.encode())
     ),
-    "a comment of a JPEG": lambda: saved(
+    "a comment of a JPEG": lambda: encode(
         picture(), "JPEG", comment="Midjourney Job ID: 5c1b3b6e-0000"
     ),
-    "a PNG's key in a WebP": lambda: saved(picture(), "WEBP") + b"parameters\0" + WEBUI.encode(),
+    "a PNG's key in a WebP": lambda: encode(picture(), "WEBP") + b"parameters\0" + WEBUI.encode(),
 }
 
 
-@pytest.mark.parametrize("what", ORDINARY)
-def test_of_what_says_nothing_of_a_generator_nothing_is_told(what):
-    assert claims(ORDINARY[what]()) == []
+@pytest.mark.parametrize("make", ORDINARY.values(), ids=ORDINARY)
+def test_metadata_without_a_claim_are_not_reported(make):
+    assert claims(make()) == []
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_what_was_stripped_by_saving_anew_is_gone(kind):
+def test_saving_again_strips_the_claims(kind):
     marked = exif(kind, b"ASCII\0\0\0" + WEBUI.encode(), t305="Midjourney")
     assert len(claims(marked)) == 2
     again = Image.open(io.BytesIO(marked)).convert("RGB")
     again.info = {}
-    assert claims(saved(again, kind)) == []
+    assert claims(encode(again, kind)) == []
 
 
 def test_names_are_one_printable_line_of_two_hundred_characters():
-    assert (
-        clean("a\x1b[31m\n b\u202egpj\0\x85c\ud800") == "a [31m b gpj c"
-        and clean(b"caf\xc3\xa9\xff") == "caf\u00e9\ufffd"
-    )
-    assert (
-        len(clean("x" * 10_000_000)) == LONGEST
-        and [clean(value) for value in (None, 7, (1, 2), {})] == [""] * 4
-    )
+    assert clean("a\x1b[31m\n b\u202egpj\0\x85c\ud800") == "a [31m b gpj c"
+    assert clean(b"caf\xc3\xa9\xff") == "caf\u00e9\ufffd"
+    assert len(clean("x" * 10_000_000)) == LONGEST
+    assert [clean(value) for value in (None, 7, (1, 2), {})] == [""] * 4
     ((_, _, name),) = claims(texts(Software="e\x1b[2J" + "vil " * 1000))
     assert len(name) <= LONGEST and name.isprintable() and name.startswith("e [2Jvil")
 
 
-def test_a_telephone_s_jpeg_of_two_pictures_is_read_like_any_other():
-    found = Image.Exif()
-    found[272] = "Pixel 9"
-    assert claims(
-        saved(picture(), "MPO", save_all=True, append_images=[picture()], exif=found)
-    ) == [("EXIF Make and Model", TAKEN, "Pixel 9")]
+def test_a_jpeg_of_two_pictures_is_read_like_any_jpeg():
+    """Telephones write such files."""
+    data = Image.Exif()
+    data[272] = "Pixel 9"
+    assert claims(animation("MPO", exif=data)) == [("EXIF Make and Model", TAKEN, "Pixel 9")]
 
 
-def test_in_words_it_is_one_line():
-    found = {
-        "c2pa": {
-            "state": "valid",
-            "failures": [],
-            "says": MADE,
-            "signer": "A",
-            "claim_generator": "B 1",
-        },
-        "metadata": [{"where": "EXIF Software", "says": SAVED, "name": "C"}],
-    }
-    assert (
-        in_words(found)
-        == "C2PA valid, made by a generator, signed by A, with B 1, EXIF Software: saved by"
-        " software (C)"
+def test_provenance_in_words_is_one_line():
+    manifest = {"state": "valid", "says": MADE, "signer": "A", "claim_generator": "B 1"}
+    metadata = [{"where": "EXIF Software", "says": SAVED, "name": "C"}]
+    assert in_words({"c2pa": manifest, "metadata": metadata}) == (
+        "C2PA valid, made by a generator, signed by A, with B 1,"
+        " EXIF Software: saved by software (C)"
     )
     assert in_words({"c2pa": {"state": "none"}, "metadata": []}) == "C2PA none"
 
@@ -503,18 +477,14 @@ def test_in_words_it_is_one_line():
 def entities():
     """A billion laughs."""
     names = "abcdefghij"
-    steps = "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip(names, names[1:]))
+    steps = "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in pairwise(names))
     return typed(f'<!ENTITY a "ha">{steps}'.encode(), "j")
 
 
 def directory(count, entry):
-    """EXIF of so many entries."""
-    return (
-        b"II*\0\x08\0\0\0"
-        + struct.pack("<H", count)
-        + b"".join(entry(i) for i in range(count))
-        + bytes(4)
-    )
+    """EXIF of this many entries."""
+    entries = b"".join(entry(i) for i in range(count))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + entries + bytes(4)
 
 
 HOSTILE = {
@@ -589,24 +559,24 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_crafted_metadata_costs_no_second_and_breaks_nothing(what, as_users_have_it):
-    image = decoding.open_image(HOSTILE[what]())
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_crafted_metadata_take_no_second_and_break_nothing(make, as_users_have_it):
+    image = decoding.open_image(make())
     decoding.load_rgb(image)
     with costs_at_most(10):
-        found = read_metadata(image)
-    assert len(found) <= 20
-    assert all(len(claim["name"]) <= LONGEST for claim in found)
-    assert "haha" not in str(found) and "root:" not in str(found)
+        metadata = read_metadata(image)
+    assert len(metadata) <= 20
+    assert all(len(claim["name"]) <= LONGEST for claim in metadata)
+    assert "haha" not in str(metadata) and "root:" not in str(metadata)
 
 
-def test_what_a_parser_raises_says_nothing(monkeypatch):
+def test_an_error_of_a_parser_gives_no_claim(monkeypatch):
     image = decoding.open_image(exif(t305="Midjourney"))
     monkeypatch.setattr(type(image), "getexif", lambda _: 1 / 0)
     assert read_metadata(image) == []
 
 
-# ---- beside a verdict, never in it ----
+# ---- verdicts ----
 
 
 @pytest.fixture(scope="module")
@@ -614,80 +584,60 @@ def client(compiled_once):
     return client_on()
 
 
-def test_verdict_and_confidence_are_the_same_whatever_the_metadata_say(client):
-    plain = saved(picture(size=(300, 200)), "PNG")
-    image = Image.open(io.BytesIO(plain))
-    info = PngImagePlugin.PngInfo()
+def test_verdict_and_confidence_do_not_depend_on_metadata(client):
+    plain = encode(picture(size=(300, 200)), "PNG")
+    info, data = PngImagePlugin.PngInfo(), Image.Exif()
     info.add_text("parameters", WEBUI)
-    found = Image.Exif()
-    found[271], found[305] = "Canon", "Midjourney"
-    marked = saved(image, "PNG", pnginfo=info, exif=found)
-    assert len(claims(marked)) == 3 and claims(plain) == []
-    bare, full = (upload(client, "/classify?details=1", data).json for data in (plain, marked))
-    assert bare["provenance"]["metadata"] == [] and [
-        claim["name"] for claim in full["provenance"]["metadata"]
-    ] == ["Stable Diffusion web UI", "Midjourney", "Canon"]
+    data[271], data[305] = "Canon", "Midjourney"
+    marked = encode(Image.open(io.BytesIO(plain)), "PNG", pnginfo=info, exif=data)
+    bare, full = (upload(client, "/classify?details=1", file).json for file in (plain, marked))
+    names = [claim["name"] for claim in full["provenance"]["metadata"]]
+    assert names == ["Stable Diffusion web UI", "Midjourney", "Canon"]
+    assert bare["provenance"]["metadata"] == []
     for name in set(bare) - {"provenance", "timings"}:
         assert bare[name] == full[name], name
-    assert (
-        upload(client, "/classify", marked).json
-        == upload(client, "/classify", plain).json
-        == {name: full[name] for name in ("classification", "confidence")}
-    )
+    verdict = {name: full[name] for name in ("classification", "confidence")}
+    for file in (plain, marked):
+        assert upload(client, "/classify", file).json == verdict
     detector = Detector(BASELINE)
     assert detector.classify(plain) == detector.classify(marked)
-    assert np.array_equal(
-        *(detector.pixels(decoding.decode_image(data)) for data in (plain, marked))
-    )
+    pixels = [detector.pixels(decoding.decode_image(file)) for file in (plain, marked)]
+    assert np.array_equal(*pixels)
 
 
-def test_nothing_is_read_where_no_details_are_asked_for(client, monkeypatch):
-    from detector.images import provenance
-
+def test_provenance_is_read_only_for_details(client, monkeypatch):
     monkeypatch.setattr(provenance, "read_provenance", lambda *_: 1 / 0)
-    assert upload(client, "/classify", saved(picture(), "PNG")).status_code == 200
+    assert upload(client, "/classify", encode(picture(), "PNG")).status_code == 200
 
 
-def test_the_log_has_none_of_it(client, caplog):
+def test_the_log_holds_no_provenance(client, caplog):
     caplog.set_level("INFO")
     upload(client, "/classify?details=1", texts(Software="Midjourney"))
     (line,) = lines(caplog, "verdict")
     assert "provenance" not in line and "Midjourney" not in json.dumps(line)
 
 
-def test_in_a_batch_each_has_its_own_and_a_broken_one_has_none(client):
+def test_each_image_of_a_batch_has_its_own_claims_and_a_broken_image_has_none(client):
     data = [texts(Software="Midjourney"), b"hello", exif(t272="X-T5")]
-    found = upload(client, "/classify/batch?details=1", *data).json["results"]
-    assert [result.get("provenance", {}).get("metadata") for result in found] == [
+    results = upload(client, "/classify/batch?details=1", *data).json["results"]
+    assert [result.get("provenance", {}).get("metadata") for result in results] == [
         [{"where": "PNG text 'Software'", "says": MADE, "name": "Midjourney"}],
         None,
         [{"where": "EXIF Make and Model", "says": TAKEN, "name": "X-T5"}],
     ]
 
 
-def test_classify_py_tells_the_same(script, tmp_path, client):
-    (tmp_path / "a.png").write_bytes(texts(Software="Midjourney"))
-    asked = (
-        "classify.py",
-        "--image_path",
-        tmp_path / "a.png",
-        "--model_path",
-        BASELINE,
-        "--details",
-    )
-    found = json.loads(script(*asked, "--json").stdout)["provenance"]
-    assert (
-        found
-        == upload(client, "/classify?details=1", (tmp_path / "a.png").read_bytes()).json[
-            "provenance"
-        ]
-    )
-    assert script(*asked).stdout.rstrip("\n").endswith(f"; provenance {in_words(found)}")
+def test_classify_py_reports_the_same(script, tmp_path, client):
+    data, path = texts(Software="Midjourney"), tmp_path / "a.png"
+    path.write_bytes(data)
+    command = "classify.py", "--image_path", path, "--model_path", BASELINE, "--details"
+    provenance = json.loads(script(*command, "--json").stdout)["provenance"]
+    assert provenance == upload(client, "/classify?details=1", data).json["provenance"]
+    line = script(*command).stdout.rstrip("\n")
+    assert line.endswith(f"; provenance {in_words(provenance)}")
 
 
-def test_where_c2pa_python_is_not_installed_that_is_said_and_all_else_works(monkeypatch):
-    import sys
-
+def test_without_c2pa_python_the_state_says_so_and_metadata_are_read(monkeypatch):
     monkeypatch.setitem(sys.modules, "c2pa", None)
     data = texts(Software="Midjourney")
     assert read_provenance(decoding.open_image(data), data) == {
@@ -709,9 +659,9 @@ def test_the_page_and_the_openapi_document_name_every_state_and_every_claim():
         assert name in section
     (example,) = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
     assert faults(schemas["Provenance"], json.loads(example)) == []
-    for found in (
+    for wrong in (
         {"c2pa": {"state": "none"}},
         {"c2pa": {"state": "fine"}, "metadata": []},
         {"c2pa": {}, "metadata": []},
     ):
-        assert faults(schemas["Provenance"], found)
+        assert faults(schemas["Provenance"], wrong)
