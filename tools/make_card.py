@@ -71,7 +71,7 @@ def audit_words(leaks):
     """What the audit of the training finds, in one sentence; '' where it finds no leak."""
     if not leaks:
         return ""
-    facts = " and ".join(line.split(" alone tells")[0] for line in leaks)
+    facts = " and ".join(line.split(" alone separates")[0] for line in leaks)
     return f"By the rule of `audit.py` the images of known sources are a LEAK ({facts})."
 
 

@@ -192,7 +192,7 @@ def test_a_request_id_of_several_verdicts_is_left_out_and_counted(run, log, agai
     found, out = run(log(*mixed(), one, {**one, **again}, label("x", "real")))
     assert (
         found["all"][0] == "12"
-        and "1 requests left out: their ids stand on more than one verdict" in out
+        and "1 requests left out: several verdicts have their ids" in out
     )
 
 
@@ -257,7 +257,7 @@ def test_torn_lines_and_those_of_others_are_skipped_and_counted(run, log):
         "\x00\x01",
     ]
     found, out = run(log(*events[:9], *torn, *events[9:]))
-    assert found == run(log(*events))[0] and "7 lines skipped: torn, or not JSON" in out
+    assert found == run(log(*events))[0] and "7 lines skipped: cut off, or not JSON" in out
 
 
 def test_bytes_that_are_no_text_are_skipped(run, log, tmp_path):

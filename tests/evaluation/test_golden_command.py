@@ -169,7 +169,7 @@ def test_a_model_without_test_metrics_is_measured_and_held_against_nothing(run, 
     result = run()
     assert (
         result.returncode == 0
-        and "v0.9.0 is held against no floor: its model holds no test metrics" in result.stderr
+        and "v0.9.0 has no floor: its model holds no test metrics" in result.stderr
     )
     assert rows(result)["v0.9.0"][2][-1] == "none"
 
@@ -335,7 +335,7 @@ def test_a_dead_proxy_is_named_with_its_variable_and_the_remedy(run):
 def test_a_proxy_that_answers_an_error_is_named(run):
     with Stub(lambda *_: (502, {}, b"<html>bad gateway</html>")) as stub:
         result = run(url="http://detector.test", HTTP_PROXY=stub.url)
-    assert_one_line_error(result, "GET /model answers 502", f"proxy {stub.url} of HTTP_PROXY")
+    assert_one_line_error(result, "GET /model returned 502", f"proxy {stub.url} of HTTP_PROXY")
 
 
 # ---- a service that misbehaves ----

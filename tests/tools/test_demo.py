@@ -65,7 +65,7 @@ def test_act_three_a_fine_accuracy_where_there_is_nothing_to_find_and_chance_onc
     )
     assert believed > 0.85 and 0.3 < honest < 0.65
     twins, test = map(
-        int, re.search(r"LEAK  (\d+) of (\d+) test images have a twin in train", printed).groups()
+        int, re.search(r"LEAK  (\d+) of (\d+) test images have a duplicate in train", printed).groups()
     )
     assert twins == test > 0
 

@@ -172,7 +172,7 @@ def test_our_own_split_keeps_groups_whole(sources):
 def test_twins_across_the_folders_split_are_told_and_resplit_mends_it(train):
     columns = with_twins(make_columns(real=40, fake=40), copies=2)
     columns["splits"][:] = ["train", "test"] * 80
-    assert "LEAK  80 of 80 test images have a twin in train" in train(columns)[3]
+    assert "LEAK  80 of 80 test images have a duplicate in train" in train(columns)[3]
     assert "LEAK" not in train(columns, resplit=True)[3]
 
 
