@@ -22,7 +22,7 @@ from detector.verdict import Detector, choose_model
 SHOWN = 12  # hardest images of each class
 PICTURES = (
     "robustness under re-saving, shrinking, blur, noise and crops",
-    "files made alike",
+    "both classes saved alike",
     "hardest images",
 )
 
@@ -166,7 +166,7 @@ def evaluate(
     robustness_images=1000,
     device="auto",
 ):
-    """The flags of evaluate.py -> (printed text, metrics that got worse, number of unreadable files).
+    """The flags of evaluate.py -> (printed text, metrics that got worse, unreadable files).
 
     Writes the report. Raises DetectorError.
     """

@@ -6,9 +6,7 @@ from pathlib import Path
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes
 from detector.evaluation import metrics
-
-
-PARTS = ("overall", "known", "unseen", "degraded")
+from detector.evaluation.report import PARTS
 
 
 def compare(now, before):

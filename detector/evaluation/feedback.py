@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter, namedtuple
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 
@@ -23,11 +24,11 @@ from detector.evaluation import metrics
 
 # The service's lines are below 1,000 bytes. Longer lines of others are read in pieces.
 LINE_BYTES = 1 << 20
-READING = """How to read this: users choose what they report, so feedback is not a random sample of all
-verdicts. Users report wrong verdicts more often than right ones, and they may be wrong themselves.
-The intervals ignore both. If accuracy falls from one version to the next, look for the reason.
-Measure the accuracy on all images with a labelled set of your own: evaluate.py --data_dir, and
-golden.py for the running service."""
+READING = """How to read this: users choose what they report, so feedback is not a random sample
+of all verdicts. Users report wrong verdicts more often than right ones, and they may be wrong
+themselves. The intervals ignore both. If accuracy falls from one version to the next, look for the
+reason. Measure the accuracy on all images with a labelled set of your own: evaluate.py --data_dir,
+and golden.py for the running service."""
 
 Joined = namedtuple("Joined", "label classification version sha256")
 
@@ -55,7 +56,7 @@ def lines_of(logs):
     """Yield every line of the open logs from the start, in pieces of at most LINE_BYTES."""
     for log in logs:
         log.seek(0)
-        yield from iter(lambda: log.readline(LINE_BYTES), b"")
+        yield from iter(partial(log.readline, LINE_BYTES), b"")
 
 
 def parse(line):
@@ -190,7 +191,7 @@ def remarks(counts, rows):
 
 
 def report_feedback(args):
-    """evaluate.py --feedback LOG...: prints, loads no model, writes no report. Raises UsageError."""
+    """evaluate.py --feedback: print the accuracy; no model, no report. Raises UsageError."""
     given = [
         f"--{name}"
         for name in ("data_dir", "features_file", "model_path", "baseline")

@@ -281,7 +281,7 @@ def complaints(tallies, floors, total, changed):
 
 GAUGES = {
     "accuracy": "Balanced accuracy on the golden images",
-    "floor": "Lower end of the 95% interval of the balanced accuracy on the model's own test images",
+    "floor": "Lower end of the 95% interval of the balanced accuracy on the model's test images",
     "images": "Golden images with a verdict",
     "errors": "Golden images without a verdict",
     "run_timestamp_seconds": "When the run ended",

@@ -135,7 +135,7 @@ def groups_of_rarer_class(labels, groups):
 
 
 def words(metric, digits=2):
-    """'0.82 [0.76, 0.86]'; 'n/a' without a value, no brackets without an interval, never '-0.00'."""
+    """'0.82 [0.76, 0.86]'; 'n/a' without a value, no brackets without interval, never '-0.00'."""
     if metric is None or metric["value"] is None:
         return "n/a"
     text, ends = f"{metric['value']:z.{digits}f}", metric.get("interval")
@@ -389,7 +389,7 @@ def logit(p):
 
 
 def slopes(labels, z, weight):
-    """Labels, logits [n], weight [b, n] -> slope [b] of the logistic regression of labels on logits.
+    """Labels, logits z [n], weight [b, n] -> slope [b] of a logistic regression of labels on z.
 
     Both classes weigh the same. A slope of 1 is calibrated, a slope below 1 is overconfident
     (Cox 1958). NaN where the classes do not overlap, because the steps never end there.

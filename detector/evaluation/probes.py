@@ -91,9 +91,9 @@ def boosted(train, labels, test):
 
 
 def fold_rows(labels, groups, seed=0):
-    """At most FOLDS pairs (train, test) of row numbers, stratified by label; [] where fewer than two.
+    """At most FOLDS pairs (train, test) of row numbers, stratified by label.
 
-    No group is on both sides of a fold.
+    No group is on both sides of a fold. [] where a class has one group only.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -288,7 +288,7 @@ def linear_scores(features, labels, groups):
 
 
 def label_errors(labels, p_fake):
-    """Labels, out-of-fold probabilities [n] -> row numbers of probable label errors, clearest first.
+    """Labels, out-of-fold probabilities [n] -> rows of probable label errors, clearest first.
 
     Confident learning (Northcutt, Jiang and Chuang 2021; cleanlab's filter 'confident_learning').
     An image is a probable error where its probability of the other class is at least the mean of

@@ -282,7 +282,7 @@ def test_a_model_with_doubled_logits_is_said_to_be_too_sure(run, tmp_path):
             report["warnings"],
             report["calibration"],
         )
-    assert "too sure" in report["warnings"][0]
+    assert "overconfident" in report["warnings"][0]
 
 
 def test_nothing_is_written_into_the_model(made, run):

@@ -40,7 +40,7 @@ def test_the_drawn_confusion_matrix_has_truth_in_rows(drawn):
     assert [int(text.get_text()) for text in ax.texts] == np.ravel(
         found["overall"]["confusion"]
     ).tolist()
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("answered", "is")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("verdict", "truth")
 
 
 def points(ax):

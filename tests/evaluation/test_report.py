@@ -258,12 +258,12 @@ def test_the_table_has_a_line_for_each_metric_with_value_interval_and_number():
 @pytest.mark.parametrize(
     "value, ends, word",
     [
-        (0.5, [0.4, 0.6], "too sure"),
-        (2, [1.5, 2.5], "too timid"),
+        (0.5, [0.4, 0.6], "overconfident"),
+        (2, [1.5, 2.5], "underconfident"),
         (0.5, [0.1, 1.1], None),
-        (0.7, [0.6, 0.79], "too sure"),
+        (0.7, [0.6, 0.79], "overconfident"),
         (0.7, [0.6, 0.81], None),
-        (1.4, [1.26, 1.6], "too timid"),
+        (1.4, [1.26, 1.6], "underconfident"),
         (1.4, [1.24, 1.6], None),
         (0.5, None, None),
         (None, None, None),
