@@ -9,10 +9,10 @@ TELLING_AUC = 0.65
 # Wilson's interval of a perfect probe on 73 groups starts here.
 LEAK_AUC = 0.95
 RULES = f"""A fact of the files is a note where the 95% interval of its AUC starts at {TELLING_AUC}
-or above. It is a LEAK where that interval also reaches {LEAK_AUC}. (On 73 groups a perfect probe
-has the interval {LEAK_AUC} to 1.) It is also a LEAK where that interval reaches the interval of a
-detector's AUC on the same images. The detector's AUC then proves no more than the files do. With
---features_file that detector is a logistic regression. Duplicates in train and test are a LEAK
-above {MAX_REPEATED:.0%} of the test images. Test accuracy may be too high by that share. Images
-with copies under both labels are a LEAK above {MAX_REPEATED:.0%} of all images. Exit codes: 0 no
-leak, 1 a LEAK, 2 nothing could be done."""
+or above. A note becomes a LEAK where that interval also reaches {LEAK_AUC}, or the interval of a
+detector's AUC on the same images. (On 73 groups a perfect probe has the interval {LEAK_AUC} to 1.)
+The detector's AUC then proves no more than the files do. With --features_file that detector is a
+logistic regression. Duplicates in train and test are a LEAK above {MAX_REPEATED:.0%} of the test
+images, because test accuracy may be too high by that share. Images with copies under both labels
+are a LEAK above {MAX_REPEATED:.0%} of all images. Exit codes: 0 no leak, 1 a LEAK, 2 nothing could
+be done."""
