@@ -1,9 +1,10 @@
-"""What a data set's files betray before any detector sees a pixel: twins across splits and labels, telling formats and sizes.
+"""Find what gives labels away without a detector: duplicates, file formats, image sizes.
 
     python audit.py --data_dir DIR
-    python audit.py --features_file features.npz      # and labels that look wrong
+    python audit.py --features_file features.npz      # also lists labels that look wrong
 
-Needs no model. A LEAK makes a test figure worthless, and the exit code is then 1. A note is something to know.
+Needs no model. A LEAK makes a test metric worthless, and the exit code is then 1. A note is only
+for your information.
 """
 
 import argparse
@@ -18,7 +19,7 @@ def parse_args(argv):
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
     group.add_argument(
-        "--features_file", metavar="FILE", help="or the facts stored by extract_features.py"
+        "--features_file", metavar="FILE", help="features file that extract_features.py wrote"
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args(argv)
@@ -31,22 +32,16 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    from detector.evaluation.audit import audit, describe_folder, labels_of, report, sentences
-    from detector.features.columns import without_repeats
-    from detector.features.file import load_features
+    from detector.evaluation.audit import audit_features, audit_folder, report, sentences
 
-    columns, unreadable = (
-        describe_folder(args.data_dir) if args.data_dir else (load_features(args.features_file), ())
-    )
-    columns = without_repeats(columns)
-    found = audit(columns, unreadable=unreadable)
-    if args.features_file:
-        found["labels"], linear = labels_of(columns)
-        found["detector"] = {"auc": linear}
-    found = all_printable(found)
-    text, code = report(found)
-    fatal, note = sentences(found)
-    print(json.dumps({**found, "fatal": fatal, "note": note}) if args.json else text)
+    if args.data_dir:
+        findings = audit_folder(args.data_dir)
+    else:
+        findings = audit_features(args.features_file)
+    findings = all_printable(findings)
+    text, code = report(findings)
+    fatal, note = sentences(findings)
+    print(json.dumps({**findings, "fatal": fatal, "note": note}) if args.json else text)
     return code
 
 

@@ -1,13 +1,14 @@
-"""A model on labelled images it has not seen: metrics with intervals, robustness, what files betray. Fits and tunes nothing.
+"""Evaluate a model on labelled images that it has not seen, with intervals. Trains nothing.
 
     python evaluate.py --model_path model.joblib --data_dir data --report_dir evaluation
     python evaluate.py --model_path model.joblib --features_file features.npz
-    python evaluate.py --features_file features.npz --data_dir data     # stored features, pictures for what needs them
-    python evaluate.py --data_dir golden --baseline golden_before/metrics.json     # exit code 1: something got worse
-    kubectl logs deploy/detector | python evaluate.py --feedback -     # what users said of the service's verdicts
+    python evaluate.py --features_file features.npz --data_dir data     # stored features and images
+    python evaluate.py --data_dir golden --baseline golden_before/metrics.json
+    kubectl logs deploy/detector | python evaluate.py --feedback -      # what users reported
 
-Images that trained the model or its encoder are left out, by their hashes. Tables that need pictures are left out of an
-evaluation of a features file, and named.
+Images that trained the model or its encoder are left out, by their hashes. Some tables need image
+files. Without --data_dir they are left out, and the report names them. The exit code is 1 where a
+metric is worse than the baseline or an image cannot be read.
 """
 
 import argparse
@@ -16,49 +17,56 @@ from detector.base.console import Help, need_features, need_folder, run, say
 from detector.base.errors import UsageError
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+def add_input_arguments(parser):
     parser.add_argument(
         "--model_path",
         metavar="FILE",
-        help=(
-            "from train_model.py (default: model.joblib where there is one, else the shipped"
-            " baseline)"
-        ),
+        help="model of train_model.py (default: model.joblib if it exists, else the shipped model)",
     )
     parser.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
     parser.add_argument(
         "--features_file",
         metavar="FILE",
-        help=(
-            "features of the model's encoder: nothing is encoded again; with --data_dir, the folder"
-            " they are of"
-        ),
+        help="features of the model's encoder, so that nothing is encoded again; "
+        "--data_dir then names the folder that was extracted",
     )
+
+
+def add_report_arguments(parser):
     parser.add_argument(
         "--report_dir", default="evaluation", metavar="DIR", help="folder to write the report to"
     )
     parser.add_argument(
         "--baseline",
         metavar="FILE",
-        help="metrics.json of an earlier evaluation of the same images: what got worse?",
+        help="metrics.json of an earlier evaluation of the same images, to compare with",
     )
     parser.add_argument(
         "--feedback",
         nargs="+",
         metavar="LOG",
-        help="logs of the service, - for stdin: how right it is in production",
+        help="logs of the service (- for stdin), to measure its accuracy in production",
     )
+
+
+def add_encoding_arguments(parser):
     parser.add_argument(
         "--robustness_images",
         type=int,
         default=1000,
         metavar="N",
-        help="at most so many images go through the distortions (a seeded draw)",
+        help="distort at most N images, drawn with a fixed seed",
     )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode"
     )
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    add_input_arguments(parser)
+    add_report_arguments(parser)
+    add_encoding_arguments(parser)
     args = parser.parse_args(argv)
     if args.robustness_images < 1:
         raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
@@ -76,18 +84,18 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if args.feedback:
-        from detector.evaluation.feedback import tell_feedback
+        from detector.evaluation.feedback import report_feedback
 
-        return tell_feedback(args)
+        return report_feedback(args)
     from detector.evaluation.assess import evaluate
 
-    text, worse, bad = evaluate(
-        **{name: value for name, value in vars(args).items() if name != "feedback"}
-    )
+    options = vars(args)
+    del options["feedback"]
+    text, worse, unreadable = evaluate(**options)
     print(text)
     if worse:
         say(f"worse than the baseline: {', '.join(worse)}")
-    return 1 if worse or bad else 0
+    return 1 if worse or unreadable else 0
 
 
 if __name__ == "__main__":

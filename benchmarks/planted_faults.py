@@ -155,8 +155,11 @@ DATA_FAULTS = {
         ("multiples of 64", "256x256", "pixels", "all file facts"),
     ),
     "fakes at twice the bytes per pixel": (fakes(twice_the_bytes), ("bytes", "all file facts")),
-    "test images also in train, byte-identical": (repeated(lambda data: data), ("twin in train",)),
-    "test images also in train, re-saved": (repeated(resaved), ("twin in train",)),
+    "test images also in train, byte-identical": (
+        repeated(lambda data: data),
+        ("duplicate in train",),
+    ),
+    "test images also in train, re-saved": (repeated(resaved), ("duplicate in train",)),
 }
 
 

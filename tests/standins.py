@@ -1,4 +1,4 @@
-"""What golden.py is tried on: models that keep their promise or do not, a service that misbehaves, an installed Pushgateway."""
+"""What golden.py is tested on: good and bad models, a service that misbehaves, a Pushgateway."""
 
 import contextlib
 import http.server
@@ -30,62 +30,56 @@ REAL = (200, {"X-Model-Version": "v1"}, {"classification": "real", "confidence":
 
 
 def tinted(folder):
-    """The folder, its fakes tinted: what even the small encoder sees in nine of ten."""
+    """The folder with its fakes tinted, so that the small encoder separates 9 of 10."""
     for path in folder.rglob("fake/*.jpg"):
         with Image.open(path) as image:
             Image.blend(image, Image.new("RGB", image.size, "magenta"), 0.3).save(path)
     return folder
 
 
-def make_models(place, make_folder):
-    """The folder with three models in it: one as good as it says, the same with every verdict turned round, the same without
-    test metrics."""
+def extracted(folder, path):
+    """Features of a folder by the small encoder -> their columns."""
     import extract_features
 
-    tinted(
-        make_folder(
-            place / "data",
-            {
-                f"{split}/{label}": n
-                for split, n in (("train", 40), ("test", 20))
-                for label in CLASSES
-            },
-        )
-    )
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setenv("CLIP_MODEL", str(small.CHECKPOINT))
-        extract_features.main(
-            ["--data_dir", str(place / "data"), "--output_file", str(place / "f.npz")]
-        )
-    columns = load_features(place / "f.npz")
+        extract_features.main(["--data_dir", str(folder), "--output_file", str(path)])
+    return load_features(path)
+
+
+def make_models(place, make_folder):
+    """Write three models into a folder: 'good', 'worse' and 'untested' -> the folder.
+
+    'worse' inverts every verdict of 'good', but states the same test metrics. 'untested' states
+    none.
+    """
+    counts = {f"{split}/{c}": n for split, n in (("train", 40), ("test", 20)) for c in CLASSES}
+    columns = extracted(tinted(make_folder(place / "data", counts)), place / "f.npz")
     train, test = (
         {name: columns[name][columns["splits"] == split] for name in COLUMNS}
         for split in ("train", "test")
     )
     model = build(train)
-    overall = measure(
-        test["labels"],
-        probability(model, decision(model, test["features"])),
-        model["threshold"],
-        test["sha256"],
-    )
+    p_fake = probability(model, decision(model, test["features"]))
+    overall = measure(test["labels"], p_fake, model["threshold"], test["sha256"])
     model |= {"encoder": columns["meta"]["encoder"], "metrics": {"overall": overall}}
-    turned = {"dual_coef": -model["dual_coef"], "intercept": -model["intercept"]}
+    inverted = {"dual_coef": -model["dual_coef"], "intercept": -model["intercept"]}
     for name, version, changes in (
         ("good", "v1.0.0", {}),
-        ("worse", "v1.1.0", turned),
+        ("worse", "v1.1.0", inverted),
         ("untested", "v0.9.0", {"metrics": {}}),
     ):
-        save_model(
-            place / f"{name}.joblib",
-            {**model, **changes, "versions": {**model["versions"], "model": version}},
-        )
+        versions = {**model["versions"], "model": version}
+        save_model(place / f"{name}.joblib", {**model, **changes, "versions": versions})
     return place
 
 
 class Stub(http.server.ThreadingHTTPServer):
-    """Answers what `answer(path, number of the request to it)` gives: (status, headers, body), or None for a connection cut
-    off. `asked`: the headers of all requests to a path."""
+    """A server that sends what `answer(path, number of the request to the path)` returns.
+
+    That is (status, headers, body), or None to cut the connection. `asked`: {path: the headers of
+    all its requests}.
+    """
 
     def __init__(self, answer):
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -93,9 +87,9 @@ class Stub(http.server.ThreadingHTTPServer):
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 asked = self.server.asked.setdefault(self.path, [])
                 asked.append(self.headers)
-                if (found := answer(self.path, len(asked))) is None:
+                if (response := answer(self.path, len(asked))) is None:
                     return
-                status, headers, body = found
+                status, headers, body = response
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -123,7 +117,7 @@ class Stub(http.server.ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def pushgateway(folder):
-    """A Pushgateway as Debian installs it -> its URL; the test is skipped where there is none."""
+    """Debian's Pushgateway -> its URL. Skips the test where it is not installed."""
     if (program := shutil.which("prometheus-pushgateway")) is None:
         pytest.skip(
             "prometheus-pushgateway is not installed: apt-get install prometheus-pushgateway"
@@ -134,21 +128,25 @@ def pushgateway(folder):
             [program, f"--web.listen-address={address}"], stdout=log, stderr=log
         )
     try:
-        deadline, session = time.monotonic() + PATIENCE, requests.Session()
-        session.trust_env = False
-        with session:
-            while True:
-                with contextlib.suppress(requests.RequestException):
-                    if session.get(f"http://{address}/-/ready", timeout=5).ok:
-                        break
-                assert process.poll() is None and time.monotonic() < deadline, (
-                    folder / "log"
-                ).read_text()
-                time.sleep(0.05)
+        deadline = time.monotonic() + PATIENCE
+        while not is_ready(f"http://{address}/-/ready"):
+            running = process.poll() is None and time.monotonic() < deadline
+            assert running, (folder / "log").read_text()
+            time.sleep(0.05)
         yield f"http://{address}"
     finally:
         process.terminate()
         process.wait(PATIENCE)
+
+
+def is_ready(url):
+    """Does the server return 200? Without a proxy."""
+    with requests.Session() as session:
+        session.trust_env = False
+        try:
+            return session.get(url, timeout=5).ok
+        except requests.RequestException:
+            return False
 
 
 def pushed(gateway):

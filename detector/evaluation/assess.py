@@ -1,4 +1,4 @@
-"""A model's scores on labelled images it has not seen -> everything a report says of them."""
+"""Evaluate a model on labelled images that it has not seen, and write the report."""
 
 from pathlib import Path
 
@@ -22,20 +22,20 @@ from detector.verdict import Detector, choose_model
 SHOWN = 12  # hardest images of each class
 PICTURES = (
     "robustness under re-saving, shrinking, blur, noise and crops",
-    "files made alike",
+    "both classes saved alike",
     "hardest images",
 )
 
 
 def stored_columns(path, model, data_dir):
-    """Columns of a features file, checked to be of the model's encoder and (where a folder is named) of that folder."""
+    """Columns of a features file. Raises UsageError unless they fit the model and the folder."""
     (file,), encoder = open_files([path], model.get("crops", 0))
     columns = join_columns(list(file.parts()))
     if encoder["identity"] != model["encoder"]["identity"]:
         raise UsageError(
             f"{path} is of encoder '{encoder['name']}' ({encoder['identity'][:12]}), the model"
             f" needs '{model['encoder']['name']}' ({model['encoder']['identity'][:12]}): extract"
-            " with that one"
+            " with that encoder"
         )
     missing = [name for name in columns["paths"] if data_dir and not Path(data_dir, name).is_file()]
     if missing:
@@ -47,15 +47,15 @@ def stored_columns(path, model, data_dir):
 
 
 def split_rows(columns, model, seen):
-    """Labelled images that trained neither the model nor (`seen`: hashes' first 16 digits) its encoder: those to evaluate.
+    """Leave out labelled images that trained the model or its encoder.
 
-    -> (their row numbers, row numbers of those left out). Raises UsageError where none is left.
+    `seen`: first 16 digits of the hashes of the encoder's training images. -> (row numbers to
+    evaluate, row numbers left out). Raises UsageError where nothing is left to evaluate.
     """
     trained = {f"{int(number) + 2**63:016x}" for number in model["training_data"]["images"]}
-    own = np.array([digest[:16] in trained for digest in columns["sha256"]], bool)
-    by_encoder = np.isin([digest[:16] for digest in columns["sha256"]], seen) | (
-        columns["splits"] == SEEN
-    )
+    hashes = [digest[:16] for digest in columns["sha256"]]
+    own = np.array([digest in trained for digest in hashes], bool)
+    by_encoder = np.isin(hashes, seen) | (columns["splits"] == SEEN)
     labelled = columns["labels"] >= 0
     whole = columns["view"] == 0
     for mask, why in ((own, "trained the model"), (by_encoder & ~own, "trained its encoder")):
@@ -72,10 +72,10 @@ def split_rows(columns, model, seen):
 
 def hardest(columns, p_fake, threshold):
     """The most confidently wrong of each class -> list of {path, label, p_fake}."""
-    labels, found = columns["labels"], []
+    labels, images = columns["labels"], []
     for label, sign in ((0, -1), (1, 1)):
         rows = np.flatnonzero((labels == label) & ((p_fake >= threshold) != label))
-        found += [
+        images += [
             {
                 "path": str(columns["paths"][i]),
                 "label": CLASSES[label],
@@ -83,78 +83,77 @@ def hardest(columns, p_fake, threshold):
             }
             for i in rows[np.argsort(sign * p_fake[rows], kind="stable")][:SHOWN]
         ]
-    return found
+    return images
 
 
 # ---- the report ----
 
 
 def cross_validated_leak(columns, p_fake, groups):
-    """The detector against probes cross-validated on these images (`probes.detector_minus_leak`), or None."""
-    from detector.evaluation.probes import (
-        MIN_IMAGES,
-        boosted,
-        cross_validated,
-        detector_minus_leak,
-        probes_of,
-    )
+    """`detector_minus_leak` with probes cross-validated on these images; None with too few."""
+    from detector.evaluation import probes
 
     labels = columns["labels"].astype(int)
-    if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
+    if min(np.bincount(labels, minlength=2)) < probes.MIN_IMAGES:
         return None
     leaks = {
-        what: cross_validated(boosted, values, labels, groups)
-        for what, values in probes_of(columns["facts"], columns["thumb"])[-2:]
+        what: probes.cross_validated(probes.boosted, values, labels, groups)
+        for what, values in probes.probes_of(columns["facts"], columns["thumb"])[-2:]
     }
-    if any(p is None for p in leaks.values()):
+    if any(scores is None for scores in leaks.values()):
         return None
-    return detector_minus_leak(p_fake, leaks, labels, groups) | {
+    return probes.detector_minus_leak(p_fake, leaks, labels, groups) | {
         "how": "cross-validated on these images"
     }
 
 
-def assess_all(model, columns, rows, left_out):
-    """Everything that scores alone give on those rows, what the files betray (of the images left out, too: a test image may
-    have a twin among them), and what is wrong with the model itself."""
+def audit_evaluation(columns, rows, left_out):
+    """Audit the rows to evaluate as the test split, and the rows left out as the train split.
+
+    An image to evaluate may have a duplicate among those left out.
+    """
     from detector.evaluation.audit import audit
 
     split = np.full(len(columns["labels"]), "train")
     split[rows] = "test"
     both = np.sort(np.concatenate([rows, left_out]))
-    betrayed = audit({**{name: columns[name][both] for name in COLUMNS}, "splits": split[both]})
+    return audit({**{name: columns[name][both] for name in COLUMNS}, "splits": split[both]})
+
+
+def assess_all(model, columns, rows, left_out):
+    """Measure everything that needs no image files.
+
+    -> (columns of the images themselves, without degraded copies; their groups; their probability
+    of fake; the report)
+    """
+    findings = audit_evaluation(columns, rows, left_out)
     columns = {name: columns[name][rows] for name in COLUMNS}
     twins = twin_clusters(columns["thumb"], columns["sha256"])
     groups, kind = make_groups(columns, twins)
-    found = report.assess(model, columns, np.arange(len(rows)), groups, twins)
-    betrayed["detector"] = {"on_test": found["overall"] and found["overall"]["auc"]}
+    assessed = report.assess(model, columns, np.arange(len(rows)), groups, twins)
+    findings["detector"] = {"on_test": assessed["overall"] and assessed["overall"]["auc"]}
     whole = columns["view"] == 0
     first = {name: columns[name][whole] for name in COLUMNS}
     p_fake = p_fake_of(model, first["features"])
-    warnings = [stale_threshold(model), report.calibration_warning(found["calibration"])]
-    return (
-        first,
-        groups[whole],
-        p_fake,
-        {
-            **report.about(model),
-            **found,
-            "audit": betrayed,
-            "leak": cross_validated_leak(first, p_fake, groups[whole]),
-            "data": {
-                "groups": kind,
-                **{
-                    part: digest(columns, mask)
-                    for part, mask in report.parts_of(model, columns).items()
-                },
-            },
-            "warnings": [line for line in warnings if line],
-        },
-    )
+    warnings = [stale_threshold(model), report.calibration_warning(assessed["calibration"])]
+    parts = report.parts_of(model, columns)
+    metrics = {
+        **report.about(model),
+        **assessed,
+        "audit": findings,
+        "leak": cross_validated_leak(first, p_fake, groups[whole]),
+        "data": {"groups": kind, **{part: digest(columns, mask) for part, mask in parts.items()}},
+        "warnings": [line for line in warnings if line],
+    }
+    return first, groups[whole], p_fake, metrics
 
 
 def digest(columns, mask):
-    """Hash of those images, views and labels, in whatever order: two metrics are compared only where it is the same."""
-    rows = zip(*(columns[name][mask] for name in ("sha256", "view", "labels")))
+    """Hash of the images, views and labels in any order.
+
+    Metrics are compared only where their digests are equal.
+    """
+    rows = zip(*(columns[name][mask] for name in ("sha256", "view", "labels")), strict=True)
     return sha256("".join(sorted(f"{s} {view} {label} " for s, view, label in rows)).encode())
 
 
@@ -167,7 +166,7 @@ def evaluate(
     robustness_images=1000,
     device="auto",
 ):
-    """The flags of evaluate.py -> (what there is to print, what got worse than `baseline`, number of unreadable files).
+    """The flags of evaluate.py -> (printed text, metrics that got worse, unreadable files).
 
     Writes the report. Raises DetectorError.
     """
@@ -176,36 +175,29 @@ def evaluate(
     model_path = choose_model(model_path)
     detector = Detector(model_path, device) if data_dir else None
     model = detector.model if detector else load_model(model_path)
-    columns, bad = columns_of(detector, model, data_dir, features_file)
+    columns, unreadable = columns_of(detector, model, data_dir, features_file)
     seen = detector.encoder.manifest.get("seen", []) if detector else []
-    first, groups, p_fake, found = assess_all(model, columns, *split_rows(columns, model, seen))
-    rows = None if before is None else compare(found, before)
+    first, groups, p_fake, metrics = assess_all(model, columns, *split_rows(columns, model, seen))
+    rows = compare(metrics, before) if before else []
     with report.staged(report_dir) as place:
         if data_dir:
-            found |= distorted(detector, data_dir, first, groups, robustness_images)
-            found["hardest"] = hardest(first, p_fake, model["threshold"])
-            contact_sheet(data_dir, first, found["hardest"], place / "hardest.png")
+            metrics |= distorted(detector, data_dir, first, groups, robustness_images)
+            metrics["hardest"] = hardest(first, p_fake, model["threshold"])
+            contact_sheet(data_dir, first, metrics["hardest"], place / "hardest.png")
         else:
-            found["not_measured"] = list(PICTURES)
-        report.fill(place, found)
-    text = f"{report.evaluation(found)}\nreport in {Path(report_dir)}/"
-    if rows is None:
-        return text, [], bad
-    text += "\n" + (
-        changes_table(rows)
-        if rows
-        else f"every metric lies in the interval that {baseline} records"
-    )
-    return (
-        text,
-        [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"],
-        bad,
-    )
+            metrics["not_measured"] = list(PICTURES)
+        report.fill(place, metrics)
+    text = f"{report.evaluation(metrics)}\nreport in {Path(report_dir)}/"
+    if baseline:
+        text += "\n" + changes_table(rows, baseline)
+    worse = [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"]
+    return text, worse, unreadable
 
 
 def columns_of(detector, model, data_dir, features_file):
-    """Columns of a features file, else of a folder that is encoded now -> (they, number of unreadable files)."""
+    """-> (columns of the features file, else of the encoded folder; number of unreadable files)."""
     if features_file:
-        return without_repeats(stored_columns(features_file, model, data_dir)), 0
-    columns, bad = encode_folder(detector, data_dir)
-    return without_repeats(columns), bad
+        columns, unreadable = stored_columns(features_file, model, data_dir), 0
+    else:
+        columns, unreadable = encode_folder(detector, data_dir)
+    return without_repeats(columns), unreadable

@@ -1,4 +1,4 @@
-"""What a data set's files betray before any detector sees a pixel."""
+"""Find what gives labels away without a detector: duplicates, file facts, wrong labels."""
 
 import os
 import sys
@@ -20,12 +20,14 @@ from detector.evaluation.probes import (
     telling_values,
 )
 from detector.evaluation.rules import LEAK_AUC, MAX_REPEATED, TELLING_AUC
-from detector.features.columns import SEEN
+from detector.features.columns import SEEN, without_repeats
+from detector.features.file import load_features
 from detector.images.facts import describe_image, make_groups, twin_clusters
 from detector.images.folders import has_extension, list_images
 
-HUGE = 50_000_000  # pixels: the service refuses larger ones
+HUGE = 50_000_000  # pixels: the service refuses larger images
 SHOWN = 5  # of each kind
+NEEDED = ("labels", "splits", "sources", "paths", "facts", "thumb", "sha256")
 
 
 # ---- findings ----
@@ -34,46 +36,27 @@ SHOWN = 5  # of each kind
 def audit(columns, cluster=None, unreadable=()):
     """Columns of a features file -> findings, a dict of plain numbers and strings.
 
-    `cluster`: their twins where those are known; `unreadable`: (path, label) of files that could not be read.
+    `cluster`: cluster of duplicates of each row, computed here where None.
+    `unreadable`: (path, label) of files that could not be read.
     """
     if not (columns["labels"] >= 0).any():
-        raise UsageError("no image has a label: an audit asks what gives labels away")
-    known = np.flatnonzero(
-        (columns["labels"] >= 0) & (columns.get("view", np.zeros(len(columns["labels"]))) == 0)
-    )
-    cluster = (
-        twin_clusters(columns["thumb"][known], columns["sha256"][known])
-        if cluster is None
-        else cluster[known]
-    )
-    columns = {
-        name: columns[name][known]
-        for name in ("labels", "splits", "sources", "paths", "facts", "thumb", "sha256")
-    }
+        raise UsageError("no image has a label: an audit looks for what gives labels away")
+    view = columns.get("view", np.zeros(len(columns["labels"])))
+    rows = np.flatnonzero((columns["labels"] >= 0) & (view == 0))
+    columns = {name: columns[name][rows] for name in NEEDED}
     labels, facts, splits = columns["labels"].astype(int), columns["facts"], columns["splits"]
+    if cluster is None:
+        cluster = twin_clusters(columns["thumb"], columns["sha256"])
+    else:
+        cluster = cluster[rows]
     groups, kind = make_groups(columns, cluster)
-    both = np.intersect1d(cluster[labels == 0], cluster[labels == 1])
-    trained = np.isin(cluster, cluster[splits == "train"])
     return {
-        "images": len(known),
+        "images": len(rows),
         "groups": kind,
         "formats": {
-            name: {
-                str(f): int(n)
-                for f, n in zip(*np.unique(facts["format"][labels == i], return_counts=True))
-            }
-            for i, name in enumerate(CLASSES)
+            name: count_formats(facts["format"][labels == i]) for i, name in enumerate(CLASSES)
         },
-        "twins": {
-            "test": int((splits == "test").sum()),
-            "test_with_twin_in_train": int(trained[splits == "test"].sum()),
-            "clusters_with_both_labels": len(both),
-            "largest_cluster": int(np.bincount(cluster).max(initial=0)),
-        },
-        "examples": [
-            examples(columns["paths"], cluster, cluster[mask])
-            for mask in (trained & (splits == "test"), np.isin(cluster, both))
-        ],
+        **duplicates(columns, labels, cluster),
         "probes": probe_all(facts, columns["thumb"], labels, groups, splits),
         "telling": telling_values(facts, labels, groups),
         "huge": int((facts["width"].astype(np.int64) * facts["height"] > HUGE).sum()),
@@ -85,10 +68,45 @@ def audit(columns, cluster=None, unreadable=()):
     }
 
 
-def audit_labels(labels, p_fake, sources, paths, by_source):
-    """Out-of-fold probabilities -> what they say of the labels: probable errors, clearest first, and doubtful sources.
+def count_formats(formats):
+    """Format names [n] -> {name: number}."""
+    names, counts = np.unique(formats, return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
-    `by_source`: no fold's classifier has seen a source that it scores; without that a source cannot be doubted as a whole.
+
+def duplicates(columns, labels, cluster):
+    """Clusters of duplicates across splits and labels -> {'twins': counts, 'examples': paths}."""
+    test = columns["splits"] == "test"
+    trained = np.isin(cluster, cluster[columns["splits"] == "train"])
+    both = np.intersect1d(cluster[labels == 0], cluster[labels == 1])
+    return {
+        "twins": {
+            "test": int(test.sum()),
+            "test_with_twin_in_train": int(trained[test].sum()),
+            "clusters_with_both_labels": len(both),
+            "largest_cluster": int(np.bincount(cluster).max(initial=0)),
+        },
+        "examples": [
+            examples(columns["paths"], cluster, cluster[trained & test]),
+            examples(columns["paths"], cluster, cluster[np.isin(cluster, both)]),
+        ],
+    }
+
+
+def examples(paths, cluster, chosen):
+    """The three largest of the chosen clusters, each as the paths of up to four images."""
+    numbers, sizes = np.unique(chosen, return_counts=True)
+    return [
+        [str(path) for path in paths[cluster == c][:4]]
+        for c in numbers[np.argsort(-sizes, kind="stable")][:3]
+    ]
+
+
+def audit_labels(labels, p_fake, sources, paths, by_source):
+    """Out-of-fold probabilities -> probable label errors, clearest first, and doubtful sources.
+
+    `by_source`: no fold's classifier was trained on a source that it scores. Otherwise no source
+    can be doubted as a whole.
     """
     rows = label_errors(labels, p_fake)
     return {
@@ -107,31 +125,24 @@ def audit_labels(labels, p_fake, sources, paths, by_source):
 
 
 def labels_of(columns):
-    """-> (`audit_labels` on the features of a file, by a logistic regression; the AUC of that), None where there are too few images."""
+    """Columns of a features file -> (`audit_labels` by a logistic regression, its AUC).
+
+    Both are None where there are too few images.
+    """
     rows = np.flatnonzero(
         (columns["labels"] >= 0) & (columns["view"] == 0) & (columns["splits"] != SEEN)
     )
-    labels = columns["labels"][rows].astype(int)
+    columns = {name: columns[name][rows] for name in (*NEEDED, "features")}
+    labels = columns["labels"].astype(int)
     if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
         return None, None
-    groups, kind = make_groups(
-        {name: columns[name][rows] for name in ("labels", "sources", "thumb", "sha256")}
-    )
-    p_fake = linear_scores(columns["features"][rows], labels, groups)
+    groups, kind = make_groups(columns)
+    p_fake = linear_scores(columns["features"], labels, groups)
     if p_fake is None:
         return None, None
-    return audit_labels(
-        labels, p_fake, columns["sources"][rows], columns["paths"][rows], kind == "sources"
-    ), auc(labels, p_fake, groups)
-
-
-def examples(paths, cluster, chosen):
-    """Of the three largest of the chosen clusters, the paths of four images each."""
-    numbers, sizes = np.unique(chosen, return_counts=True)
-    return [
-        [str(path) for path in paths[cluster == c][:4]]
-        for c in numbers[np.argsort(-sizes, kind="stable")][:3]
-    ]
+    by_source = kind == "sources"
+    findings = audit_labels(labels, p_fake, columns["sources"], columns["paths"], by_source)
+    return findings, auc(labels, p_fake, groups)
 
 
 # ---- in words ----
@@ -147,17 +158,15 @@ def remedy(what):
         return SUBJECTS
     if what == "all file facts":
         return f"{SHAPE}, and save them alike"
-    return (
-        SHAPE
-        if any(word in what for word in ("pixels", "aspect ratio", "multiples of 64"))
-        else SAVE
-    )
+    shape = any(word in what for word in ("pixels", "aspect ratio", "multiples of 64"))
+    return SHAPE if shape else SAVE
 
 
 def is_leak(probe, detector):
-    """Does one interval of a probe start at TELLING_AUC or above, and reach LEAK_AUC or the detector's interval?
+    """Does an interval of a probe start at TELLING_AUC or above, and reach LEAK_AUC or a detector?
 
-    `detector`: {'auc', 'on_test'}, measured in the same two ways as the probe; either may be missing.
+    `detector`: {'auc', 'on_test'}, measured in the same two ways as the probe. Either may be
+    missing. The probe reaches the detector where it reaches the lower end of its interval.
     """
     for way in ("auc", "on_test"):
         ends = (probe[way] or {}).get("interval")
@@ -167,62 +176,80 @@ def is_leak(probe, detector):
     return False
 
 
-def sentences(found):
-    """Findings -> (lines that are fatal for a test figure, lines to know)."""
-    twins, fatal, note = found["twins"], [], []
+def sentences(findings):
+    """Findings -> (lines that make a test metric worthless, lines to know)."""
+    fatal, note = [], []
+    for line, is_fatal in (*duplicate_lines(findings), *probe_lines(findings)):
+        (fatal if is_fatal else note).append(line)
+    return fatal, [*note, *other_lines(findings)]
+
+
+def duplicate_lines(findings):
+    """Yield (line, is it fatal?) for duplicates across splits and across labels."""
+    twins = findings["twins"]
     if repeated := twins["test_with_twin_in_train"]:
         line = (
-            f"{repeated} of {twins['test']} test images have a twin in train "
-            f"(such as {', '.join(found['examples'][0][0])})"
+            f"{repeated} of {twins['test']} test images have a duplicate in train "
+            f"(such as {', '.join(findings['examples'][0][0])})"
         )
         if repeated > MAX_REPEATED * twins["test"]:
-            fatal.append(
-                f"{line}: a test accuracy on this split says how well pictures are remembered."
-                " Train with --resplit."
-            )
+            measures = "test accuracy on this split measures how well the model remembers images"
+            yield f"{line}: {measures}. Train with --resplit.", True
         else:
-            note.append(f"{line}. Remove the copies, or train with --resplit.")
+            yield f"{line}. Remove the copies, or train with --resplit.", False
     if both := twins["clusters_with_both_labels"]:
-        (fatal if both > MAX_REPEATED * found["images"] else note).append(
-            f"{both} pictures stand under both labels, as copies of each other, such as"
-            f" {', '.join(found['examples'][1][0])}. Keep each under its right label alone."
+        yield (
+            f"{both} images have copies under both labels, such as"
+            f" {', '.join(findings['examples'][1][0])}. Keep each under its right label alone.",
+            both > MAX_REPEATED * findings["images"],
         )
-    for probe in sorted(found["probes"], key=lowest_end, reverse=True):
-        if lowest_end(probe) >= TELLING_AUC:
-            where = (
-                (probe["auc"], f"cross-validated over {found['groups']}"),
-                (probe["on_test"], "learnt on train, tried on test"),
-            )
-            leaks = is_leak(probe, found.get("detector"))
-            (fatal if leaks else note).append(
-                f"{probe['what']} alone tells the labels apart: AUC "
-                + "; ".join(f"{words(metric)} {how}" for metric, how in where if metric)
-                + (". A test figure on these images proves little" if leaks else "")
-                + f". {remedy(probe['what'])}, or judge by images of other sources."
-            )
-    for row in found["telling"][:SHOWN]:
-        note.append(
+
+
+def probe_lines(findings):
+    """Yield (line, is it fatal?) for each probe that separates the labels, clearest first."""
+    for probe in sorted(findings["probes"], key=lowest_end, reverse=True):
+        if lowest_end(probe) < TELLING_AUC:
+            return
+        leaks = is_leak(probe, findings.get("detector"))
+        measured = (
+            (probe["auc"], f"cross-validated over {findings['groups']}"),
+            (probe["on_test"], "learnt on train, tried on test"),
+        )
+        yield (
+            f"{probe['what']} alone separates the labels: AUC "
+            + "; ".join(f"{words(metric)} {way}" for metric, way in measured if metric)
+            + (". A test metric on these images proves little" if leaks else "")
+            + f". {remedy(probe['what'])}, or judge by images of other sources.",
+            leaks,
+        )
+
+
+def other_lines(findings):
+    """Yield the lines that are never fatal."""
+    for row in findings["telling"][:SHOWN]:
+        yield (
             f"{row['what']}: {row['real']:.0%} of the reals, {row['fake']:.0%} of the fakes."
             f" {remedy(row['what'])}."
         )
-    if bad := found["unreadable"]["n"]:
-        note.append(
-            f"{bad} files cannot be read ({found['unreadable']['real']} real,"
-            f" {found['unreadable']['fake']} fake), such as"
-            f" {', '.join(found['unreadable']['first'][:2])}. Mend or remove them."
+    unreadable = findings["unreadable"]
+    if unreadable["n"]:
+        yield (
+            f"{unreadable['n']} files cannot be read ({unreadable['real']} real,"
+            f" {unreadable['fake']} fake), such as {', '.join(unreadable['first'][:2])}."
+            " Mend or remove them."
         )
-    if found["huge"]:
-        note.append(
-            f"{found['huge']} images have more than {HUGE:,} pixels; the service refuses those."
+    if findings["huge"]:
+        yield (
+            f"{findings['huge']} images have more than {HUGE:,} pixels; the service refuses those."
             " Shrink both classes alike."
         )
-    for row in (found.get("labels") or {}).get("doubtful_sources", []):
-        note.append(
+    for row in (findings.get("labels") or {}).get("doubtful_sources", []):
+        yield (
             f"source '{row['source']}' ({' and '.join(row['labels'])}, {row['n']} images): a"
-            f" classifier trained on the others contradicts its labels ({row['what']}"
-            f" {words(row)}): swapped, or unlike everything else. Look at its images first."
+            f" classifier trained on the other sources contradicts its labels ({row['what']}"
+            f" {words(row)}). They are swapped, or the source is unlike the others."
+            " Look at its images first."
         )
-    return fatal, note
 
 
 def lowest_end(probe):
@@ -234,27 +261,44 @@ def lowest_end(probe):
 
 
 def leak_sentence(leak):
-    """`detector_minus_leak` in one plain sentence; a warning where the detector is not clearly above the best probe."""
+    """`detector_minus_leak` in words, with a warning unless the detector is clearly better."""
     difference = leak["difference"]
+    ends = difference["interval"]
     line = (
         f"detector minus best leak: AUC {leak['detector']:z.2f} - {leak['leak']:z.2f}"
         f" ({leak['what']} alone, {leak['how']}) = {words(difference)}"
     )
-    if not difference["interval"] or difference["interval"][0] <= 0:
-        better = (
-            "tell more than the detector"
-            if difference["interval"] and difference["interval"][1] < 0
-            else "may tell as much as the detector"
-        )
-        return f"{line}: on these images the files alone {better}; its figure proves little."
-    return line + "."
+    if ends and ends[0] > 0:
+        return line + "."
+    if ends and ends[1] < 0:
+        compared = "separate the labels better than the detector"
+    else:
+        compared = "may separate the labels as well as the detector"
+    return f"{line}: on these images the files alone {compared}; its metrics prove little."
 
 
 # ---- the command ----
 
 
+def audit_folder(data_dir):
+    """Folder -> findings; duplicate files count once. Raises UsageError."""
+    columns, unreadable = describe_folder(data_dir)
+    return audit(without_repeats(columns), unreadable=unreadable)
+
+
+def audit_features(path):
+    """Features file -> findings, with those on its labels. Raises UsageError."""
+    columns = without_repeats(load_features(path))
+    findings = audit(columns)
+    labels, linear = labels_of(columns)
+    return {**findings, "labels": labels, "detector": {"auc": linear}}
+
+
 def describe_folder(data_dir):
-    """Folder -> (the columns that `audit` needs, (path, label) of files that cannot be read); each of those is told."""
+    """Folder -> (the columns that `audit` needs, (path, label) of files that cannot be read).
+
+    Prints a line for each file that cannot be read.
+    """
     from tqdm import tqdm
 
     def read(entry):
@@ -266,23 +310,21 @@ def describe_folder(data_dir):
     entries, rows, unreadable = [], [], []
     listed = list_images(data_dir)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for entry, row in tqdm(
-            zip(listed, pool.map(read, listed)), total=len(listed), desc="reading", unit="image"
-        ):
-            if isinstance(row, Exception):
-                tqdm.write(f"left out {printable(entry.path)}: {row}", file=sys.stderr)
-                if getattr(row, "is_image", True) or has_extension(
-                    entry.path
-                ):  # a caption is no broken image
-                    unreadable.append((entry.path, entry.label))
-            else:
+        described = zip(listed, pool.map(read, listed), strict=True)
+        for entry, row in tqdm(described, total=len(listed), desc="reading", unit="image"):
+            if not isinstance(row, Exception):
                 entries.append(entry)
                 rows.append(row)
+                continue
+            tqdm.write(f"left out {printable(entry.path)}: {row}", file=sys.stderr)
+            # A caption is no broken image.
+            if getattr(row, "is_image", True) or has_extension(entry.path):
+                unreadable.append((entry.path, entry.label))
     if not rows:
         raise UsageError(f"--data_dir {data_dir}: no readable image")
     return {
         **{
-            f"{name}s": np.array([getattr(e, name) for e in entries])
+            f"{name}s": np.array([getattr(entry, name) for entry in entries])
             for name in ("label", "split", "path", "source")
         },
         **{name: np.array([row[name] for row in rows]) for name in rows[0]},
@@ -290,39 +332,42 @@ def describe_folder(data_dir):
     }, unreadable
 
 
-def report(found):
-    """What the command prints."""
-    fatal, note = sentences(found)
+def report(findings):
+    """Findings -> (what the command prints, its exit code)."""
+    fatal, note = sentences(findings)
     nothing = (
-        f"no format, size or other fact that tells the labels apart (AUC {TELLING_AUC} or more)"
-        if found["probes"]
+        f"no format, size or other fact that separates the labels (AUC {TELLING_AUC} or more)"
+        if findings["probes"]
         else f"too few images for more: a probe takes {MIN_IMAGES} of each class"
     )
     lines = [
-        f"{found['images']} images; formats of reals {found['formats']['real']}, of fakes"
-        f" {found['formats']['fake']}"
+        f"{findings['images']} images; formats of reals {findings['formats']['real']}, of fakes"
+        f" {findings['formats']['fake']}"
     ]
     lines += [*(f"LEAK  {line}" for line in fatal), *(f"note  {line}" for line in note)] or [
-        f"no twins across splits or labels; {nothing}"
+        f"no duplicates across splits or labels; {nothing}"
     ]
-    if found["probes"]:
-        lines.append("what a cheap classifier reaches without a detector (AUC, 95% interval):")
-        lines.append(
-            f"  {'':44} {'cross-validated':18} "
-            f" {'learnt on train, tried on test' if found['probes'][0]['on_test'] else ''}".rstrip()
-        )
-        lines += [
-            f"  {p['what']:44} {words(p['auc']):18}  {words(p['on_test']) if p['on_test'] else ''}".rstrip()
-            for p in found["probes"]
-        ]
+    if findings["probes"]:
+        lines += probe_table(findings["probes"])
     elif fatal or note:
         lines.append(nothing)
-    if found.get("labels"):
+    if labels := findings.get("labels"):
         lines.append(
-            f"labels to look at first ({found['labels']['probable_errors']} of"
-            f" {found['labels']['images']} are unlike their class):"
+            f"labels to look at first ({labels['probable_errors']} of {labels['images']} are"
+            " unlike their class):"
         )
-        lines += [
-            f"  {row['path']} is called {row['label']}" for row in found["labels"]["first"][:SHOWN]
-        ]
+        lines += [f"  {row['path']} is called {row['label']}" for row in labels["first"][:SHOWN]]
     return "\n".join(lines), 1 if fatal else 0
+
+
+def probe_table(probes):
+    """Lines with the AUC of each probe."""
+    on_test = "learnt on train, tried on test" if probes[0]["on_test"] else ""
+    rows = [("", "cross-validated", on_test)]
+    for probe in probes:
+        tested = words(probe["on_test"]) if probe["on_test"] else ""
+        rows.append((probe["what"], words(probe["auc"]), tested))
+    return [
+        "AUC of a cheap classifier without a detector (95% interval):",
+        *(f"  {what:44} {auc_words:18}  {tested}".rstrip() for what, auc_words, tested in rows),
+    ]

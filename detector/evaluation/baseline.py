@@ -1,4 +1,4 @@
-"""An evaluation against an earlier one of the same images: what got better or worse?"""
+"""Compare an evaluation with an earlier one of the same images: what got better or worse?"""
 
 import json
 from pathlib import Path
@@ -6,22 +6,24 @@ from pathlib import Path
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes
 from detector.evaluation import metrics
+from detector.evaluation.report import PARTS
 
 
 def compare(now, before):
-    """Two reports of the same images -> rows (part, words, now, recorded interval, 'better' | 'worse') that left their interval.
+    """Two reports of the same images -> rows of the metrics that left their recorded interval.
 
-    Parts that hold other images (a model may know other sources) are passed over. Raises UsageError where all do.
+    A row is (part, words, now, recorded interval, 'better' | 'worse'). Parts of other images are
+    passed over: two models may know different sources. Raises UsageError where all parts are.
     """
     parts = [
         part
-        for part in ("overall", "known", "unseen", "degraded")
+        for part in PARTS
         if now[part] and before[part] and now["data"][part] == before["data"].get(part)
     ]
     if not parts:
         raise UsageError(
-            "--baseline is of other images; images that trained one of the two models count for"
-            " neither: compare on a folder that trained none"
+            "--baseline is of other images; images that trained either model are left out:"
+            " compare on a folder that trained neither"
         )
     try:
         return [
@@ -35,17 +37,15 @@ def compare(now, before):
         ) from None
 
 
-def changes_table(rows):
+def changes_table(rows, baseline):
+    """Rows of `compare` as text."""
+    if not rows:
+        return f"every metric lies in the interval that {baseline} records"
     lines = [f"{'':10}{'metric':22}{'now':>7}  recorded interval"]
-    return "\n".join(
-        [
-            *lines,
-            *(
-                f"{part:10}{words:22}{value:z7.3f}  {ends[0]:z.3f} .. {ends[1]:z.3f}  {verdict}"
-                for part, words, value, ends, verdict in rows
-            ),
-        ]
-    )
+    for part, words, value, ends, verdict in rows:
+        interval = f"{ends[0]:z.3f} .. {ends[1]:z.3f}"
+        lines.append(f"{part:10}{words:22}{value:z7.3f}  {interval}  {verdict}")
+    return "\n".join(lines)
 
 
 def read_baseline(path, report_dir):
@@ -56,11 +56,8 @@ def read_baseline(path, report_dir):
             " --report_dir"
         )
     try:
-        found = json.loads(read_bytes(path))
-        return {
-            "data": dict(found["data"]),
-            **{name: found[name] for name in ("overall", "known", "unseen", "degraded")},
-        }
+        report = json.loads(read_bytes(path))
+        return {"data": dict(report["data"]), **{part: report[part] for part in PARTS}}
     except (ValueError, KeyError, TypeError):
         raise UsageError(
             f"--baseline {path} is not a metrics.json of evaluate.py: name one from its report"

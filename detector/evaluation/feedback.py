@@ -1,10 +1,11 @@
-"""What users said of verdicts, joined to the verdicts in the service's own log: how right it is in production.
+"""Join users' feedback with the verdicts in the service's log, and measure their accuracy.
 
     kubectl logs deploy/detector | python evaluate.py --feedback -
     python evaluate.py --feedback detector.log.1 detector.log
 
-A `feedback` line names the request of a `verdict` line. Files are read twice, line by line, and only requests that have
-feedback are kept; what can be read only once (a pipe) is copied to a temporary file first (TMPDIR says where).
+A `feedback` line names the request of a `verdict` line. Files are read twice, line by line. Only
+requests with feedback are kept in memory. A pipe can be read only once, so it is copied to a
+temporary file first (TMPDIR sets its place).
 """
 
 import json
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter, namedtuple
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 
@@ -20,13 +22,13 @@ from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.evaluation import metrics
 
-LINE_BYTES = (
-    1 << 20
-)  # the service's are below 1,000; a longer one is none of its lines, and read in pieces
-READING = """How to read this: feedback is what users chose to report, not a random sample of what was asked. Verdicts that look
-wrong tend to be reported more often than others, and users may be wrong themselves; the intervals know of neither. A
-fall from one version to the next is a reason to look. What all images get is measured on a labelled set of one's own:
-evaluate.py --data_dir, and golden.py for the service as it runs."""
+# The service's lines are below 1,000 bytes. Longer lines of others are read in pieces.
+LINE_BYTES = 1 << 20
+READING = """How to read this: users choose what they report, so feedback is not a random sample
+of all verdicts. Users report wrong verdicts more often than right ones, and they may be wrong
+themselves. The intervals ignore both. If accuracy falls from one version to the next, look for the
+reason. Measure the accuracy on all images with a labelled set of your own: evaluate.py --data_dir,
+and golden.py for the running service."""
 
 Joined = namedtuple("Joined", "label classification version sha256")
 
@@ -35,7 +37,7 @@ Joined = namedtuple("Joined", "label classification version sha256")
 
 
 def open_log(path, stack):
-    """A log that can be read twice: the file, or of stdin and other pipes a copy. Raises UsageError."""
+    """A log that can be read twice: the file, or a copy of a pipe. Raises UsageError."""
     try:
         log = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
         if log.seekable():
@@ -51,93 +53,97 @@ def open_log(path, stack):
 
 
 def lines_of(logs):
-    """Every line of the open logs, from their beginnings, in pieces of at most LINE_BYTES."""
+    """Yield every line of the open logs from the start, in pieces of at most LINE_BYTES."""
     for log in logs:
         log.seek(0)
-        yield from iter(lambda: log.readline(LINE_BYTES), b"")
+        yield from iter(partial(log.readline, LINE_BYTES), b"")
 
 
 def parse(line):
-    """One line -> its JSON object, or None. Whatever stands before the first '{' is the prefix of `kubectl logs --prefix`,
-    of a container runtime or of a log shipper."""
+    """One line -> its JSON object, or None.
+
+    Text before the first '{' is a prefix of `kubectl logs`, a container runtime or a log shipper.
+    """
     start = line.find(b"{")
     try:
         return json.loads(line[start:]) if start >= 0 else None
-    except (ValueError, RecursionError):  # torn, or another program's
+    except (ValueError, RecursionError):  # cut off, or of another program
         return None
-
-
-def texts(event, *names):
-    """Those fields of an event where all of them are text, else None: nothing to join or to count by."""
-    values = [event.get(name) for name in names]
-    return values if all(isinstance(value, str) and value for value in values) else None
 
 
 # ---- the join ----
 
 
+def fields_of(event, name, counts, *fields):
+    """The `fields` of an event `name`, all non-empty text; None for other and damaged events."""
+    if event is None or event.get("event") != name:
+        return None
+    values = [event.get(field) for field in fields]
+    if not all(isinstance(value, str) and value for value in values) or values[1] not in CLASSES:
+        counts["damaged"] += 1
+        return None
+    counts[name] += 1
+    return values
+
+
 def read_feedback(logs, counts):
-    """First pass -> {request id: label}. Of several for one request the last one counts, by its time: the logs of several
-    pods come in no order."""
-    last, said = {}, {}
+    """First pass -> {request id: label}.
+
+    The latest feedback of a request counts. The order of lines does not matter, because logs of
+    several pods come in no order.
+    """
+    last, labels = {}, {}
     for line in lines_of(logs):
         event = parse(line) if b'"feedback"' in line else None
-        if event is None or event.get("event") != "feedback":
-            continue
-        found = texts(event, "request_id", "label", "time")
-        if found is None or found[1] not in CLASSES:
-            counts["damaged"] += 1
-            continue
-        request_id, label, time = found
-        counts["feedback"] += 1
-        said.setdefault(request_id, set()).add(label)
-        if request_id not in last or time >= last[request_id][0]:
-            last[request_id] = time, label
-    counts["contradicted"] = sum(len(labels) > 1 for labels in said.values())
+        if values := fields_of(event, "feedback", counts, "request_id", "label", "time"):
+            request_id, label, time = values
+            labels.setdefault(request_id, set()).add(label)
+            if request_id not in last or time >= last[request_id][0]:
+                last[request_id] = time, label
+    counts["contradicted"] = sum(len(given) > 1 for given in labels.values())
     return {request_id: label for request_id, (_, label) in last.items()}
 
 
 def read_verdicts(logs, labels, counts):
-    """Second pass -> [Joined] of the requests in `labels`. One that several verdicts bear (clients may choose
-    their ids) could mean any of them and is left out; the same line twice, from logs that overlap, is one verdict.
+    """Second pass -> [Joined] of the requests in `labels`.
+
+    Clients may choose request ids. An id with several verdicts is ambiguous and left out. A line
+    that several logs repeat is one verdict.
     """
     first, ambiguous = {}, set()
+    fields = ("request_id", "classification", "model_version", "sha256", "time")
     for line in lines_of(logs):
         event = parse(line)
-        if event is None:
-            counts["skipped"] += bool(line.strip())
+        counts["skipped"] += event is None and bool(line.strip())
+        values = fields_of(event, "verdict", counts, *fields)
+        if values is None:
             continue
-        if event.get("event") != "verdict":
-            continue
-        found = texts(event, "request_id", "classification", "model_version", "sha256", "time")
-        if found is None or found[1] not in CLASSES:
-            counts["damaged"] += 1
-            continue
-        request_id, *verdict, time = found
-        counts["verdicts"] += 1
+        request_id, *verdict = values
         if request_id not in labels:
             counts["without_feedback"] += 1
-            continue
-        if first.setdefault(request_id, (verdict, time)) != (verdict, time):
+        elif first.setdefault(request_id, verdict) != verdict:
             ambiguous.add(request_id)
     counts["ambiguous"], counts["without_verdict"] = len(ambiguous), len(labels) - len(first)
     return [
-        Joined(labels[name], *verdict)
-        for name, (verdict, _) in first.items()
+        Joined(labels[name], *verdict[:-1])
+        for name, verdict in first.items()
         if name not in ambiguous
     ]
 
 
 def join(logs, counts):
+    """Open logs -> [Joined]; `counts` gets the number of lines of each kind."""
     return read_verdicts(logs, read_feedback(logs, counts), counts)
 
 
-# ---- what it says ----
+# ---- in words ----
 
 
 def measure(rows):
-    """[Joined] -> [accuracy, reals right, fakes right, balanced accuracy], each {'value', 'interval', 'n'}; copies of one
-    image are one group."""
+    """[Joined] -> [accuracy, accuracy on reals, on fakes, balanced accuracy].
+
+    Each is {'value', 'interval', 'n'}. Copies of one image are one group.
+    """
     labels, groups = np.array([row.label for row in rows]), np.array([row.sha256 for row in rows])
     right = labels == np.array([row.classification for row in rows])
     real, fake = (metrics.share(right[labels == name], groups[labels == name]) for name in CLASSES)
@@ -145,7 +151,7 @@ def measure(rows):
 
 
 def table(rows):
-    """A line for all verdicts, then one for each model version."""
+    """A line for all verdicts, then a line for each model version."""
     versions = {"all": rows}
     for version in sorted({row.version for row in rows}):
         versions[f"  {version}"] = [row for row in rows if row.version == version]
@@ -163,33 +169,29 @@ def table(rows):
 
 
 def disputed(rows):
-    """Number of images that users reported under both labels, in requests of their own."""
-    said = {(row.sha256, row.label) for row in rows}
-    return len(said) - len({sha256 for sha256, _ in said})
+    """Number of images that users reported under both labels, in different requests."""
+    reported = {(row.sha256, row.label) for row in rows}
+    return len(reported) - len({sha256 for sha256, _ in reported})
+
+
+REMARKS = {
+    "ambiguous": "requests left out: several verdicts have their ids (clients chose them)",
+    "without_verdict": "requests with feedback whose verdict is not in these logs",
+    "contradicted": "requests with contradicting feedback: the last one counts",
+    "disputed": "images reported as real in one request and as fake in another",
+    "skipped": "lines skipped: cut off, or not JSON",
+    "damaged": "feedback or verdict lines skipped: a field is missing or has a wrong value",
+}
 
 
 def remarks(counts, rows):
-    """What was counted and not used, or used with doubt, a line each; nothing where there was none."""
-    told = (
-        (
-            "ambiguous",
-            "requests left out: their ids stand on more than one verdict (clients chose them)",
-        ),
-        ("without_verdict", "requests with feedback whose verdict is not in these logs"),
-        ("contradicted", "requests with contradicting feedback: the last one counts"),
-        ("disputed", "images reported as real in one request and as fake in another"),
-        ("skipped", "lines skipped: torn, or not JSON"),
-        (
-            "damaged",
-            "feedback or verdict lines skipped: a field is missing or not what it should be",
-        ),
-    )
+    """A line for each kind of data that was left out or is doubtful."""
     counts["disputed"] = disputed(rows)
-    return [f"{counts[name]:,} {words}" for name, words in told if counts[name]]
+    return [f"{counts[name]:,} {words}" for name, words in REMARKS.items() if counts[name]]
 
 
-def tell_feedback(args):
-    """evaluate.py --feedback LOG...: prints, loads no model and writes no report. Raises UsageError."""
+def report_feedback(args):
+    """evaluate.py --feedback: print the accuracy; no model, no report. Raises UsageError."""
     given = [
         f"--{name}"
         for name in ("data_dir", "features_file", "model_path", "baseline")
@@ -197,8 +199,8 @@ def tell_feedback(args):
     ]
     if given:
         raise UsageError(
-            f"--feedback goes without {', '.join(given)}: logs hold the verdicts already, no model"
-            " is run"
+            f"--feedback cannot be used with {', '.join(given)}: logs hold the verdicts, no model"
+            " runs"
         )
     counts = Counter()
     with ExitStack() as stack:
@@ -206,13 +208,13 @@ def tell_feedback(args):
     if not rows:
         raise UsageError(
             f"--feedback {' '.join(args.feedback)}: no feedback line has its verdict line there"
-            f" ({counts['feedback']:,} and {counts['verdicts']:,}; {counts['ambiguous']:,}"
+            f" ({counts['feedback']:,} and {counts['verdict']:,}; {counts['ambiguous']:,}"
             f" ambiguous, {counts['skipped']:,} lines that are not JSON): name logs of the service"
             " that hold both"
         )
-    share = 1 - counts["without_feedback"] / counts["verdicts"]
+    share = 1 - counts["without_feedback"] / counts["verdict"]
     print(
-        f"accuracy in production, as reported: {counts['verdicts']:,} verdicts, feedback on"
+        f"accuracy in production, as reported: {counts['verdict']:,} verdicts, feedback on"
         f" {share:.1%}, none on {counts['without_feedback']:,}"
     )
     print(table(rows))

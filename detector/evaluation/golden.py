@@ -1,4 +1,4 @@
-"""A labelled folder through a live service: accuracy of each model version, against its floor."""
+"""Send a labelled folder through a live service and compare each model version with its floor."""
 
 import http.client
 import json
@@ -6,7 +6,7 @@ import random
 import time
 import urllib.error
 import urllib.request
-import uuid
+from collections import defaultdict
 from pathlib import Path
 
 from detector.base.addresses import behind_proxy
@@ -17,11 +17,11 @@ from detector.base.files import read_bytes, sha256
 from detector.evaluation import metrics
 from detector.images.folders import list_images
 
-TRIES = 5  # of one request, while the service is busy or cannot be reached for a moment
-RETRY_S = 1  # between them, where the service names no time
-LONGEST_WAIT_S = 60  # whatever it names
+TRIES = 5  # of one request, while the service is busy or a connection breaks
+RETRY_S = 1  # the wait between two tries where the response has no usable Retry-After
+LONGEST_WAIT_S = 60  # the longest Retry-After that is followed
 TIMEOUT_S = 60  # of one request; the service itself gives up earlier
-ANSWER_BYTES = 1 << 20
+RESPONSE_BYTES = 1 << 20
 JOB = "detector-golden"
 
 
@@ -29,19 +29,19 @@ JOB = "detector-golden"
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: urllib would carry the token on to wherever it points."""
+    """Refuses redirects: urllib would send the token to the new address."""
 
     def redirect_request(self, *_):
         return None
 
 
 class Service:
-    """The service at a URL. service.ask("/model") -> (status, headers, JSON object or None)"""
+    """The service at a URL: service.ask("/model") -> (status, headers, JSON object or None)."""
 
     def __init__(self, url, token=""):
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"--url {url}: must begin with http:// or https://")
-        if not (token.isascii() and token.isprintable()):  # said without the token
+        if not (token.isascii() and token.isprintable()):  # the message must not show the token
             raise UsageError(
                 "API_KEY: holds characters that no header may carry; set it to the token alone"
             )
@@ -50,17 +50,18 @@ class Service:
         self.opener = urllib.request.build_opener(NoRedirect)
 
     def error(self, text):
-        """One that names the address, and a proxy before it."""
+        """UsageError that names the address, and the proxy in front of it."""
         return UsageError(f"--url {self.url}: {text}{behind_proxy(self.url)}")
 
     def ask(self, path, data=None, headers=None):
-        """One request; again while the service is busy, or cannot be reached though it has answered before.
+        """Send one request. Try again while the service is busy.
 
-        Raises UsageError where the token is refused, OSError where nothing answers.
+        Try again after a broken connection only where the service has responded before.
+        Raises UsageError where the token is refused, OSError where no response arrives.
         """
         for left in range(TRIES - 1, -1, -1):
             try:
-                status, answered, body = self._once(path, data, headers or {})
+                status, received, body = self._once(path, data, headers or {})
             except (OSError, http.client.HTTPException) as error:
                 if not (left and self.reached):
                     raise OSError(getattr(error, "reason", None) or error) from None
@@ -73,22 +74,25 @@ class Service:
                     " token: set the environment variable API_KEY to one that it knows"
                 )
             if status != 503 or not left:
-                return status, answered, body
-            time.sleep(retry_after(answered))
+                return status, received, body
+            time.sleep(retry_after(received))
 
     def _once(self, path, data, headers):
         try:
             request = urllib.request.Request(self.url + path, data, {**self.headers, **headers})
             with self.opener.open(request, timeout=TIMEOUT_S) as response:
-                return response.status, response.headers, as_object(response.read(ANSWER_BYTES))
+                return response.status, response.headers, json_object(response.read(RESPONSE_BYTES))
         except urllib.error.HTTPError as error:
             with error:
-                return error.code, error.headers, as_object(error.read(ANSWER_BYTES))
+                return error.code, error.headers, json_object(error.read(RESPONSE_BYTES))
         except ValueError as error:  # a port that is no number, a host with a blank
             raise UsageError(f"--url {self.url}: {error}") from None
 
     def model(self):
-        """GET /model of the model that serves now, its version and golden_floor checked. Raises UsageError."""
+        """GET /model: the serving model, with its version and golden_floor checked.
+
+        Raises UsageError.
+        """
         try:
             status, _, body = self.ask("/model")
         except OSError as error:
@@ -97,79 +101,81 @@ class Service:
             ) from None
         body = body or {}
         if status != 200 and "error" in body:
-            raise self.error(f"GET /model answers {status}: {body['error']}")
+            raise self.error(f"GET /model returned {status}: {body['error']}")
         version, floor = body.get("version"), body.get("golden_floor", "")
         if not isinstance(version, str) or not (floor is None or type(floor) in (int, float)):
             raise self.error(
-                f"GET /model answers {status} and names no model; name the service's own address"
+                f"GET /model returned {status} and names no model; name the service's own address"
             )
         return body
 
 
-def as_object(data):
-    """Bytes -> JSON object, None where they are none."""
+def json_object(data):
+    """Bytes -> JSON object, or None where they hold none."""
     try:
-        found = json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def retry_after(headers):
-    """Seconds that a busy service asks for."""
-    given = headers.get("Retry-After", "")
-    return min(int(given), LONGEST_WAIT_S) if given.isascii() and given.isdigit() else RETRY_S
+    """Seconds to wait before the next try, at most LONGEST_WAIT_S."""
+    seconds = headers.get("Retry-After", "")
+    if seconds.isascii() and seconds.isdigit():
+        return min(int(seconds), LONGEST_WAIT_S)
+    return RETRY_S
 
 
 def classify(service, path):
-    """Image file -> (classification, model version), or (why there is none, None). Raises UsageError."""
+    """Image file -> (classification, model version), or (the reason for no verdict, None).
+
+    Raises UsageError.
+    """
     try:
-        boundary, data = uuid.uuid4().hex, read_bytes(path)
+        body, content_type = form(read_bytes(path))
     except UsageError as error:
         return str(error), None
-    body = (
-        (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="image"\r\n'
-            "Content-Type: application/octet-stream\r\n\r\n"
-        ).encode()
-        + data
-        + f"\r\n--{boundary}--\r\n".encode()
-    )
     try:
-        status, headers, answer = service.ask(
-            "/classify", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        )
+        status, headers, result = service.ask("/classify", body, {"Content-Type": content_type})
     except OSError as error:
-        service.model()  # a service that is gone ends the run; one that cut off this image alone does not
+        service.model()  # raises where the service is gone, not this connection alone
         return f"the connection broke ({error}); is it larger than the service takes?", None
+    result = result or {}
     if status != 200:
-        return (
-            (
-                f"{status}:"
-                f" {(answer or {}).get('error') or http.client.responses.get(status, 'no reason given')}"
-            ),
-            None,
-        )
+        reason = result.get("error") or http.client.responses.get(status, "no reason given")
+        return f"{status}: {reason}", None
     version = headers.get("X-Model-Version")
-    if (answer or {}).get("classification") not in CLASSES or not version:
+    if result.get("classification") not in CLASSES or not version:
         raise service.error(
-            f"POST /classify answers {status} without a verdict; name the service's own address"
+            f"POST /classify returned {status} without a verdict; name the service's own address"
         )
-    return answer["classification"], version
+    return result["classification"], version
+
+
+def form(data):
+    """Bytes of an image -> (body, content type) of a multipart form with the field `image`."""
+    from requests import Request
+
+    image = ("image", data, "application/octet-stream")
+    request = Request("POST", "http://service", files={"image": image}).prepare()
+    return request.body, request.headers["Content-Type"]
 
 
 # ---- the run ----
 
 
 def read_golden(data_dir):
-    """Folder -> [(path, 'real' | 'fake')], each picture once. In a drawn order: should the model change during the run,
-    both versions have seen both classes. Raises UsageError."""
+    """Folder -> [(path, 'real' | 'fake')], duplicate files once. Raises UsageError.
+
+    The order is shuffled. If the model changes during the run, both versions see both classes.
+    """
     first, chosen, entries = {}, [], list_images(data_dir)
     for entry in entries:
         path = Path(data_dir, entry.path)
         try:
             digest = sha256(read_bytes(path))
-        except UsageError:  # told and counted when its turn comes
+        except UsageError:  # `run_through` reports and counts it
             digest = entry.path
         if digest not in first:
             first[digest] = entry
@@ -186,38 +192,41 @@ def read_golden(data_dir):
 
 
 def run_through(service, images, version):
-    """Post them all -> {version: {'real': [right or not], 'fake': [...], 'errors': n}}. A verdict is that of the version in its
-    header; an image without one counts for the version seen last, at first `version`."""
-    found = {}
+    """Post all images -> {version: {'real': [right or not], 'fake': [...], 'errors': n}}.
 
-    def entry(name):
-        return found.setdefault(name, {**{label: [] for label in CLASSES}, "errors": 0})
-
-    entry(version)
+    A verdict counts for the version in its header. An image without a verdict counts for the
+    version of the last verdict, at first for `version`.
+    """
+    tallies = defaultdict(lambda: {**{label: [] for label in CLASSES}, "errors": 0})
+    tally = tallies[version]
     for path, label in images:
-        said, by = classify(service, path)
+        result, by = classify(service, path)
         if by is None:
-            say(f"no verdict on {path}: {said}")
-            entry(version)["errors"] += 1
+            say(f"no verdict on {path}: {result}")
+            tally["errors"] += 1
         else:
-            version = by
-            entry(version)[label].append(said == label)
-    return found
+            tally = tallies[by]
+            tally[label].append(result == label)
+    return tallies
 
 
 def accuracies(tally):
-    """Of one version -> (reals right, fakes right, balanced accuracy), each {'value', 'interval', 'n'}."""
+    """Tally of one version -> (accuracy on reals, accuracy on fakes, balanced accuracy).
+
+    Each is {'value', 'interval', 'n'}.
+    """
     real, fake = (metrics.share(tally[label]) for label in CLASSES)
     return real, fake, metrics.of_both(real, fake)
 
 
-def table(found, floors):
-    width = max(len("version"), *map(len, found))
+def table(tallies, floors):
+    """The printed result, one line for each version."""
+    width = max(len("version"), *map(len, tallies))
     lines = [
         f"{'version':{width}}  images  errors  {'reals right':18}  {'fakes right':18} "
         f" {'balanced accuracy':18}  floor"
     ]
-    for version, tally in found.items():
+    for version, tally in tallies.items():
         shares, floor = accuracies(tally), floors.get(version)
         words = "  ".join(f"{metrics.words(share):18}" for share in shares)
         lines.append(
@@ -227,8 +236,18 @@ def table(found, floors):
     return "\n".join(lines)
 
 
+def without_floor(tallies, floors):
+    """A line for each version that has no floor, with the reason."""
+    return [
+        f"{version} has no floor: "
+        + ("its model holds no test metrics" if version in floors else "it served only in between")
+        for version in tallies
+        if floors.get(version) is None
+    ]
+
+
 def below(version, balanced, floor):
-    """The line that says so where the accuracy is below its floor, else None."""
+    """A line where the balanced accuracy is below the floor, else None."""
     if floor is None or balanced["value"] is None or balanced["value"] >= floor:
         return None
     chance = (
@@ -238,67 +257,76 @@ def below(version, balanced, floor):
     )
     return (
         f"{version}: balanced accuracy {metrics.words(balanced, 3)} is below the floor {floor:.3f},"
-        f" the lower end of what its test images gave{chance}"
+        f" the lower end of the interval on its test images{chance}"
     )
 
 
-def complaints(found, floors, total, changed):
-    """What is wrong with the run, a line each."""
+def complaints(tallies, floors, total, changed):
+    """A line for each problem of the run."""
     lines = [
         below(version, accuracies(tally)[2], floors.get(version))
-        for version, tally in found.items()
+        for version, tally in tallies.items()
     ]
-    if errors := sum(tally["errors"] for tally in found.values()):
+    if errors := sum(tally["errors"] for tally in tallies.values()):
         lines.append(f"{errors} of {total} images have no verdict")
     if changed:
         lines.append(
-            f"the model changed during the run ({' -> '.join({**found, **floors})}): run it again"
-            " for figures of one model on all images"
+            f"the model changed during the run ({' -> '.join({**tallies, **floors})}): run it again"
+            " to measure one model on all images"
         )
     return [line for line in lines if line]
 
 
-def push(gateway, found, floors, changed):
-    """Send the figures. A PUT, which replaces all that the job sent before: a version that serves no more must not stand there
-    for ever, and raise an alarm for ever. What it costs: two services (staging, production) need a gateway each. After a
-    run that ended early the old figures stay; their timestamp says how old they are. Where the model changed during the run,
-    accuracy and timestamp are not sent: a handful of images is nothing to alarm on, and the model that serves now has yet
-    to be measured."""
+# ---- the Pushgateway ----
+
+GAUGES = {
+    "accuracy": "Balanced accuracy on the golden images",
+    "floor": "Lower end of the 95% interval of the balanced accuracy on the model's test images",
+    "images": "Golden images with a verdict",
+    "errors": "Golden images without a verdict",
+    "run_timestamp_seconds": "When the run ended",
+}
+
+
+def figures(tally, floor, changed):
+    """The value of each of GAUGES for one version, None where it was not measured.
+
+    Where the model changed during the run, accuracy and timestamp are None. A few images are no
+    reason for an alert, and nothing has measured the model that serves now.
+    """
+    balanced = accuracies(tally)[2]
+    return {
+        "accuracy": None if changed else balanced["value"],
+        "floor": floor,
+        "images": balanced["n"],
+        "errors": tally["errors"],
+        "run_timestamp_seconds": None if changed else time.time(),
+    }
+
+
+def push(gateway, tallies, floors, changed):
+    """Send the metrics of a run to a Pushgateway. Raises UsageError.
+
+    The PUT replaces everything that the job sent before. Otherwise a retired version would raise
+    alerts for ever. Two services (staging, production) therefore need a gateway each. After a run
+    that ended early, the old metrics stay, and their timestamp shows their age.
+    """
     from prometheus_client import CollectorRegistry, Gauge, push_to_gateway
 
     registry = CollectorRegistry()
-    accuracy, floor, images, errors, stamp = (
-        Gauge(f"detector_golden_{name}", text, ("model_version",), registry=registry)
-        for name, text in (
-            ("accuracy", "Balanced accuracy on the golden images"),
-            (
-                "floor",
-                (
-                    "Lower end of the 95% interval of the balanced accuracy on the model's own test"
-                    " images"
-                ),
-            ),
-            ("images", "Golden images with a verdict"),
-            ("errors", "Golden images without a verdict"),
-            ("run_timestamp_seconds", "When the run ended"),
-        )
-    )
-    for version, tally in found.items():
-        balanced = accuracies(tally)[2]
-        for gauge, value in (
-            (accuracy, None if changed else balanced["value"]),
-            (floor, floors.get(version)),
-            (images, balanced["n"]),
-            (errors, tally["errors"]),
-            (stamp, None if changed else time.time()),
-        ):
-            if value is not None:  # no figure is no figure, not 0
-                gauge.labels(version).set(value)
+    gauges = {
+        name: Gauge(f"detector_golden_{name}", text, ("model_version",), registry=registry)
+        for name, text in GAUGES.items()
+    }
+    for version, tally in tallies.items():
+        for name, value in figures(tally, floors.get(version), changed).items():
+            if value is not None:  # 0 would be a measurement
+                gauges[name].labels(version).set(value)
     try:
         push_to_gateway(gateway, job=JOB, registry=registry, timeout=10)
     except (OSError, http.client.HTTPException, ValueError) as error:
         url = gateway if "://" in gateway else f"http://{gateway}"
         raise UsageError(
-            f"--pushgateway {gateway}: the figures could not be sent ({error}); is a Pushgateway"
+            f"--pushgateway {gateway}: the metrics could not be sent ({error}); is a Pushgateway"
             f" running there?{behind_proxy(url)}"
         ) from None

@@ -1,4 +1,4 @@
-"""What an evaluation needs pictures for: features of a folder, distortions, the hardest images."""
+"""The parts of an evaluation that need image files: features, distortions, hardest images."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +21,14 @@ from detector.images.folders import draw_evenly, list_images
 BATCH = 16
 
 
-# ---- images ----
+# ---- features ----
 
 
 def encode_folder(detector, data_dir):
-    """Folder -> (columns as in a features file, number of files that cannot be read; each of those is told)."""
+    """Folder -> (columns as in a features file, number of files that cannot be read).
+
+    Prints a line for each file that cannot be read.
+    """
     from tqdm import tqdm
 
     entries, parts = list_images(data_dir), []
@@ -38,20 +41,19 @@ def encode_folder(detector, data_dir):
         ):
             parts.append(part)
             progress.update(min(BATCH, len(entries) - progress.n))
-    columns, bad = join_parts(parts)
+    columns, skipped = join_parts(parts)
     columns["features"] = take_crops(columns["features"], detector.crops, detector.crops)
-    for path, why, _ in bad:
+    for path, why, _ in skipped:
         say(f"left out {printable(path)}: {why}")
-    return columns | labels_of(columns, entries, detector.encoder), sum(
-        is_image for _, _, is_image in bad
-    )
+    unreadable = sum(is_image for _, _, is_image in skipped)
+    return columns | labels_of(columns, entries, detector.encoder), unreadable
 
 
-# ---- what needs pictures ----
+# ---- distortions ----
 
 
 def read_picture(data_dir, path, sha256):
-    """The picture of a row, decoded; UsageError where its file is no longer the one that was encoded."""
+    """The decoded image of a row. Raises UsageError where its file has changed since."""
     data = read_bytes(Path(data_dir, path))
     if files.sha256(data) != sha256:
         raise UsageError(
@@ -61,8 +63,10 @@ def read_picture(data_dir, path, sha256):
 
 
 def changed(detector, data_dir, columns, changes):
-    """Probability of fake of each image under each change, float64 [images, 1 + changes], untouched first; `changes`: (for
-    reals, for fakes)."""
+    """Probability of fake of each image under each change, float64 [images, 1 + changes].
+
+    The first column is of the untouched images. `changes`: pairs (for reals, for fakes).
+    """
     from tqdm import tqdm
 
     paths, labels = columns["paths"], columns["labels"]
@@ -70,29 +74,27 @@ def changed(detector, data_dir, columns, changes):
     def pixels(i):
         image = read_picture(data_dir, paths[i], columns["sha256"][i])
         base = manageable(image)
-        return np.stack(
-            [
-                detector.pixels(image),
-                *(detector.pixels(change[labels[i]](base)) for change in changes),
-            ]
-        )
+        altered = (detector.pixels(change[labels[i]](base)) for change in changes)
+        return np.stack([detector.pixels(image), *altered])
 
-    found = np.empty((len(paths), 1 + len(changes)))
+    p_fake = np.empty((len(paths), 1 + len(changes)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = [pool.submit(pixels, i) for i in range(min(2, len(paths)))]
         for i in tqdm(range(len(paths)), desc="distorting", unit="image"):
             rows = ahead.pop(0).result()
             if i + 2 < len(paths):
                 ahead.append(pool.submit(pixels, i + 2))
-            found[i] = np.concatenate(
-                [detector.p_fake(rows[k : k + BATCH]) for k in range(0, len(rows), BATCH)]
-            )
-    return found
+            batches = (rows[k : k + BATCH] for k in range(0, len(rows), BATCH))
+            p_fake[i] = np.concatenate([detector.p_fake(batch) for batch in batches])
+    return p_fake
 
 
 def condition(panel, level, labels, p_fake, untouched, threshold, groups, known):
-    """One row of the tables of distortions and arms; `flipped` is None for the untouched images themselves."""
-    fake, flips = p_fake >= threshold, (p_fake >= threshold) != (untouched >= threshold)
+    """A row of the tables of distortions and arms.
+
+    `untouched`: p_fake of the untouched images. In their own row, `flipped` is None.
+    """
+    fake = p_fake >= threshold
 
     def right(mask):
         return [
@@ -101,6 +103,7 @@ def condition(panel, level, labels, p_fake, untouched, threshold, groups, known)
         ]
 
     real, generated = right(np.ones(len(labels), bool))
+    flips = fake != (untouched >= threshold)
     return {
         "panel": panel,
         "level": level,
@@ -116,60 +119,53 @@ def condition(panel, level, labels, p_fake, untouched, threshold, groups, known)
 
 
 def distorted(detector, data_dir, columns, groups, most):
-    """-> {robustness, arms}: rows of `condition`, the untouched images first in both."""
-    rows = draw_evenly(list(zip(columns["labels"].tolist(), columns["sources"].tolist())), most)
-    labels, threshold = columns["labels"][rows].astype(int), detector.model["threshold"]
-    changes = [(change, change) for _, _, change in CONDITIONS] + [arm[1:] for arm in ARMS]
-    p_fake = changed(
-        detector,
-        data_dir,
-        {name: columns[name][rows] for name in ("paths", "labels", "sha256")},
-        changes,
-    )
-    untouched, known = p_fake[:, 0], report.known_rows(detector.model, columns["sources"][rows])
-    names = [("untouched", ""), *((panel, level) for panel, level, _ in CONDITIONS)]
-    arms = [0, *range(len(names), p_fake.shape[1])]
+    """-> {robustness, arms}: rows of `condition`, both with the untouched images first.
 
-    def table(names, chosen):
-        return [
-            condition(
-                *name,
-                labels,
-                p_fake[:, k] if k else untouched,
-                untouched,
-                threshold,
-                groups[rows],
-                known,
-            )
-            for name, k in zip(names, chosen)
-        ]
+    `most`: the largest number of images to distort.
+    """
+    strata = zip(columns["labels"].tolist(), columns["sources"].tolist(), strict=True)
+    rows = draw_evenly(list(strata), most)
+    columns = {name: columns[name][rows] for name in ("paths", "labels", "sha256", "sources")}
+    changes = [(change, change) for _, _, change in CONDITIONS] + [arm[1:] for arm in ARMS]
+    p_fake = changed(detector, data_dir, columns, changes)
+    labels, untouched = columns["labels"].astype(int), p_fake[:, 0]
+    known = report.known_rows(detector.model, columns["sources"])
+    names = [("untouched", ""), *((panel, level) for panel, level, _ in CONDITIONS)]
+    arms = [("files", "as they are"), *(("files", name) for name, _, _ in ARMS)]
+
+    def row(name, k):
+        p, threshold = p_fake[:, k] if k else untouched, detector.model["threshold"]
+        return condition(*name, labels, p, untouched, threshold, groups[rows], known)
 
     return {
-        "robustness": table(names, range(len(names))),
-        "arms": table([("files", "as they are"), *(("files", name) for name, _, _ in ARMS)], arms),
+        "robustness": [row(name, k) for k, name in enumerate(names)],
+        "arms": [row(arms[0], 0)]
+        + [row(name, k) for k, name in enumerate(arms[1:], start=len(names))],
     }
 
 
-def contact_sheet(data_dir, columns, found, path, side=150):
-    """PNG of the hardest images, reals above, fakes below, each under its probability of fake; none where there are none."""
+# ---- hardest images ----
+
+
+def contact_sheet(data_dir, columns, hardest, path, side=150):
+    """Write a PNG of the hardest images, reals above and fakes below; nothing without images.
+
+    Each image stands under its label and probability of fake.
+    """
     from PIL import Image, ImageDraw
 
-    if not found:
+    if not hardest:
         return
-    of_class = [[h for h in found if h["label"] == name] for name in CLASSES]
+    hashes = dict(zip(columns["paths"].tolist(), columns["sha256"].tolist(), strict=True))
+    of_class = [[row for row in hardest if row["label"] == name] for name in CLASSES]
     sheet = Image.new("RGB", (max(map(len, of_class)) * side, 2 * (side + 14)), "white")
     pen = ImageDraw.Draw(sheet)
-    for row, images in enumerate(of_class):
-        for column, h in enumerate(images):
-            picture = read_picture(
-                data_dir, h["path"], columns["sha256"][columns["paths"] == h["path"]][0]
-            )
+    for line, images in enumerate(of_class):
+        for column, row in enumerate(images):
+            picture = read_picture(data_dir, row["path"], hashes[row["path"]])
             picture.thumbnail((side - 4, side - 4))
-            sheet.paste(picture, (column * side + 2, row * (side + 14) + 13))
-            pen.text(
-                (column * side + 2, row * (side + 14)),
-                f"{h['label']}, {h['p_fake']:.3f}",
-                fill="black",
-            )
+            left, top = column * side + 2, line * (side + 14)
+            sheet.paste(picture, (left, top + 13))
+            pen.text((left, top), f"{row['label']}, {row['p_fake']:.3f}", fill="black")
     with atomic_write(path) as file:
         sheet.save(file, "PNG")

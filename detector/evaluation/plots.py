@@ -1,4 +1,4 @@
-"""The plots of a report, each from one metrics.json: `figure = PLOTS["roc"](report)`; None where it has nothing to show."""
+"""The plots of a report: `figure = PLOTS["roc"](report)`, None where there is nothing to show."""
 
 import numpy as np
 
@@ -9,6 +9,7 @@ COLOURS = ("#2c7fb8", "#e6550d")  # real, fake
 
 
 def axes(title, x, y, size=(5, 4.5)):
+    """-> (figure, axes) with a title and labels."""
     from matplotlib import pyplot
 
     figure, ax = pyplot.subplots(figsize=size)
@@ -17,18 +18,20 @@ def axes(title, x, y, size=(5, 4.5)):
 
 
 def encoder(report):
-    """Its name as every plot has it: a demonstration is called one."""
+    """The encoder's name as plots show it; a demonstration is marked."""
     return report["encoder"] + (" (a demonstration)" if report.get("notice") else "")
 
 
 def scores_of(report):
+    """-> (labels [n], probabilities of fake [n]) of the test images."""
     return np.array(report["scores"]["labels"]), np.array(report["scores"]["p_fake"])
 
 
 def plot_confusion(report):
+    """Confusion matrix, the truth in rows."""
     import seaborn
 
-    figure, ax = axes(f"{encoder(report)}, {report['overall']['n']} test images", "answered", "is")
+    figure, ax = axes(f"{encoder(report)}, {report['overall']['n']} test images", "", "")
     seaborn.heatmap(
         report["overall"]["confusion"],
         annot=True,
@@ -40,12 +43,12 @@ def plot_confusion(report):
         yticklabels=CLASSES,
         ax=ax,
     )
-    ax.set(xlabel="answered", ylabel="is")
+    ax.set(xlabel="verdict", ylabel="truth")
     return figure
 
 
 def plot_roc(report):
-    """ROC of the test images from their stored probabilities, the operating point marked."""
+    """ROC of the test images, with a mark at the threshold."""
     labels, p_fake = scores_of(report)
     order = np.argsort(-p_fake, kind="stable")
     last = np.append(np.diff(p_fake[order]) != 0, True)  # ties move together
@@ -74,11 +77,10 @@ def plot_roc(report):
 
 
 def plot_calibration(report):
-    """Share of fakes against stated probability, in bins of equal numbers, with Wilson's intervals."""
+    """Share of fakes against stated probability, in bins of equal size, with Wilson's intervals."""
     labels, p_fake = scores_of(report)
-    weight = (1 / np.maximum(np.bincount(labels, minlength=2), 1))[
-        labels
-    ]  # the probability is stated for even shares
+    # The probability is stated for equal shares of both classes.
+    weight = (1 / np.maximum(np.bincount(labels, minlength=2), 1))[labels]
     figure, ax = axes(
         f"Calibration, {encoder(report)}, {len(labels)} test images",
         "stated probability of fake",
@@ -86,32 +88,26 @@ def plot_calibration(report):
     )
     ax.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for rows in np.array_split(np.argsort(p_fake, kind="stable"), min(BINS, len(labels))):
-        share, x = (
-            np.average(labels[rows], weights=weight[rows]),
-            np.average(p_fake[rows], weights=weight[rows]),
-        )
+        share, x = (np.average(v[rows], weights=weight[rows]) for v in (labels, p_fake))
         ax.plot([x, x], wilson(share * len(rows), len(rows)), color="C0")
         ax.plot(x, share, "o", color="C0")
     return figure
 
 
 def plot_risk(report):
-    """Errors among the images answered, against the share of images answered, surest first."""
+    """Share of errors against the share of images with a verdict, surest first."""
     coverage, risk = report["risk_coverage"]
     figure, ax = axes(
         f"Risk and coverage, {encoder(report)}, {report['overall']['n']} test images",
-        "share of images answered, surest first",
+        "share of images with a verdict, surest first",
         "share of errors among them",
     )
     ax.plot(coverage, risk)
-    here = report["abstention"]["overall"]
-    if here["accuracy_answered"]["value"] is not None:
-        ax.plot(
-            here["answered"]["value"],
-            1 - here["accuracy_answered"]["value"],
-            "o",
-            label="outside the 'uncertain' band",
-        )
+    band = report["abstention"]["overall"]
+    accuracy = band["accuracy_answered"]["value"]
+    if accuracy is not None:
+        label = "outside the 'uncertain' band"
+        ax.plot(band["answered"]["value"], 1 - accuracy, "o", label=label)
         ax.legend()
     ax.set(xlim=(0, 1), ylim=(0, None))
     return figure
@@ -119,21 +115,17 @@ def plot_risk(report):
 
 def plot_sources(report):
     """One row a source, its own share right with its interval, unseen sources in bold colour."""
-    rows = [r for r in report["by_source"] if r["source"]][
-        :150
-    ]  # the worst; all are in sources.csv
+    rows = [r for r in report["by_source"] if r["source"]][:150]  # the worst; sources.csv has all
     if len(rows) < 2:
         return None
-    figure, ax = axes(
-        f"Accuracy by source, {encoder(report)}", "share right", "", (6, 0.16 * len(rows) + 1.2)
-    )
+    size = (6, 0.16 * len(rows) + 1.2)
+    figure, ax = axes(f"Accuracy by source, {encoder(report)}", "share right", "", size)
     for y, row in enumerate(rows):
-        own = row["own"]
-        ax.plot(own["interval"], [y, y], color="C1" if not row["known"] else "C0", linewidth=1)
-        ax.plot(own["value"], y, "o", color="C1" if not row["known"] else "C0", markersize=3)
-    ax.set_yticks(
-        range(len(rows)), [f"{r['source'][:32]} ({r['label']}, {r['n']})" for r in rows], fontsize=6
-    )
+        colour = "C0" if row["known"] else "C1"
+        ax.plot(row["own"]["interval"], [y, y], color=colour, linewidth=1)
+        ax.plot(row["own"]["value"], y, "o", color=colour, markersize=3)
+    names = [f"{r['source'][:32]} ({r['label']}, {r['n']})" for r in rows]
+    ax.set_yticks(range(len(rows)), names, fontsize=6)
     ax.set(xlim=(0, 1), ylim=(-1, len(rows)))
     ax.plot([], [], color="C0", label="known source")
     ax.plot([], [], color="C1", label="source never seen")
@@ -142,51 +134,40 @@ def plot_sources(report):
 
 
 def plot_robustness(report):
-    """One small panel a distortion: accuracy on reals and on fakes, and verdicts flipped, by its strength."""
+    """A small panel for each distortion: accuracy and flipped verdicts by its strength."""
     if not report.get("robustness"):
         return None
     from matplotlib import pyplot
 
     untouched, *rows = report["robustness"]
     panels = list(dict.fromkeys(row["panel"] for row in rows))
-    figure, grid = pyplot.subplots(
-        2,
-        (len(panels) + 1) // 2,
-        figsize=(2.6 * ((len(panels) + 1) // 2), 5),
-        sharey=True,
-        squeeze=False,
-    )
+    width = (len(panels) + 1) // 2
+    figure, grid = pyplot.subplots(2, width, figsize=(2.6 * width, 5), sharey=True, squeeze=False)
     for ax in grid.ravel()[len(panels) :]:
         ax.axis("off")
-    for ax, panel in zip(grid.ravel(), panels):
-        own = [untouched, *(row for row in rows if row["panel"] == panel)]
-        x = range(len(own))
-        for name, colour in zip(CLASSES, COLOURS):
-            value = [row[f"accuracy_{name}"]["value"] for row in own]
-            low, high = zip(*(row[f"accuracy_{name}"]["interval"] for row in own))
-            ax.fill_between(x, low, high, color=colour, alpha=0.15)
-            ax.plot(x, value, "o-", color=colour, markersize=3, label=f"{name}s right")
-        ax.plot(
-            x,
-            [0, *(row["flipped"]["value"] for row in own[1:])],
-            "s--",
-            color="grey",
-            markersize=3,
-            label="verdicts flipped",
-        )
-        ax.set_xticks(
-            x,
-            ["as is", *(row["level"].split(",")[0] for row in own[1:])],
-            rotation=60,
-            fontsize=6,
-            ha="right",
-        )
-        ax.set_title(panel, fontsize=8)
-        ax.set_ylim(0, 1)
+    for ax, panel in zip(grid.ravel(), panels, strict=False):
+        plot_panel(ax, panel, [untouched, *(row for row in rows if row["panel"] == panel)])
     grid[0, 0].legend(fontsize=6, loc="lower left")
     figure.suptitle(f"At one threshold, {encoder(report)}, {untouched['n']} images", fontsize=9)
     figure.tight_layout()
     return figure
+
+
+def plot_panel(ax, title, rows):
+    """Draw the rows of one distortion, the untouched images first."""
+    x = range(len(rows))
+    for name, colour in zip(CLASSES, COLOURS, strict=True):
+        shares = [row[f"accuracy_{name}"] for row in rows]
+        low, high = zip(*(share["interval"] for share in shares), strict=True)
+        ax.fill_between(x, low, high, color=colour, alpha=0.15)
+        values = [share["value"] for share in shares]
+        ax.plot(x, values, "o-", color=colour, markersize=3, label=f"{name}s right")
+    flipped = [0, *(row["flipped"]["value"] for row in rows[1:])]
+    ax.plot(x, flipped, "s--", color="grey", markersize=3, label="verdicts flipped")
+    levels = ["as is", *(row["level"].split(",")[0] for row in rows[1:])]
+    ax.set_xticks(x, levels, rotation=60, fontsize=6, ha="right")
+    ax.set_title(title, fontsize=8)
+    ax.set_ylim(0, 1)
 
 
 PLOTS = {

@@ -1,7 +1,7 @@
-"""What gives the label away without a detector: cheap classifiers on file facts and thumbnails, telling values, odd labels.
+"""Measure what gives labels away without a detector, with cheap classifiers ("probes").
 
-for probe in probe_all(facts, thumb, labels, groups): print(probe["what"], probe["auc"])
-telling_values(facts, labels, groups)
+for probe in probe_all(facts, thumb, labels, groups, splits): print(probe["what"], probe["auc"])
+telling_values(facts, labels, groups)  # values that one class has far more often
 label_errors(labels, p_fake)           # row numbers, by cleanlab's method
 """
 
@@ -19,26 +19,26 @@ from detector.evaluation.metrics import (
 )
 
 FOLDS = 5
-MIN_IMAGES = 20  # of each class, below which a probe says nothing
-FEW_ROWS = 10_000  # below which threads only wait for each other: on a busy machine they made an audit eight times slower
-MANY_GROUPS = 5000  # from which on folds are made of groups without weighing each
+MIN_IMAGES = 20  # of each class; there is no probe with fewer
+# With fewer rows, threads only wait for each other. On a busy machine they made an audit 8x slower.
+FEW_ROWS = 10_000
+MANY_GROUPS = 5000  # with more groups, folds are made without weighing each group
 TAILS = (0.01, 0.02, 0.05, 0.1, 0.2)
 TIMES_BYTES = (1.5, 3)
-COMMON = (
-    20  # of sizes and quantisation tables, so many of the most frequent are looked at one by one
-)
-# A value is telling where one class has it three times as often, by at least a hundredth of the class, and the
-# difference is four standard errors between groups: with about a hundred values looked at, chance gives that once in 150 audits.
+COMMON = 20  # the number of most frequent sizes and quantisation tables that are tested one by one
+# A value is telling where one class has it TIMES as often, the difference is at least SHARE of a
+# class, and it is ERRORS standard errors between groups. About a hundred values are tested.
+# Chance gives one telling value in 150 audits.
 TIMES, SHARE, ERRORS = 3, 0.01, 4
-HARD_SOURCE = 30  # images of a source from which on its labels as a whole can be doubted
-MAX_AUC, MAX_RIGHT = 0.45, 1 / 3  # upper ends below which they are
+HARD_SOURCE = 30  # images; the labels of smaller sources are not doubted as a whole
+MAX_AUC, MAX_RIGHT = 0.45, 1 / 3  # a source is doubted where the interval's upper end is lower
 
 
 # ---- facts as numbers ----
 
 
 def numbers_of(facts):
-    """Records of FACTS [n] -> {what: float64 [n]}, what a probe may look at."""
+    """Records of FACTS [n] -> {what: float64 [n]}, the inputs of the probes."""
     width, height = facts["width"].astype(float), facts["height"].astype(float)
     per_pixel = np.log(facts["bytes"] / (width * height))
     return {
@@ -57,7 +57,10 @@ def numbers_of(facts):
 
 
 def ranks(values):
-    """Any values [n] -> how frequent each is: 0 for the most frequent value, 1 for the next, ..., COMMON for all rarer ones."""
+    """Any values [n] -> rank of each by frequency, float64 [n].
+
+    0 is the most frequent value, 1 the next. All values rarer than COMMON others share COMMON.
+    """
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     rank = np.empty(len(counts))
     rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
@@ -68,8 +71,10 @@ def ranks(values):
 
 
 def boosted(train, labels, test):
-    """Boosted trees on columns [n, k] -> probability of fake, float64 [test]. Neither scale nor direction matters to them:
-    squares among oblongs are found as well."""
+    """Fit boosted trees on columns [n, k] -> probability of fake, float64 [test].
+
+    Trees need no monotonic relation: they also separate squares from upright and lying images.
+    """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from threadpoolctl import threadpool_limits
 
@@ -86,33 +91,35 @@ def boosted(train, labels, test):
 
 
 def fold_rows(labels, groups, seed=0):
-    """At most FOLDS (train, test) row numbers, stratified by label, no group on both sides; [] where there are no two."""
+    """At most FOLDS pairs (train, test) of row numbers, stratified by label.
+
+    No group is on both sides of a fold. [] where a class has one group only.
+    """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     number = min(FOLDS, groups_of_rarer_class(labels, groups))
+    if number < 2:
+        return []
     names, first, group, size = np.unique(
         groups, return_index=True, return_inverse=True, return_counts=True
     )
     if len(names) > MANY_GROUPS and size.max() < len(labels) / 1000:
-        # StratifiedGroupKFold weighs each group in Python: minutes. Of so many, none tips a fold: stratify groups as such
+        # StratifiedGroupKFold weighs each group in Python, which takes minutes. Here no group is
+        # large enough to unbalance a fold, so the groups themselves are stratified.
         folds = StratifiedKFold(number, shuffle=True, random_state=seed).split(names, labels[first])
         return [
             (np.flatnonzero(np.isin(group, train)), np.flatnonzero(np.isin(group, test)))
             for train, test in folds
         ]
-    return (
-        list(
-            StratifiedGroupKFold(number, shuffle=True, random_state=seed).split(
-                labels, labels, groups
-            )
-        )
-        if number > 1
-        else []
-    )
+    folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
+    return list(folds.split(labels, labels, groups))
 
 
 def cross_validated(classifier, values, labels, groups):
-    """What `classifier` says of each row when it has not seen its group, float64 [n]; None where folds cannot be made."""
+    """Score each row by a `classifier` not trained on its group -> float64 [n].
+
+    None where folds cannot be made.
+    """
     scores = np.empty(len(labels))
     folds = fold_rows(labels, groups)
     for train, test in folds:
@@ -123,7 +130,7 @@ def cross_validated(classifier, values, labels, groups):
 
 
 def probes_of(facts, thumb):
-    """-> list of (what, values [n, k]): each fact that varies alone, all of them, the 8x8 picture."""
+    """-> [(what, values [n, k])]: each fact that varies, then all facts, then the 8x8 thumbnail."""
     numbers = numbers_of(facts)
     return [
         *(
@@ -137,9 +144,10 @@ def probes_of(facts, thumb):
 
 
 def probe_all(facts, thumb, labels, groups, splits):
-    """-> rows {what, auc, on_test}: AUC cross-validated over groups, and of the test split when learnt on the train split.
+    """-> rows {what, auc, on_test}, each AUC with its interval; [] below MIN_IMAGES of a class.
 
-    Each with its interval, None where it cannot be had; [] with fewer than MIN_IMAGES of a class.
+    `auc` is cross-validated over groups. `on_test` is of a probe trained on the train split and
+    tested on the test split. An AUC that cannot be measured is None.
     """
     if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
         return []
@@ -164,7 +172,10 @@ def probe_all(facts, thumb, labels, groups, splits):
 
 
 def probe_scores(facts, thumb, labels, train, test):
-    """The two joint probes, trained on the rows `train` as the detector is -> {what: float64 [test]}."""
+    """The probes of all facts and of the thumbnail, trained on `train` -> {what: float64 [test]}.
+
+    `train`, `test`: row numbers, the same as the detector's.
+    """
     return {
         what: boosted(values[train], labels[train], values[test])
         for what, values in probes_of(facts, thumb)[-2:]
@@ -172,9 +183,11 @@ def probe_scores(facts, thumb, labels, train, test):
 
 
 def detector_minus_leak(p_fake, leaks, labels, groups):
-    """Detector's probabilities, {what: a probe's} on the same test rows -> the best leak and how far the detector is above it.
+    """Compare the detector's AUC with the best probe's on the same test rows.
 
-    {what, leak, detector, difference: {'value', 'interval', 'n'}}: AUCs, the interval over groups, in pairs.
+    `p_fake` [n] is the detector's, `leaks` {what: [n]} the probes'. -> {what, leak, detector,
+    difference: {'value', 'interval', 'n'}}. Both AUCs use the same bootstrap draws of groups.
+    None without both classes.
     """
     if len(np.unique(labels)) < 2:
         return None
@@ -198,7 +211,7 @@ def detector_minus_leak(p_fake, leaks, labels, groups):
 
 
 def values_of(facts):
-    """-> yields (words, boolean [n]): formats, tables and sizes that many files share, tails of the numbers."""
+    """Yield (words, boolean [n]): frequent formats, tables and sizes, and tails of the numbers."""
     for name in np.unique(facts["format"]):
         yield f"{name} files", facts["format"] == name
     size = np.char.add(np.char.add(facts["width"].astype(str), "x"), facts["height"].astype(str))
@@ -206,65 +219,52 @@ def values_of(facts):
         ("files of {} pixels", size),
         ("files with quantisation table {}", facts["quant_hash"]),
     ):
-        found, counts = np.unique(values, return_counts=True)
-        for value in found[np.argsort(-counts, kind="stable")][:COMMON]:
+        distinct, counts = np.unique(values, return_counts=True)
+        for value in distinct[np.argsort(-counts, kind="stable")][:COMMON]:
             yield words.format(value), values == value
-    yield (
-        "files with both sides multiples of 64",
-        (facts["width"] % 64 == 0) & (facts["height"] % 64 == 0),
-    )
+    whole = (facts["width"] % 64 == 0) & (facts["height"] % 64 == 0)
+    yield "files with both sides multiples of 64", whole
     numbers = numbers_of(facts)
     times = np.exp(numbers["bytes per pixel for what is in the picture"])
-    for bar in TIMES_BYTES:
-        yield (
-            f"files with over {bar:g} times the bytes that their picture takes as JPEG 90",
-            times > bar,
-        )
-        yield (
-            f"files with under 1/{bar:g} of the bytes that their picture takes as JPEG 90",
-            times < 1 / bar,
-        )
+    taken = "the bytes that their picture takes as JPEG 90"
+    for limit in TIMES_BYTES:
+        yield f"files with over {limit:g} times {taken}", times > limit
+        yield f"files with under 1/{limit:g} of {taken}", times < 1 / limit
     for what in ("pixels", "aspect ratio", "bytes per pixel", "blockiness"):
         for tail in TAILS:
-            yield (
-                f"files with {what} among the lowest {tail:.0%}",
-                numbers[what] < np.quantile(numbers[what], tail),
-            )
-            yield (
-                f"files with {what} among the highest {tail:.0%}",
-                numbers[what] > np.quantile(numbers[what], 1 - tail),
-            )
+            low, high = np.quantile(numbers[what], [tail, 1 - tail])
+            yield f"files with {what} among the lowest {tail:.0%}", numbers[what] < low
+            yield f"files with {what} among the highest {tail:.0%}", numbers[what] > high
 
 
 def telling_values(facts, labels, groups):
-    """-> rows {what, real, fake, errors}, clearest first: values that one class has far more often than the other.
+    """-> rows {what, real, fake, errors}: values that one class has far more often, clearest first.
 
-    `real`, `fake`: share of each class; `errors`: their difference in standard errors between groups.
+    `real`, `fake`: share of each class. `errors`: their difference in standard errors between
+    groups.
     """
-    rows = []
     of_class = [
         (labels == i, np.unique(groups[labels == i], return_inverse=True)[1]) for i in (0, 1)
     ]
     if any(not mask.any() for mask, _ in of_class):
-        return rows
+        return []
+    rows = []
     for what, value in values_of(facts):
-        shares, variances = zip(
-            *(share_and_variance(value[mask], group) for mask, group in of_class)
+        (real, real_variance), (fake, fake_variance) = (
+            share_and_variance(value[mask], group) for mask, group in of_class
         )
-        errors = abs(shares[1] - shares[0]) / np.sqrt(sum(variances))
-        if (
-            errors >= ERRORS
-            and abs(shares[1] - shares[0]) >= SHARE
-            and max(shares) >= TIMES * min(shares)
-        ):
-            rows.append(
-                {"what": what, "real": shares[0], "fake": shares[1], "errors": float(errors)}
-            )
+        difference, rarer, oftener = abs(fake - real), *sorted((real, fake))
+        errors = float(difference / np.sqrt(real_variance + fake_variance))
+        if errors >= ERRORS and difference >= SHARE and oftener >= TIMES * rarer:
+            rows.append({"what": what, "real": real, "fake": fake, "errors": errors})
     return sorted(rows, key=lambda row: -row["errors"])
 
 
 def share_and_variance(value, group):
-    """Boolean [n], group numbers [n] -> (share, its variance between groups; at least the binomial one, smoothed)."""
+    """Boolean [n], group numbers [n] -> (share, its variance between groups).
+
+    The variance is at least the smoothed binomial one.
+    """
     n, smooth = len(value), (value.sum() + 1) / (len(value) + 2)
     return float(np.mean(value)), max(between_groups(value, group), smooth * (1 - smooth) / n)
 
@@ -273,7 +273,7 @@ def share_and_variance(value, group):
 
 
 def linear_scores(features, labels, groups):
-    """Probability of fake of each row by a logistic regression that has not seen its group, or None."""
+    """Probability of fake of each row by a logistic regression, cross-validated, or None."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -288,10 +288,11 @@ def linear_scores(features, labels, groups):
 
 
 def label_errors(labels, p_fake):
-    """Labels, out-of-fold probabilities [n] -> row numbers of probable label errors, clearest first.
+    """Labels, out-of-fold probabilities [n] -> rows of probable label errors, clearest first.
 
-    Confident learning (Northcutt, Jiang and Chuang 2021; cleanlab's filter 'confident_learning'): an image of one class
-    whose probability of the other is at least the mean of that probability among the other's own images.
+    Confident learning (Northcutt, Jiang and Chuang 2021; cleanlab's filter 'confident_learning').
+    An image is a probable error where its probability of the other class is at least the mean of
+    that probability among the other class's own images.
     """
     p = np.stack([1 - p_fake, p_fake], axis=1)
     mean = np.array([p[labels == i, i].mean() if (labels == i).any() else np.inf for i in (0, 1)])
@@ -301,10 +302,11 @@ def label_errors(labels, p_fake):
 
 
 def doubtful_sources(labels, p_fake, sources):
-    """-> rows {source, labels, what, n, value, interval}: sources whose labels a classifier trained on the others contradicts.
+    """Sources whose labels a classifier trained on the other sources contradicts.
 
-    A source with both classes (HARD_SOURCE / 2 of each at least): an AUC within it below one half, its interval below
-    MAX_AUC. With one class: a share right whose interval lies below MAX_RIGHT. Swapped labels, or unlike all else.
+    -> rows {source, labels, what, n, value, interval}. A source with both classes has at least
+    HARD_SOURCE / 2 of each, and an AUC whose interval lies below MAX_AUC. A source with one class
+    has a share right whose interval lies below MAX_RIGHT.
     """
     rows = []
     for source in np.unique(sources[sources != ""]):
@@ -313,16 +315,12 @@ def doubtful_sources(labels, p_fake, sources):
         if own.sum() < HARD_SOURCE or 0 < number.min() < HARD_SOURCE / 2:
             continue
         if number.min():
-            what, found, bar = "AUC", auc(labels[own], p_fake[own], np.arange(own.sum())), MAX_AUC
+            what, limit = "AUC", MAX_AUC
+            metric = auc(labels[own], p_fake[own], np.arange(own.sum()))
         else:
-            what, found, bar = "share right", share((p_fake[own] >= 0.5) == labels[own]), MAX_RIGHT
-        if found["interval"][1] < bar:
-            rows.append(
-                {
-                    "source": str(source),
-                    "labels": [CLASSES[i] for i in np.flatnonzero(number)],
-                    "what": what,
-                    **found,
-                }
-            )
+            what, limit = "share right", MAX_RIGHT
+            metric = share((p_fake[own] >= 0.5) == labels[own])
+        if metric["interval"][1] < limit:
+            classes = [CLASSES[i] for i in np.flatnonzero(number)]
+            rows.append({"source": str(source), "labels": classes, "what": what, **metric})
     return rows

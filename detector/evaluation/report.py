@@ -1,7 +1,8 @@
-"""From scores to a report: what a model does on labelled images, as one metrics.json, and everything that is made from it.
+"""Turn scores on labelled images into a report: metrics.json and everything made from it.
 
 report = {**names, **assess(model, columns, rows, groups, twins)}
-write_report("model_report", report)      # metrics.json, CSV tables, plots, report.html, MODEL_CARD.md
+with staged("model_report") as place:
+    fill(place, report)      # metrics.json, CSV tables, plots, report.html, MODEL_CARD.md
 """
 
 import base64
@@ -13,13 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from detector.base.console import all_printable
-from detector.base.constants import CLASSES
 from detector.base.files import atomic_folder, atomic_write
 from detector.evaluation import metrics
 from detector.evaluation.metrics import METRICS, words
 from detector.model.score import decision, probability
 
-# What a training alone or an evaluation alone has; a template finds None for the others.
+# Keys that only a training or only an evaluation has. Templates get None for a missing key.
 OPTIONAL = (
     "robustness",
     "arms",
@@ -32,7 +32,18 @@ OPTIONAL = (
     "split",
     "data",
 )
-LEAST_IMAGES = 10  # of a source whose share is worth telling
+LEAST_IMAGES = 10  # of a source that is listed among the worst
+PARTS = ("overall", "known", "unseen", "degraded")
+# The metrics of a row of `pictures.condition` in the CSV tables.
+CONDITION = (
+    "accuracy_real",
+    "accuracy_fake",
+    "balanced_accuracy",
+    "auc",
+    "known",
+    "unseen",
+    "flipped",
+)
 NAMES = {name: text for name, (text, _) in METRICS.items()}
 
 
@@ -40,7 +51,7 @@ NAMES = {name: text for name, (text, _) in METRICS.items()}
 
 
 def about(model):
-    """What every report says of the model first."""
+    """What every report states about the model."""
     return {
         "encoder": model["encoder"]["name"],
         "notice": model.get("notice"),
@@ -57,9 +68,12 @@ def about(model):
 
 
 def parts_of(model, columns):
-    """Columns -> {part: boolean [n]} of a report: overall, known and unseen are images as they are, degraded are copies."""
+    """Columns -> {part: boolean [n]}: the parts of a report.
+
+    Overall, known and unseen are untouched images. Degraded are their degraded copies.
+    """
     whole, known = columns["view"] == 0, known_rows(model, columns["sources"])
-    named = columns["sources"] != ""  # of images without a source nobody knows whether it was seen
+    named = columns["sources"] != ""  # an image without a source is neither known nor unseen
     return {
         "overall": whole,
         "known": whole & known & named,
@@ -69,59 +83,55 @@ def parts_of(model, columns):
 
 
 def assess(model, columns, rows, groups, twins):
-    """Row numbers of labelled images (and their degraded copies) -> the part of a report that scores alone give.
+    """Row numbers of labelled images and their degraded copies -> the metrics of a report.
 
-    `groups`: what intervals over several sources rest on; `twins`: copies of one picture.
+    `groups` [all rows]: groups for intervals over several sources. `twins` [all rows]: copies of
+    one picture share a number.
     """
     scores = decision(model, columns["features"][rows])
     p_fake, labels = probability(model, scores), columns["labels"][rows].astype(int)
     parts = parts_of(model, {name: columns[name][rows] for name in ("view", "sources")})
-    whole = parts["overall"]
+    groups, whole, threshold = groups[rows], parts["overall"], model["threshold"]
 
-    def measured(mask):
-        return (
-            metrics.measure(labels[mask], p_fake[mask], model["threshold"], groups[rows][mask])
-            if mask.any()
-            else None
-        )
+    def measured(part):
+        mask = parts[part]
+        if not mask.any():
+            return None
+        return metrics.measure(labels[mask], p_fake[mask], threshold, groups[mask])
 
-    def banded(mask):
-        return (
-            metrics.abstention(
-                labels[mask],
-                p_fake[mask],
-                model["threshold"],
-                model["band"].tolist(),
-                groups[rows][mask],
-            )
-            if mask.any()
-            else None
-        )
+    def banded(part):
+        mask, band = parts[part], model["band"].tolist()
+        if not mask.any():
+            return None
+        return metrics.abstention(labels[mask], p_fake[mask], threshold, band, groups[mask])
 
-    found = {name: measured(mask) for name, mask in parts.items()}
-    sources = metrics.by_source(
-        labels[whole],
-        p_fake[whole],
-        model["threshold"],
-        columns["sources"][rows][whole],
-        twins[rows][whole],
-        model["training_data"]["sources"],
-    )
-    raw = 0.5 * (1 + np.tanh(0.5 * scores[whole]))  # the decision value taken for a logit
+    measures = {part: measured(part) for part in parts}
+    raw = 0.5 * (1 + np.tanh(0.5 * scores[whole]))  # as if the decision value were a logit
     return {
-        **found,
-        "base_rates": metrics.base_rates(found["overall"]),
-        "calibration": metrics.calibration(labels[whole], p_fake[whole], groups[rows][whole]),
-        "uncalibrated": metrics.calibration(labels[whole], raw, groups[rows][whole]),
-        "by_source": sources,
+        **measures,
+        "base_rates": metrics.base_rates(measures["overall"]),
+        "calibration": metrics.calibration(labels[whole], p_fake[whole], groups[whole]),
+        "uncalibrated": metrics.calibration(labels[whole], raw, groups[whole]),
+        **assess_sources(
+            model, labels[whole], p_fake[whole], columns["sources"][rows][whole], twins[rows][whole]
+        ),
+        "band_error": model["threshold_rule"]["band_error"],
+        "abstention": {part: banded(part) for part in ("overall", "known", "unseen")},
+        "risk_coverage": metrics.risk_coverage(labels[whole], p_fake[whole], threshold),
+        "scores": {"labels": labels[whole].tolist(), "p_fake": p_fake[whole].round(6).tolist()},
+    }
+
+
+def assess_sources(model, labels, p_fake, sources, twins):
+    """-> {by_source: a row for each source, over_sources: summaries of known and unseen}."""
+    known = model["training_data"]["sources"]
+    rows = metrics.by_source(labels, p_fake, model["threshold"], sources, twins, known)
+    return {
+        "by_source": rows,
         "over_sources": {
-            name: metrics.over_sources([r for r in sources if r["known"] == (name == "known")])
+            name: metrics.over_sources([r for r in rows if r["known"] == (name == "known")])
             for name in ("known", "unseen")
         },
-        "band_error": model["threshold_rule"]["band_error"],
-        "abstention": {name: banded(parts[name]) for name in ("overall", "known", "unseen")},
-        "risk_coverage": metrics.risk_coverage(labels[whole], p_fake[whole], model["threshold"]),
-        "scores": {"labels": labels[whole].tolist(), "p_fake": p_fake[whole].round(6).tolist()},
     }
 
 
@@ -133,61 +143,61 @@ def known_rows(model, sources):
 # ---- in words ----
 
 
-def table(found):
-    """The metrics that a training prints, one a line: value, interval, n."""
+def point(report):
+    """The hyperparameters as text, such as 'C 10, gamma 0.3'."""
+    return ", ".join(f"{name} {value:g}" for name, value in report["hyperparameters"].items())
+
+
+def table(measured):
+    """The metrics of `measure` as text, one a line: value, interval, n."""
     lines = [f"{'':18}{'value':>7}  {'95% interval':14}  n"]
     for name in ("accuracy", *NAMES, "precision_real", "precision_fake"):
-        m = found[name]
+        m = measured[name]
         value = "    n/a" if m["value"] is None else f"{m['value']:z7.3f}"
-        ends = (
-            "none"
-            if m["interval"] is None
-            else f"{m['interval'][0]:z.3f} .. {m['interval'][1]:z.3f}"
-        )
-        lines.append(f"{NAMES.get(name, name.replace('_', ' ')):18}{value}  {ends:14}  {m['n']}")
+        interval = "{:z.3f} .. {:z.3f}".format(*m["interval"]) if m["interval"] else "none"
+        title = NAMES.get(name, name.replace("_", " "))
+        lines.append(f"{title:18}{value}  {interval:14}  {m['n']}")
     return "\n".join(lines)
 
 
 def comparison(rows):
-    """Rows of `compare` as a table: what out-of-fold AUC chose, and what that gives on the test images."""
+    """Rows of `compare` as text: out-of-fold AUC (it chooses the classifier) and test metrics."""
     lines = [f"{'classifier':12}{'out-of-fold AUC':20}{'test AUC':20}balanced accuracy"]
-    return "\n".join(
-        [
-            *lines,
-            *(
-                f"{r['classifier']:12}{words(r['out_of_fold']):20}{words(r['auc']):20}{words(r['balanced_accuracy'])}"
-                for r in rows
-            ),
-        ]
-    )
+    for row in rows:
+        name, *shown = row["classifier"], words(row["out_of_fold"]), words(row["auc"])
+        cells = "".join(f"{cell:20}" for cell in shown)
+        lines.append(f"{name:12}{cells}{words(row['balanced_accuracy'])}")
+    return "\n".join(lines)
 
 
 def held_out(rows):
-    """Leave-one-source-out rows as a table, worst first."""
+    """Leave-one-source-out rows as text, worst first."""
     lines = [f"{'source held out':44}{'label':7}{'n':>5}  share right"]
-    return "\n".join(
-        [*lines, *(f"{r['source'][:43]:44}{r['label']:7}{r['n']:5}  {words(r)}" for r in rows)]
-    )
+    for row in rows:
+        lines.append(f"{row['source'][:43]:44}{row['label']:7}{row['n']:5}  {words(row)}")
+    return "\n".join(lines)
 
 
-def elsewhere(found):
-    """What a card says first of a report: how the model does on sources that it has not seen, and where it fails. '' where no such
-    source is named; sources with fewer than LEAST_IMAGES are not spoken of one by one."""
-    if found["unseen"]:
-        rows = [
-            {**r, "value": r["own"]["value"]} for r in found["by_source"] if not r["known"]
-        ]  # of 'both': balanced
+def elsewhere(report):
+    """The first sentence of a card: accuracy on unseen sources, and the worst of them.
+
+    '' where no unseen source has a name. Sources below LEAST_IMAGES are not listed.
+    """
+    if report["unseen"]:
+        # A source with both classes has its balanced accuracy as 'own'.
+        unseen = [row for row in report["by_source"] if not row["known"]]
+        rows = [{**row, "value": row["own"]["value"]} for row in unseen]
         head = (
-            f"AUC {words(found['unseen']['auc'])}, balanced accuracy"
-            f" {words(found['unseen']['balanced_accuracy'])} on {found['unseen']['n']} images of"
+            f"AUC {words(report['unseen']['auc'])}, balanced accuracy"
+            f" {words(report['unseen']['balanced_accuracy'])} on {report['unseen']['n']} images of"
             f" {len(rows)} sources"
         )
-    elif rows := found.get("leave_one_source_out"):
+    elif rows := report.get("leave_one_source_out"):
         share = sum(r["value"] for r in rows) / len(rows)
         number = len({r["source"] for r in rows})
         head = (
-            f"with each of {number} sources left out of the training in turn, {share:.0%} of its"
-            " images of a class are answered right on average"
+            f"with each of {number} sources left out of the training in turn, on average"
+            f" {share:.0%} of its images of a class get the right verdict"
         )
     else:
         return ""
@@ -198,101 +208,95 @@ def elsewhere(found):
     return head + (f"; worst on {named}" if named else "")
 
 
-def training(found):
-    """What train_model.py prints of its report."""
+def training(report):
+    """The report of a training as train_model.py prints it."""
     from detector.evaluation.audit import leak_sentence
 
-    found = all_printable(found)
+    report = all_printable(report)
     lines = [
-        f"{found['classifier']},"
-        f" {', '.join(f'{k} {v:g}' for k, v in found['hyperparameters'].items())}, on"
-        f" '{found['encoder']}'; threshold {found['threshold']:.3f}"
-        f" ({found['threshold_rule']['words']})"
+        f"{report['classifier']}, {point(report)}, on '{report['encoder']}'; threshold"
+        f" {report['threshold']:.3f} ({report['threshold_rule']['words']})"
     ]
-    if len(found["classifiers"]) > 1:
-        lines += [comparison(found["classifiers"]), "the best out of fold was chosen:"]
-    lines.append(table(found["overall"]))
-    if found["degraded"]:
-        lines += [
-            f"on {found['degraded']['n']} degraded copies of the test images:",
-            table(found["degraded"]),
-        ]
-    for name, what in (
+    if len(report["classifiers"]) > 1:
+        lines += [comparison(report["classifiers"]), "the best out of fold was chosen:"]
+    lines.append(table(report["overall"]))
+    if degraded := report["degraded"]:
+        lines += [f"on {degraded['n']} degraded copies of the test images:", table(degraded)]
+    for name, images in (
         ("untouched", "real training images"),
         ("degraded", "degraded copies of them"),
     ):
-        if name in found["false_alarms"]:
-            alarm = found["false_alarms"][name]
-            lines.append(f"called fake, out of fold: {words(alarm, 3)} of {alarm['n']} {what}")
-    if slope := found["calibration"]:
+        if alarm := report["false_alarms"].get(name):
+            lines.append(f"called fake, out of fold: {words(alarm, 3)} of {alarm['n']} {images}")
+    if calibration := report["calibration"]:
         lines.append(
-            f"calibration slope {words(slope['slope'])} (1: as sure as it should be); error"
-            f" {slope['error']:z.3f}, a perfect model's stays below {slope['expected_95']:.3f} in"
-            " 95 of 100 draws"
+            f"calibration slope {words(calibration['slope'])} (calibrated: 1); error"
+            f" {calibration['error']:z.3f}, a perfect model's stays below"
+            f" {calibration['expected_95']:.3f} in 95 of 100 draws"
         )
-    if found["leak"]:
-        lines.append(leak_sentence(found["leak"]))
-    if found["leave_one_source_out"]:
-        lines.append(held_out(found["leave_one_source_out"]))
+    if report["leak"]:
+        lines.append(leak_sentence(report["leak"]))
+    if report["leave_one_source_out"]:
+        lines.append(held_out(report["leave_one_source_out"]))
     return "\n".join(lines)
 
 
-def evaluation(found):
-    """What evaluate.py prints of its report."""
+def evaluation(report):
+    """The report of an evaluation as evaluate.py prints it."""
     from detector.evaluation.audit import leak_sentence, sentences
 
-    found = all_printable(found)
+    report = all_printable(report)
     lines = [
-        (
-            f"{found['classifier']} {found['model_version']} on '{found['encoder']}', threshold"
-            f" {found['threshold']:.3f} ({found['threshold_rule']['words']})"
-        ),
-        *(f"WARNING  {line}" for line in found["warnings"]),
+        f"{report['classifier']} {report['model_version']} on '{report['encoder']}', threshold"
+        f" {report['threshold']:.3f} ({report['threshold_rule']['words']})",
+        *(f"WARNING  {line}" for line in report["warnings"]),
     ]
-    apart = found["known"] or found["unseen"]
+    apart = report["known"] or report["unseen"]
     for part, title in (
         ("overall", "all"),
         ("known", "known sources"),
         ("unseen", "sources never seen"),
         ("degraded", "degraded copies"),
     ):
-        if found[part] and not (part == "overall" and apart):
-            lines += [f"{found[part]['n']} images, {title}:", table(found[part])]
-    lines += [f"LEAK  {line}" for line in sentences(found["audit"])[0]]
-    if found["leak"]:
-        lines.append(leak_sentence(found["leak"]))
+        if report[part] and not (part == "overall" and apart):
+            lines += [f"{report[part]['n']} images, {title}:", table(report[part])]
+    lines += [f"LEAK  {line}" for line in sentences(report["audit"])[0]]
+    if report["leak"]:
+        lines.append(leak_sentence(report["leak"]))
     for key in ("robustness", "arms"):
-        if found.get(key):
-            lines.append(f"{'':49}balanced accuracy")
-            lines.append(
-                f"{found[key][0]['n']}"
-                f" images{'':{42 - len(str(found[key][0]['n']))}}{'known sources':20}{'never seen':20}verdicts"
-                " flipped"
-            )
-            lines += [
-                f"{r['panel']:17}{r['level']:32}{words(r['known']):20}{words(r['unseen']):20}{words(r['flipped'])}"
-                for r in found[key]
-            ]
-    if found.get("not_measured"):
-        lines.append(
-            f"not measured without pictures (use --data_dir): {'; '.join(found['not_measured'])}"
-        )
+        if report.get(key):
+            lines += robustness_table(report[key])
+    if report.get("not_measured"):
+        skipped = "; ".join(report["not_measured"])
+        lines.append(f"not measured without pictures (use --data_dir): {skipped}")
     return "\n".join(lines)
 
 
-def calibration_warning(found):
+def robustness_table(rows):
+    """Rows of `pictures.condition` as lines of text."""
+    images = f"{rows[0]['n']} images"
+    lines = [
+        f"{'':49}balanced accuracy",
+        f"{images:49}{'known sources':20}{'never seen':20}verdicts flipped",
+    ]
+    for row in rows:
+        shares = "".join(f"{words(row[part]):20}" for part in ("known", "unseen"))
+        lines.append(f"{row['panel']:17}{row['level']:32}{shares}{words(row['flipped'])}")
+    return lines
+
+
+def calibration_warning(calibration):
     """A sentence where the slope's interval lies wholly outside 0.8 to 1.25, else None."""
-    slope = found and found["slope"]
-    if (
-        not slope
-        or not slope["interval"]
-        or (slope["interval"][1] >= 0.8 and slope["interval"][0] <= 1.25)
-    ):
+    slope = calibration and calibration["slope"]
+    if not slope or not slope["interval"]:
         return None
+    low, high = slope["interval"]
+    if high >= 0.8 and low <= 1.25:
+        return None
+    fault = "overconfident" if slope["value"] < 1 else "underconfident"
     return (
-        f"calibration slope {words(slope)}: the probabilities are too"
-        f" {'sure' if slope['value'] < 1 else 'timid'} on these images; train again on images like"
-        " these"
+        f"calibration slope {words(slope)}: the probabilities are {fault} on these images;"
+        " train again on images like these"
     )
 
 
@@ -301,64 +305,36 @@ def calibration_warning(found):
 
 def tables(report):
     """Report -> {file name: (header, rows)} of its CSV tables."""
+    parts = [{"images": part, **report[part]} for part in PARTS if report.get(part)]
+    names = ("source", "label", "known", "paired", "n")
+    written = {
+        "overall.csv": csv_table(parts, ("images", "n"), METRICS),
+        "sources.csv": csv_table(report["by_source"], names, METRICS),
+    }
+    for key in ("robustness", "arms"):
+        if report.get(key):
+            written[f"{key}.csv"] = csv_table(report[key], ("panel", "level", "n"), CONDITION)
+    return written
+
+
+def csv_table(rows, names, metric_names):
+    """Rows -> (header, rows) with plain columns, then value, low and high of each metric."""
 
     def cells(metric):
         ends = (metric or {}).get("interval") or (None, None)
         return [None if metric is None else metric["value"], *ends]
 
-    spread = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
-    found = {
-        "overall.csv": (
-            ["images", "n", *spread],
-            [
-                [
-                    part,
-                    report[part]["n"],
-                    *(c for name in METRICS for c in cells(report[part][name])),
-                ]
-                for part in ("overall", "known", "unseen", "degraded")
-                if report.get(part)
-            ],
-        ),
-        "sources.csv": (
-            ["source", "label", "known", "paired", "n", *spread],
-            [
-                [
-                    r["source"],
-                    r["label"],
-                    r["known"],
-                    r["paired"],
-                    r["n"],
-                    *(c for name in METRICS for c in cells(r[name])),
-                ]
-                for r in report["by_source"]
-            ],
-        ),
-    }
-    names = (
-        "accuracy_real",
-        "accuracy_fake",
-        "balanced_accuracy",
-        "auc",
-        "known",
-        "unseen",
-        "flipped",
+    return (
+        [*names, *(f"{name}{end}" for name in metric_names for end in ("", "_low", "_high"))],
+        [
+            [*(row[name] for name in names), *(c for m in metric_names for c in cells(row[m]))]
+            for row in rows
+        ],
     )
-    ends = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-    for key in ("robustness", "arms"):
-        if report.get(key):
-            found[f"{key}.csv"] = (
-                ["panel", "level", "n", *ends],
-                [
-                    [r["panel"], r["level"], r["n"], *(c for name in names for c in cells(r[name]))]
-                    for r in report[key]
-                ],
-            )
-    return found
 
 
 def staged(folder):
-    """Yields a place to `fill`; at the end it becomes the report in `folder`, whole or not at all."""
+    """Context of a place to `fill`, which becomes the report in `folder`, whole or not at all."""
     from detector.evaluation.plots import PLOTS
 
     return atomic_folder(
@@ -367,7 +343,32 @@ def staged(folder):
 
 
 def fill(folder, report):
-    """metrics.json, and from it the CSV tables, the plots, report.html (self-contained) and MODEL_CARD.md."""
+    """Write metrics.json, and from it the CSV tables, the plots, report.html and MODEL_CARD.md.
+
+    report.html holds its plots.
+    """
+    folder, report = Path(folder), all_printable(report)
+    pictures = draw(report)
+    for name, data in pictures.items():
+        with atomic_write(folder / f"{name}.png") as file:
+            file.write(data)
+    if (folder / "hardest.png").is_file() and report.get("hardest"):
+        pictures["hardest"] = (folder / "hardest.png").read_bytes()
+    texts = {
+        "report.html": render("report.html", report, pictures),
+        "MODEL_CARD.md": render("model_card.md", report),
+        "metrics.json": json.dumps(report, indent=1),
+    }
+    for name, (header, rows) in tables(report).items():
+        with atomic_write(folder / name, "w") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    for name, text in texts.items():
+        with atomic_write(folder / name, "w") as file:
+            file.write(text)
+
+
+def draw(report):
+    """Report -> {name: PNG bytes} of its plots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -376,49 +377,34 @@ def fill(folder, report):
 
     from detector.evaluation.plots import PLOTS
 
-    folder, pictures, report = Path(folder), {}, all_printable(report)
+    pictures = {}
     for name, plot in PLOTS.items():
         if figure := plot(report):
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
             pyplot.close(figure)
             pictures[name] = buffer.getvalue()
-    for name, data in pictures.items():
-        with atomic_write(folder / f"{name}.png") as file:
-            file.write(data)
-    if (folder / "hardest.png").is_file() and report.get("hardest"):
-        pictures["hardest"] = (folder / "hardest.png").read_bytes()
-    pages = {
-        name: render(template, report, pictures)
-        for name, template in (("report.html", "report.html"), ("MODEL_CARD.md", "model_card.md"))
-    }
-    for name, (header, rows) in tables(report).items():
-        with atomic_write(folder / name, "w") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    for name, text in {**pages, "metrics.json": json.dumps(report, indent=1)}.items():
-        with atomic_write(folder / name, "w") as file:
-            file.write(text)
+    return pictures
 
 
 def render(template, report, pictures=()):
-    """One of templates/ filled from a report; `pictures`: {name: PNG bytes}, put into the page itself."""
+    """Fill a template from a report; `pictures` {name: PNG bytes} go into the page itself."""
     import jinja2
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    from detector.evaluation.audit import leak_sentence, sentences
+    from detector.evaluation.rules import TELLING_AUC
+
     environment = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=template.endswith(".html"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    from detector.evaluation.audit import leak_sentence, sentences
-    from detector.evaluation.rules import TELLING_AUC
-
     environment.globals |= {
         "words": words,
+        "point": point,
         "METRICS": NAMES,
-        "CLASSES": CLASSES,
         "sentences": sentences,
         "leak_sentence": leak_sentence,
         "TELLING_AUC": TELLING_AUC,

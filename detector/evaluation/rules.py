@@ -1,14 +1,18 @@
 """When a fact of the files is a note, and when it is a leak."""
 
-MAX_REPEATED = (
-    0.01  # share of test images with a twin in train: accuracy may be too high by as much;
-)
-# and share of all images that stand under both labels
-TELLING_AUC = 0.65  # lower end of the interval from which on a probe is told: pictures differ a little in any two pools
-LEAK_AUC = 0.95  # upper end from which on it is a leak: on 73 groups the interval of a perfect guess, Wilson's, starts there
-RULES = f"""A fact of the files is a note where the 95% interval of its AUC starts at {TELLING_AUC} or above. It is a LEAK where that
-interval also reaches {LEAK_AUC} (on 73 groups a perfect guess has the interval {LEAK_AUC} to 1), or the interval of a
-detector's AUC on the same images: a figure of the detector then shows nothing that the files do not. With
---features_file that detector is a logistic regression. Twins in train and test are a LEAK above {MAX_REPEATED:.0%} of the
-test images, where accuracy may be too high by as much; pictures under both labels, above {MAX_REPEATED:.0%} of all images.
-Exit codes: 0 no leak, 1 a LEAK, 2 nothing could be done."""
+# The share of test images with a duplicate in train. Test accuracy may be too high by this share.
+# Also the share of all images that have copies under both labels.
+MAX_REPEATED = 0.01
+# A probe is reported where its interval starts here or above. Any two sets of images differ a bit.
+TELLING_AUC = 0.65
+# A probe is a leak where its interval reaches this value.
+# Wilson's interval of a perfect probe on 73 groups starts here.
+LEAK_AUC = 0.95
+RULES = f"""A fact of the files is a note where the 95% interval of its AUC starts at {TELLING_AUC}
+or above. A note becomes a LEAK where that interval also reaches {LEAK_AUC}, or the interval of a
+detector's AUC on the same images. (On 73 groups a perfect probe has the interval {LEAK_AUC} to 1.)
+The detector's AUC then proves no more than the files do. With --features_file that detector is a
+logistic regression. Duplicates in train and test are a LEAK above {MAX_REPEATED:.0%} of the test
+images, because test accuracy may be too high by that share. Images with copies under both labels
+are a LEAK above {MAX_REPEATED:.0%} of all images. Exit codes: 0 no leak, 1 a LEAK, 2 nothing could
+be done."""

@@ -1,4 +1,4 @@
-"""golden.py: a labelled folder through the service as it runs, and a Pushgateway as it is installed."""
+"""golden.py against the live service, a service that misbehaves, and an installed Pushgateway."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ def no_proxy(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(make_folder, tmp_path_factory):
-    """Other images than those of training, more of them real."""
+    """Images that trained no model, more of them real."""
     return tinted(make_folder(tmp_path_factory.mktemp("golden"), {"real": 32, "fake": 14}, seed=5))
 
 
@@ -62,9 +62,14 @@ def service(models, tmp_path_factory):
     assert live.stop() == 0
 
 
+def current(service):
+    """GET /model of the live service."""
+    return service.session.get(f"{service.url}/model", timeout=PATIENCE).json()
+
+
 @pytest.fixture
 def serve(service, models):
-    """Function: serve('worse') -> that model file is put in place and serves; the good one again at the end."""
+    """Function: serve('worse') -> GET /model once that model serves; at the end 'good' serves."""
 
     def put(name):
         wanted, path = load_model(models / f"{name}.joblib"), service.log.parent / "model.joblib"
@@ -72,12 +77,10 @@ def serve(service, models):
         path.with_suffix(".new").replace(path)
         service.process.send_signal(signal.SIGHUP)
         deadline = time.monotonic() + PATIENCE
-        while (now := service.session.get(f"{service.url}/model", timeout=PATIENCE).json())[
-            "sha256"
-        ] != wanted["sha256"]:
+        while (serving := current(service))["sha256"] != wanted["sha256"]:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        return now
+        return serving
 
     yield put
     put("good")
@@ -87,15 +90,18 @@ def serve(service, models):
 def run(script, service, folder):
     """Function: golden.py on the live service with its token -> CompletedProcess."""
 
-    def call(*flags, data_dir=folder, url=service.url, **env):
-        return script("golden.py", "--url", url, "--data_dir", data_dir, *flags, **env)
+    def call(url=service.url, **env):
+        return script("golden.py", "--url", url, "--data_dir", folder, **env)
 
     return call
 
 
 @pytest.fixture
 def here(capsys):
-    """Function: golden.py in this process, where a connection left open is an error -> (exit code, stdout, stderr)."""
+    """Function: golden.py in this process -> (exit code, stdout, stderr).
+
+    A connection left open is an error here.
+    """
 
     def call(url, data_dir, *flags):
         code = command.main(["--url", str(url), "--data_dir", str(data_dir), *flags])
@@ -106,20 +112,21 @@ def here(capsys):
 
 @pytest.fixture
 def refused(here):
-    """Function: golden.py in this process ends with one line that says all of `said`."""
+    """Function: golden.py in this process fails with one line of all `words` -> the line."""
 
-    def call(url, data_dir, *said):
+    def call(url, data_dir, *words, flags=()):
         with pytest.raises(UsageError) as error:
-            here(url, data_dir)
+            here(url, data_dir, *flags)
         line = str(error.value)
-        assert len(line.splitlines()) == 1 and all(word in line for word in said), line
+        assert len(line.splitlines()) == 1 and all(word in line for word in words), line
+        return line
 
     return call
 
 
 @pytest.fixture(scope="module")
-def asked(service, folder):
-    """What the good model says of the folder, {label: [right or not]}, asked without golden.py."""
+def expected(service, folder):
+    """The good model's verdicts without golden.py, {label: [right or not]}."""
     return {
         label: [
             service.post(path.read_bytes()).json()["classification"] == label
@@ -130,87 +137,70 @@ def asked(service, folder):
 
 
 def rows(out):
-    """The printed table -> {version: (images, errors, the words after them)}."""
-    lines = [line.split() for line in getattr(out, "stdout", out).splitlines()[1:]]
+    """The printed table -> {version: (images, errors, the other words)}."""
+    lines = [line.split() for line in out.splitlines()[1:]]
     return {version: (int(images), int(errors), rest) for version, images, errors, *rest in lines}
+
+
+def shown(right):
+    """{label: [right or not]} -> the accuracies as the table shows them."""
+    shares = [share(right[label]) for label in CLASSES]
+    return " ".join(map(words, [*shares, of_both(*shares)]))
 
 
 # ---- against the service ----
 
 
-def test_a_model_that_keeps_its_promise_ends_with_0(run, service, asked):
-    result, floor = (
-        run(),
-        service.session.get(f"{service.url}/model", timeout=PATIENCE).json()["golden_floor"],
-    )
-    (images, errors, rest), shares = (
-        rows(result)["v1.0.0"],
-        [share(asked[label]) for label in CLASSES],
-    )
+def test_a_good_model_ends_with_0(run, service, expected):
+    result, floor = run(), current(service)["golden_floor"]
     assert result.returncode == 0, result.stderr
+    images, errors, rest = rows(result.stdout)["v1.0.0"]
     assert (images, errors) == (46, 0)
-    assert " ".join(rest) == " ".join(map(words, [*shares, of_both(*shares)])) + f" {floor:.2f}"
-    assert 0.7 < floor <= float(rest[6])
+    assert " ".join(rest) == f"{shown(expected)} {floor:.2f}" and 0.7 < floor <= float(rest[6])
 
 
-def test_a_worse_model_is_below_its_floor_and_ends_with_1(run, serve):
+def test_a_worse_model_is_below_its_floor_and_ends_with_1(here, serve, service, folder):
     floor = serve("worse")["golden_floor"]
-    result = run()
-    assert result.returncode == 1
-    accuracy = re.search(
-        r"v1\.1\.0: balanced accuracy (\S+) \[.*\] is below the floor (\S+),", result.stderr
-    )
-    assert float(accuracy[1]) < floor and accuracy[2] == f"{floor:.3f}"
-    assert "chance" not in result.stderr and list(rows(result)) == ["v1.1.0"]
+    code, out, err = here(service.url, folder)
+    assert code == 1 and list(rows(out)) == ["v1.1.0"]
+    line = r"v1\.1\.0: balanced accuracy (\S+) \[.*\] is below the floor (\S+),"
+    accuracy = re.search(line, err)
+    assert float(accuracy[1]) < floor and accuracy[2] == f"{floor:.3f}" and "chance" not in err
 
 
-def test_a_model_without_test_metrics_is_measured_and_held_against_nothing(run, serve):
+def test_a_model_without_test_metrics_has_no_floor(here, serve, service, folder):
     assert serve("untested")["golden_floor"] is None
-    result = run()
-    assert (
-        result.returncode == 0
-        and "v0.9.0 is held against no floor: its model holds no test metrics" in result.stderr
-    )
-    assert rows(result)["v0.9.0"][2][-1] == "none"
+    code, out, err = here(service.url, folder)
+    assert code == 0 and rows(out)["v0.9.0"][2][-1] == "none"
+    assert "v0.9.0 has no floor: its model holds no test metrics" in err
 
 
 def test_each_verdict_counts_for_the_version_that_gave_it(
     service, serve, folder, monkeypatch, here, gateway
 ):
-    right, classify = (
-        {"v1.0.0": {"real": [], "fake": []}, "v1.1.0": {"real": [], "fake": []}},
-        golden.classify,
-    )
+    right = {version: {label: [] for label in CLASSES} for version in ("v1.0.0", "v1.1.0")}
+    classify = golden.classify
 
-    def swapped_in_between(asked, path):
-        if (
-            sum(map(len, right["v1.0.0"].values())) == 20
-            and not right["v1.1.0"]["real"] + right["v1.1.0"]["fake"]
-        ):
+    def swapped_in_between(client, path):
+        if [sum(map(len, tally.values())) for tally in right.values()] == [20, 0]:
             assert serve("worse")["version"] == "v1.1.0"
-        said, version = classify(asked, path)
-        right[version][path.parent.name].append(said == path.parent.name)
-        return said, version
+        verdict, version = classify(client, path)
+        right[version][path.parent.name].append(verdict == path.parent.name)
+        return verdict, version
 
     monkeypatch.setattr(golden, "classify", swapped_in_between)
     code, out, err = here(service.url, folder, "--pushgateway", gateway)
     assert (code, [row[0] for row in rows(out).values()]) == (1, [20, 26])
-    for version, found in right.items():
-        shares = [share(found[label]) for label in CLASSES]
-        assert all(found.values()) and " ".join(
-            map(words, [*shares, of_both(*shares)])
-        ) in " ".join(rows(out)[version][2])
-        assert pushed(gateway)["detector_golden_images", version] == sum(map(len, found.values()))
-    assert {name.removeprefix("detector_golden_") for name, _ in pushed(gateway)} == {
-        "floor",
-        "images",
-        "errors",
-    }  # nothing to alarm on
-    assert (
-        "changed during the run (v1.0.0 -> v1.1.0)" in err
-        and "v1.1.0: balanced accuracy" in err
-        and "v1.0.0: " not in err
-    )
+    figures = pushed(gateway)
+    for version, tally in right.items():
+        assert all(tally.values()) and shown(tally) in " ".join(rows(out)[version][2])
+        assert figures["detector_golden_images", version] == sum(map(len, tally.values()))
+    # Neither accuracy nor timestamp: a few images are no reason for an alert.
+    assert {name for name, _ in figures} == {
+        f"detector_golden_{name}" for name in ("floor", "images", "errors")
+    }
+    assert "changed during the run (v1.0.0 -> v1.1.0)" in err
+    assert "v1.1.0: balanced accuracy" in err and "v1.0.0: " not in err
 
 
 def test_another_file_under_the_same_version_is_a_change_too(
@@ -218,13 +208,10 @@ def test_another_file_under_the_same_version_is_a_change_too(
 ):
     same = load_model(models / "good.joblib")
     del same["sha256"]
-    save_model(
-        models / "same.joblib",
-        {**same, "threshold_rule": {**same["threshold_rule"], "note": "trained again"}},
-    )
-    answers = iter(["good", "same"])
-    ask = golden.Service.model
-    monkeypatch.setattr(golden.Service, "model", lambda self: (serve(next(answers)), ask(self))[1])
+    rule = {**same["threshold_rule"], "note": "trained again"}
+    save_model(models / "same.joblib", {**same, "threshold_rule": rule})
+    names, model = iter(["good", "same"]), golden.Service.model
+    monkeypatch.setattr(golden.Service, "model", lambda self: (serve(next(names)), model(self))[1])
     code, _, err = here(service.url, folder)
     assert code == 1 and "changed during the run (v1.0.0)" in err
 
@@ -237,32 +224,25 @@ def test_copies_of_an_image_count_once(here, service, folder, tmp_path):
     assert out == here(service.url, folder)[1] and "left out: 30 copies" in err
 
 
-def test_images_without_a_verdict_are_told_and_end_with_1(here, service, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "more")
-    (tmp_path / "more" / "real" / "torn.jpg").write_bytes(
-        (folder / "real" / "000.jpg").read_bytes()[:300]
-    )
-    (tmp_path / "more" / "fake" / "notes.txt").write_text("no image")
-    (tmp_path / "more" / "fake" / "gone.jpg").symlink_to("nowhere")
-    (tmp_path / "more" / "fake" / "large.png").write_bytes(b"\x89PNG" + bytes(1_000_000))
-    code, out, err = here(service.url, tmp_path / "more")
-    assert code == 1 and rows(out)["v1.0.0"] == (
-        46,
-        4,
-        rows(here(service.url, folder)[1])["v1.0.0"][2],
-    )
+def test_images_without_a_verdict_are_listed_and_end_with_1(here, service, four):
+    (four / "real" / "cut.jpg").write_bytes((four / "real" / "000.jpg").read_bytes()[:300])
+    (four / "fake" / "notes.txt").write_text("no image")
+    (four / "fake" / "gone.jpg").symlink_to("nowhere")
+    (four / "fake" / "large.png").write_bytes(b"\x89PNG" + bytes(1_000_000))
+    code, out, err = here(service.url, four)
+    assert code == 1 and rows(out)["v1.0.0"][:2] == (4, 4)
     for name, why in (
-        ("torn.jpg", "422: "),
+        ("cut.jpg", "422: "),
         ("notes.txt", "415: "),
         ("gone.jpg", "No such file"),
         ("large.png", "larger than the"),
     ):
         assert re.search(rf"^no verdict on \S+{re.escape(name)}: .*{why}", err, re.MULTILINE), err
-    assert "4 of 50 images have no verdict" in err
+    assert "4 of 8 images have no verdict" in err
 
 
 @pytest.mark.parametrize(
-    "token, said",
+    "token, words",
     [
         ("", "401, the service asks for a token"),
         ("another", "401, the service refuses this token"),
@@ -270,12 +250,15 @@ def test_images_without_a_verdict_are_told_and_end_with_1(here, service, folder,
         ("é", "no header may carry"),
     ],
 )
-def test_a_token_that_is_refused_is_told_without_it(run, token, said):
-    assert_one_line_error(result := run(API_KEY=token), said, "API_KEY")
-    assert not token or token not in result.stdout + result.stderr
+def test_a_refused_token_is_an_error_that_does_not_show_it(
+    refused, service, four, monkeypatch, token, words
+):
+    monkeypatch.setenv("API_KEY", token)
+    line = refused(service.url, four, words, "API_KEY")
+    assert not token or token not in line
 
 
-def test_a_token_may_end_as_a_file_does(here, service, four, monkeypatch):
+def test_a_token_may_end_with_a_line_end(here, service, four, monkeypatch):
     monkeypatch.setenv("API_KEY", TOKEN + "\n")
     assert rows(here(service.url, four)[1])["v1.0.0"][:2] == (4, 0)
 
@@ -284,7 +267,7 @@ def test_a_token_may_end_as_a_file_does(here, service, four, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url, said",
+    "url, words",
     [
         ("127.0.0.1:8000", "must begin with"),
         ("file:///etc", "must begin with"),
@@ -294,8 +277,8 @@ def test_a_token_may_end_as_a_file_does(here, service, four, monkeypatch):
         ("http://a b", "control characters"),
     ],
 )
-def test_an_address_that_cannot_be_used_is_refused(refused, four, url, said):
-    refused(url, four, f"--url {url.rstrip('/')}: ", said)
+def test_an_address_that_cannot_be_used_is_refused(refused, four, url, words):
+    refused(url, four, f"--url {url.rstrip('/')}: ", words)
 
 
 def test_a_folder_needs_both_labels(refused, four, tmp_path):
@@ -308,12 +291,12 @@ def test_a_folder_needs_both_labels(refused, four, tmp_path):
         refused("http://127.0.0.1:9", data_dir, f"--data_dir {data_dir}", why)
 
 
-def test_a_picture_under_both_labels_is_refused_before_anything_is_asked(refused, four):
+def test_an_image_under_both_labels_is_refused_before_any_request(refused, four):
     shutil.copy(four / "real" / "001.jpg", four / "fake" / "x.jpg")
     refused("http://127.0.0.1:9", four, "fake/x.jpg and real/001.jpg", "both labels")
 
 
-def test_a_service_that_is_not_there_is_told_in_one_line(run):
+def test_an_unreachable_service_is_a_one_line_error(run):
     url = f"http://127.0.0.1:{free_port()}"
     assert_one_line_error(run(url=url), f"--url {url}", "cannot be reached", "refused")
 
@@ -332,53 +315,50 @@ def test_a_dead_proxy_is_named_with_its_variable_and_the_remedy(run):
     assert "proxy" not in result.stderr
 
 
-def test_a_proxy_that_answers_an_error_is_named(run):
+def test_a_proxy_that_returns_an_error_is_named(run):
     with Stub(lambda *_: (502, {}, b"<html>bad gateway</html>")) as stub:
         result = run(url="http://detector.test", HTTP_PROXY=stub.url)
-    assert_one_line_error(result, "GET /model answers 502", f"proxy {stub.url} of HTTP_PROXY")
+    assert_one_line_error(result, "GET /model returned 502", f"proxy {stub.url} of HTTP_PROXY")
 
 
 # ---- a service that misbehaves ----
 
 
-def test_a_busy_service_is_asked_again_after_the_time_that_it_names(here, four, monkeypatch):
-    waited = []
-    monkeypatch.setattr(golden.time, "sleep", waited.append)
+def by_path(verdict, model=MODEL):
+    """An `answer` for Stub: `model` for /model, else `verdict`, or what it returns for a number."""
 
     def answer(path, number):
-        return (
-            (503, {"Retry-After": str(2 * number)}, {"error": "busy"})
-            if number < 3
-            else MODEL
-            if path == "/model"
-            else REAL
-        )
+        if path == "/model":
+            return model
+        return verdict(number) if callable(verdict) else verdict
+
+    return answer
+
+
+def test_a_busy_service_is_tried_again_after_its_retry_after(here, four, monkeypatch):
+    waits = []
+    monkeypatch.setattr(golden.time, "sleep", waits.append)
+
+    def answer(path, number):
+        if number < 3:
+            return 503, {"Retry-After": str(2 * number)}, {"error": "busy"}
+        return by_path(REAL)(path, number)
 
     with Stub(answer) as stub:
         _, out, _ = here(stub.url, four)
-    assert waited == [2, 4, 2, 4] and rows(out)["v1"][:2] == (4, 0)
+    assert waits == [2, 4, 2, 4] and rows(out)["v1"][:2] == (4, 0)
 
 
-def test_a_service_that_stays_busy_is_given_up_after_five_tries_an_image(here, four):
-    with Stub(
-        lambda path, _: (
-            MODEL if path == "/model" else (503, {"Retry-After": "0"}, {"error": "busy"})
-        )
-    ) as stub:
+def test_a_busy_service_is_given_up_after_five_tries_an_image(here, four):
+    with Stub(by_path((503, {"Retry-After": "0"}, {"error": "busy"}))) as stub:
         code, out, err = here(stub.url, four)
     assert code == 1 and rows(out)["v1"][:2] == (0, 4) and len(stub.asked["/classify"]) == 20
     assert "503: busy" in err and "nan" not in out
 
 
-def test_a_connection_that_breaks_is_tried_again_and_costs_no_more_than_its_image(
-    here, four, monkeypatch
-):
+def test_a_broken_connection_is_tried_again_and_costs_only_its_image(here, four, monkeypatch):
     monkeypatch.setattr(golden, "RETRY_S", 0.01)
-    with Stub(
-        lambda path, number: (
-            MODEL if path == "/model" else None if number in (1, *range(3, 8)) else REAL
-        )
-    ) as stub:
+    with Stub(by_path(lambda number: None if number in (1, *range(3, 8)) else REAL)) as stub:
         code, out, err = here(stub.url, four)
     assert code == 1 and rows(out)["v1"][:2] == (3, 1) and "the connection broke" in err
 
@@ -394,12 +374,12 @@ def test_a_connection_that_breaks_is_tried_again_and_costs_no_more_than_its_imag
         ("²", golden.RETRY_S),
     ],
 )
-def test_how_long_it_waits(given, seconds):
+def test_the_wait_follows_retry_after_within_limits(given, seconds):
     assert golden.retry_after({"Retry-After": given}) == seconds
 
 
 @pytest.mark.parametrize(
-    "model, verdict, said",
+    "model, verdict, words",
     [
         ((200, {}, b"<html>"), REAL, ["GET /model", "names no model"]),
         ((200, {}, {"status": "ok"}), REAL, ["GET /model", "names no model"]),
@@ -435,9 +415,9 @@ def test_how_long_it_waits(given, seconds):
         "401 later",
     ],
 )
-def test_what_is_not_this_service_is_told_in_one_line(refused, four, model, verdict, said):
-    with Stub(lambda path, _: model if path == "/model" else verdict) as stub:
-        refused(stub.url, four, f"--url {stub.url}", *said)
+def test_another_service_is_a_one_line_error(refused, four, model, verdict, words):
+    with Stub(by_path(verdict, model)) as stub:
+        refused(stub.url, four, f"--url {stub.url}", *words)
 
 
 def test_a_redirect_is_not_followed_with_the_token(refused, four):
@@ -451,23 +431,18 @@ def test_a_redirect_is_not_followed_with_the_token(refused, four):
 
 def test_a_service_that_goes_away_during_the_run_ends_it(four, monkeypatch):
     monkeypatch.setattr(golden, "RETRY_S", 0.01)
-    with Stub(lambda path, _: MODEL if path == "/model" else REAL) as stub:
+    with Stub(by_path(REAL)) as stub:
         service = golden.Service(stub.url)
         service.model()
     with pytest.raises(UsageError, match="cannot be reached"):
         golden.run_through(service, golden.read_golden(four), "v1")
 
 
-def test_a_floor_that_chance_may_have_missed_is_said_to_be_so(here, four):
-    with Stub(
-        lambda path, _: (200, {}, {**MODEL[2], "golden_floor": 0.6}) if path == "/model" else REAL
-    ) as stub:
+def test_an_accuracy_below_the_floor_by_chance_is_marked(here, four):
+    with Stub(by_path(REAL, (200, {}, {**MODEL[2], "golden_floor": 0.6}))) as stub:
         code, _, err = here(stub.url, four)
-    assert (
-        code == 1
-        and "below the floor 0.600" in err
-        and "4 images are too few to rule out chance" in err
-    )
+    assert code == 1 and "below the floor 0.600" in err
+    assert "4 images are too few to rule out chance" in err
 
 
 # ---- the Pushgateway ----
@@ -479,85 +454,64 @@ def gateway(tmp_path_factory):
         yield url
 
 
-def test_the_figures_stand_at_the_gateway_and_an_old_version_s_are_replaced(
-    here, serve, gateway, service, folder, asked, tmp_path
+def test_the_pushed_figures_replace_those_of_an_older_version(
+    here, serve, gateway, service, folder, expected, tmp_path
 ):
     started = time.time()
     assert here(service.url, folder, "--pushgateway", gateway)[0] == 0
-    found, floor = (
-        pushed(gateway),
-        service.session.get(f"{service.url}/model", timeout=PATIENCE).json()["golden_floor"],
-    )
-    stamp = found.pop(("detector_golden_run_timestamp_seconds", "v1.0.0"))
-    accuracy = of_both(*(share(asked[label]) for label in CLASSES))["value"]
-    assert found == {
+    figures = pushed(gateway)
+    stamp = figures.pop(("detector_golden_run_timestamp_seconds", "v1.0.0"))
+    accuracy = of_both(*(share(expected[label]) for label in CLASSES))["value"]
+    assert figures == {
         ("detector_golden_accuracy", "v1.0.0"): pytest.approx(accuracy),
-        ("detector_golden_floor", "v1.0.0"): floor,
+        ("detector_golden_floor", "v1.0.0"): current(service)["golden_floor"],
         ("detector_golden_images", "v1.0.0"): 46,
         ("detector_golden_errors", "v1.0.0"): 0,
     }
     assert started <= stamp <= time.time()
 
     serve("worse")
-    shutil.copytree(folder, tmp_path / "more")
-    (tmp_path / "more" / "real" / "notes.txt").write_text("no image")
+    more, address = shutil.copytree(folder, tmp_path / "more"), gateway.removeprefix("http://")
+    (more / "real" / "notes.txt").write_text("no image")
+    assert here(service.url, more, "--pushgateway", address)[0] == 1
+    figures = pushed(gateway)
+    assert {version for _, version in figures} == {"v1.1.0"}
+    assert figures["detector_golden_errors", "v1.1.0"] == 1
     assert (
-        here(service.url, tmp_path / "more", "--pushgateway", gateway.removeprefix("http://"))[0]
-        == 1
+        figures["detector_golden_accuracy", "v1.1.0"] < figures["detector_golden_floor", "v1.1.0"]
     )
-    found = pushed(gateway)
-    assert {version for _, version in found} == {"v1.1.0"} and found[
-        "detector_golden_errors", "v1.1.0"
-    ] == 1
-    assert found["detector_golden_accuracy", "v1.1.0"] < found["detector_golden_floor", "v1.1.0"]
 
 
-def test_what_was_not_measured_is_not_pushed_as_0(here, four, gateway):
-    nothing = (200, {}, {**MODEL[2], "golden_floor": None})
-    with Stub(lambda path, _: nothing if path == "/model" else (422, {}, {"error": "x"})) as stub:
+def test_a_missing_figure_is_not_pushed_as_0(here, four, gateway):
+    without_floor = (200, {}, {**MODEL[2], "golden_floor": None})
+    with Stub(by_path((422, {}, {"error": "x"}), without_floor)) as stub:
         assert here(stub.url, four, "--pushgateway", gateway)[0] == 1
-    assert {name.removeprefix("detector_golden_") for name, _ in pushed(gateway)} == {
-        "images",
-        "errors",
-        "run_timestamp_seconds",
+    assert {name for name, _ in pushed(gateway)} == {
+        f"detector_golden_{name}" for name in ("images", "errors", "run_timestamp_seconds")
     }
 
 
 @pytest.mark.parametrize("gone", ["http://127.0.0.1:{}", "ftp://127.0.0.1:{}"])
-def test_a_gateway_that_is_not_there_is_told_after_the_result(run, four, gone):
+def test_an_unreachable_gateway_is_an_error_after_the_result(refused, four, capsys, gone):
     gone = gone.format(free_port())
-    with Stub(lambda path, _: MODEL if path == "/model" else REAL) as stub:
-        result = run("--pushgateway", gone, url=stub.url, data_dir=four)
-    assert_one_line_error(result, f"--pushgateway {gone}")
-    assert rows(result)["v1"][:2] == (4, 0)
+    with Stub(by_path(REAL)) as stub:
+        refused(stub.url, four, f"--pushgateway {gone}", flags=["--pushgateway", gone])
+    assert rows(capsys.readouterr().out)["v1"][:2] == (4, 0)
 
 
-def test_a_gateway_that_refuses_the_figures_is_told_in_one_line(run, four):
-    with Stub(lambda path, _: MODEL if path == "/model" else REAL) as stub:
-        assert_one_line_error(
-            run("--pushgateway", stub.url, url=stub.url, data_dir=four),
-            f"--pushgateway {stub.url}",
-            "501",
-        )
+def test_a_gateway_that_refuses_the_figures_is_a_one_line_error(refused, four):
+    with Stub(by_path(REAL)) as stub:
+        flags = ["--pushgateway", stub.url]
+        refused(stub.url, four, f"--pushgateway {stub.url}", "501", flags=flags)
 
 
-def test_it_imports_nothing_heavy():
-    heavy = (
-        "torch",
-        "sklearn",
-        "scipy",
-        "matplotlib",
-        "seaborn",
-        "openvino",
-        "flask",
-        "prometheus_client",
-        "requests",
-    )
+def test_the_command_imports_no_heavy_package():
+    heavy = "torch sklearn scipy matplotlib seaborn openvino flask prometheus_client requests"
     code = (
-        "import golden, sys; from detector.evaluation import golden; print([name for name in"
-        f" {heavy} if name in sys.modules])"
+        "import golden, sys; from detector.evaluation import golden;"
+        f" print([name for name in {heavy.split()} if name in sys.modules])"
     )
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
-    assert found.stdout.strip() == "[]", found.stderr
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,4 +1,4 @@
-"""Intervals of shares and of everything else: Wilson's, and bootstraps that draw whole groups."""
+"""Intervals: Wilson's of shares, and bootstraps that draw whole groups."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_wilsons_interval_is_the_published_one(k, n, low, high):
     assert wilson(k, n) == pytest.approx([low, high], abs=6e-5)
 
 
-def test_of_nothing_everything_is_possible():
+def test_a_share_of_no_images_has_the_interval_0_to_1():
     assert wilson(0, 0) == [0, 1]
     assert (
         share(np.zeros(0, bool))
@@ -47,7 +47,7 @@ def test_wilsons_interval_holds_the_share_and_stays_between_0_and_1(n):
 @pytest.mark.parametrize(
     "groups", [None, np.arange(40), np.arange(40).astype(str)], ids=["none", "numbers", "names"]
 )
-def test_a_share_of_images_that_are_groups_of_their_own_has_wilsons_interval(groups):
+def test_a_share_of_independent_images_has_wilsons_interval(groups):
     mask = np.arange(40) < 13
     assert share(mask, groups) == {"value": 13 / 40, "interval": wilson(13, 40), "n": 40}
 
@@ -68,22 +68,20 @@ def test_copies_of_one_picture_count_as_one(right, copies):
     assert copied["interval"] == pytest.approx(once, abs=0.004)
 
 
-def test_images_are_worth_at_most_their_number_and_at_least_their_groups_where_groups_differ_in_all():
+def test_the_effective_number_follows_how_much_groups_differ():
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(50), 10)
-    assert 250 < effective(rng.random(500) < 0.5, group) <= 500  # groups say nothing
+    assert 250 < effective(rng.random(500) < 0.5, group) <= 500  # groups do not matter
     assert effective(np.tile([True, False], 250), group) == 500  # exactly alike: no more than n
-    assert effective(np.repeat(rng.random(50) < 0.5, 10), group) < 50  # groups say everything
-    assert effective(np.ones(500, bool), group) == 50  # nothing to see: one a group
-    assert (
-        effective(np.tile([True, False, False], 2), np.zeros(6)) == 0
-    )  # one group: nothing is known
+    assert effective(np.repeat(rng.random(50) < 0.5, 10), group) < 50  # groups decide all
+    assert effective(np.ones(500, bool), group) == 50  # no variance: one a group
+    assert effective(np.tile([True, False, False], 2), np.zeros(6)) == 0  # one group: no variance
 
 
 # ---- intervals ----
 
 
-def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
+def test_the_interval_of_a_mean_has_its_theoretical_width():
     labels, p_fake = scored(400)
     losses = -np.log(np.where(labels == 1, p_fake, 1 - p_fake))
     variance = sum(losses[labels == i].var() / (labels == i).sum() for i in (0, 1)) / 4
@@ -96,9 +94,7 @@ def test_copies_within_groups_do_not_narrow_an_interval():
     labels, p_fake = scored(60)
     once = measured(labels, p_fake)
     copied = measure(np.repeat(labels, 5), np.repeat(p_fake, 5), 0.5, np.repeat(np.arange(60), 5))
-    alone = measured(
-        np.repeat(labels, 5), np.repeat(p_fake, 5)
-    )  # five times the images, so it seems
+    alone = measured(np.repeat(labels, 5), np.repeat(p_fake, 5))  # as if five times the images
     for name in DRAWN:
         assert copied[name]["interval"] == pytest.approx(once[name]["interval"], abs=1e-9)
     for name in ("auc", "balanced_accuracy", "accuracy_real", "accuracy_fake", "accuracy"):
@@ -125,19 +121,18 @@ def test_whole_groups_are_drawn():
 
 
 def test_resamples_of_one_class_are_left_out():
-    found = measured(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.4, 0.9]))
-    assert all(np.isfinite(found[name]["interval"]).all() for name in DRAWN)
-    found = measured(
-        np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, 0.9])
-    )  # all that are left agree
-    assert (found["tpr_at_1"]["interval"], found["fpr_at_95"]["interval"]) == (
+    result = measured(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.4, 0.9]))
+    assert all(np.isfinite(result[name]["interval"]).all() for name in DRAWN)
+    # All resamples that are left agree.
+    result = measured(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, 0.9]))
+    assert (result["tpr_at_1"]["interval"], result["fpr_at_95"]["interval"]) == (
         wilson(2, 2),
         wilson(0, 2),
     )
 
 
 def with_group_effect(seed, effect, gap=1.5, groups=5, images=20):
-    """Labels, probabilities and groups, five a class, each with a shift of its own."""
+    """Labels, probabilities and groups: five a class, each shifted by its own effect."""
     rng = np.random.default_rng(seed)
     labels, group = np.repeat([0, 1], groups * images), np.repeat(np.arange(2 * groups), images)
     z = (
@@ -149,7 +144,7 @@ def with_group_effect(seed, effect, gap=1.5, groups=5, images=20):
 
 
 @pytest.mark.parametrize("effect", [1.0, 0.5])
-def test_intervals_over_few_groups_hold_the_truth_where_those_over_images_do_not(effect):
+def test_intervals_over_few_groups_cover_the_truth_and_over_images_do_not(effect):
     gap, draws = 1.5, 80
     spread = np.sqrt(1 + effect**2)
     truth = {
@@ -157,15 +152,17 @@ def test_intervals_over_few_groups_hold_the_truth_where_those_over_images_do_not
         "balanced_accuracy": special.ndtr(gap / 2 / spread),
     }
     truth["accuracy_real"] = truth["balanced_accuracy"]
-    hits = {(how, name): 0 for how in ("groups", "images") for name in truth}
+    hits = {(unit, name): 0 for unit in ("groups", "images") for name in truth}
     for seed in range(draws):
         labels, p_fake, group = with_group_effect(seed, effect, gap)
-        for how, found in (
+        for unit, result in (
             ("groups", measure(labels, p_fake, 0.5, group)),
             ("images", measured(labels, p_fake)),
         ):
             for name, value in truth.items():
-                hits[how, name] += found[name]["interval"][0] <= value <= found[name]["interval"][1]
+                hits[unit, name] += (
+                    result[name]["interval"][0] <= value <= result[name]["interval"][1]
+                )
     for name in truth:
         assert hits["groups", name] >= 0.88 * draws and hits["images", name] < 0.8 * draws, hits
 
@@ -173,20 +170,20 @@ def test_intervals_over_few_groups_hold_the_truth_where_those_over_images_do_not
 def test_one_group_in_a_class_gives_no_interval():
     labels, p_fake = scored()
     groups = np.where(labels == 1, 0, np.arange(200) % 7 + 1)
-    found = measure(labels, p_fake, 0.5, groups)
+    result = measure(labels, p_fake, 0.5, groups)
     assert all(
-        found[name]["interval"] is None and found[name]["value"] is not None for name in DRAWN
+        result[name]["interval"] is None and result[name]["value"] is not None for name in DRAWN
     )
     assert auc(labels, p_fake, groups)["interval"] is None
     assert (
-        found["accuracy_fake"]["interval"] == [0, 1] and 0 < found["accuracy_real"]["interval"][0]
+        result["accuracy_fake"]["interval"] == [0, 1] and 0 < result["accuracy_real"]["interval"][0]
     )
 
 
 @pytest.mark.parametrize("real, fake", [(2, 9), (23, 5), (30, 30), (41, 58)])
 def test_a_perfect_ranking_is_no_certainty(real, fake):
     labels = np.repeat([0, 1], [real, fake])
-    found = measured(labels, np.linspace(0.01, 0.99, real + fake))
+    result = measured(labels, np.linspace(0.01, 0.99, real + fake))
     for name, value in (
         ("auc", 1),
         ("average_precision", 1),
@@ -194,9 +191,11 @@ def test_a_perfect_ranking_is_no_certainty(real, fake):
         ("tpr_at_5", 1),
         ("fpr_at_95", 0),
     ):
-        assert found[name]["value"] == value
-        assert found[name]["interval"] == wilson(value * min(real, fake), min(real, fake))
-    assert found["auc"] == auc(labels, np.linspace(0.01, 0.99, real + fake), np.arange(real + fake))
+        assert result[name]["value"] == value
+        assert result[name]["interval"] == wilson(value * min(real, fake), min(real, fake))
+    assert result["auc"] == auc(
+        labels, np.linspace(0.01, 0.99, real + fake), np.arange(real + fake)
+    )
     copies = measure(
         np.repeat([0, 1], 50), np.repeat([0.1, 0.9], 50), 0.5, np.repeat(np.arange(10), 10)
     )

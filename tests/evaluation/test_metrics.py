@@ -1,4 +1,4 @@
-"""Metrics, sources, calibration and abstention: held against scikit-learn's, closed forms and simulation."""
+"""Metrics, sources, calibration and abstention, compared with scikit-learn and simulation."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,10 @@ SHARES = ("accuracy", "accuracy_real", "accuracy_fake", "precision_real", "preci
 
 
 def scored(n=200, seed=0, levels=None, fakes=0.4):
-    """Labels and probabilities that lean the right way; `levels`: rounded to so many, so that many tie."""
+    """Labels and probabilities that are right more often than not.
+
+    `levels`: round the probabilities to this number of steps, so that many are equal.
+    """
     rng = np.random.default_rng(seed)
     labels = (rng.random(n) < fakes).astype(int)
     p_fake = rng.beta(2 + 2 * labels, 4 - 2 * labels)
@@ -54,14 +57,14 @@ def even(labels):
 
 
 def expected_metrics(labels, p_fake, threshold):
-    """What scikit-learn says, both classes weighed evenly where their numbers matter."""
+    """The metrics by scikit-learn, with even weights where the numbers of both classes matter."""
     answered, weight = (p_fake >= threshold).astype(int), even(labels)
     fpr, tpr, _ = reference.roc_curve(labels, p_fake, drop_intermediate=False)
     down, tenth = np.sort(p_fake)[::-1], np.arange(metrics.BINS) * len(labels) // metrics.BINS
     tops = np.unique(down[tenth])[::-1]  # of ten equal bins; equal probabilities stay in one
     bins = [
         np.flatnonzero((p_fake <= top) & (p_fake > below))
-        for top, below in zip(tops, [*tops[1:], -1])
+        for top, below in zip(tops, [*tops[1:], -1], strict=True)
     ]
     return {
         "accuracy": reference.accuracy_score(labels, answered),
@@ -114,7 +117,7 @@ def test_auc_is_scikit_learns_also_with_ties(seed):
         )
 
 
-def test_the_number_of_images_of_a_class_moves_nothing_that_weighs_them_evenly():
+def test_more_images_of_a_class_do_not_change_metrics_at_even_weights():
     labels, p_fake = scored()
     more = np.concatenate([np.arange(200), np.tile(np.flatnonzero(labels == 0), 4)])
     once, again = measured(labels, p_fake), measured(labels[more], p_fake[more])
@@ -123,9 +126,9 @@ def test_the_number_of_images_of_a_class_moves_nothing_that_weighs_them_evenly()
     assert again["precision_fake"]["value"] < once["precision_fake"]["value"]
 
 
-def test_every_metric_lies_in_its_interval_and_says_how_many_images_it_rests_on():
+def test_every_metric_states_its_number_of_images():
     labels, p_fake = scored()
-    found = measured(labels, p_fake)
+    result = measured(labels, p_fake)
     answered = p_fake >= 0.5
     n = {
         **dict.fromkeys([*METRICS, "accuracy"], 200),
@@ -134,32 +137,36 @@ def test_every_metric_lies_in_its_interval_and_says_how_many_images_it_rests_on(
         "accuracy_real": (labels == 0).sum(),
         "accuracy_fake": (labels == 1).sum(),
     }
-    assert {name: found[name]["n"] for name in n} == n
+    assert {name: result[name]["n"] for name in n} == n
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_intervals_hold_their_values_also_where_the_bootstrap_leans_away(size):
+def test_intervals_hold_their_values_where_the_bootstrap_is_biased(size):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         p_fake = rng.random(400)  # perfectly calibrated: errors in resamples are larger
-        found = measure((rng.random(400) < p_fake).astype(int), p_fake, 0.5, np.arange(400) // size)
+        result = measure(
+            (rng.random(400) < p_fake).astype(int), p_fake, 0.5, np.arange(400) // size
+        )
         for name in METRICS:
-            low, high = found[name]["interval"]
-            assert 0 <= low <= found[name]["value"] <= high, name
+            low, high = result[name]["interval"]
+            assert 0 <= low <= result[name]["value"] <= high, name
             assert high <= 1 or name == "log_loss"
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_a_test_set_of_one_class_has_its_own_share_and_no_more(label):
-    found = measured(np.full(20, label), np.linspace(0.1, 0.9, 20))
+def test_a_test_set_of_one_class_has_only_the_accuracy_of_the_class(label):
+    result = measured(np.full(20, label), np.linspace(0.1, 0.9, 20))
     own, other = (("real", "fake"), ("fake", "real"))[label]
-    assert found[f"accuracy_{own}"]["value"] == 0.5 and found[f"accuracy_{other}"]["value"] is None
+    assert (
+        result[f"accuracy_{own}"]["value"] == 0.5 and result[f"accuracy_{other}"]["value"] is None
+    )
     assert all(
-        found[name] == {"value": None, "interval": None, "n": 20}
+        result[name] == {"value": None, "interval": None, "n": 20}
         for name in (*DRAWN, "balanced_accuracy")
     )
     assert (
-        base_rates(found) == {}
+        base_rates(result) == {}
         and calibration(np.full(20, label), np.full(20, 0.3), np.arange(20)) is None
     )
 
@@ -171,12 +178,12 @@ def of(right, n):
     return share(np.arange(n) < right)
 
 
-def test_balanced_accuracy_is_the_mean_of_both_shares_with_the_interval_that_they_give():
+def test_balanced_accuracy_is_the_mean_of_both_with_a_combined_interval():
     real, fake = of(80, 100), of(30, 50)
-    found = of_both(real, fake)
-    assert (found["value"], found["n"]) == (pytest.approx(0.7), 150)
+    result = of_both(real, fake)
+    assert (result["value"], result["n"]) == (pytest.approx(0.7), 150)
     theory = 1.96 * np.sqrt(0.8 * 0.2 / 100 + 0.6 * 0.4 / 50) / 2
-    assert found["interval"] == pytest.approx([0.7 - theory, 0.7 + theory], abs=0.01)
+    assert result["interval"] == pytest.approx([0.7 - theory, 0.7 + theory], abs=0.01)
     assert of_both(of(20, 20), of(20, 20))["interval"] == [
         pytest.approx(1 - (1 - wilson(20, 20)[0]) / np.sqrt(2)),
         1,
@@ -184,19 +191,19 @@ def test_balanced_accuracy_is_the_mean_of_both_shares_with_the_interval_that_the
     assert of_both(of(0, 0), fake) == {"value": None, "interval": None, "n": 50}
 
 
-def test_of_the_alarms_where_one_image_in_a_hundred_is_fake_a_quarter_is_right_at_three_percent_false_ones():
-    found = base_rates({"accuracy_real": of(97, 100), "accuracy_fake": of(100, 100), "n": 200})
-    assert list(found) == ["0.01", "0.1", "0.5"] and {row["n"] for row in found.values()} == {200}
-    assert [found[share]["value"] for share in found] == pytest.approx(
+def test_at_1_percent_fakes_and_3_percent_false_positives_a_quarter_is_right():
+    result = base_rates({"accuracy_real": of(97, 100), "accuracy_fake": of(100, 100), "n": 200})
+    assert list(result) == ["0.01", "0.1", "0.5"] and {row["n"] for row in result.values()} == {200}
+    assert [result[share]["value"] for share in result] == pytest.approx(
         [1 / (1 + 99 * 0.03), 1 / (1 + 9 * 0.03), 1 / 1.03]
     )
-    low, high = found["0.01"]["interval"]
+    low, high = result["0.01"]["interval"]
     worst, best = wilson(97, 100)
     assert low == pytest.approx(wilson(100, 100)[0] / (wilson(100, 100)[0] + 99 * (1 - worst)))
     assert high == pytest.approx(1 / (1 + 99 * (1 - best)))
 
 
-def test_without_alarms_none_is_right():
+def test_without_alarms_there_is_no_precision():
     assert (
         base_rates({"accuracy_real": of(9, 9), "accuracy_fake": of(0, 9), "n": 18})["0.5"]["value"]
         is None
@@ -207,13 +214,13 @@ def test_without_alarms_none_is_right():
 
 
 def three_sources():
-    """'camera' has reals alone, 'generator' fakes alone, 'mixed' both."""
+    """'camera' has only reals, 'generator' only fakes, 'mixed' both."""
     labels, p_fake = scored(300, fakes=0.5)
     sources = np.where(np.arange(300) < 60, "mixed", np.where(labels == 0, "camera", "generator"))
     return labels, p_fake, sources
 
 
-def test_a_source_of_one_class_is_paired_with_all_of_the_other_and_says_so():
+def test_a_source_of_one_class_is_paired_with_all_images_of_the_other():
     labels, p_fake, sources = three_sources()
     rows = {
         row["source"]: row
@@ -240,11 +247,10 @@ def test_a_source_of_one_class_is_paired_with_all_of_the_other_and_says_so():
     assert all(row["known"] for row in by_source(labels, p_fake, 0.5, sources, np.arange(300)))
 
 
-def test_sources_are_listed_worst_first_and_of_equals_the_larger_first():
+def test_sources_are_listed_worst_first_then_largest_first():
     sources = np.repeat(["a", "b", "c"], [10, 10, 20])
-    p_fake = np.where(
-        np.arange(40) < np.repeat([1, 18, 36], [10, 10, 20]), 0.9, 0.1
-    )  # wrong: 1, 8 and 16 of them
+    # 1, 8 and 16 of them are wrong.
+    p_fake = np.where(np.arange(40) < np.repeat([1, 18, 36], [10, 10, 20]), 0.9, 0.1)
     rows = by_source(np.zeros(40, int), p_fake, 0.5, sources, np.arange(40))
     assert [(row["source"], row["own"]["value"]) for row in rows] == [
         ("c", 0.2),
@@ -263,10 +269,10 @@ def test_a_source_of_copies_of_few_pictures_has_a_wide_interval():
     assert apart["value"] == copied["value"] and width(copied) > 1.5 * width(apart)
 
 
-def test_over_sources_the_worst_is_the_lowest_share_and_the_highest_error():
+def test_the_worst_source_has_the_lowest_share_or_the_highest_error():
     labels, p_fake, sources = three_sources()
     rows = by_source(labels, p_fake, 0.5, sources, np.arange(300))
-    found = over_sources(rows)
+    result = over_sources(rows)
     for name, (_, higher) in METRICS.items():
         have = [
             row
@@ -280,28 +286,28 @@ def test_over_sources_the_worst_is_the_lowest_share_and_the_highest_error():
         ]  # pools are no sources
         values = [row[name]["value"] for row in have]
         worst = have[np.argmin(values) if higher else np.argmax(values)]
-        assert (found[name]["worst"], found[name]["worst_source"]) == (
+        assert (result[name]["worst"], result[name]["worst_source"]) == (
             (min if higher else max)(values),
             worst["source"],
         )
-        assert found[name]["worst_interval"] == worst[name]["interval"]
-        assert (found[name]["n"], found[name]["mean"]) == (
+        assert result[name]["worst_interval"] == worst[name]["interval"]
+        assert (result[name]["n"], result[name]["mean"]) == (
             len(have),
             pytest.approx(np.mean(values)),
         )
-        assert found[name]["deviation"] == pytest.approx(np.std(values, ddof=1))
+        assert result[name]["deviation"] == pytest.approx(np.std(values, ddof=1))
         if name.startswith("accuracy"):
             t = np.clip(
                 stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)), 0, 1
             )
-            assert found[name]["interval"] == pytest.approx(t, abs=1e-6)
+            assert result[name]["interval"] == pytest.approx(t, abs=1e-6)
         else:  # paired with one pool, whose errors they share
-            assert found[name]["interval"] is None
+            assert result[name]["interval"] is None
 
 
-def test_over_one_source_there_is_no_spread_and_over_none_nothing():
+def test_one_source_has_no_deviation_and_no_source_no_summary():
     labels, p_fake, sources = three_sources()
-    found = over_sources(
+    result = over_sources(
         [
             row
             for row in by_source(labels, p_fake, 0.5, sources, np.arange(300))
@@ -309,8 +315,8 @@ def test_over_one_source_there_is_no_spread_and_over_none_nothing():
         ]
     )
     assert (
-        found["auc"]["deviation"] is found["auc"]["interval"] is None
-        and found["auc"]["mean"] == found["auc"]["worst"]
+        result["auc"]["deviation"] is result["auc"]["interval"] is None
+        and result["auc"]["mean"] == result["auc"]["worst"]
     )
     assert over_sources([]) == {}
 
@@ -319,7 +325,10 @@ def test_over_one_source_there_is_no_spread_and_over_none_nothing():
 
 
 def calibrated(seed, n=600, fakes=0.5, sure=1.0):
-    """Labels and probabilities that are true at equal shares of both classes; `sure`: what their logits are multiplied by."""
+    """Labels and probabilities that are calibrated at equal shares of both classes.
+
+    `sure`: a factor of their logits.
+    """
     rng = np.random.default_rng(seed)
     z = rng.normal(scale=1.5, size=20 * n)
     labels = (rng.random(len(z)) < special.expit(z)).astype(int)
@@ -352,26 +361,26 @@ def test_the_slope_is_that_of_an_unregularised_logistic_regression(few_resamples
 
 
 @pytest.mark.parametrize("fakes", [0.5, 0.2])
-def test_a_calibrated_model_stays_below_the_stated_error_and_one_too_sure_does_not(
+def test_a_calibrated_model_stays_below_expected_95_and_an_overconfident_does_not(
     few_resamples, fakes
 ):
     good = [calibration(*calibrated(seed, fakes=fakes), np.arange(600)) for seed in range(12)]
     sure = [
         calibration(*calibrated(seed, fakes=fakes, sure=2), np.arange(600)) for seed in range(4)
     ]
-    assert sum(found["error"] <= found["expected_95"] for found in good) >= 10
+    assert sum(result["error"] <= result["expected_95"] for result in good) >= 10
     assert (
-        sum(found["slope"]["interval"][0] <= 1 <= found["slope"]["interval"][1] for found in good)
+        sum(
+            result["slope"]["interval"][0] <= 1 <= result["slope"]["interval"][1] for result in good
+        )
         >= 10
     )
-    assert all(found["error"] > found["expected_95"] for found in sure)
-    assert all(found["slope"]["interval"][1] < 1 for found in sure)
+    assert all(result["error"] > result["expected_95"] for result in sure)
+    assert all(result["slope"]["interval"][1] < 1 for result in sure)
 
 
 @pytest.mark.parametrize("fakes", [0.5, 0.05])
-def test_the_stated_error_is_the_one_that_calibrated_models_stay_below_in_95_of_100_draws(
-    few_resamples, fakes
-):
+def test_calibrated_models_stay_below_expected_95_in_95_of_100_draws(few_resamples, fakes):
     def error(labels, p_fake):
         order = np.argsort(-p_fake)
         return metrics.drawn_metrics(labels[order], p_fake[order], np.ones((1, 600)))[
@@ -388,20 +397,20 @@ def test_the_stated_error_is_the_one_that_calibrated_models_stay_below_in_95_of_
     assert 0.93 < stated / true < 1.15
 
 
-def test_a_ranking_without_overlap_has_no_slope():
-    found = calibration(np.repeat([0, 1], 20), np.linspace(0.1, 0.9, 40), np.arange(40))
-    assert found["slope"] == {"value": None, "interval": None, "n": 40} and found["error"] > 0
+def test_classes_without_overlap_have_no_slope():
+    result = calibration(np.repeat([0, 1], 20), np.linspace(0.1, 0.9, 40), np.arange(40))
+    assert result["slope"] == {"value": None, "interval": None, "n": 40} and result["error"] > 0
 
 
 # ---- abstention ----
 
 
-def test_between_the_ends_of_the_band_there_is_no_verdict_and_no_error():
+def test_inside_the_band_there_is_no_verdict_and_no_error():
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     p_fake = np.array([0.1, 0.3, 0.5, 0.9, 0.1, 0.3, 0.7, 0.9])
-    found = abstention(labels, p_fake, 0.5, [0.3, 0.7], np.arange(8))
-    assert found["band"] == [0.3, 0.7]
-    assert {name: (m["value"], m["n"]) for name, m in found.items() if name != "band"} == {
+    result = abstention(labels, p_fake, 0.5, [0.3, 0.7], np.arange(8))
+    assert result["band"] == [0.3, 0.7]
+    assert {name: (m["value"], m["n"]) for name, m in result.items() if name != "band"} == {
         "answered": (0.5, 8),
         "accuracy_answered": (0.5, 4),
         "coverage_real": (0.75, 4),
@@ -413,18 +422,19 @@ def test_the_band_keeps_its_stated_rate_of_errors_on_new_images():
     held = {"real": [], "fake": []}
     for seed in range(40):
         (labels, p_fake), (new_labels, new) = scored(300, seed), scored(300, seed + 100)
-        found = abstention(
+        result = abstention(
             new_labels, new, 0.5, choose_band(p_fake, labels, 0.5, 0.1).tolist(), np.arange(300)
         )
         for name in held:
-            held[name].append(found[f"coverage_{name}"]["value"])
+            held[name].append(result[f"coverage_{name}"]["value"])
     assert 0.89 < np.mean(held["real"]) < 0.96 and 0.89 < np.mean(held["fake"]) < 0.96
 
 
-def test_risk_falls_to_the_surest_images_and_ends_at_the_error_rate_of_all():
+def test_risk_starts_at_the_surest_images_and_ends_at_the_error_rate():
     labels, p_fake = np.array([1, 0, 0, 1]), np.array([0.99, 0.02, 0.7, 0.4])
     assert risk_coverage(labels, p_fake, 0.5) == ([0.25, 0.5, 0.75, 1], [0, 0, 0.3333, 0.5])
-    # Sure is far from the threshold: at 0.9 the answers to 0.7 and to 0.4 are 'real', and 0.99 is the least sure of all.
+    # Sure means far from the threshold. At 0.9, both 0.7 and 0.4 are 'real', and 0.99 is the least
+    # sure.
     assert risk_coverage(labels, p_fake, 0.9) == ([0.25, 0.5, 0.75, 1], [0, 0.5, 0.3333, 0.25])
     coverage, risk = risk_coverage(*scored(1000), 0.3)
     wrong = 1 - measured(*scored(1000), 0.3)["accuracy"]["value"]
@@ -443,7 +453,7 @@ def recorded(value, low, high):
     return {name: {"value": value, "interval": [low, high]} for name in METRICS}
 
 
-def test_a_metric_that_left_its_interval_is_better_or_worse_by_its_own_direction():
+def test_a_metric_outside_its_interval_is_better_or_worse_by_its_direction():
     before = recorded(0.5, 0.4, 0.6)
     up = {row[0]: row[4] for row in left_interval(recorded(0.7, 0, 1), before)}
     down = {row[0]: row[4] for row in left_interval(recorded(0.3, 0, 1), before)}
@@ -458,7 +468,7 @@ def test_a_metric_that_left_its_interval_is_better_or_worse_by_its_own_direction
 
 
 @pytest.mark.parametrize("now", [0.4, 0.5, 0.6, None])
-def test_what_lies_in_its_interval_or_has_none_has_not_left_it(now):
+def test_a_metric_in_its_interval_or_without_one_is_not_listed(now):
     assert left_interval(recorded(now, 0, 1), recorded(0.5, 0.4, 0.6)) == []
     assert (
         left_interval(
@@ -468,12 +478,12 @@ def test_what_lies_in_its_interval_or_has_none_has_not_left_it(now):
     )
 
 
-def test_the_same_images_again_leave_no_interval():
+def test_the_same_metrics_again_leave_no_interval():
     for seed in range(10):
         rng = np.random.default_rng(seed)
         p_fake = rng.random(300)
-        found = measured((rng.random(300) < p_fake).astype(int), p_fake)
-        assert left_interval(found, found) == []
+        result = measured((rng.random(300) < p_fake).astype(int), p_fake)
+        assert left_interval(result, result) == []
 
 
 def test_the_calibration_error_does_not_depend_on_the_order_of_equal_probabilities():

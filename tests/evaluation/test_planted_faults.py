@@ -1,5 +1,4 @@
-"""The benchmark that audits the auditor, on a few hundred crops of installed photographs: planted faults are found, and
-the lines that name them are not there before."""
+"""benchmarks/planted_faults.py: the audit names planted faults, and does not name them before."""
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def drawn(control):
 
 
 @pytest.mark.parametrize("name", planted_faults.DATA_FAULTS)
-def test_a_fault_planted_into_a_fifth_of_the_images_is_named_and_was_not_before(drawn, name):
+def test_a_fault_in_a_fifth_of_the_images_is_named_and_was_not_before(drawn, name):
     plant, expected = planted_faults.DATA_FAULTS[name]
     with threadpool_limits(1):
         before, after = (
@@ -44,7 +43,7 @@ def test_a_fault_planted_into_a_fifth_of_the_images_is_named_and_was_not_before(
     assert named and not set(named) & set(before), (before, after)
 
 
-def test_the_control_betrays_nothing_by_its_files(drawn):
+def test_the_files_of_the_control_give_nothing_away(drawn):
     facts = drawn["facts"]
     assert {
         name: len(np.unique(facts[name])) for name in ("width", "height", "format", "quant_hash")
@@ -53,7 +52,7 @@ def test_the_control_betrays_nothing_by_its_files(drawn):
         assert [line for line in planted_faults.lines_of(drawn) if line.startswith("files ")] == []
 
 
-def test_a_source_whose_labels_are_swapped_is_named_and_no_other(control):
+def test_only_the_source_with_swapped_labels_is_named(control):
     columns, source, part = planted_faults.swap(
         planted_faults.strong(control), 0.2, np.random.default_rng(0), 36
     )
@@ -62,7 +61,7 @@ def test_a_source_whose_labels_are_swapped_is_named_and_no_other(control):
     assert part == pytest.approx(0.2, abs=0.02)
 
 
-def test_twice_the_bytes_are_the_same_pixels(drawn):
+def test_padding_doubles_the_bytes_and_keeps_the_pixels(drawn):
     data = drawn["data"][0]
     padded = planted_faults.twice_the_bytes(data)
     same = [decode_image(d).tobytes() for d in (data, padded)]

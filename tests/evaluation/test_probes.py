@@ -1,4 +1,4 @@
-"""What gives labels away without a detector: probes on file facts, telling values, labels and sources that look wrong."""
+"""Probes on file facts, telling values, and labels and sources that look wrong."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ NO_SPLIT = np.full(200, "")
 
 
 def make_facts(n=200, seed=0):
-    """Facts that say nothing of any label: every one random."""
+    """Random facts that give no label away."""
     rng, facts = np.random.default_rng(seed), np.zeros(n, FACTS)
     facts["width"], facts["height"] = 7 * rng.integers(30, 200, (2, n))
     facts["density"] = rng.uniform(0.1, 0.6, n)
@@ -43,7 +43,7 @@ def half(n=200):
 
 
 def probed(facts, labels, groups=None, splits=NO_SPLIT, thumb=None):
-    """`probe_all` by name; without pictures to look at."""
+    """The rows of `probe_all` by name, with blank thumbnails by default."""
     thumb = np.zeros((len(labels), 64), np.uint8) if thumb is None else thumb
     rows = probe_all(
         facts, thumb, labels, np.arange(len(labels)) if groups is None else groups, splits
@@ -61,13 +61,11 @@ def larger(facts, fake):
 
 
 def square(facts, fake):
-    """Reals upright or lying: no threshold on the ratio tells them apart."""
+    """Reals are upright or lying: no threshold on the ratio separates them from squares."""
     facts["height"][fake] = facts["width"][fake]
     tall = ~fake & (np.arange(len(facts)) % 2 == 0)
-    facts["height"][tall], facts["height"][~fake & ~tall] = (
-        2 * facts["width"][tall],
-        facts["width"][~fake & ~tall] // 2,
-    )
+    facts["height"][tall] = 2 * facts["width"][tall]
+    facts["height"][~fake & ~tall] = facts["width"][~fake & ~tall] // 2
 
 
 def of_64(facts, fake):
@@ -95,8 +93,8 @@ def times(name, factor):
 
 
 RAW, PER_PICTURE = "bytes per pixel", "bytes per pixel for what is in the picture"
-BETRAYALS = {
-    # what is planted into the fakes: (how, the probes that must find it, probes that may come along)
+PLANTS = {
+    # what is planted into the fakes: (the change, the probes that must report it, those that may)
     "nothing": (lambda facts, fake: None, set(), set()),
     "larger": (larger, {"pixels"}, set()),
     "square among oblongs": (
@@ -118,41 +116,37 @@ BETRAYALS = {
 }
 
 
-@pytest.mark.parametrize("plant, told, may", BETRAYALS.values(), ids=BETRAYALS)
-def test_a_fact_that_betrays_the_label_is_found_and_no_other(plant, told, may, monkeypatch):
+@pytest.mark.parametrize("plant, expected, may", PLANTS.values(), ids=PLANTS)
+def test_only_the_probes_of_the_planted_facts_separate_the_labels(
+    plant, expected, may, monkeypatch
+):
     monkeypatch.setattr(probes, "FOLDS", 3)  # quicker
     facts, labels = make_facts(), half()
     plant(facts, labels == 1)
     rows = probed(facts, labels)
-    found = {what for what, row in rows.items() if row["auc"]["interval"][0] >= 0.6}
-    assert found - {"all file facts"} - may == told - may and ("all file facts" in found) == bool(
-        told
-    )
-    assert all(rows[what]["auc"]["value"] > 0.8 for what in told)
-    assert rows["8x8 thumbnail"]["auc"]["value"] == pytest.approx(0.5, abs=0.02) and all(
-        row["on_test"] is None for row in rows.values()
-    )
+    separate = {what for what, row in rows.items() if row["auc"]["interval"][0] >= 0.6}
+    assert separate - {"all file facts"} - may == expected - may
+    assert ("all file facts" in separate) == bool(expected)
+    assert all(rows[what]["auc"]["value"] > 0.8 for what in expected)
+    assert rows["8x8 thumbnail"]["auc"]["value"] == pytest.approx(0.5, abs=0.02)
+    assert all(row["on_test"] is None for row in rows.values())
 
 
-def test_a_picture_that_betrays_the_label_is_found_and_constant_facts_are_no_probes_of_their_own():
+def test_thumbnails_that_separate_the_labels_are_found_and_constant_facts_are_no_probes():
     labels, rng = half(), np.random.default_rng(0)
     thumb = (rng.integers(0, 120, (200, 64)) + 60 * labels[:, None]).astype(np.uint8)
     rows = probed(np.repeat(make_facts(1), 200), labels, thumb=thumb)
     assert rows.keys() == {"all file facts", "8x8 thumbnail"}
-    assert (
-        rows["8x8 thumbnail"]["auc"]["value"] > 0.95
-        and rows["all file facts"]["auc"]["value"] == 0.5
-    )
+    assert rows["8x8 thumbnail"]["auc"]["value"] > 0.95
+    assert rows["all file facts"]["auc"]["value"] == 0.5
 
 
 @pytest.mark.long
-def test_no_group_is_on_both_sides_so_that_what_only_names_it_betrays_nothing():
-    """400 images of 80 groups: each group has one size, at random; who has seen a group knows its label by that."""
+def test_no_group_is_on_both_sides_so_that_its_mark_gives_nothing_away():
+    """400 images of 80 groups: each group has a random size, which identifies it."""
     group = np.repeat(np.arange(80), 5)
-    facts, labels = (
-        np.repeat(make_facts(80), 5),
-        (np.random.default_rng(1).permutation(80) % 2)[group],
-    )
+    facts = np.repeat(make_facts(80), 5)
+    labels = (np.random.default_rng(1).permutation(80) % 2)[group]
     apart, mixed = (
         probed(facts, labels, groups, np.full(400, "")) for groups in (group, np.arange(400))
     )
@@ -167,7 +161,7 @@ def test_no_group_is_on_both_sides_so_that_what_only_names_it_betrays_nothing():
     assert abs(roc_auc_score(labels, linear_scores(features, labels, group)) - 0.5) < 0.15
 
 
-def test_each_row_is_scored_once_by_what_has_not_seen_its_group():
+def test_each_row_is_scored_once_by_a_classifier_not_trained_on_its_group():
     rng = np.random.default_rng(0)
     labels, groups = half(), rng.integers(0, 40, 200)
     seen = []
@@ -188,28 +182,24 @@ def test_each_row_is_scored_once_by_what_has_not_seen_its_group():
 def test_a_class_of_one_group_cannot_be_cross_validated():
     labels = half()
     groups = np.where(labels == 1, 0, np.arange(200))
-    assert (
-        fold_rows(labels, groups) == []
-        and cross_validated(boosted, np.zeros((200, 1)), labels, groups) is None
-    )
+    assert fold_rows(labels, groups) == []
+    assert cross_validated(boosted, np.zeros((200, 1)), labels, groups) is None
     rows = probed(make_facts(), labels, groups)
     assert rows and all(row["auc"] is None for row in rows.values())
 
 
 @pytest.mark.long
-def test_what_is_learnt_on_train_is_tried_on_test():
+def test_a_probe_trained_on_train_is_tested_on_test():
     """The fakes of train are PNG, those of test are not."""
     facts, labels, splits = make_facts(), half(), np.tile(["train", "test"], 100)
     facts["format"] = np.where((labels == 1) & (splits == "train"), "PNG", "JPEG")
     rows = probed(facts, labels, splits=splits)
-    found = rows["format"]
+    result = rows["format"]
+    assert abs(rows["pixels"]["on_test"]["value"] - 0.5) < 0.15  # sizes of test are unseen
     assert (
-        abs(rows["pixels"]["on_test"]["value"] - 0.5) < 0.15
-    )  # sizes say nothing to who has not seen those of test
-    assert (
-        found["on_test"]["value"] == 0.5
-        and found["on_test"]["n"] == 100
-        and found["auc"]["value"] > 0.65
+        result["on_test"]["value"] == 0.5
+        and result["on_test"]["n"] == 100
+        and result["auc"]["value"] > 0.65
     )
     facts["format"] = np.where(labels == 1, "PNG", "JPEG")
     assert probed(facts, labels, splits=splits)["format"]["on_test"]["value"] == 1
@@ -218,26 +208,26 @@ def test_what_is_learnt_on_train_is_tried_on_test():
 @pytest.mark.parametrize(
     "reals, probed_at_all", [(probes.MIN_IMAGES - 1, False), (probes.MIN_IMAGES, True)]
 )
-def test_too_few_images_of_a_class_are_not_probed(reals, probed_at_all):
+def test_a_class_of_too_few_images_has_no_probes(reals, probed_at_all):
     labels = np.repeat([0, 1], [reals, 200 - reals])
     assert bool(probed(make_facts(), labels)) == probed_at_all
 
 
-def test_the_probes_beside_a_detector_learn_from_its_training_rows_alone():
+def test_the_probes_beside_a_detector_are_trained_on_its_training_rows_alone():
     facts, labels, rng = make_facts(), half(), np.random.default_rng(0)
     larger(facts, labels == 1)
     train, test = np.split(rng.permutation(200), [120])
-    thumb, lie = rng.integers(0, 255, (200, 64)), labels.copy()
-    lie[test] = 1 - lie[test]
-    found, same = (probe_scores(facts, thumb, y, train, test) for y in (labels, lie))
+    thumb, inverted = rng.integers(0, 255, (200, 64)), labels.copy()
+    inverted[test] = 1 - inverted[test]
+    result, same = (probe_scores(facts, thumb, y, train, test) for y in (labels, inverted))
     assert (
-        list(found) == ["all file facts", "8x8 thumbnail"]
-        and roc_auc_score(labels[test], found["all file facts"]) > 0.9
+        list(result) == ["all file facts", "8x8 thumbnail"]
+        and roc_auc_score(labels[test], result["all file facts"]) > 0.9
     )
-    assert all((found[what] == same[what]).all() for what in found)
+    assert all((result[what] == same[what]).all() for what in result)
 
 
-def test_facts_become_finite_numbers_and_ranks_tell_how_frequent_a_value_is():
+def test_facts_become_finite_numbers_and_values_get_ranks_by_frequency():
     assert all(
         np.isfinite(values).all() and values.dtype == float
         for values in numbers_of(make_facts()).values()
@@ -249,24 +239,24 @@ def test_facts_become_finite_numbers_and_ranks_tell_how_frequent_a_value_is():
 # ---- detector and leak ----
 
 
-def test_the_detector_is_held_against_the_best_leak():
+def test_the_detector_is_compared_with_the_best_leak():
     labels, rng = half(), np.random.default_rng(0)
     scores = {gap: rng.normal(size=200) + gap * labels for gap in (0.2, 1, 3)}
     for detector, sign in ((3, 1), (0.2, -1)):
-        found = detector_minus_leak(
+        result = detector_minus_leak(
             scores[detector],
             {"weak": rng.normal(size=200), "strong": scores[1]},
             labels,
             np.arange(200),
         )
-        assert found["what"] == "strong" and found["difference"]["n"] == 200
-        assert (found["detector"], found["leak"]) == pytest.approx(
+        assert result["what"] == "strong" and result["difference"]["n"] == 200
+        assert (result["detector"], result["leak"]) == pytest.approx(
             [roc_auc_score(labels, scores[gap]) for gap in (detector, 1)]
         )
-        assert found["difference"]["value"] == found["detector"] - found["leak"]
-        low, high = found["difference"]["interval"]
+        assert result["difference"]["value"] == result["detector"] - result["leak"]
+        low, high = result["difference"]["interval"]
         assert (
-            -1 <= low < found["difference"]["value"] < high <= 1
+            -1 <= low < result["difference"]["value"] < high <= 1
             and min(sign * low, sign * high) > 0
         )
     assert (
@@ -276,14 +266,14 @@ def test_the_detector_is_held_against_the_best_leak():
 
 
 def test_detector_and_leak_are_compared_in_pairs():
-    """Nearly the same ranking: its own interval is wide, that of the difference is not."""
+    """Two rankings nearly agree: the interval of their difference is narrow."""
     labels, rng = half(), np.random.default_rng(0)
     scores = rng.normal(size=200) + labels
-    found = detector_minus_leak(
+    result = detector_minus_leak(
         scores + 0.02 * rng.normal(size=200), {"leak": scores}, labels, np.arange(200)
     )["difference"]
     low, high = metrics.auc(labels, scores, np.arange(200))["interval"]
-    assert found["interval"][1] - found["interval"][0] < (high - low) / 10
+    assert result["interval"][1] - result["interval"][0] < (high - low) / 10
     assert detector_minus_leak(scores, {"leak": scores}, labels, np.arange(200))["difference"][
         "interval"
     ] == [0, 0]
@@ -301,7 +291,7 @@ def of_one_size(facts, mask):
 
 
 TELLING = {
-    # what is told: (what is planted, into every which image of one class)
+    # what is reported: (the change, n: planted into every n-th image of one class)
     "PNG files": (set_to("format", "PNG"), 4),
     "files of 1024x768 pixels": (of_one_size, 5),
     "files with both sides multiples of 64": (of_64, 4),
@@ -313,9 +303,9 @@ TELLING = {
 
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize(
-    "what, plant, which", [(what, *how) for what, how in TELLING.items()], ids=TELLING
+    "what, plant, which", [(what, *planted) for what, planted in TELLING.items()], ids=TELLING
 )
-def test_a_value_that_one_class_has_far_more_often_is_told_with_both_shares(
+def test_a_value_that_one_class_has_far_more_often_is_listed_with_both_shares(
     what, plant, which, label
 ):
     facts, labels = make_facts(400), half(400)
@@ -330,8 +320,8 @@ def test_a_value_that_one_class_has_far_more_often_is_told_with_both_shares(
     )
 
 
-def test_a_difference_too_small_to_matter_is_not_told():
-    """In 100,000 files of which 0.9% of the fakes are PNG it is no chance, and yet nothing that a detector could live on."""
+def test_a_difference_too_small_to_matter_is_not_listed():
+    """0.9% of 50,000 fakes are PNG: significant, but too few to matter to a detector."""
     facts, labels = np.repeat(make_facts(1), 100_000), half(100_000)
     facts["format"][labels == 1] = np.where(np.arange(50_000) % 1000 < 9, "PNG", "JPEG")
     facts["format"][labels == 0] = "JPEG"
@@ -349,29 +339,28 @@ def test_telling_values_are_listed_clearest_first():
         np.where(np.arange(100) % 2, "PNG", "JPEG"),
     )
     facts["quant_hash"][labels == 1] = 77
-    found = telling_values(facts, labels, np.arange(200))
-    assert [row["what"] for row in found] == ["files with quantisation table 77", "PNG files"]
-    assert [(row["real"], row["fake"]) for row in found] == [(0, 1), (0, 0.5)] and found[0][
+    result = telling_values(facts, labels, np.arange(200))
+    assert [row["what"] for row in result] == ["files with quantisation table 77", "PNG files"]
+    assert [(row["real"], row["fake"]) for row in result] == [(0, 1), (0, 0.5)] and result[0][
         "errors"
-    ] > found[1]["errors"]
+    ] > result[1]["errors"]
 
 
-@pytest.mark.parametrize("often, told", [(0.64, False), (0.96, True)])
-def test_a_value_is_telling_from_three_times_as_often_on(often, told):
+@pytest.mark.parametrize("often, telling", [(0.64, False), (0.96, True)])
+def test_a_value_is_telling_from_three_times_as_often_on(often, telling):
     facts, labels = np.repeat(make_facts(1), 2000), half(2000)
     facts["format"] = np.where(
         np.arange(2000) % 100 < 100 * np.where(labels == 1, often, 0.32), "PNG", "WEBP"
     )
     facts["format"][np.arange(2000) % 100 >= 98] = "GIF"
-    assert (
-        "PNG files" in [row["what"] for row in telling_values(facts, labels, np.arange(2000))]
-    ) == told
+    values = [row["what"] for row in telling_values(facts, labels, np.arange(2000))]
+    assert ("PNG files" in values) == telling
 
 
 @pytest.mark.parametrize(
     "facts", [make_facts(), np.repeat(make_facts(1), 200)], ids=["random facts", "constant facts"]
 )
-def test_where_nothing_is_telling_nothing_is_told(facts):
+def test_random_labels_have_no_telling_values(facts):
     for seed in range(10):
         labels = np.random.default_rng(seed).permutation(half())
         assert telling_values(facts, labels, np.arange(200)) == []
@@ -392,19 +381,19 @@ def test_a_value_of_one_group_is_no_property_of_the_class():
 
 @pytest.mark.parametrize("fakes", [0.5, 0.1])
 @pytest.mark.parametrize("seed", range(5))
-def test_probable_label_errors_are_those_of_cleanlab_clearest_first(seed, fakes):
+def test_label_errors_are_those_of_cleanlab_clearest_first(seed, fakes):
     from cleanlab.filter import find_label_issues
 
     rng = np.random.default_rng(seed)
     labels = (rng.random(300) < fakes).astype(int)
     p_fake = 1 / (1 + np.exp(-rng.normal(2 * seed * (labels - 0.5), 1.5)))
     labels = np.where(rng.random(300) < 0.1, 1 - labels, labels)
-    found = label_errors(labels, p_fake)
+    result = label_errors(labels, p_fake)
     expected = find_label_issues(
         labels, np.stack([1 - p_fake, p_fake], axis=1), filter_by="confident_learning", n_jobs=1
     )
-    assert set(found) == set(np.flatnonzero(expected)) and len(found)
-    margin = np.where(labels == 1, 2 * p_fake - 1, 1 - 2 * p_fake)[found]
+    assert set(result) == set(np.flatnonzero(expected)) and len(result)
+    margin = np.where(labels == 1, 2 * p_fake - 1, 1 - 2 * p_fake)[result]
     assert (np.diff(margin) >= 0).all() and margin.max() < 0
 
 
@@ -418,17 +407,16 @@ def test_planted_label_errors_are_found_in_features_by_a_linear_classifier():
     features = rng.normal(size=(200, 8)) + 5 * labels[:, None] * (np.arange(8) < 2)
     given = labels.copy()
     given[::25] = 1 - given[::25]
-    found = label_errors(given, linear_scores(features, given, np.arange(200)))
-    assert {*found} <= {*range(0, 200, 25)} and len(
-        found
-    ) >= 4  # of the eight, those surer than the mean of their class
+    result = label_errors(given, linear_scores(features, given, np.arange(200)))
+    # Of the eight errors, those with a probability above the mean of their class.
+    assert {*result} <= {*range(0, 200, 25)} and len(result) >= 4
 
 
 SOURCES = {
-    # n, wrong of them: doubtful?
+    # name: (n, number wrong, is it doubtful?)
     "swapped": (30, 30, True),
     "mostly wrong": (60, 50, True),
-    "nearly as bad as that": (60, 45, False),
+    "three quarters wrong": (60, 45, False),
     "half": (60, 30, False),
     "too few": (29, 29, False),
     "fine": (60, 3, False),
@@ -437,7 +425,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_a_source_of_one_class_that_is_wrong_nearly_throughout_is_doubtful(label):
+def test_a_source_of_one_class_that_is_mostly_wrong_is_doubtful(label):
     sources = np.repeat(list(SOURCES), [n for n, _, _ in SOURCES.values()])
     wrong = np.concatenate([np.arange(n) < bad for n, bad, _ in SOURCES.values()])
     rows = doubtful_sources(
@@ -466,13 +454,12 @@ def test_a_source_of_one_class_that_is_wrong_nearly_throughout_is_doubtful(label
         (14, 15, -2, False),
     ],
 )
-def test_a_source_of_both_classes_is_doubtful_where_its_fakes_look_more_real_than_its_reals(
+def test_a_source_whose_fakes_look_more_real_than_its_reals_is_doubtful(
     reals, fakes, gap, doubtful
 ):
     labels, rng = np.repeat([0, 1], [reals, fakes]), np.random.default_rng(0)
-    p_fake = 1 / (
-        1 + np.exp(-rng.normal(gap * labels + 3))
-    )  # nearly all called fake: half of them right, whatever the order
+    # Nearly all are called fake, so that the accuracy does not depend on the order.
+    p_fake = 1 / (1 + np.exp(-rng.normal(gap * labels + 3)))
     rows = doubtful_sources(labels, p_fake, np.full(len(labels), "pairs"))
     assert len(rows) == doubtful
     for row in rows:
@@ -483,30 +470,27 @@ def test_a_source_of_both_classes_is_doubtful_where_its_fakes_look_more_real_tha
         )
 
 
-def test_of_many_small_groups_folds_are_made_without_weighing_each(monkeypatch):
-    rng = np.random.default_rng(0)
-    labels, groups = (
-        np.repeat(rng.integers(0, 2, 3000), 2),
-        np.repeat(np.arange(3000), 2),
-    )  # two views of each image
+def test_many_small_groups_are_split_without_weighing_each(monkeypatch):
     monkeypatch.setattr(probes, "MANY_GROUPS", 2000)
-    folds = probes.fold_rows(labels, groups, 0)
-    assert len(folds) == probes.FOLDS and np.array_equal(
-        np.sort(np.concatenate([test for _, test in folds])), np.arange(6000)
-    )
+    labels = np.repeat(np.random.default_rng(0).integers(0, 2, 3000), 2)
+    groups = np.repeat(np.arange(3000), 2)  # two views of each image
+    folds = fold_rows(labels, groups, 0)
+    tests = [test for _, test in folds]
+    assert len(folds) == probes.FOLDS
+    assert np.array_equal(np.sort(np.concatenate(tests)), np.arange(6000))
     for train, test in folds:
         assert not set(groups[train]) & set(groups[test]) and len(train) + len(test) == 6000
         assert abs(labels[test].mean() - labels.mean()) < 0.01 and len(test) == 1200
-    assert not np.array_equal(
-        folds[0][1], probes.fold_rows(labels, groups, 1)[0][1]
-    )  # another seed, other folds
+    assert not np.array_equal(tests[0], fold_rows(labels, groups, 1)[0][1])  # another seed
+    alone = np.where(labels == 1, 6000, np.arange(6000))
+    assert fold_rows(labels, alone) == []  # one class is one group
 
 
-def test_one_large_group_among_many_keeps_the_splitter_that_weighs_them(monkeypatch):
+def test_a_large_group_among_many_is_weighed_by_scikit_learns_splitter(monkeypatch):
     labels, groups = np.arange(4000) % 2, np.r_[np.zeros(1000, int), np.arange(1, 3001)]
     monkeypatch.setattr(probes, "MANY_GROUPS", 2000)
     theirs = StratifiedGroupKFold(probes.FOLDS, shuffle=True, random_state=0).split(
         labels, labels, groups
     )
-    for ours, expected in zip(probes.fold_rows(labels, groups, 0), theirs, strict=True):
+    for ours, expected in zip(fold_rows(labels, groups, 0), theirs, strict=True):
         assert np.array_equal(ours[1], expected[1])

@@ -57,7 +57,7 @@ def test_act_three_has_a_high_accuracy_by_folders_and_chance_when_split_by_pictu
     balanced = r" +balanced accuracy (\d\.\d+)"
     assert figure(printed, f"split as the folders have it:{balanced}") > 0.85
     assert 0.3 < figure(printed, f"other halves called fake:{balanced} on average") < 0.65
-    leak = re.search(r"LEAK  (\d+) of (\d+) test images have a twin in train", printed)
+    leak = re.search(r"LEAK  (\d+) of (\d+) test images have a duplicate in train", printed)
     assert int(leak[1]) == int(leak[2]) > 0
 
 

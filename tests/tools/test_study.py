@@ -44,8 +44,8 @@ def test_one_command_makes_one_page_of_everything(study, tmp_path):
         "Training without and with degraded copies",
         "Classifiers on the same folds",
         "Robustness",
-        "Files made alike",
-        "What the folder betrays",
+        "Both classes saved alike",
+        "What the folder gives away",
         "“Uncertain”",
         "One source left out",
     ):

@@ -164,7 +164,7 @@ def test_our_own_split_keeps_groups_whole(sources):
 def test_twins_across_the_folders_split_are_reported_and_resplit_joins_them(train):
     columns = with_twins(make_columns(real=40, fake=40), copies=2)
     columns["splits"][:] = ["train", "test"] * 80
-    assert "LEAK  80 of 80 test images have a twin in train" in train(columns)[3]
+    assert "LEAK  80 of 80 test images have a duplicate in train" in train(columns)[3]
     assert "LEAK" not in train(columns, resplit=True)[3]
 
 
