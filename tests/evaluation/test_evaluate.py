@@ -133,6 +133,14 @@ def test_images_that_the_encoder_has_seen_are_left_out(capsys):
     )
 
 
+def test_the_files_are_held_against_the_detector_on_the_same_images():
+    columns = make_columns()
+    held = columns["splits"] == "test"
+    model = build({name: values[~held] for name, values in columns.items()}, "logistic")
+    *_, found = assess.assess_all(model, columns, np.flatnonzero(held), np.array([], int))
+    assert found["audit"]["detector"] == {"on_test": found["overall"]["auc"]}
+
+
 def test_images_that_trained_the_model_are_left_out_of_a_features_file_and_copies_count_apart(
     tmp_path, run
 ):
