@@ -278,6 +278,24 @@ def test_a_draw_of_repeated_rows_is_a_draw_of_distinct_ones(tmp_path):
     }
 
 
+def test_a_draw_keeps_an_image_of_two_splits_in_both_with_its_copies(tmp_path):
+    columns = make_columns(real=100, fake=100)
+    again = {name: values[:10] for name, values in columns.items()} | {
+        "splits": np.full(10, "test")
+    }
+    both = joined(columns, again)
+    files = [
+        FeaturesFile(write_features(tmp_path / f"{views}.npz", with_views(both, views)))
+        for views in (1, 2)
+    ]
+    drawn, total = load_rows(files, 300)
+    assert total == 3 * 210
+    images = set(zip(drawn["sha256"], drawn["splits"]))
+    assert len(drawn["labels"]) == 3 * len(images) and set(
+        zip(drawn["sha256"], drawn["splits"], drawn["view"])
+    ) == {(*image, view) for image in images for view in range(3)}
+
+
 def test_an_image_in_train_and_in_test_stays_in_both_as_a_leak_and_counts_once_after_a_resplit():
     columns = make_columns()
     again = {name: values[:10] for name, values in columns.items()} | {
@@ -300,7 +318,7 @@ def test_repeats_do_not_make_up_for_missing_images():
 
 
 def test_one_image_under_both_labels_is_no_repeat(capsys):
-    columns = make_columns()
+    columns = make_columns(splits=False)
     columns["sha256"][0] = columns["sha256"][100]
     assert (
         len(without_repeats(columns)["labels"]) == 120 and "repeat" not in capsys.readouterr().err
