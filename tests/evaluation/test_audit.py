@@ -263,6 +263,13 @@ def test_a_fact_is_a_leak_where_its_interval_reaches_the_limit_or_the_detector(
     )
 
 
+def test_a_wide_interval_on_a_few_test_images_makes_no_leak_of_a_fact_that_is_a_note():
+    probe = {"what": "format", "auc": metric(0.75, 0.7, 0.8), "on_test": metric(0.8, 0.5, 0.97)}
+    found = NOTHING | {"probes": [probe], "detector": {"on_test": metric(0.8, 0.6, 0.9)}}
+    fatal, note = sentences(found)
+    assert (len(fatal), len(note)) == (0, 1)
+
+
 def test_a_fact_is_compared_with_a_detector_measured_in_the_same_way():
     probe = {"what": "format", "auc": metric(0.75, 0.7, 0.8), "on_test": None}
     assert (

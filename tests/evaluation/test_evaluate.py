@@ -120,6 +120,14 @@ def test_images_that_the_encoder_has_seen_are_left_out(capsys):
     assert "4 images that trained its encoder" in capsys.readouterr().err
 
 
+def test_the_files_are_held_against_the_detector_on_the_same_images():
+    columns = make_columns()
+    held = columns["splits"] == "test"
+    model = build({name: values[~held] for name, values in columns.items()}, "logistic")
+    *_, found = assess.assess_all(model, columns, np.flatnonzero(held), np.array([], int))
+    assert found["audit"]["detector"] == {"on_test": found["overall"]["auc"]}
+
+
 def test_training_images_in_a_features_file_are_left_out_and_copies_count_apart(tmp_path, run):
     columns = with_views(make_columns(), 1)
     whole, held = columns["view"] == 0, columns["splits"] == "test"

@@ -339,6 +339,13 @@ def reversed_bits():
     return data.replace(struct.pack("<HHI", 265, 3, 1), struct.pack("<HHI", 266, 3, 1))
 
 
+def ycbcr_in_planes():
+    """Tag 284 is tifffile's own: its value is changed."""
+    data = tiff(stored(COLOURS, 8), photometric="ycbcr", compression="jpeg")
+    assert decoding.decode_image(data)
+    return data.replace(struct.pack("<HHIH", 284, 3, 1, 1), struct.pack("<HHIH", 284, 3, 1, 2))
+
+
 def without_extra_samples():
     data = tiff(stored(np.dstack([RAMP, ALPHA]), 8), **BLACK, **extras("unassalpha"))
     return data.replace(struct.pack("<HH", 338, 3), struct.pack("<HH", 337, 3))
@@ -358,6 +365,13 @@ def camera_raw():
         (lambda: tagged(stored(INKS, 8), 332, 2, photometric="separated"), "inks other"),
         (lambda: tagged(stored(COLOURS, 8), 255, 2, **COLOUR), "preview"),
         (lambda: tiff(stored(COLOURS, 8), photometric="ycbcr"), "YCbCr that is not JPEG"),
+        (ycbcr_in_planes, "separate planes"),
+        (
+            lambda: tiff(
+                stored(np.dstack([INKS, ALPHA]), 8), photometric="separated", **extras("unassalpha")
+            ),
+            "extra samples",
+        ),
         (without_extra_samples, "2 samples a pixel"),
         (camera_raw, "camera raw"),
     ],

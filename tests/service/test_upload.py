@@ -8,6 +8,8 @@ import pytest
 from engines import BEARER, counted, engine_of, lines, picture
 from live import assert_error
 
+from detector.service.upload import FIELD_BYTES, Decoder
+
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 PATHS = ("/classify", "/classify/batch")
@@ -181,6 +183,19 @@ def test_the_error_names_what_arrived_and_what_to_send(client, caplog, path, bod
     (line,) = lines(caplog)
     assert (line["event"], line["status"]) == ("request", 400)
     assert line["error"] == response.json["error"]
+
+
+def test_of_headers_without_end_no_more_is_kept_than_a_field_may_have(client, monkeypatch):
+    receive, kept = Decoder.receive_data, []
+
+    def count(decoder, data):
+        receive(decoder, data)
+        kept.append(len(decoder.buffer))
+
+    monkeypatch.setattr(Decoder, "receive_data", count)
+    body = b"--x\r\n" + b"A: b\r\n" * 500_000
+    assert_error(post(client, body), 400, "too long")
+    assert FIELD_BYTES < max(kept) <= FIELD_BYTES + (1 << 16)
 
 
 def test_a_file_of_text_is_no_image_and_no_missing_file(client):

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from commands import ROOT, assert_one_line_error
 from made_up import ENCODER, build, make_columns, training_rows, with_views, write_features
+from threadpoolctl import threadpool_info, threadpool_limits
 
+import train_model
 from detector.base.errors import UsageError
 from detector.evaluation.plots import PLOTS
 from detector.evaluation.report import NAMES
 from detector.model.file import load_model
 from detector.model.score import p_fake_of, probability
 from detector.model.threshold import stale_threshold
-from detector.training import classifiers, recipe
+from detector.training import classifiers, recipe, rows
 from detector.training.classifiers import GRIDS
 from detector.training.rows import warn_of_few_reals
 
@@ -73,6 +75,27 @@ def test_every_kind_is_byte_for_byte_the_same_at_another_time(monkeypatch, kind)
     assert pickle.dumps(build(columns, kind)) == pickle.dumps(first)
     versions = {"model", "code", "numpy", "scikit-learn", "svm"}  # no clock
     assert set(first["versions"]) == versions
+
+
+def test_training_takes_one_thread(tmp_path, monkeypatch):
+    seen = []
+
+    def look(args):
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        raise UsageError("enough seen")
+
+    monkeypatch.setattr(rows, "read_data", look)
+    features = write_features(tmp_path / "f.npz")
+    with threadpool_limits(2), pytest.raises(UsageError, match="enough seen"):
+        train_model.main(
+            ["--features_file", str(features), "--model_output_path", str(tmp_path / "m.joblib")]
+        )
+    assert len(seen) > 1 and set(seen) == {1}
+
+
+def test_the_files_are_held_against_the_detector_on_the_test_images(train, quick):
+    report = train(make_columns())[1]
+    assert report["audit"]["detector"] == {"on_test": report["overall"]["auc"]}
 
 
 def test_the_same_seed_and_features_give_the_same_bytes(train):

@@ -240,6 +240,24 @@ def test_a_draw_of_repeated_rows_draws_distinct_rows(tmp_path):
     assert pairs == {(digest, view) for digest in set(drawn["sha256"]) for view in range(4)}
 
 
+def test_a_draw_keeps_an_image_of_two_splits_in_both_with_its_copies(tmp_path):
+    columns = make_columns(real=100, fake=100)
+    again = {name: values[:10] for name, values in columns.items()} | {
+        "splits": np.full(10, "test")
+    }
+    both = joined(columns, again)
+    files = [
+        FeaturesFile(write_features(tmp_path / f"{views}.npz", with_views(both, views)))
+        for views in (1, 2)
+    ]
+    drawn, total = load_rows(files, 300)
+    assert total == 3 * 210
+    images = set(zip(drawn["sha256"], drawn["splits"], strict=True))
+    rows = set(zip(drawn["sha256"], drawn["splits"], drawn["view"], strict=True))
+    assert len(drawn["labels"]) == 3 * len(images)
+    assert rows == {(*image, view) for image in images for view in range(3)}
+
+
 def test_an_image_of_two_splits_is_a_leak_and_counts_once_after_a_resplit():
     columns = make_columns()
     again = {name: values[:10] for name, values in columns.items()}
@@ -261,7 +279,7 @@ def test_repeats_do_not_make_up_for_missing_images():
 
 
 def test_an_image_under_both_labels_is_no_repeat(capsys):
-    columns = make_columns()
+    columns = make_columns(splits=False)
     columns["sha256"][0] = columns["sha256"][100]
     assert len(without_repeats(columns)["labels"]) == 120
     assert "repeat" not in capsys.readouterr().err
