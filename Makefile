@@ -62,6 +62,8 @@ demo: $(DEMO_VENV)/.ready
 endif
 
 test: $(VENV)/.ready .clip/.ready tools
+	$(VENV)/bin/ruff check -q .
+	$(VENV)/bin/ruff format -q --check .
 	$(PYTEST) -m 'not long'
 
 test-long: $(VENV)/.ready .clip/.ready .venv-mlflow/.ready tools
