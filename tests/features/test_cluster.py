@@ -297,8 +297,8 @@ def test_a_killed_command_resumes_and_makes_no_part_again(many, plain, two_nodes
 def test_a_node_that_lacks_the_encoder_gets_it(many, plain, two_nodes, tmp_path):
     other_encoder(source="ViT-B/32")  # has the weights of the small encoder
     run(many, tmp_path / "f.parquet", two_nodes.address, "--views", "2", CLIP_MODEL="ViT-B/32")
-    (manifest,) = two_nodes.cache.glob("encoders/*/encoder.json")
-    assert json.loads(manifest.read_text())["identity"] == "cd" * 32
+    manifests = two_nodes.cache.glob("encoders/*/encoder.json")
+    assert "cd" * 32 in {json.loads(path.read_text())["identity"] for path in manifests}
     assert_same_rows(load_features(tmp_path / "f.parquet"), plain)
 
 
