@@ -95,8 +95,8 @@ def drain(environ, settings):
 def turn_away(app):
     """-> WSGI app that refuses an upload with 503 before Flask, where no verdict is possible.
 
-    Under four times the load most uploads are refused. A refusal through Flask costs twice as much,
-    and this time is missing for verdicts. For the same reason these uploads get no log line each.
+    Under four times the load most uploads are refused. A refusal through Flask costs more, and this
+    time is missing for verdicts. For the same reason these uploads get no log line each.
     """
     inner, engine, telemetry = app.wsgi_app, app.extensions["engine"], app.extensions["telemetry"]
 

@@ -166,7 +166,7 @@ def test_reloads_requested_during_a_load_become_one_more_load(engine, path, monk
     for _ in range(3):
         engine.reload()
     may.set()
-    until(lambda: counted(engine.telemetry, "reloads_total", result="ok") == 2)
+    until(lambda: counted(engine.telemetry, "reloads_total", result="ok") >= 2)
     assert len(seen) + engine._asked.qsize() == 2  # no request is left in the queue
     assert seen[1] == version(engine.detector) == "v2"
 
