@@ -151,7 +151,7 @@ def reason(error):
     words = " ".join(str(getattr(inner, "strerror", None) or inner).split())
     if page := re.search(r"<(!doctype|html)", words, re.IGNORECASE):
         start = words[: page.start()].rstrip(" '")
-        words = f"{start} a web page, so no MLflow server answers there"
+        words = f"{start} a web page, so no MLflow server is there"
     # MLflow and shutil collect several errors of the system in one text
     if system := re.search(r"\[Errno -?\d+\] ([^'\")]+)", words):
         words = system[1].strip()
