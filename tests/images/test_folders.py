@@ -223,8 +223,10 @@ def test_the_thumbnail_that_a_camera_keeps_of_a_film_is_left_out(data, capsys):
 
 def test_hidden_files_are_counted(data, capsys):
     (data / "train/real/.hidden.jpg").touch()
+    (data / "train/real/.old").mkdir()
+    (data / "train/real/.old/1.jpg").touch()
     assert len(list_images(data)) == 4
-    assert "left out: 1 hidden files, such as train/real/.hidden.jpg" in capsys.readouterr().err
+    assert "left out: 2 hidden files, such as train/real/.hidden.jpg" in capsys.readouterr().err
 
 
 def test_pipes_and_sockets_are_never_opened_and_are_counted(extract, script, data):

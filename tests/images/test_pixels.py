@@ -366,9 +366,7 @@ def camera_raw():
         (ycbcr_in_planes, "separate planes"),
         (
             lambda: tiff(
-                stored(np.dstack([INKS, ALPHA]), 8),
-                photometric="separated",
-                **extras("unassalpha"),
+                stored(np.dstack([INKS, ALPHA]), 8), photometric="separated", **extras("unassalpha")
             ),
             "extra samples",
         ),
