@@ -1,6 +1,7 @@
 """A registry that cannot be used is refused in one line, and two commands at once both count."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import registry
 from detector.base.errors import UsageError
 from detector.model.file import load_model, save_model
 from detector.model.signature import signature_path
-from detector.registry import champion, versions
+from detector.registry import champion, store, versions
 
 pytestmark = [  # MLflow takes its time to start, and uses what SQLAlchemy will drop
     pytest.mark.long,
@@ -94,6 +95,25 @@ def test_an_address_that_cannot_hold_a_registry_is_refused_before_mlflow_sees_it
 def test_a_database_without_its_driver_is_told_and_its_password_is_not(refused, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+nodriver://me:secret@127.0.0.1/x")
     refused(["list"], r"registry mysql\+nodriver://me:\*\*\*@127.0.0.1/x: ")
+
+
+def test_a_database_whose_driver_is_not_installed_says_what_to_do(refused, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+mysqldb://me:secret@127.0.0.1/x")
+    refused(["list"], "No module named 'MySQLdb'; pip install what this kind of database needs$")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
+        sqlite3.OperationalError("database or disk is full"),
+    ],
+    ids=["disk", "limit", "database"],
+)
+def test_where_space_ends_the_remedy_is_to_free_some(error):
+    with pytest.raises(UsageError, match="; free some space"), store.one_line(OSError):
+        raise error
 
 
 def test_nothing_listens_there(refused, monkeypatch):
