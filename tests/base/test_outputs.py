@@ -289,3 +289,12 @@ def test_one_verdict_is_one_line_whatever_the_name(script, data):
     assert len(lines) == 6 and all(": real (" in line or ": fake (" in line for line in lines)
     assert r"a\nb.jpg: " in result.stdout and r"c\udcff.jpg: " in result.stdout
     assert r"broken\r.jpg: error" in result.stderr and result.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["extract_features.py", "--max_bad_fraction", "1"], ["audit.py"]]
+)
+def test_a_file_that_cannot_be_read_is_one_line_whatever_its_name(command, script, data):
+    (data / "test/real/a\x1b[31m\nb.jpg").write_bytes(b"\xff\xd8\xff")
+    result = script(*command, "--data_dir", data, CLIP_MODEL=str(small.CHECKPOINT))
+    assert r"test/real/a\x1b[31m\nb.jpg: " in result.stderr

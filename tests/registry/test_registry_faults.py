@@ -1,6 +1,7 @@
 """Faults of a registry in a file are one-line errors. Of two commands at once none is lost."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from standins import Stub
 import registry
 from detector.base.errors import UsageError
 from detector.model.signature import signature_path
-from detector.registry import champion, versions
+from detector.registry import champion, store, versions
 
 pytestmark = [  # MLflow starts slowly, and calls functions that SQLAlchemy deprecates
     pytest.mark.long,
@@ -107,6 +108,25 @@ def test_an_address_that_cannot_hold_a_registry_is_refused_before_mlflow_sees_it
 def test_a_missing_database_driver_is_named_and_the_password_is_masked(refused, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+nodriver://me:secret@127.0.0.1/x")
     refused(["list"], r"registry mysql\+nodriver://me:\*\*\*@127.0.0.1/x: ")
+
+
+def test_a_database_whose_driver_is_not_installed_says_what_to_do(refused, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+mysqldb://me:secret@127.0.0.1/x")
+    refused(["list"], "No module named 'MySQLdb'; pip install what this kind of database needs$")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
+        sqlite3.OperationalError("database or disk is full"),
+    ],
+    ids=["disk", "limit", "database"],
+)
+def test_where_space_ends_the_remedy_is_to_free_some(error):
+    with pytest.raises(UsageError, match="; free some space"), store.one_line(OSError):
+        raise error
 
 
 def test_an_address_where_nothing_listens_is_refused(refused, monkeypatch):
