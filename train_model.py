@@ -158,14 +158,14 @@ def write(args, model, findings, key):
     """Write model, report, signature and export together -> the report's folder."""
     from detector.evaluation import report
     from detector.model import signature
-    from detector.model.file import save_model
+    from detector.model.file import report_folder, save_model
     from detector.training import export
 
-    folder = Path(args.model_output_path).with_suffix("").as_posix() + "_report"
+    folder = report_folder(args.model_output_path)
     with report.staged(folder) as place:
         report.fill(place, findings)
-        save_model(args.model_output_path, model)
-        signature.sign(args.model_output_path, key)
+        data = save_model(args.model_output_path, model)
+        signature.sign(args.model_output_path, data, key)
         if args.export_sklearn:
             export.write(args.export_sklearn, model, args.seed)
     return folder

@@ -139,24 +139,37 @@ def only_writer(path, given):
     lock = path.with_name(os.fsdecode(b".%s.lock" % os.fsencode(path.name)[:200]))
     with refusal(f"{given}: cannot be written"):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a+")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UsageError(
-                f"{given}: process {file.read() or 'of another machine'} is writing it; "
-                "wait until it ends, or name another place"
-            ) from None
-        except OSError:  # no locks here
-            pass
+    with take(lock, given) as file:
         try:
             file.truncate(0)
             print(os.getpid(), end="", file=file, flush=True)
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def take(lock, given):
+    """The lock file, opened and locked. Raises UsageError where another process holds it.
+
+    Its holder removes the file at the end. A lock on a file that is gone protects nothing.
+    """
+    while True:
+        with refusal(f"{given}: cannot be written"):
+            file = open(lock, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                raise UsageError(
+                    f"{given}: process {file.read() or 'of another machine'} is writing it; "
+                    "wait until it ends, or name another place"
+                ) from None
+        except OSError:  # no locks here
+            return file
+        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+            return file
+        file.close()
 
 
 def reserve(folder, size):

@@ -81,14 +81,15 @@ def read_images(data_dir, limit, resolution):
 
     def read(entry):
         with contextlib.suppress(ImageError, UsageError):
-            image = decoding.decode_image(read_bytes(Path(data_dir, entry.path)))
-            return preprocessing.preprocess(image, resolution), entry.label
+            data = read_bytes(Path(data_dir, entry.path))
+            pixels = preprocessing.preprocess(decoding.decode_image(data), resolution)
+            return sha256(data), (pixels, entry.label)
 
-    with ThreadPoolExecutor() as pool:
-        good = [row for row in pool.map(read, entries) if row is not None]
+    with ThreadPoolExecutor() as pool:  # a copy in both halves would prove nothing
+        good = list(dict(filter(None, pool.map(read, entries))).values())
     if min(np.bincount([label for _, label in good], minlength=2)) < LEAST_INT8_IMAGES // 2:
         raise UsageError(
-            f"--data_dir {data_dir}: {len(good)} images can be read; int8 needs at least "
+            f"--data_dir {data_dir}: {len(good)} different images can be read; int8 needs at least "
             f"{LEAST_INT8_IMAGES}, half of them of each class"
         )
     order = np.random.default_rng(0).permutation(len(good))

@@ -86,11 +86,23 @@ def duplicates(columns, labels, cluster):
             "clusters_with_both_labels": len(both),
             "largest_cluster": int(np.bincount(cluster).max(initial=0)),
         },
+        "other_splits": repeated_elsewhere(columns, cluster, trained),
         "examples": [
             examples(columns["paths"], cluster, cluster[trained & test]),
             examples(columns["paths"], cluster, cluster[np.isin(cluster, both)]),
         ],
     }
+
+
+def repeated_elsewhere(columns, cluster, trained):
+    """Other splits to measure on whose images repeat in train -> {split: n, repeated, first}."""
+    rows = {}
+    for split in np.setdiff1d(columns["splits"], ["train", "extra", "test", "seen", ""]):
+        own = columns["splits"] == split
+        if repeated := int((own & trained).sum()):
+            first = examples(columns["paths"], cluster, cluster[own & trained])[0]
+            rows[str(split)] = {"n": int(own.sum()), "repeated": repeated, "first": first}
+    return rows
 
 
 def examples(paths, cluster, chosen):
@@ -197,6 +209,12 @@ def duplicate_lines(findings):
             yield f"{line}: {measures}. Train with --resplit.", True
         else:
             yield f"{line}. Remove the copies, or train with --resplit.", False
+    for split, row in findings["other_splits"].items():
+        yield (
+            f"{row['repeated']} of {row['n']} images of '{split}' have a duplicate in"
+            f" train (such as {', '.join(row['first'])}). Remove the copies.",
+            row["repeated"] > MAX_REPEATED * row["n"],
+        )
     if both := twins["clusters_with_both_labels"]:
         yield (
             f"{both} images have copies under both labels, such as"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from detector.base.console import say
+from detector.base.console import printable, say
 from detector.base.constants import CLASSES
 from detector.base.errors import ImageError, UsageError
 from detector.base.files import read_bytes, sha256
@@ -119,7 +119,7 @@ def hash_image(path):
     try:
         decoding.open_image(data)
     except ImageError as error:
-        tqdm.write(f"left out {path}: {error}", file=sys.stderr)
+        tqdm.write(f"left out {printable(path)}: {error}", file=sys.stderr)
         return None
     return sha256(data)
 

@@ -84,12 +84,22 @@ class PlainUnpickler(pickle.Unpickler):
         )
 
 
+def report_folder(path):
+    """Model file -> the folder of the report that train_model.py writes with it, as text."""
+    return f"{str(path).removesuffix('.joblib')}_report"
+
+
 def save_model(path, model):
-    """Model dict -> file, whole or not at all. Pickle protocol 5 keeps arrays as plain buffers."""
+    """Model dict -> file, whole or not at all -> its bytes.
+
+    Pickle protocol 5 keeps arrays as plain buffers.
+    """
     check(model)
     stored = {name: value for name, value in model.items() if name not in DERIVED}
+    data = pickle.dumps(stored, protocol=5)
     with atomic_write(path) as file:
-        file.write(pickle.dumps(stored, protocol=5))
+        file.write(data)
+    return data
 
 
 def load_model(path, public_key=None):

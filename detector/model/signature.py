@@ -50,12 +50,16 @@ def read_key(path, given, kind):
     return key
 
 
-def sign(path, key):
-    """Model file and private key -> its .sig, base64 of 64 bytes. No key: remove the .sig."""
+def sign(path, data, key):
+    """Model file, its bytes and private key -> its .sig, base64 of 64 bytes.
+
+    Without a key, a .sig of an earlier file is removed. The bytes are those that were written:
+    another process may have replaced the file since.
+    """
     if key is None:
         return signature_path(path).unlink(missing_ok=True)
     with atomic_write(signature_path(path), "w") as file:
-        file.write(base64.b64encode(key.sign(read_bytes(path))).decode() + "\n")
+        file.write(base64.b64encode(key.sign(data)).decode() + "\n")
 
 
 def check_signature(path, data, public_key):

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from detector.base.addresses import behind_proxy, is_remote, masked
 from detector.base.errors import UsageError
+from detector.base.files import reserve
 
 ADDRESS = re.compile(r"(postgresql|mysql|mssql)(\+\w+)?://.+|https?://.+|sqlite(\+\w+)?:///[^?]+")
 REMEDIES = {  # pattern of a reason: what to do about it
@@ -33,6 +34,7 @@ ENVIRONMENT = {  # of MLflow; the user's own settings win
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+FILE_BYTES = 2_000_000  # above the size of an empty registry
 
 
 def registry_uri():
@@ -104,6 +106,7 @@ def make_file(path):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        reserve(folder, FILE_BYTES)
         draft = Path(os.path.relpath(folder), path.name)
         mlflow.MlflowClient(f"sqlite:///{draft}")
         with contextlib.suppress(FileExistsError):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from detector.base.addresses import is_remote
 from detector.base.console import need_features, say
-from detector.base.errors import UsageError
+from detector.base.errors import DetectorError, UsageError
 from detector.base.files import atomic_write, read_bytes, sha256
-from detector.model.file import load_model
+from detector.model.file import load_model, report_folder
 from detector.model.signature import signature_path
 from detector.registry.champion import (
     CHAMPION,
@@ -52,7 +52,7 @@ def read_report(path, model):
 
     Raises UsageError.
     """
-    folder = Path(f"{Path(path).with_suffix('').as_posix()}_report")
+    folder = Path(report_folder(path))
     try:
         report = json.loads((folder / "metrics.json").read_text())
         of_report = (
@@ -172,9 +172,12 @@ def add_version(client, args, model, report):
 
 def experiment(client, name):
     """ID of the experiment of that name. Another process may create it at the same moment."""
-    with contextlib.suppress(mlflow_error()):
+    try:
         return client.create_experiment(name, artifact_location(name))
-    return client.get_experiment_by_name(name).experiment_id
+    except mlflow_error():
+        if not (other := client.get_experiment_by_name(name)):
+            raise
+        return other.experiment_id
 
 
 def log_run(client, run_id, place, path, model, report):
@@ -194,6 +197,8 @@ def log_run(client, run_id, place, path, model, report):
     with tempfile.TemporaryDirectory() as copies:
         copy = Path(copies, "model.joblib")  # the registry's name for every model file
         shutil.copy(path, copy)
+        if sha256(read_bytes(copy)) != model["sha256"]:
+            raise UsageError(f"{path} was replaced meanwhile: register it again")
         if signature_path(path).is_file():
             shutil.copy(signature_path(path), signature_path(copy))
         files.log_artifacts(copies, "model")
@@ -274,7 +279,12 @@ def worse(client, candidate, champion, golden, place):
         folder.mkdir()
         say(f"evaluating {title(version)} on {golden}")
         path, report = str(fetch(client, version, folder)), folder / "report"
-        text, lost, unreadable = evaluate(path, baseline=baseline, report_dir=str(report), **images)
+        try:
+            text, lost, unreadable = evaluate(
+                path, baseline=baseline, report_dir=str(report), **images
+            )
+        except DetectorError as error:  # its file goes with `place`
+            raise type(error)(str(error).replace(path, title(version))) from None
         if unreadable:
             raise UsageError(
                 f"--golden {golden}: holds images that cannot be read (see above); "

@@ -153,10 +153,10 @@ def warn_of_few_reals(max_fpr, rows):
     """Warns if the training reals are too few to certify the rate."""
     if max_fpr is None:
         return
-    n = int((rows.whole & (rows.labels == 0)).sum())
+    n = len(np.unique(rows.twins[rows.whole & (rows.labels == 0)]))  # copies certify nothing
     # The rule of three: with fewer, even no false positive at all does not certify the rate.
     if n < 3 / max_fpr:
         say(
-            f"warning: {n} real training images are too few to certify a rate of {max_fpr:g}: it"
-            f" takes {int(np.ceil(3 / max_fpr))}"
+            f"warning: {n} different real training images are too few to certify a rate of"
+            f" {max_fpr:g}: it takes {int(np.ceil(3 / max_fpr))}"
         )

@@ -1,6 +1,7 @@
 """Outputs: links are followed, modes follow the umask, devices are refused, files are whole."""
 
 import errno
+import fcntl
 import os
 import resource
 import stat
@@ -255,6 +256,21 @@ def test_the_second_run_with_the_same_output_names_the_first(run, data, tmp_path
             assert_one_line_error(result, words, "wait")
     assert not list(tmp_path.glob(".features*"))
     assert run(*EXTRACT).returncode == 0
+
+
+def test_a_lock_is_taken_again_when_its_last_holder_removes_the_file(tmp_path, monkeypatch):
+    output, lock, take = tmp_path / "f.npz", tmp_path / ".f.npz.lock", fcntl.flock
+
+    def take_late(file, flags):  # the last holder ends between the opening and the lock
+        monkeypatch.setattr(fcntl, "flock", take)
+        lock.unlink()
+        take(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", take_late)
+    with only_writer(output, "--output_file f.npz"):
+        assert lock.read_text() == str(os.getpid())
+        with pytest.raises(UsageError, match="is writing it"), only_writer(output, ""):
+            pass
 
 
 # ---- names ----

@@ -1,6 +1,7 @@
 """int8 is another encoder, calibrated and tested on labelled images, or refused with figures."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -164,6 +165,15 @@ def test_wrong_int8_flags_are_one_line_errors(script, flags, words):
     assert_one_line_error(result, *words)
 
 
+def test_copies_of_an_image_count_once_for_int8(make_folder, tmp_path):
+    folder = make_folder(tmp_path / "data", {"real": 1, "fake": 1})
+    for label in ("real", "fake"):
+        for i in range(1, 30):
+            shutil.copy(folder / label / "000.jpg", folder / label / f"{i:03d}.jpg")
+    with pytest.raises(UsageError, match="2 different images can be read"):
+        quantize.read_images(folder, 400, 64)
+
+
 def test_too_few_int8_images_are_refused(make_folder, tmp_path):
-    with pytest.raises(UsageError, match="14 images can be read; int8 needs at least 40"):
+    with pytest.raises(UsageError, match="14 different images can be read; int8 needs at least 40"):
         quantize.read_images(make_folder(tmp_path / "data", {"real": 10, "fake": 4}), 400, 64)

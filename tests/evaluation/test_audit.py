@@ -158,6 +158,17 @@ def test_duplicates_within_a_split_and_label_are_no_leak(pictures):
     assert sentences(findings)[0] == []
 
 
+def test_a_duplicate_of_a_training_image_in_external_is_a_leak(pictures):
+    images = [
+        (jpeg(picture), i % 2, split)
+        for i, picture in enumerate(pictures.values())
+        for split in ("train", "external")
+    ]
+    fatal, _ = sentences(audit.audit(columns_of(*images)))
+    n = len(pictures)
+    assert fatal[0].startswith(f"{n} of {n} images of 'external' have a duplicate in train")
+
+
 def test_a_duplicate_in_extra_is_no_duplicate_in_train(pictures):
     findings = audit.audit(
         columns_of(
@@ -180,6 +191,7 @@ NOTHING = {
     "probes": [],
     "telling": [],
     "huge": 0,
+    "other_splits": {},
     "twins": {
         "test": 100,
         "test_with_twin_in_train": 0,

@@ -4,6 +4,7 @@ import base64
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import ROOT, assert_one_line_error
@@ -45,7 +46,7 @@ def signed(tmp_path):
     """The small model, signed -> paths of (model, private key, public key)."""
     private, public = write_keys(tmp_path)
     path = shutil.copy(BASELINE, tmp_path / "model.joblib")
-    signature.sign(path, signature.read_key(private, "--sign", "private"))
+    signature.sign(path, Path(path).read_bytes(), signature.read_key(private, "--sign", "private"))
     return path, private, public
 
 
@@ -68,7 +69,7 @@ def another_byte(path):
 
 
 def another_key(path):
-    signature.sign(path, ed25519.Ed25519PrivateKey.generate())
+    signature.sign(path, path.read_bytes(), ed25519.Ed25519PrivateKey.generate())
 
 
 def another_model(path):
@@ -231,5 +232,5 @@ def test_after_a_reload_the_old_model_serves_until_the_new_model_is_signed(signe
     assert reload(engine) == "failed" and engine.ready() is old
     (line,) = lines(caplog, "load_failed")
     assert line["old_model_serves"] is True and "is no signature of it" in line["message"]
-    signature.sign(path, signature.read_key(private, "--sign", "private"))
+    signature.sign(path, Path(path).read_bytes(), signature.read_key(private, "--sign", "private"))
     assert reload(engine) == "ok" and engine.ready().model["versions"]["model"] == "v2"

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 from commands import ROOT, assert_one_line_error
 from live import free_port
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from racing import one_of_two_is_promoted, one_of_two_is_registered
 from standins import Stub
 
@@ -267,8 +269,31 @@ def test_a_full_disk_registers_nothing(here, place, request, limit, folder):
     )
     model = place / "worse.joblib"
     result = process("register", "d", model, before=[sys.executable, "-c", code])
-    assert_only_line(result, "the registry ", "mlflow.db")
+    assert_only_line(result, "the registry ", "mlflow.db", "free some space")
     assert [path for path in files(here) if path not in before and path != "mlruns"] == []
+
+
+def test_a_full_disk_under_a_new_name_is_a_one_line_error(filled, place, refused, monkeypatch):
+    def full(*_):
+        raise MlflowException("database or disk is full")
+
+    monkeypatch.setattr(MlflowClient, "create_experiment", full)
+    refused(["register", "another", place / "good.joblib"], "free some space")
+
+
+def test_a_file_that_is_replaced_while_it_is_registered_is_refused(
+    here, place, tmp_path, refused, monkeypatch
+):
+    model, read = shutil.copy(place / "good.joblib", tmp_path), versions.parameters_of
+    shutil.copytree(place / "good_report", tmp_path / "good_report")
+
+    def replace(*args):
+        shutil.copy(place / "better.joblib", model)
+        return read(*args)
+
+    monkeypatch.setattr(versions, "parameters_of", replace)
+    refused(["register", "d", model], "good.joblib was replaced meanwhile: register it again")
+    assert not list(here.glob("mlruns/d/*"))
 
 
 # ---- users and places ----
@@ -342,3 +367,35 @@ def test_of_two_promotions_at_once_one_is_refused_and_rollback_goes_one_step(
     for attempt in range(2):
         register_three(f"model{attempt}")
         one_of_two_is_promoted(race, here, f"model{attempt}")
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Function: another file is registered between the check of a `register` and its act."""
+
+    def call(name, path):
+        log = versions.log_run
+
+        def late(*args):
+            monkeypatch.setattr(versions, "log_run", log)
+            registry.main(["register", name, str(path)])
+            log(*args)
+
+        monkeypatch.setattr(versions, "log_run", late)
+
+    return call
+
+
+def test_a_file_that_is_registered_meanwhile_is_there_once(meanwhile, place, here, capsys):
+    meanwhile("d", place / "good.joblib")
+    registry.main(["register", "d", str(place / "good.joblib")])
+    assert "is registered already" in capsys.readouterr().out.splitlines()[-1]
+    assert len(store.connect().search_model_versions("name='d'")) == 1
+    assert len(list(here.glob("mlruns/d/*"))) == 1
+
+
+def test_a_version_that_another_file_takes_meanwhile_is_refused(meanwhile, twins, refused, here):
+    meanwhile("d", twins[0])
+    refused(["register", "d", str(twins[1])], "'d' has a v1.1.0 of another file")
+    assert len(store.connect().search_model_versions("name='d'")) == 1
+    assert len(list(here.glob("mlruns/d/*"))) == 1

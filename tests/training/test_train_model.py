@@ -215,10 +215,23 @@ def test_a_warning_names_the_reals_needed_to_certify_a_rate(capsys, rate, needed
     rows = training_rows(with_views(make_columns(real=40, fake=200), views))
     warn_of_few_reals(rate, rows)
     expected = (
-        f"warning: 40 real training images are too few to certify a rate of {rate:g}: it takes"
-        f" {needed}\n"
+        f"warning: 40 different real training images are too few to certify a rate of {rate:g}: it"
+        f" takes {needed}\n"
     )
     assert capsys.readouterr().err == (expected if needed else "")
+
+
+def test_copies_of_a_picture_certify_no_rate(capsys):
+    rows = training_rows(make_columns(real=120, fake=120))
+    rows.twins = rows.twins % 30
+    warn_of_few_reals(0.05, rows)
+    assert "warning: 30 different real training images are too few" in capsys.readouterr().err
+
+
+def test_models_whose_names_differ_after_a_dot_have_reports_of_their_own(train, quick, tmp_path):
+    for name in ("model_v1.2", "model_v1.3"):
+        train(make_columns(), name=name)
+        assert (tmp_path / f"{name}_report" / "metrics.json").is_file()
 
 
 def test_the_command_gives_the_warning(train, quick):
