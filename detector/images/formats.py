@@ -5,7 +5,6 @@ data, texts = needed_parts(data, "PNG")   # the picture alone, and the file's te
 tiff_tags(data)                           # {256: (width,), ...} of the first directory
 """
 
-import math
 import re
 import struct
 import zlib
@@ -299,8 +298,8 @@ def heif_derivations(data, start, end):
 def heif_sizes(data, start, end):
     """Box ipco -> declared pixels of each property; 0 for a property that is no size."""
     return [
-        math.prod(struct.unpack(">II", data[at + 4 : stop])) if name == b"ispe" else 0
-        for name, at, stop in boxes(data, start, end)
+        number(data, at + 4, 4) * number(data, at + 8, 4) if name == b"ispe" else 0
+        for name, at, _ in boxes(data, start, end)
     ]
 
 

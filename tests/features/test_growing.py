@@ -213,7 +213,7 @@ def test_prune_does_not_change_the_key(shrunk, capsys):
     assert digest(output) == pruned_bytes and "set aside" not in capsys.readouterr().err
 
 
-def test_prune_without_deleted_files_changes_nothing(few, tmp_path, capsys):
+def test_prune_of_a_complete_folder_changes_nothing(few, tmp_path, capsys):
     extract(few, tmp_path / "f.npz", "--prune")  # the first run has nothing to prune
     before = digest(tmp_path / "f.npz")
     extract(few, tmp_path / "f.npz", "--prune")

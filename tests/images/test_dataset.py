@@ -257,7 +257,7 @@ NO_FILE = "is not a features file"
 FEWER_FACTS = np.dtype([(name, FACTS[name]) for name in FACTS.names if name != "density"])
 WRONG_FILES = {
     "missing": (lambda path: None, "no such file; make it with extract_features.py"),
-    "folder": (lambda path: path.mkdir(), NO_FILE),
+    "folder": (lambda path: path.mkdir(), "is neither a features file nor a finished data set"),
     "empty": (lambda path: path.write_bytes(b""), NO_FILE),
     "text": (lambda path: path.write_text("path,label\n"), NO_FILE),
     "npy": (single_array, NO_FILE),

@@ -194,7 +194,7 @@ def test_rows_of_unreadable_files_are_never_pruned(
     assert extract().returncode == 0
     result = extract_without(data / closed, "--prune")
     assert "gone" not in result.stderr, result.stderr
-    assert "1 of them are of files that cannot be read now" in result.stderr
+    assert "1 of these rows belong to files that cannot be read now" in result.stderr
     assert len(load_features(tmp_path / "features.npz")["labels"]) == 5
 
 

@@ -123,7 +123,8 @@ def test_lines_of_other_packages_have_the_package_as_event(caplog):
 def test_with_gunicorns_set_up_each_line_from_info_is_once_on_stderr():
     code = """if True:
         import logging.config
-                logging.config.dictConfig(telemetry.LOGGING)
+        from detector.service import telemetry
+        logging.config.dictConfig(telemetry.LOGGING)
         telemetry.say_event("verdict", a=1)
         logging.getLogger("gunicorn.error").info("booting")
         logging.getLogger("werkzeug").warning("a\\nb")
