@@ -104,10 +104,9 @@ def sign(
         "assertions": [*created, *assertions],
     }
     out, mime = io.BytesIO(), f"image/{kind.lower()}"
-    context = c2pa.Context.from_dict(QUIET)
     with (
         c2pa.Signer.from_info(c2pa.C2paSignerInfo("es256", pem, key, None)) as signer,
-        c2pa.Builder(manifest, context=context) as builder,
+        c2pa.Builder(manifest, context=c2pa.Context.from_dict(QUIET)) as builder,
     ):
         if parent:
             builder.set_intent(c2pa.C2paBuilderIntent.EDIT)
