@@ -104,7 +104,7 @@ def test_a_missing_int8_form_names_the_command(script, tmp_path):
 @pytest.mark.parametrize(
     "change, figure",
     [
-        ({"cosine": 0.98}, "cosine to float32 0.9800"),
+        ({"cosine": 0.98}, "cosine to float32: mean 0.9800"),
         ({"agreement": 0.985}, "98.5% of the verdicts"),
     ],
 )
