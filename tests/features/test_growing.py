@@ -217,7 +217,7 @@ def test_prune_of_a_complete_folder_changes_nothing(few, tmp_path, capsys):
     extract(few, tmp_path / "f.npz", "--prune")  # the first run has nothing to prune
     before = digest(tmp_path / "f.npz")
     extract(few, tmp_path / "f.npz", "--prune")
-    assert digest(tmp_path / "f.npz") == before and "deleted" not in capsys.readouterr().err
+    assert digest(tmp_path / "f.npz") == before and "deleted files" not in capsys.readouterr().err
 
 
 def test_prune_reports_a_moved_image(shrunk, capsys):
