@@ -4,6 +4,7 @@ Pillow warns about some broken files before it gives up. Warnings are errors in 
 for users, so tests of broken files use the fixture `as_users_have_it`.
 """
 
+import contextlib
 import re
 import struct
 import zlib
@@ -324,3 +325,12 @@ def test_a_jpeg_of_endless_scans_is_refused_and_a_progressive_jpeg_is_not(photos
     scan = data.rindex(b"\xff\xda")
     with pytest.raises(BrokenImage, match="more than 50 scans"):
         decoding.decode_image(data[:scan] + data[scan:-2] * 50 + data[-2:])
+
+
+@pytest.mark.parametrize("length", [8, 12, 16, 19, 24])
+def test_a_heic_whose_size_box_has_another_length_is_one_of_our_errors(length):
+    data = bytearray(heic(picture()))
+    start = data.index(b"ispe") - 4
+    data[start : start + 4] = length.to_bytes(4)
+    with contextlib.suppress(ImageError):
+        decoding.decode_image(bytes(data))
