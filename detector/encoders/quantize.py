@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from detector.base.console import say
+from detector.base.console import SOON, say
 from detector.base.constants import LEAST_INT8_IMAGES
 from detector.base.errors import EncoderError, ImageError, UsageError
 from detector.base.files import read_bytes, sha256
@@ -86,7 +87,8 @@ def read_images(data_dir, limit, resolution):
             return sha256(data), (pixels, entry.label)
 
     with ThreadPoolExecutor() as pool:  # a copy in both halves would prove nothing
-        good = list(dict(filter(None, pool.map(read, entries))).values())
+        loaded = tqdm(pool.map(read, entries), desc="reading", total=len(entries), delay=SOON)
+        good = list(dict(filter(None, loaded)).values())
     if min(np.bincount([label for _, label in good], minlength=2)) < LEAST_INT8_IMAGES // 2:
         raise UsageError(
             f"--data_dir {data_dir}: {len(good)} different images can be read; int8 needs at least "
@@ -184,9 +186,8 @@ def dataset(nncf, pixels):
 
 
 def encode(encoder, pixels):
-    return np.concatenate(
-        [encoder.encode(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
-    )
+    starts = tqdm(range(0, len(pixels), BATCH), desc="encoding", delay=SOON)
+    return np.concatenate([encoder.encode(pixels[i : i + BATCH]) for i in starts])
 
 
 def closeness(reference, int8_features, labels):

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from detector.base.addresses import behind_proxy
-from detector.base.console import say
+from detector.base.console import SOON, say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes, sha256
@@ -197,9 +197,11 @@ def run_through(service, images, version):
     A verdict counts for the version in its header. An image without a verdict counts for the
     version of the last verdict, at first for `version`.
     """
+    from tqdm import tqdm
+
     tallies = defaultdict(lambda: {**{label: [] for label in CLASSES}, "errors": 0})
     tally = tallies[version]
-    for path, label in images:
+    for path, label in tqdm(images, desc="asking the service", unit="image", delay=SOON):
         result, by = classify(service, path)
         if by is None:
             say(f"no verdict on {path}: {result}")

@@ -395,4 +395,4 @@ def figure(metrics, name):
     if name not in metrics:
         return "-"
     low, high = metrics[f"{name}.low"], metrics[f"{name}.high"]
-    return f"{metrics[name]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{metrics[name]:z.3f} [{low:z.3f}, {high:z.3f}]"
