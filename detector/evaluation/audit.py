@@ -209,7 +209,7 @@ def duplicate_lines(findings):
             yield f"{line}: {measures}. Train with --resplit.", True
         else:
             yield f"{line}. Remove the copies, or train with --resplit.", False
-    for split, row in findings["other_splits"].items():
+    for split, row in findings.get("other_splits", {}).items():  # older reports lack it
         yield (
             f"{row['repeated']} of {row['n']} images of '{split}' have a duplicate in"
             f" train (such as {', '.join(row['first'])}). Remove the copies.",
