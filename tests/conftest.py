@@ -117,7 +117,7 @@ def script(tmp_path):
         *args,
         cwd=tmp_path,
         stdin=None,
-        timeout=300,
+        timeout=900,
         first=None,
         stdout=subprocess.PIPE,
         **env,

@@ -114,7 +114,7 @@ def test_a_missing_database_driver_is_named_and_the_password_is_masked(refused, 
 
 def test_a_database_whose_driver_is_not_installed_says_what_to_do(refused, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+mysqldb://me:secret@127.0.0.1/x")
-    refused(["list"], "No module named 'MySQLdb'; pip install what this kind of database needs$")
+    refused(["list"], "No module named 'MySQLdb'; pip install the driver of this database$")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,8 @@ def test_a_full_disk_registers_nothing(here, place, request, limit, folder):
     )
     model = place / "worse.joblib"
     result = process("register", "d", model, before=[sys.executable, "-c", code])
-    assert_only_line(result, "the registry ", "mlflow.db", "free some space")
+    words = ["free some space"] if folder == "here" else []  # SQLite calls a limit an I/O error
+    assert_only_line(result, "the registry ", "mlflow.db", *words)
     assert [path for path in files(here) if path not in before and path != "mlruns"] == []
 
 

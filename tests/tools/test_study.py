@@ -69,7 +69,7 @@ def test_levers_are_compared_on_the_same_images(study, photos, tmp_path, monkeyp
     _, page = study("--levers", "--checkpoints", "two.pt", encoder="one.pt")
     start, end = (
         page.index(title)
-        for title in ("What of the encoder is looked at", "Real images called fake")
+        for title in ("Which parts of the encoder are used", "Real images called fake")
     )
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", page[start:end])
     assert [words for words, _ in rows] == [
