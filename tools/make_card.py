@@ -40,9 +40,9 @@ sources.
   weights ([docs/encoders.md](../docs/encoders.md)).
 - **How it was chosen**: layer, kind and C were chosen on repositories held out of `train` and
   `extra` ([benchmarks/DETECTION.md](../benchmarks/DETECTION.md)). Five earlier choices of layer
-  and kind had been measured on `external`: the embedding with an RBF SVM (AUC 0.89) and with a
-  linear head (0.90), `multi` (0.91), the class token after block 11 with a linear head (0.92), and
-  means of patch tokens (lower). This choice was measured there once.
+  and kind had been measured on `external`. The embedding with an RBF SVM reached AUC 0.89, and with
+  a linear head 0.90. `multi` reached 0.91, and the class token after block 11 with a linear head
+  0.92. Means of patch tokens were lower. This choice was measured there once.
 - **How it was made**: `make ship IMAGES=DIR`.
 - **Data**: photographs and generated images from public repositories. All were shrunk to a short
   side of 320 pixels at most and saved as JPEG 90 in the same way. Most of these repositories state
