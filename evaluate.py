@@ -12,9 +12,11 @@ metric is worse than the baseline or an image cannot be read.
 """
 
 import argparse
+from pathlib import Path
 
 from detector.base.console import Help, need_features, need_folder, run, say
 from detector.base.errors import UsageError
+from detector.base.files import only_writer
 
 
 def add_input_arguments(parser):
@@ -91,7 +93,9 @@ def main(argv=None):
 
     options = vars(args)
     del options["feedback"]
-    text, worse, unreadable = evaluate(**options)
+    place = Path(args.report_dir, "metrics.json")  # the folder's parent may be read-only
+    with only_writer(place, f"--report_dir {args.report_dir}"):
+        text, worse, unreadable = evaluate(**options)
     print(text)
     if worse:
         say(f"worse than the baseline: {', '.join(worse)}")

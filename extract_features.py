@@ -33,7 +33,7 @@ LIMITS = {
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    add_encoder_arguments(parser)
+    add_main_arguments(parser)
     add_selection_arguments(parser)
     add_folder_arguments(parser)
     add_run_arguments(parser)
@@ -44,7 +44,7 @@ def parse_args(argv):
     return args
 
 
-def add_encoder_arguments(parser):
+def add_main_arguments(parser):
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of images")
     parser.add_argument(
         "--output_file", metavar="FILE", help="features to write (default: features.npz)"

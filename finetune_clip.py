@@ -130,6 +130,10 @@ def check(args):
     from detector.encoders.prepare import source_of
 
     args.start = source_of(args.clip_model)
+    if os.path.realpath(args.output) == os.path.realpath(args.clip_model):
+        raise UsageError(
+            f"--output {args.output}: is the checkpoint to start from; name another file"
+        )
     if not re.fullmatch(r"norms|(blocks|lora):[1-9]\d{0,3}", args.train):
         raise UsageError(
             f"--train {args.train}: must be blocks:K, norms or lora:R, with K or R at least 1"
@@ -144,13 +148,11 @@ def check(args):
             raise UsageError(f"--{name} {value:g}: must be a share between 0 and 1")
     if not 0 < args.lr < math.inf:
         raise UsageError(f"--lr {args.lr:g}: must be above 0, and finite")
-    check_output(args.output, args.clip_model)
+    check_output(args.output)
 
 
-def check_output(output, clip_model):
-    """Raises UsageError unless the checkpoint and its card can be written to new files."""
-    if os.path.realpath(output) == os.path.realpath(clip_model):
-        raise UsageError(f"--output {output}: is the checkpoint to start from; name another file")
+def check_output(output):
+    """Raises UsageError unless the checkpoint and its card can be written."""
     if Path(output).is_dir() or Path(output).suffix == ".json":  # the card's name
         raise UsageError(f"--output {output}: name a file that ends in .pt")
     for path in (output, Path(output).with_suffix(".json")):

@@ -118,15 +118,18 @@ def check(args):
         raise UsageError(f"--crops {args.crops}: must be at least 0, at most {MAX_CROPS}")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must be at least 0")
+    check_texts(args)
     if args.max_fpr is not None and not 0 < args.max_fpr < 1:
         raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
-    check_texts(args)
+    export = args.export_sklearn
+    if export and Path(export).resolve() == Path(args.model_output_path).resolve():
+        raise UsageError(f"--export_sklearn {export}: is the model file's place; name another")
     for path in args.features_file:
         need_features(path)
 
 
 def check_texts(args):
-    """Raises UsageError for a bad version, notice or place of the export."""
+    """Raises UsageError for a bad version or notice."""
     if not VERSION.fullmatch(args.model_version):
         raise UsageError(
             f"--model_version {args.model_version!r}: must be 1 to 64 plain characters without"
@@ -134,9 +137,6 @@ def check_texts(args):
         )
     if args.notice is not None and not NOTICE.fullmatch(args.notice):
         raise UsageError(f"--notice {args.notice!r}: must be 1 to 200 plain characters in one line")
-    export = args.export_sklearn
-    if export and Path(export).resolve() == Path(args.model_output_path).resolve():
-        raise UsageError(f"--export_sklearn {export}: is the model file's place; name another")
 
 
 def check_outputs(args):

@@ -1,6 +1,6 @@
 """Errors that a user can cause. A command prints one line and exits with 2.
 
-The service responds with the error's HTTP status.
+The service responds to an ImageError with its HTTP status.
 
 DetectorError
  |- UsageError         a flag, a folder, a file or a setting

@@ -167,8 +167,9 @@ def take(lock, given):
                 ) from None
         except OSError:  # no locks here
             return file
-        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
         file.close()
 
 

@@ -87,7 +87,7 @@ def joined(tower, names):
 
 
 def transformer_outputs(tower, x):
-    """Run clip.model.VisionTransformer.forward -> (class token after each block, final output).
+    """The steps of clip.model.VisionTransformer.forward -> (class token after each block, output).
 
     Each class token has the shape [n, width].
     """
@@ -104,7 +104,7 @@ def transformer_outputs(tower, x):
 
 
 def resnet_outputs(tower, x):
-    """Run clip.model.ModifiedResNet.forward -> (mean output of each stage, final output).
+    """The steps of clip.model.ModifiedResNet.forward -> (mean output of each stage, output).
 
     The mean is over the positions, with the shape [n, channels].
     """

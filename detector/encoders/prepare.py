@@ -158,7 +158,7 @@ def describe(clip_model, source, layers, arrays):
 
 
 def keep(scratch, name, identity):
-    """Move a finished folder to its place in the cache, readable for a service's other user."""
+    """Move a finished folder to its place in the cache. A service of another user can read it."""
     folder = cache_dir() / "encoders" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{identity[:12]}"
     scratch.chmod(0o755)
     for file in scratch.iterdir():
@@ -214,8 +214,10 @@ def write_folder(arrays, manifest, folder, progress):
 
     arch, layers = manifest["arch"], manifest["layers"]
     pixels = preprocess(decode_image(golden_image()), arch["input_resolution"])[None]
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(contiguous, folder / "vision.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+        folder / "vision.safetensors",
+    )
     if arch["kind"] == "VisionTransformer":
         model = openvino_model(arrays, arch, layers)
         golden = numpy_forward(arrays, arch, layers, pixels)

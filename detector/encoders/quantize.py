@@ -74,8 +74,8 @@ def require_nncf():
 def read_images(data_dir, limit, resolution):
     """A labelled folder -> (pixels float32 [n, 3, r, r], labels int [n]), n at most `limit`.
 
-    Draws the classes as evenly as possible, in random order. Unreadable images are left out.
-    Raises UsageError if too few are left.
+    Draws the classes as evenly as possible, in random order. Copies and unreadable images are left
+    out. Raises UsageError if too few are left.
     """
     entries = list_images(data_dir)
     entries = [entries[i] for i in draw_evenly([e.label for e in entries], limit)]
@@ -86,8 +86,9 @@ def read_images(data_dir, limit, resolution):
             pixels = preprocessing.preprocess(decoding.decode_image(data), resolution)
             return sha256(data), (pixels, entry.label)
 
-    with ThreadPoolExecutor() as pool:  # a copy in both halves would prove nothing
+    with ThreadPoolExecutor() as pool:
         loaded = tqdm(pool.map(read, entries), desc="reading", total=len(entries), delay=SOON)
+        # by hash, because a copy in both halves would prove nothing
         good = list(dict(filter(None, loaded)).values())
     if min(np.bincount([label for _, label in good], minlength=2)) < LEAST_INT8_IMAGES // 2:
         raise UsageError(

@@ -181,7 +181,8 @@ def openvino_core():
     """OpenVINO's Core, the only one for the life of the process.
 
     Its CPU plugin gives the thread that makes it a signal stack. The plugin frees the stack with
-    its last encoder. With two plugins, a signal could run on memory that was already in use again.
+    its last encoder. With two plugins, freed in the wrong order, a signal's handler ran on memory
+    that was in use again.
     """
     import openvino as ov
 

@@ -232,7 +232,7 @@ def read_tensor(archive, folder, tensor):
     data, half = read_member(archive, f"{folder}data/{key}"), dtype == "bfloat16"
     stored = np.frombuffer(data, "<u2" if half else dtype)
     if len(stored) != numel:
-        raise EncoderError(f"its storage {key} has {len(data)} bytes, not {numel} numbers")
+        raise EncoderError(f"its storage {key} has {len(data)} bytes, not those of {numel} numbers")
     if half:
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
     steps = [step * stored.itemsize for step in strides]

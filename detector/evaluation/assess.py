@@ -7,7 +7,7 @@ import numpy as np
 from detector.base.console import say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
-from detector.base.files import check_folder, only_writer, sha256
+from detector.base.files import check_folder, sha256
 from detector.evaluation import report
 from detector.evaluation.baseline import changes_table, compare, read_baseline
 from detector.evaluation.pictures import contact_sheet, distorted, encode_folder
@@ -166,12 +166,11 @@ def evaluate(
     robustness_images=1000,
     device="auto",
 ):
-    """The flags of evaluate.py -> (printed text, metrics that got worse, unreadable files).
+    """The flags of evaluate.py -> (text to print, metrics that got worse, unreadable files: n).
 
     Writes the report. Raises DetectorError.
     """
-    given = f"--report_dir {report_dir}"
-    check_folder(report_dir, given)
+    check_folder(report_dir, f"--report_dir {report_dir}")
     before = read_baseline(baseline, report_dir) if baseline else None
     model_path = choose_model(model_path)
     detector = Detector(model_path, device) if data_dir else None
@@ -180,7 +179,7 @@ def evaluate(
     seen = detector.encoder.manifest.get("seen", []) if detector else []
     first, groups, p_fake, metrics = assess_all(model, columns, *split_rows(columns, model, seen))
     rows = compare(metrics, before) if before else []
-    with only_writer(report_dir, given), report.staged(report_dir) as place:
+    with report.staged(report_dir) as place:
         if data_dir:
             metrics |= distorted(detector, data_dir, first, groups, robustness_images)
             metrics["hardest"] = hardest(first, p_fake, model["threshold"])

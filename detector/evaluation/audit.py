@@ -75,7 +75,7 @@ def count_formats(formats):
 
 
 def duplicates(columns, labels, cluster):
-    """Clusters of duplicates across splits and labels -> {'twins': counts, 'examples': paths}."""
+    """Clusters of duplicates across splits and labels -> 'twins', 'other_splits', 'examples'."""
     test = columns["splits"] == "test"
     trained = np.isin(cluster, cluster[columns["splits"] == "train"])
     both = np.intersect1d(cluster[labels == 0], cluster[labels == 1])
@@ -95,13 +95,21 @@ def duplicates(columns, labels, cluster):
 
 
 def repeated_elsewhere(columns, cluster, trained):
-    """Other splits to measure on whose images repeat in train -> {split: n, repeated, first}."""
+    """Other splits to measure on whose images repeat in train -> {split: n, repeated, first}.
+
+    `first`: paths of one such image and of its duplicate in train.
+    """
     rows = {}
     for split in np.setdiff1d(columns["splits"], ["train", "extra", "test", "seen", ""]):
         own = columns["splits"] == split
         if repeated := int((own & trained).sum()):
-            first = examples(columns["paths"], cluster, cluster[own & trained])[0]
-            rows[str(split)] = {"n": int(own.sum()), "repeated": repeated, "first": first}
+            same = cluster == cluster[own & trained][0]
+            pair = [columns["paths"][same & (columns["splits"] == s)][0] for s in (split, "train")]
+            rows[str(split)] = {
+                "n": int(own.sum()),
+                "repeated": repeated,
+                "first": [str(path) for path in pair],
+            }
     return rows
 
 

@@ -75,7 +75,10 @@ def parse(line):
 
 
 def fields_of(event, name, counts, *fields):
-    """The `fields` of an event `name`, all non-empty text; None for other and damaged events."""
+    """The `fields` of an event `name`, all non-empty text; None for other and damaged events.
+
+    The second field must be one of CLASSES.
+    """
     if event is None or event.get("event") != name:
         return None
     values = [event.get(field) for field in fields]

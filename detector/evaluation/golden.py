@@ -3,6 +3,7 @@
 import http.client
 import json
 import random
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -10,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from detector.base.addresses import behind_proxy
-from detector.base.console import SOON, say
+from detector.base.console import SOON, printable, say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes, sha256
@@ -19,7 +20,7 @@ from detector.images.folders import list_images
 
 TRIES = 5  # of one request, while the service is busy or a connection breaks
 RETRY_S = 1  # the wait between two tries where the response has no usable Retry-After
-LONGEST_WAIT_S = 60  # the longest Retry-After that is followed
+LONGEST_WAIT_S = 60  # a longer Retry-After is cut to this
 TIMEOUT_S = 60  # of one request; the service itself gives up earlier
 RESPONSE_BYTES = 1 << 20
 JOB = "detector-golden"
@@ -201,10 +202,11 @@ def run_through(service, images, version):
 
     tallies = defaultdict(lambda: {**{label: [] for label in CLASSES}, "errors": 0})
     tally = tallies[version]
-    for path, label in tqdm(images, desc="asking the service", unit="image", delay=SOON):
+    asked = tqdm(images, "asking the service", unit="image", delay=SOON, disable=None)
+    for path, label in asked:
         result, by = classify(service, path)
         if by is None:
-            say(f"no verdict on {path}: {result}")
+            asked.write(printable(f"no verdict on {path}: {result}"), file=sys.stderr)
             tally["errors"] += 1
         else:
             tally = tallies[by]

@@ -464,7 +464,7 @@ def abstention(labels, p_fake, threshold, band, groups):
 
 
 def risk_coverage(labels, p_fake, threshold):
-    """-> ([coverage], [risk]): share of errors as more images get a verdict, surest first.
+    """-> ([coverage], [risk]): share of errors as more images are kept, surest first.
 
     An image is sure where its logit is far from the threshold's.
     """

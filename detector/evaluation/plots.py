@@ -95,11 +95,11 @@ def plot_calibration(report):
 
 
 def plot_risk(report):
-    """Share of errors against the share of images with a verdict, surest first."""
+    """Share of errors against the share of images kept, surest first."""
     coverage, risk = report["risk_coverage"]
     figure, ax = axes(
         f"Risk and coverage, {encoder(report)}, {report['overall']['n']} test images",
-        "share of images with a verdict, surest first",
+        "share of images kept, surest first",
         "share of errors among them",
     )
     ax.plot(coverage, risk)

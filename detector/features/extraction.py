@@ -30,7 +30,7 @@ from detector.images.facts import FACTS
 from detector.images.folders import has_extension, list_files, read_folder, summary_of
 
 COMPILE_FROM = 30_000  # images; torch.compile takes 6 s on CUDA and saves 0.2 ms an image
-AHEAD = 3  # batches in work: decoded, encoded, and decoded in advance so the encoder never waits
+AHEAD = 3  # batches in work: one being decoded, one being encoded, one decoded and ready
 
 
 def draw(entries, limit, seed=0):

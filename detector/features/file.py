@@ -162,10 +162,11 @@ def load_rows(files, most, seed=0):
 
 def light_columns(files):
     """The columns LIGHT of all rows, with the first 64 bits of each hash as int64."""
-    parts = [part for file in files for part in file.parts(LIGHT)]
-    for part in parts:
+    parts = []
+    for part in (part for file in files for part in file.parts(LIGHT)):
+        # one part at a time, because the text of a hash takes 256 bytes
         bits = [int(digest[:16], 16) - 2**63 for digest in part["sha256"]]
-        part["sha256"] = np.array(bits, np.int64)
+        parts.append({**part, "sha256": np.array(bits, np.int64)})
     return {name: np.concatenate([part[name] for part in parts]) for name in LIGHT}
 
 

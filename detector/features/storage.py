@@ -103,7 +103,10 @@ def stamp(folder, path):
 
 
 def read_bytes(folder, path):
-    """Bytes of a file. Raises OSError for this file, UsageError for the object store."""
+    """Bytes of a file.
+
+    Raises OSError if the file cannot be read, UsageError if the object store fails.
+    """
     if not is_remote(folder):
         return Path(folder, path).read_bytes()
     filesystem, root = open_folder(str(folder))

@@ -24,7 +24,8 @@ from detector.images.distort import degrade, manageable, random_view
 from detector.images.folders import draw_evenly, read_folder
 
 DEGRADED = 0.3  # share of the views that distort.py degrades first
-SIDE = 1024  # largest side of a picture to degrade, as sites shrink it; a large one takes a second
+# Pictures are shrunk to this side before they are degraded, as sites do. Larger ones take a second.
+SIDE = 1024
 
 
 def kept_back(digest, share):

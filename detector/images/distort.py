@@ -89,7 +89,7 @@ def noise(image, sigma, rng=None):
 
 
 def crop(image, share, left=0.5, top=0.5):
-    """Cut to `share` of both sides; `left` and `top` place the cut: 0, 0.5 (middle) to 1."""
+    """Cut to `share` of both sides. `left`, `top`: 0 is that edge, 0.5 the middle, 1 the other."""
     width, height = (max(1, round(side * share)) for side in image.size)
     x, y = round((image.width - width) * left), round((image.height - height) * top)
     return image.crop((x, y, x + width, y + height))

@@ -119,9 +119,9 @@ def near_pairs(thumb, block=256):
 def pairs_between(thumb, others, block=256):
     """uint8 [n, 64], uint8 [k, 64] -> index pairs [m, 2] of near-identical thumbnails.
 
-    They differ by at most NEAR_GREY. They correlate by NEAR_CORRELATION, because all flat pictures
-    differ little. Thumbnails differ at least as much as their means, so only thumbnails of nearly
-    the same brightness are compared.
+    They differ by at most NEAR_GREY. They must also correlate by NEAR_CORRELATION, or all flat
+    pictures would match. Thumbnails differ at least as much as their means, so only thumbnails of
+    nearly the same brightness are compared.
     """
     order, mean, grey, square, shape = by_brightness(thumb)
     other_order, other_mean, other_grey, other_square, other_shape = by_brightness(others)
@@ -130,8 +130,9 @@ def pairs_between(thumb, others, block=256):
         rows = slice(start, start + block)
         first = np.searchsorted(other_mean, mean[start] - NEAR_GREY - 0.01)
         near = slice(first, np.searchsorted(other_mean, mean[rows][-1] + NEAR_GREY + 0.01))
-        squares = square[rows, None] + other_square[near]
-        distance = (squares - 2 * grey[rows] @ other_grey[near].T) / 64
+        distance = (
+            square[rows, None] + other_square[near] - 2 * grey[rows] @ other_grey[near].T
+        ) / 64
         i, j = np.nonzero(distance <= NEAR_GREY**2)
         alike = (shape[start + i] * other_shape[first + j]).sum(axis=1) >= NEAR_CORRELATION
         pairs.append(np.stack([order[start + i[alike]], other_order[first + j[alike]]], axis=1))

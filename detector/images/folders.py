@@ -219,8 +219,8 @@ def ignored_folders(entries, split_names):
     for entry in entries:
         if entry.label < 0:
             folders = entry.path.split("/")[:-1]
-            is_split = [split_of(folder, split_names) is not None for folder in folders]
-            depth = is_split.index(False) + 1 if False in is_split else None
+            outside = (i for i, f in enumerate(folders, 1) if not split_of(f, split_names))
+            depth = next(outside, None)
             numbers["/".join(folders[:depth] if depth else [*folders, "*"])] += 1
     return numbers
 
@@ -252,7 +252,7 @@ def has_extension(path):
 
 
 def summary_of(folder):
-    """Folder -> end of a line on files that were not taken: '; ignored 32 files in 1 folder'."""
+    """Folder -> end of a line on files not taken, such as '; left out 3 hidden files', or ''."""
     ignored, unreadable = sum(folder.ignored.values()), len(folder.listing.unreadable)
     counts = [
         (ignored, f"ignored {ignored} files in {len(folder.ignored)} folders without a label")

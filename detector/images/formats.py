@@ -178,7 +178,8 @@ def jpeg_parts(data, left_out=(0xE2,)):
 def webp_parts(data):
     """The first picture and complete metadata, in a file of the right length."""
     kept, at, frames = [], 12, 0
-    if data[12:16] == b"VP8X" and len(data) > 20 and data[20] & 2:  # no frame fills it all
+    # an animation: the canvas is clear where no frame draws, so declare alpha
+    if data[12:16] == b"VP8X" and len(data) > 20 and data[20] & 2:
         data = data[:20] + bytes([data[20] | 16]) + data[21:]
     for _ in range(MAX_PARTS):
         if at + 8 > len(data):

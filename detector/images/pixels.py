@@ -52,7 +52,7 @@ def declare_kind(image, data, known):
 
 
 def declare_png(image, data):
-    """Scales a transparent colour to 8 bits: PNG stores the file's depth (11.3.2.1)."""
+    """Scales a transparent colour to 8 bits. PNG stores it in the file's depth (11.3.2.1)."""
     if image.mode == "P" and not image.palette:
         raise BrokenImage("the PNG lacks the palette that its pixels are numbers of")
     bits, colour = data[24], data[25]
@@ -124,7 +124,8 @@ def declare_tiff(image):
     elif image.mode in ("I;16", "I;16B") and tags.get(262) == 0:
         image.info["levels"] = 65535, 0
     colours = tags.get(320)
-    if image.mode == "P" and max(colours) < 256:  # some programs write 8 bits, libtiff knows
+    # some programs write 8-bit colours; libtiff accepts them too
+    if image.mode == "P" and max(colours) < 256:
         image.palette = ImagePalette.raw("RGB", np.uint8(colours).reshape(3, -1).T.tobytes())
 
 

@@ -171,6 +171,10 @@ def check(model):
         type(crops) is int and 0 <= crops <= MAX_CROPS,
         f"its number of crops is not a whole number from 0 to {MAX_CROPS}",
     )
+    need(
+        all(isinstance(model["encoder"].get(name), str) for name in ("name", "identity", "layers")),
+        "it does not state which encoder it was trained on",
+    )
 
 
 def need(condition, words):
@@ -190,8 +194,8 @@ def is_of_kind(value, kind):
 
 
 def check_origin(model):
-    """Raises ModelError unless threshold rule, training data and encoder are complete."""
-    rule, data, encoder = model["threshold_rule"], model["training_data"], model["encoder"]
+    """Raises ModelError unless threshold rule and training data are complete."""
+    rule, data = model["threshold_rule"], model["training_data"]
     need(
         isinstance(rule.get("band_error"), float)
         and isinstance(rule.get("max_fpr", 0), (float, int, type(None))),
@@ -200,10 +204,6 @@ def check_origin(model):
     need(
         isinstance(data.get("sources"), list) and isinstance(data.get("images"), np.ndarray),
         "its field 'training_data' does not list the sources and images it was trained on",
-    )
-    need(
-        all(isinstance(encoder.get(name), str) for name in ("name", "identity", "layers")),
-        "it does not state which encoder it was trained on",
     )
 
 

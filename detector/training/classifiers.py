@@ -209,7 +209,8 @@ def search(kind, features, labels, weight, groups, images, seed):
 
     The search sees a single view of each image. Successive halving (Jamieson and Talwalkar 2016)
     tries all points on a quarter of the rows, the best third of them on half, and the best third of
-    those on all. With fewer than SEARCH_ROWS images, all points are tried on all rows.
+    those on all. With fewer images, all points are tried once, on all
+    images. With crops the limit is SEARCH_ROWS over the number of pieces.
     """
     from scipy.stats import rankdata
     from tqdm import tqdm

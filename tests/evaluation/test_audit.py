@@ -167,6 +167,14 @@ def test_a_duplicate_of_a_training_image_in_external_is_a_leak(pictures):
     fatal, _ = sentences(audit.audit(columns_of(*images)))
     n = len(pictures)
     assert fatal[0].startswith(f"{n} of {n} images of 'external' have a duplicate in train")
+    assert "(such as 1.jpg, 0.jpg)" in fatal[0]
+
+
+def test_up_to_one_percent_of_duplicates_in_another_split_is_a_note():
+    row = {"n": 100, "repeated": 1, "first": ["val/a.jpg", "train/a.jpg"]}
+    fatal, note = sentences(NOTHING | {"other_splits": {"val": row}})
+    assert fatal == [] and note[0].startswith("1 of 100 images of 'val' have a duplicate in train")
+    assert sentences(NOTHING | {"other_splits": {"val": row | {"repeated": 2}}})[0]
 
 
 def test_a_duplicate_in_extra_is_no_duplicate_in_train(pictures):
@@ -315,7 +323,9 @@ def test_each_fact_has_a_remedy(what, words):
 def test_help_defines_both_thresholds(script):
     text = " ".join(script("audit.py", "--help").stdout.split())
     assert "starts at 0.65" in text and "reaches 0.95" in text
-    assert "above 1% of the test images" in text and "%%" not in text
+    assert (
+        "above 1% of that split" in text and "above 1% of all images" in text and "%%" not in text
+    )
 
 
 def test_telling_values_huge_files_unreadable_files_and_doubtful_sources_are_noted():

@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 from detector.base import errors
 from detector.base.constants import CLASSES
-from detector.base.files import sha256
+from detector.base.files import only_writer, sha256
 from detector.evaluation import assess, audit, baseline, pictures
 from detector.images.distort import ARMS, CONDITIONS
 from detector.model.file import load_model, save_model
@@ -92,6 +92,15 @@ def before(fresh, tmp_path):
     """metrics.json of the evaluation of `fresh`, to compare with."""
     (tmp_path / "before.json").write_text(json.dumps(fresh[3]))
     return tmp_path / "before.json"
+
+
+def test_a_second_evaluation_into_one_folder_is_refused_before_its_work(
+    flags, tmp_path, run, monkeypatch
+):
+    monkeypatch.setattr(assess, "evaluate", lambda **_: pytest.fail("it worked all the same"))
+    lock = only_writer(tmp_path / "out" / "metrics.json", "")
+    with lock, pytest.raises(errors.UsageError, match="is writing it"):
+        run(**flags)
 
 
 def test_images_that_trained_the_model_are_left_out_also_under_another_name(

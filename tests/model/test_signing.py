@@ -15,7 +15,7 @@ from made_up import BASELINE, make_columns
 
 from detector.base.errors import ModelError, UsageError
 from detector.model import signature
-from detector.model.file import load_model
+from detector.model.file import load_model, save_model
 from detector.service.engine import check, read_model
 from detector.service.settings import read_settings
 
@@ -66,6 +66,15 @@ def another_byte(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_a_file_put_there_since_gets_no_signature(tmp_path):
+    private, public = write_keys(tmp_path)
+    path = tmp_path / "m.joblib"
+    written, _ = (save_model(path, load_model(BASELINE) | versions(v)) for v in ("v1", "v2"))
+    signature.sign(path, written, signature.read_key(private, "--sign", "private"))
+    with pytest.raises(ModelError, match="is no signature of it"):
+        load_model(path, public)
 
 
 def another_key(path):
