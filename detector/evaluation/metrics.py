@@ -60,24 +60,26 @@ def few(number):
 
 
 def effective(mask, groups):
-    """Effective number of independent images for the share of boolean [n] in groups [n]; at most n.
+    """Effective number of independent images for the mean of `mask` [n] in groups [n]; at most n.
 
-    The variance of the share between groups, against the binomial one (Kish's design effect, used
-    for intervals of shares by Korn and Graubard 1998), with Student's t for few groups. Where all
-    images agree there is no variance, and each group counts as one image.
+    `mask` holds booleans, or -1, 0 and 1. The variance of the mean between groups, against that of
+    independent images (Kish's design effect, used for intervals of shares by Korn and Graubard
+    1998), with Student's t for few groups. Where all images agree there is no variance, and each
+    group counts as one image.
     """
     _, group = np.unique(groups, return_inverse=True)
     n, number, p = len(mask), group.max() + 1, np.mean(mask)
-    if p in (0, 1) or number == n:
+    variance = np.mean(np.abs(mask)) - p * p
+    if variance <= 0 or number == n:
         return number
     if number == 1:
         return 0
     between = between_groups(mask, group)
-    return min(n, p * (1 - p) / between / few(number) ** 2) if between else n
+    return min(n, variance / between / few(number) ** 2) if between else n
 
 
 def between_groups(mask, group):
-    """Variance of the share of boolean [n], estimated between group numbers [n]."""
+    """Variance of the mean of `mask` [n], estimated between group numbers [n]."""
     number = group.max() + 1
     squares = (np.bincount(group, mask - np.mean(mask)) ** 2).sum()
     return squares * number / max(1, number - 1) / len(mask) ** 2

@@ -1,4 +1,4 @@
-"""The parts of an evaluation that need image files: features, distortions, hardest images."""
+"""The parts of an evaluation that need image files: features, distortions, contact sheets."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ from detector.images.distort import ARMS, CONDITIONS, manageable
 from detector.images.folders import draw_evenly, list_images
 
 BATCH = 16
+LINE = 13  # pixels of a line of text on a contact sheet
 
 
 # ---- features ----
@@ -144,28 +145,42 @@ def distorted(detector, data_dir, columns, groups, most):
     }
 
 
-# ---- hardest images ----
+# ---- contact sheets ----
 
 
-def contact_sheet(data_dir, columns, hardest, path, side=150):
-    """Write a PNG of the hardest images, reals above and fakes below; nothing without images.
+def label_and_p_fake(row):
+    return f"{row['label']}, {row['p_fake']:.3f}"
 
-    Each image stands under its label and probability of fake.
+
+def contact_sheet(data_dir, columns, entries, path, caption=label_and_p_fake, side=150):
+    """Write a PNG of images, reals above and fakes below; nothing without images.
+
+    An entry has `path` and `label`. Each image stands under its caption and its file name.
     """
     from PIL import Image, ImageDraw
 
-    if not hardest:
+    if not entries:
         return
     hashes = dict(zip(columns["paths"].tolist(), columns["sha256"].tolist(), strict=True))
-    of_class = [[row for row in hardest if row["label"] == name] for name in CLASSES]
-    sheet = Image.new("RGB", (max(map(len, of_class)) * side, 2 * (side + 14)), "white")
+    of_class = [[row for row in entries if row["label"] == name] for name in CLASSES]
+    height = side + 2 * LINE
+    sheet = Image.new("RGB", (max(map(len, of_class)) * side, 2 * height), "white")
     pen = ImageDraw.Draw(sheet)
     for line, images in enumerate(of_class):
         for column, row in enumerate(images):
             picture = read_picture(data_dir, row["path"], hashes[row["path"]])
             picture.thumbnail((side - 4, side - 4))
-            left, top = column * side + 2, line * (side + 14)
-            sheet.paste(picture, (left, top + 13))
-            pen.text((left, top), f"{row['label']}, {row['p_fake']:.3f}", fill="black")
+            left, top = column * side + 2, line * height
+            sheet.paste(picture, (left, top + 2 * LINE))
+            for k, text in enumerate((caption(row), Path(row["path"]).name)):
+                pen.text((left, top + k * LINE), fitting(pen, text, side - 4), fill="black")
     with atomic_write(path) as file:
         sheet.save(file, "PNG")
+
+
+def fitting(pen, text, width):
+    """Text as the pen can draw it. The end is kept where the text is wider than `width` pixels."""
+    shown = printable(text).encode("latin-1", "backslashreplace").decode("latin-1")
+    while pen.textlength(shown) > width:
+        shown = shown[1:]
+    return shown
