@@ -42,8 +42,8 @@ def main(argv=None):
     args = parse_args(argv)
     from detector.evaluation.comparison import compare
 
-    place = Path(args.report_dir, "comparison.json")  # the folder's parent may be read-only
-    with only_writer(place, f"--report_dir {args.report_dir}"):
+    # The folder's parent may be read-only.
+    with only_writer(Path(args.report_dir, "comparison.json"), f"--report_dir {args.report_dir}"):
         text, unreadable = compare(**vars(args))
     print(text)
     return 1 if unreadable else 0

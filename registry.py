@@ -15,6 +15,7 @@ import argparse
 import re
 
 from detector.base.console import Help, run
+from detector.base.constants import MARGIN
 from detector.base.errors import UsageError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -43,7 +44,7 @@ def add_register(commands):
 
 
 def add_promote(commands):
-    text = "make a version the champion, if it is no worse than the present champion"
+    text = "make a version the champion, unless it may be worse than the present champion"
     parser = add_command(commands, "promote", text)
     parser.add_argument(
         "version", metavar="VERSION", help="for example v1.2.0, or the registry's own number"
@@ -52,6 +53,13 @@ def add_promote(commands):
         "--golden",
         metavar="PATH",
         help="labelled images that trained neither model: a features file or a folder",
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=MARGIN,
+        metavar="M",
+        help="balanced accuracy by which it may be worse; the images must exclude a larger loss",
     )
     parser.add_argument(
         "--force", metavar="WHY", help="skip the comparison; the registry records who did and why"
@@ -79,12 +87,14 @@ def check_name(args):
 
 
 def check_promote(args):
-    """Raises UsageError unless images or a reason that fits into a record are given."""
+    """Raises UsageError unless the margin is a share, and images or a short reason are given."""
     if not (args.golden or args.force):
         raise UsageError(
             "promote: name labelled images that trained neither model with --golden, "
             "or say why not with --force"
         )
+    if not 0 < args.margin < 1:
+        raise UsageError(f"--margin {args.margin:g}: must lie between 0 and 1, such as 0.03")
     if len(args.force or "") > LONGEST_REASON:
         raise UsageError(
             f"--force: a reason of {len(args.force)} characters; "

@@ -1,18 +1,16 @@
 """Run models over the same images, and compare two of them in a report."""
 
-import csv
 import json
-import time
 from collections import namedtuple
 from pathlib import Path
+from timeit import timeit
 
 import numpy as np
-from PIL import Image
 
 from detector.base.console import all_printable, say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
-from detector.base.files import atomic_folder, atomic_write, check_folder, read_bytes
+from detector.base.files import atomic_folder, check_folder, read_bytes
 from detector.evaluation import assess, paired, pictures, report
 from detector.features.columns import COLUMNS, distinct
 from detector.images.distort import CONDITIONS
@@ -28,7 +26,8 @@ Judged = namedtuple("Judged", "model detector columns p_fake")
 Pair = namedtuple("Pair", "columns labels p_fake thresholds right twins groups kind")
 SOCIAL = "social media", "both, one after the other"  # of CONDITIONS
 SOCIAL_IMAGES = 1000  # drawn with a fixed seed
-PICTURES = "both models under the social-media chain", "a sheet of the images with two verdicts"
+SHEET = "disagreements.png"
+ROW = "images", "metric", "n", "a", "b", "better", "only_a", "only_b", "p"
 
 
 # ---- the same images through both ----
@@ -44,7 +43,7 @@ def judge_images(paths, data_dir=None, features_files=None, device="auto", times
         model, detector = load_model(path), None
         if data_dir:
             detector = Detector(path, device, model=model)
-            announce(detector, times * len(list_files(data_dir).files), path)
+            announce(detector, times * len(list_files(data_dir).files))
         key = features or (model["encoder"]["identity"], model.get("crops", 0))
         if key not in tables:
             tables[key] = assess.columns_of(detector, model, data_dir, features)
@@ -55,12 +54,11 @@ def judge_images(paths, data_dir=None, features_files=None, device="auto", times
     return judged, max(unreadable for _, unreadable in tables.values())
 
 
-def announce(detector, number, path):
-    """Say how long `number` images take where that is over a minute, from the time of one."""
-    start = time.perf_counter()
-    detector.features(detector.pixels(Image.new("RGB", (512, 512)))[None])
-    if (seconds := number * (time.perf_counter() - start)) > 60:
-        say(f"{path}: encoding takes up to {seconds:.0f} s")
+def announce(detector, number):
+    """Say how long encoding `number` images takes where that is over a minute."""
+    one = np.zeros((1 + detector.crops, 3, *[detector.encoder.resolution] * 2), np.float32)
+    if (seconds := number * timeit(lambda: detector.encoder.encode(one), number=1)) > 60:
+        say(f"encoding takes up to {seconds:.0f} s")
 
 
 def pair(judged):
@@ -96,11 +94,11 @@ def pair(judged):
 
 def source_rows(images):
     """Pair -> a row of accuracy for each named source, the largest loss of model b first."""
-    rows = []
-    for source in np.setdiff1d(images.columns["sources"], [""]):
-        own = images.columns["sources"] == source
-        part = images.labels[own], images.p_fake[:, own], images.thresholds, images.twins[own]
-        rows += paired.measure(*part, images=str(source), drawn=False)
+    sources, rows = images.columns["sources"], []
+    for source in np.setdiff1d(sources, [""]):
+        own, label = sources == source, str(source)
+        data = images.labels[own], images.p_fake[:, own], images.thresholds, images.twins[own]
+        rows += paired.measure(*data, label, drawn=False)
     return sorted(rows, key=lambda row: (row["difference"]["value"], -row["n"]))
 
 
@@ -110,10 +108,11 @@ def social_rows(judged, images, data_dir):
     strata = zip(images.labels.tolist(), images.columns["sources"].tolist(), strict=True)
     rows = draw_evenly(list(strata), SOCIAL_IMAGES)
     drawn = {name: images.columns[name][rows] for name in ("paths", "labels", "sha256")}
-    changes = data_dir, drawn, [(chain, chain)]
-    p_fake = np.stack([pictures.changed(one.detector, *changes)[:, 1] for one in judged])
-    data = images.labels[rows], p_fake, images.thresholds, images.groups[rows]
-    return paired.measure(*data, images=SOCIAL[0])
+    p_fake = [
+        pictures.changed(one.detector, data_dir, drawn, [(chain, chain)])[:, 1] for one in judged
+    ]
+    data = images.labels[rows], np.stack(p_fake), images.thresholds, images.groups[rows]
+    return paired.measure(*data, SOCIAL[0])
 
 
 def disagreements(images):
@@ -121,39 +120,33 @@ def disagreements(images):
 
     The largest distance of both probabilities of fake comes first.
     """
-    distance, shown = np.abs(images.p_fake[1] - images.p_fake[0]), []
-    for label in (0, 1):
-        rows = np.flatnonzero((images.labels == label) & (images.right[0] != images.right[1]))
-        shown += rows[np.argsort(-distance[rows], kind="stable")][: assess.SHOWN].tolist()
+    order = np.argsort(-np.abs(images.p_fake[1] - images.p_fake[0]), kind="stable")
+    order = order[images.right[0, order] != images.right[1, order]]
     return [
         {
             "path": str(images.columns["paths"][i]),
-            "label": CLASSES[images.labels[i]],
+            "label": CLASSES[label],
             **dict(zip("ab", images.p_fake[:, i].round(4).tolist(), strict=True)),
         }
-        for i in shown
+        for label in (0, 1)
+        for i in order[images.labels[order] == label][: assess.SHOWN]
     ]
 
 
-def caption(row):
-    return f"{row['label']}: a {row['a']:.2f}, b {row['b']:.2f}"
-
-
-def describe(models, judged, images, data_dir):
-    """-> the content of the report, without the files."""
+def describe(models, judged, images, social):
+    """-> the content of the report. `social`: of `social_rows`, None without pictures."""
     data = images.labels, images.p_fake, images.thresholds, images.groups
     decided = paired.judge(images.labels, images.right, images.groups)
-    social = social_rows(judged, images, data_dir) if data_dir else []
     return {
         **dict(zip("ab", (report.about(one.model) for one in judged), strict=True)),
         "files": models,
         "groups": images.kind,
-        "rows": paired.measure(*data) + social,
+        "rows": paired.measure(*data) + (social or []),
         "sources": source_rows(images),
         "disagreements": disagreements(images),
         "judged": decided,
         "sentence": paired.sentence(decided, *models),
-        "not_measured": [] if data_dir else PICTURES,
+        "without_pictures": social is None,
     }
 
 
@@ -167,26 +160,18 @@ def compare(models, data_dir=None, features_files=None, report_dir="comparison",
     check_folder(report_dir, f"--report_dir {report_dir}")
     judged, unreadable = judge_images(models, data_dir, features_files, device, times=3)
     images = pair(judged)
-    content = describe(models, judged, images, data_dir)
-    with atomic_folder(report_dir, ["disagreements.png"]) as place:
-        sheet, shown = place / "disagreements.png", content["disagreements"]
+    social = social_rows(judged, images, data_dir) if data_dir else None
+    content = all_printable(describe(models, judged, images, social))
+    with atomic_folder(report_dir, [SHEET]) as place:
         if data_dir:
-            pictures.contact_sheet(data_dir, images.columns, shown, sheet, caption)
-        text = fill(place, all_printable(content), sheet)
+            entries, words = disagreements(images), "{label}: a {a:.2f}, b {b:.2f}"
+            pictures.contact_sheet(data_dir, images.columns, entries, place / SHEET, words)
+        sheet = {path.stem: path.read_bytes() for path in place.glob(SHEET)}
+        texts = {
+            "comparison.html": report.render("comparison.html", content, sheet),
+            "comparison.json": json.dumps(content, indent=1),
+        }
+        table = report.csv_table(content["rows"] + content["sources"], ROW, ["difference"])
+        report.write(place, {"comparison.csv": table}, texts)
+    text = report.render("comparison.txt", content)
     return f"{text}report in {Path(report_dir)}/", unreadable
-
-
-def fill(place, content, sheet):
-    """Write comparison.json, .csv and .html, which holds the sheet if any -> text to print."""
-    names = ("images", "metric", "n", "a", "b", "better", "only_a", "only_b", "p")
-    header, rows = report.csv_table(content["rows"] + content["sources"], names, ["difference"])
-    with atomic_write(place / "comparison.csv", "w") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    embedded = {sheet.stem: sheet.read_bytes()} if sheet.is_file() else {}
-    for end, text in (
-        ("html", report.render("comparison.html", content, embedded)),
-        ("json", json.dumps(content, indent=1)),
-    ):
-        with atomic_write(place / f"comparison.{end}", "w") as file:
-            file.write(text)
-    return report.render("comparison.txt", content)

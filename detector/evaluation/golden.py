@@ -214,6 +214,13 @@ def run_through(service, images, version):
     return tallies
 
 
+def tally_of(judged):
+    """`Judged` of comparison.py -> the tally that the service's verdicts would make."""
+    labels, fake = judged.columns["labels"], judged.p_fake >= judged.model["threshold"]
+    right = {name: (fake == k)[labels == k].tolist() for k, name in enumerate(CLASSES)}
+    return {**right, "errors": 0}
+
+
 def accuracies(tally):
     """Tally of one version -> (accuracy on reals, accuracy on fakes, balanced accuracy).
 

@@ -13,14 +13,13 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binomtest
 
-from detector.base.constants import CLASSES
+from detector.base.constants import CLASSES, MARGIN
 from detector.evaluation import metrics
 from detector.evaluation.metrics import METRICS
 
-MARGIN = 0.03  # of balanced accuracy, by which a new version may be worse
 TWO_SIDED, ONE_SIDED = 1.959964, 1.644854  # normal quantiles of 95%
 DRAWN = {"auc": 1.0, "log_loss": np.inf, "calibration_error": 1.0}  # largest possible difference
-GROWTH, MOST = 1.02, 1e5  # steps of `images_needed`, and the factor where it gives up
+FACTORS = 1.02 ** np.arange(1, 600)  # the steps of `images_needed`
 VERDICTS = {
     "better": "better than",
     "no worse": "no worse than",
@@ -37,14 +36,44 @@ def verdicts_right(labels, p_fake, thresholds):
     return (p_fake >= np.reshape(thresholds, (2, 1))) == labels
 
 
-def limits(gained, lost, n, z):
-    """Limits of `gained - lost`, a difference of paired shares of n images, at normal quantile z.
+def changes(labels, right, groups):
+    """Labels [n], right verdicts [2, n], groups [n] -> float64 [classes, 3].
 
-    The score interval of Tango (Statistics in Medicine 17, 1998). It also holds where few images
-    or none change. `n` may be a fraction. [-1, 1] where n is 0.
+    A row: the share on which only b is right (gained), that on which only a is (lost), and the
+    effective number of images (`metrics.effective`). Without any change no variance between groups
+    is seen. The number is then as if a single image had changed.
     """
-    if n == 0:
-        return [-1.0, 1.0]
+    shares = []
+    for label in np.unique(labels):
+        own = labels == label
+        change = right[1, own].astype(int) - right[0, own]
+        seen = change if change.any() else np.eye(1, len(change))[0]
+        worth = max(1, metrics.effective(seen, groups[own]))
+        shares.append((np.mean(change > 0), np.mean(change < 0), worth))
+    return np.array(shares)
+
+
+def together(shares):
+    """Shares of `changes` -> (gained, lost, effective n), all classes weighing the same.
+
+    At this n, the mean shares have the variance of the mean of the classes. Where nothing changes,
+    the smaller class decides.
+    """
+    gained, lost, n = np.vstack([shares, shares.mean(axis=0)]).T
+    classes, variance = len(shares), gained + lost - (gained - lost) ** 2
+    even = classes**2 / (1 / n[:-1]).sum()  # where all classes have the same variance
+    of_mean = (variance / n)[:-1].sum() / classes**2
+    worth = min(even, variance[-1] / of_mean) if of_mean else classes * n.min()
+    return gained[-1], lost[-1], worth
+
+
+def difference(shares, z=TWO_SIDED):
+    """Shares of `changes` -> limits of the difference of the balanced accuracy at quantile z.
+
+    The score interval of paired shares (Tango, Statistics in Medicine 17, 1998). It also holds
+    where few images or none change.
+    """
+    gained, lost, n = together(shares)
     value = gained - lost
 
     def excess(true):
@@ -60,65 +89,14 @@ def limits(gained, lost, n, z):
     ]
 
 
-def worth(change, groups):
-    """Effective number of independent images, at most n, for the mean of int [n] in {-1, 0, 1}.
-
-    As `metrics.effective`. Where nothing changes, no variance between groups is seen. Each image
-    then counts as if a single one changed.
-    """
-    n, number = len(change), len(np.unique(groups))
-    if change.any() or number == n:
-        return metrics.effective(change, groups)
-    return n * (1 - 1 / number) / metrics.few(number) ** 2
-
-
-def changes(labels, right, groups):
-    """Labels [n], right verdicts [2, n], groups [n] -> (gained, lost, effective n) of each class.
-
-    Gained: the share on which only b is right. Lost: the share on which only a is right.
-    """
-    shares = []
-    for label in np.unique(labels):
-        own = labels == label
-        change = right[1, own].astype(int) - right[0, own]
-        shares.append((np.mean(change > 0), np.mean(change < 0), worth(change, groups[own])))
-    return shares
-
-
-def together(shares):
-    """Shares of `changes` -> (gained, lost, effective n), both classes weighing the same.
-
-    The mean shares of n images have the variance of the mean of both classes. Where nothing
-    changes, n is twice that of the smaller class.
-    """
-    gained, lost, n = np.array(shares, float).T
-    if not n.all():
-        return gained.mean(), lost.mean(), 0.0
-    variance = (variance_of(gained, lost) / n).sum() / len(n) ** 2
-    both, even = variance_of(gained.mean(), lost.mean()), len(n) ** 2 / (1 / n).sum()
-    worth = min(even, both / variance) if variance else len(n) * n.min()
-    return gained.mean(), lost.mean(), float(worth)
-
-
-def variance_of(gained, lost):
-    """Variance of an image's change in {-1, 0, 1}."""
-    return gained + lost - (gained - lost) ** 2
-
-
-def difference(shares, z=TWO_SIDED):
-    """Shares of `changes` -> (difference of the balanced accuracy, its limits)."""
-    gained, lost, n = together(shares)
-    return float(gained - lost), limits(gained, lost, n, z)
-
-
 def mcnemar(right):
     """Right verdicts, bool [2, n] -> {only_a, only_b, p}: McNemar's exact test.
 
     The test takes all images as independent.
     """
     only_a, only_b = (int((right[k] & ~right[1 - k]).sum()) for k in (0, 1))
-    p = binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return {"only_a": only_a, "only_b": only_b, "p": float(p)}
+    p = float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return {"only_a": only_a, "only_b": only_b, "p": p}
 
 
 # ---- is b no worse than a? ----
@@ -130,25 +108,23 @@ def verdict(shares, margin):
     'better', 'no worse' and 'slightly worse' exclude a loss of more than the margin. The margin
     decides first: 'slightly worse' is a loss beyond doubt, and smaller than the margin.
     """
-    low, high = difference(shares, ONE_SIDED)[1]
+    low, high = ends = difference(shares, ONE_SIDED)
     if low > -margin:
-        return "better" if low > 0 else "slightly worse" if high < 0 else "no worse", (low, high)
-    return "worse" if high < 0 else "unclear", (low, high)
+        return "better" if low > 0 else "slightly worse" if high < 0 else "no worse", ends
+    return "worse" if high < 0 else "unclear", ends
 
 
 def images_needed(shares, n, margin):
     """About how many images end an 'unclear' verdict, if all shares stay as they are, or None.
 
-    The smallest multiple of n whose interval leaves 0 or the margin, to two digits. Without a
-    difference, and with the share d of images on which the models disagree, this is about
-    d (1.645 / margin)^2.
+    The smallest multiple of n whose limits exclude 0 or the margin, to two digits. For models
+    without a difference that disagree on the share d, it is near d (1.645 / margin)^2.
     """
-    factor = 1.0
-    while factor < MOST:
-        factor *= GROWTH
-        if verdict([(*share, factor * m) for *share, m in shares], margin)[0] != "unclear":
-            return int(float(f"{n * factor:.2g}"))
-    return None
+    factors = (
+        factor for factor in FACTORS if verdict(shares * (1, 1, factor), margin)[0] != "unclear"
+    )
+    factor = next(factors, None)
+    return factor and int(float(f"{n * factor:.2g}"))
 
 
 def judge(labels, right, groups, margin=MARGIN):
@@ -157,8 +133,8 @@ def judge(labels, right, groups, margin=MARGIN):
     found, ends = verdict(shares, margin)
     return {
         "verdict": found,
-        "value": difference(shares)[0],
-        "limits": list(ends),
+        "value": float(np.subtract(*shares.mean(axis=0)[:2])),
+        "limits": ends,
         "margin": margin,
         "n": n,
         "needed": images_needed(shares, n, margin) if found == "unclear" else None,
@@ -167,15 +143,15 @@ def judge(labels, right, groups, margin=MARGIN):
 
 def sentence(judged, a, b):
     """A result of `judge` in words; `a` and `b` name the models."""
+    needed = f", about {judged['needed']} are needed" if judged["needed"] else ""
+    head = f"{b} is {VERDICTS.get(judged['verdict'])} {a}"
+    if judged["verdict"] == "unclear":
+        head = f"too few images to tell{needed}"
     low, high = judged["limits"]
-    ends = (
-        f"balanced accuracy {judged['value']:+z.3f}, one-sided 95% limits {low:+z.3f} and"
+    return (
+        f"{head}: balanced accuracy {judged['value']:+z.3f}, one-sided 95% limits {low:+z.3f} and"
         f" {high:+z.3f}, margin {judged['margin']:g}, {judged['n']} images"
     )
-    if judged["verdict"] == "unclear":
-        about = f", about {judged['needed']} are needed" if judged["needed"] else ""
-        return f"too few images to tell{about}: {ends}"
-    return f"{b} is {VERDICTS[judged['verdict']]} {a}: {ends}"
 
 
 # ---- all metrics ----
@@ -198,18 +174,17 @@ def bootstrap(labels, p_fake, groups):
 
     weights = chain([np.ones((1, len(labels)))], metrics.draw_groups(groups))
     drawn = np.concatenate([values(weight) for weight in weights], axis=2)  # first: without a draw
+    change = drawn[:, 1] - drawn[:, 0]
     number = metrics.groups_of_rarer_class(labels, groups)
     return {
-        name: (a[0], b[0], interval(b - a, number, most))
-        for (name, most), (a, b) in zip(DRAWN.items(), drawn, strict=True)
+        name: (
+            *drawn[k, :, 0],
+            metrics.interval(change[k, 0], change[k, 1:], number, -most, most)
+            if np.nanstd(change[k]) > 1e-9
+            else None,
+        )
+        for k, (name, most) in enumerate(DRAWN.items())
     }
-
-
-def interval(change, number, most):
-    """The difference, then its bootstrap -> `metrics.interval`, or None where all are equal."""
-    if np.nanstd(change) < 1e-9:
-        return None
-    return metrics.interval(change[0], change[1:], number, -most, most)
 
 
 def measure(labels, p_fake, thresholds, groups, images="all", drawn=True):
@@ -223,7 +198,7 @@ def measure(labels, p_fake, thresholds, groups, images="all", drawn=True):
     both, test = len(classes) == 2, mcnemar(right)
     accuracy = "balanced_accuracy" if both else f"accuracy_{CLASSES[classes[0]]}"
     means = [np.mean([one[labels == label].mean() for label in classes]) for one in right]
-    rows = {accuracy: (*means, difference(changes(labels, right, groups))[1])}
+    rows = {accuracy: (*means, difference(changes(labels, right, groups)))}
     rows |= bootstrap(labels, p_fake, groups) if both and drawn else {}
     return [
         {

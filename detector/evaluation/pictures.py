@@ -19,7 +19,6 @@ from detector.images.distort import ARMS, CONDITIONS, manageable
 from detector.images.folders import draw_evenly, list_images
 
 BATCH = 16
-LINE = 13  # pixels of a line of text on a contact sheet
 
 
 # ---- features ----
@@ -148,14 +147,11 @@ def distorted(detector, data_dir, columns, groups, most):
 # ---- contact sheets ----
 
 
-def label_and_p_fake(row):
-    return f"{row['label']}, {row['p_fake']:.3f}"
-
-
-def contact_sheet(data_dir, columns, entries, path, caption=label_and_p_fake, side=150):
+def contact_sheet(data_dir, columns, entries, path, caption="{label}, {p_fake:.3f}", side=150):
     """Write a PNG of images, reals above and fakes below; nothing without images.
 
-    An entry has `path` and `label`. Each image stands under its caption and its file name.
+    Each image stands under its caption and its file name. An entry has `path`, `label` and the
+    fields of the caption.
     """
     from PIL import Image, ImageDraw
 
@@ -163,24 +159,15 @@ def contact_sheet(data_dir, columns, entries, path, caption=label_and_p_fake, si
         return
     hashes = dict(zip(columns["paths"].tolist(), columns["sha256"].tolist(), strict=True))
     of_class = [[row for row in entries if row["label"] == name] for name in CLASSES]
-    height = side + 2 * LINE
-    sheet = Image.new("RGB", (max(map(len, of_class)) * side, 2 * height), "white")
-    pen = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (max(map(len, of_class)) * side, 2 * (side + 28)), "white")
     for line, images in enumerate(of_class):
         for column, row in enumerate(images):
             picture = read_picture(data_dir, row["path"], hashes[row["path"]])
             picture.thumbnail((side - 4, side - 4))
-            left, top = column * side + 2, line * height
-            sheet.paste(picture, (left, top + 2 * LINE))
-            for k, text in enumerate((caption(row), Path(row["path"]).name)):
-                pen.text((left, top + k * LINE), fitting(pen, text, side - 4), fill="black")
+            cell = Image.new("RGB", (side, side + 28), "white")  # cuts a long name off
+            cell.paste(picture, (2, 27))
+            name = printable(Path(row["path"]).name)
+            ImageDraw.Draw(cell).text((2, 0), f"{caption.format(**row)}\n{name[-24:]}", "black")
+            sheet.paste(cell, (column * side, line * (side + 28)))
     with atomic_write(path) as file:
         sheet.save(file, "PNG")
-
-
-def fitting(pen, text, width):
-    """Text as the pen can draw it. The end is kept where the text is wider than `width` pixels."""
-    shown = printable(text).encode("latin-1", "backslashreplace").decode("latin-1")
-    while pen.textlength(shown) > width:
-        shown = shown[1:]
-    return shown

@@ -359,7 +359,12 @@ def fill(folder, report):
         "MODEL_CARD.md": render("model_card.md", report),
         "metrics.json": json.dumps(report, indent=1),
     }
-    for name, (header, rows) in tables(report).items():
+    write(folder, tables(report), texts)
+
+
+def write(folder, tables, texts):
+    """Write CSV tables {file name: (header, rows)} and texts {file name: text} into a folder."""
+    for name, (header, rows) in tables.items():
         with atomic_write(folder / name, "w") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
     for name, text in texts.items():

@@ -102,6 +102,12 @@ def save_model(path, model):
     return data
 
 
+def golden_floor(model):
+    """Lower end of the interval of the balanced accuracy on the model's test images, or None."""
+    whole = model["metrics"].get("overall") or {}
+    return (whole.get("balanced_accuracy", {}).get("interval") or [None])[0]
+
+
 def load_model(path, public_key=None):
     """File -> model dict with the DERIVED fields. Raises ModelError that states what is wrong.
 

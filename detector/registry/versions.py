@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from detector.base.addresses import is_remote
-from detector.base.console import need_features, say
+from detector.base.console import say
 from detector.base.errors import DetectorError, UsageError
 from detector.base.files import atomic_write, read_bytes, sha256
-from detector.model.file import load_model, report_folder
+from detector.evaluation import golden
+from detector.model.file import golden_floor, load_model, report_folder
 from detector.model.signature import signature_path
 from detector.registry.champion import (
     CHAMPION,
@@ -40,8 +41,11 @@ from detector.registry.store import (
 SEMANTIC = re.compile(r"v\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?")
 COMMIT = re.compile("[0-9a-f]{40}")
 DEV = "v0.0.0-dev"  # the version of train_model.py without --model_version
-ROW = "  {:14}{:>8}  {:14}{:24}{:24}{}"  # of the list
-HEADING = ROW.format("version", "number", "commit", "balanced accuracy", "AUC", "registered")
+UNKNOWN = "unknown"  # the test set of reports that do not name it
+ROW = "  {:14}{:>8}  {:14}{:24}{:24}{:26}{}"  # of the list
+HEADING = ROW.format(
+    "version", "number", "commit", "balanced accuracy", "AUC", "test set", "registered"
+)
 
 
 # ---- register ----
@@ -206,7 +210,7 @@ def log_run(client, run_id, place, path, model, report):
 
 
 def parameters_of(model, metrics):
-    data = model["training_data"]
+    data, test_images = model["training_data"], metrics.get("test_images", UNKNOWN)[:8]
     return {
         "classifier": model["classifier"],
         **model["hyperparameters"],
@@ -214,6 +218,7 @@ def parameters_of(model, metrics):
         "threshold": model["threshold"],
         "threshold_rule": model["threshold_rule"]["words"],
         "split": metrics["split"],
+        "test_set": f"{test_images} ({metrics['overall']['n']} images)",
         **{name: data[name] for name in ("real", "fake", "views")},
     }
 
@@ -266,36 +271,46 @@ def local_folder(version, place):
     return folder
 
 
-def worse(client, candidate, champion, golden, place):
-    """Is the candidate worse than the champion on the golden images? The figures go to stderr."""
-    from detector.evaluation.assess import evaluate
+def judged_on(client, versions, images, place):
+    """Versions -> [Judged] on the golden images; the files go below `place`. Raises UsageError."""
+    from detector.evaluation.comparison import judge_images
 
-    images = {"data_dir" if Path(golden).is_dir() else "features_file": golden}
-    if "features_file" in images:
-        need_features(golden)
-    baseline, lost = None, []
-    for version in filter(None, (champion, candidate)):
-        folder = Path(place, number_of(version))
-        folder.mkdir()
-        say(f"evaluating {title(version)} on {golden}")
-        path, report = str(fetch(client, version, folder)), folder / "report"
-        try:
-            text, lost, unreadable = evaluate(
-                path, baseline=baseline, report_dir=str(report), **images
-            )
-        except DetectorError as error:  # its file goes with `place`
-            raise type(error)(str(error).replace(path, title(version))) from None
-        if unreadable:
+    given = {"data_dir": images}
+    if not Path(images).is_dir():
+        given = {"features_files": [images] * len(versions)}
+        if len({version.tags["encoder"] for version in versions}) > 1:
             raise UsageError(
-                f"--golden {golden}: holds images that cannot be read (see above); "
-                "mend or remove them"
+                f"--golden {images}: the versions have two encoders, and a features file fits"
+                " one: name the folder of the images"
             )
-        text = re.sub("report in .*\n?", "", text).rstrip()  # the report goes with `place`
-        say(text.replace(baseline, title(champion)) if baseline else text)
-        baseline = str(report / "metrics.json")
-    if lost:
-        say(f"worse than the baseline: {', '.join(lost)}")
-    return bool(lost)
+    names = {str(fetch(client, v, Path(place, number_of(v)))): title(v) for v in versions}
+    try:
+        judged, unreadable = judge_images(list(names), **given)
+    except DetectorError as error:  # its file goes with `place`
+        text = str(error)
+        for path, name in names.items():
+            text = text.replace(path, name)
+        raise type(error)(text) from None
+    if unreadable:
+        raise UsageError(
+            f"--golden {images}: holds images that cannot be read (see above); mend or remove them"
+        )
+    return judged
+
+
+def fails_golden(judged, versions):
+    """Would golden.py fail with the last version on the same images, and not with the champion?
+
+    stderr gets golden.py's table, and its line on the version.
+    """
+    names = [version.tags["version"] for version in versions]
+    tallies = dict(zip(names, map(golden.tally_of, judged), strict=True))
+    floors = {name: golden_floor(one.model) for name, one in zip(names, judged, strict=True)}
+    say(golden.table(tallies, floors))
+    *before, line = (golden.below(n, golden.accuracies(tallies[n])[2], floors[n]) for n in names)
+    if line:
+        say(line + ("; so is the champion, on the same images" if any(before) else ""))
+    return bool(line) and not any(before)
 
 
 def candidate_of(client, args, champion):
@@ -312,22 +327,29 @@ def candidate_of(client, args, champion):
 
 
 def promote(args):
+    from detector.evaluation import paired
+    from detector.evaluation.comparison import pair
+
     client = connect()
     before, number = events(client, args.name), champion_number(client, args.name)
     candidate = candidate_of(client, args, number)
     if args.force:
         move(client, candidate, "promote", before, forced=args.force)
         return print(f"{title(candidate)} is champion, forced by {who()}: {args.force}")
-    champion = find(client, args.name, number) if number else None
+    present = [find(client, args.name, number), candidate] if number else [candidate]
     with tempfile.TemporaryDirectory() as place:
-        if worse(client, candidate, champion, args.golden, place):
-            say(
-                f"{title(candidate)} is worse than the champion, {title(champion)}, which stays "
-                "(--force WHY promotes it all the same)"
-            )
-            return 1
+        judged = judged_on(client, present, args.golden, place)
+    images = pair([judged[0], judged[-1]])
+    decided = paired.judge(images.labels, images.right, images.groups, args.margin)
+    refused, compared = fails_golden(judged, present), "the first"
+    if number:
+        say(paired.sentence(decided, f"the champion, {title(present[0])}", title(candidate)))
+        refused |= decided["verdict"] in ("worse", "unclear")
+        compared = f"{paired.VERDICTS.get(decided['verdict'])} {title(present[0])}"
+    if refused:
+        say(f"{title(candidate)} is not promoted (--force WHY promotes it all the same)")
+        return 1
     move(client, candidate, "promote", before, checked=args.golden)
-    compared = f"no worse than {title(champion)}" if champion else "the first"
     print(f"{title(candidate)} is champion, {compared}")
 
 
@@ -370,9 +392,10 @@ def list_all(args):
         print("no models yet: registry.py register NAME model.joblib")
     for name in names:
         own, champion = versions(client, name), champion_number(client, name)
+        reference = find(client, name, champion) if champion else own[-1]
         print(name, HEADING, sep="\n")
         for version in own:
-            print(row(client, version, number_of(version) == champion))
+            print(row(client, version, champion, reference))
 
 
 def names_of_models(client):
@@ -381,14 +404,29 @@ def names_of_models(client):
     return sorted(model.name for model in models if registered(client, model.name))
 
 
-def row(client, version, is_champion):
-    """A version's line of the list."""
-    tags, metrics = version.tags, client.get_run(version.run_id).data.metrics
-    figures = [figure(metrics, f"overall.{name}") for name in ("balanced_accuracy", "auc")]
+def row(client, version, champion, reference):
+    """A version's line of the list.
+
+    `reference`: the champion or, without one, the newest version. Figures on other test images than
+    those of its figures are marked.
+    """
+    tags, run = version.tags, client.get_run(version.run_id).data
+    figures = [figure(run.metrics, f"overall.{name}") for name in ("balanced_accuracy", "auc")]
     day = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).date()
-    notes = [CHAMPION] * is_champion + ["uncommitted code"] * ("dirty" in tags)
-    cells = (tags["version"], version.version, tags["commit"][:12], *figures, str(day))
+    alike = number_of(version) == number_of(reference) or (
+        test_set(run) == test_set(client.get_run(reference.run_id).data)
+        and not test_set(run).startswith(UNKNOWN)
+    )
+    notes = [CHAMPION] * (number_of(version) == champion)
+    notes += [f"not comparable with {reference.tags['version']}"] * (not alike)
+    notes += ["uncommitted code"] * ("dirty" in tags)
+    cells = tags["version"], version.version, tags["commit"][:12], *figures, test_set(run), str(day)
     return f"{ROW.format(*cells)}  {', '.join(notes)}".rstrip()
+
+
+def test_set(run):
+    """'3f9a0c1d (120 images)', a hash of the test images; 'unknown' where none was recorded."""
+    return run.params.get("test_set", UNKNOWN)
 
 
 def figure(metrics, name):

@@ -17,6 +17,7 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException
 from detector.base.constants import CLASSES
 from detector.base.errors import ImageError
 from detector.images import formats
+from detector.model.file import golden_floor
 from detector.service.engine import Busy, Engine, named
 from detector.service.settings import key_name, read_settings
 from detector.service.telemetry import Telemetry, say_event
@@ -436,7 +437,7 @@ def model():
     """The model that serves: its version, its training data and its accuracy on test images."""
     detector = engine().ready()
     names, stored = named(detector), detector.model
-    data, whole = stored["training_data"], stored["metrics"].get("overall") or {}
+    data = stored["training_data"]
     body = {
         **{name: names[name] for name in ("version", "commit", "sha256")},
         "encoder": {
@@ -452,7 +453,7 @@ def model():
         "threshold_rule": stored["threshold_rule"],
         "band": stored["band"].tolist(),
         "metrics": stored["metrics"],
-        "golden_floor": (whole.get("balanced_accuracy", {}).get("interval") or [None])[0],
+        "golden_floor": golden_floor(stored),
     }
     return body | ({"notice": stored["notice"]} if "notice" in stored else {})
 

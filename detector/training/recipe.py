@@ -248,14 +248,18 @@ def train_best(data, args):
 def describe_model(model, kinds, data, audited, seed):
     """Model, rows of `compare`, Data, findings of `audit_training` -> the report's content.
 
-    Adds labels and the detector to the findings, and the test metrics to the model.
+    Adds labels and the detector to the findings, and the test metrics to the model. `test_images`
+    is a hash of the untouched test images. Figures on equal hashes can be compared.
     """
+    from detector.evaluation.assess import digest
+
     assessed = report.assess(model, data.columns, data.test, data.groups, data.twins)
     audited["labels"] = audit_labels_of(model, data.rows)
     audited["detector"] = {"on_test": assessed["overall"]["auc"]}
     content = {
         **report.about(model),
         "split": data.split,
+        "test_images": digest(data.columns, data.test[data.columns["view"][data.test] == 0]),
         "audit": audited,
         "leak": leak(model, data.columns, data.train, data.test, data.groups),
         "false_alarms": false_alarms(model, data.rows),
