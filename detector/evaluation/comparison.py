@@ -44,7 +44,7 @@ def judge_images(paths, data_dir=None, features_files=None, device="auto", times
         if data_dir:
             detector = Detector(path, device, model=model)
             announce(detector, times * len(list_files(data_dir).files))
-        key = features or (model["encoder"]["identity"], model.get("crops", 0))
+        key = features, model["encoder"]["identity"], model.get("crops", 0)
         if key not in tables:
             tables[key] = assess.columns_of(detector, model, data_dir, features)
         columns = tables[key][0]
