@@ -78,13 +78,17 @@ def train(features, output):
         train_model.main([*files, "--model_version", "v1.0.0", "--classifier", "linear-svm"])
 
 
-def vary(folder, name, version, commit, sign=1):
-    """Save good.joblib and its report under another name, version, commit and sign of verdicts."""
+def vary(folder, name, version, commit, sign=1, **changes):
+    """Save good.joblib and its report under another name, version, commit and sign of verdicts.
+
+    `changes`: of the model, but not of the report.
+    """
     model = load_model(folder / "good.joblib")
     changes = {
         "coef": sign * model["coef"],
         "intercept": sign * model["intercept"],
         "versions": {**model["versions"], "model": version, "code": commit},
+        **changes,
     }
     save_model(folder / f"{name}.joblib", {**model, **changes})
     shutil.copytree(folder / "good_report", folder / f"{name}_report")
@@ -110,6 +114,19 @@ def place(tmp_path_factory):
     vary(folder, "dirty", "v1.3.0", f"{COMMIT}-dirty")
     vary(folder, "odd", "1.4", COMMIT)
     return folder
+
+
+@pytest.fixture
+def variant(place, tmp_path):
+    """Function: variant('v1.5.0', coef=...) -> path of a model that varies good.joblib."""
+    shutil.copy(place / "good.joblib", tmp_path)
+    shutil.copytree(place / "good_report", tmp_path / "good_report")
+
+    def make(version, **changes):
+        vary(tmp_path, version, version, COMMIT, **changes)
+        return tmp_path / f"{version}.joblib"
+
+    return make
 
 
 @pytest.fixture

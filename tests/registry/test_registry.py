@@ -118,7 +118,7 @@ def test_list_shows_versions_figures_commits_and_the_champion(run, place):
     run("register", "dirty", "--allow_dirty")
     run("promote", "v1.1.0", "--force", "a list needs a champion")
     title, heading, *lines = run("list")[1].splitlines()
-    columns = "version number commit balanced accuracy AUC registered"
+    columns = "version number commit balanced accuracy AUC test set registered"
     assert title == run.name and heading.split() == columns.split()
     auc = json.loads((place / "better_report" / "metrics.json").read_text())["overall"]["auc"]
     assert [line.split()[:3] for line in lines] == [
