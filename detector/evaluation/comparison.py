@@ -27,7 +27,6 @@ Pair = namedtuple("Pair", "columns labels p_fake thresholds right twins groups k
 SOCIAL = "social media", "both, one after the other"  # of CONDITIONS
 SOCIAL_IMAGES = 1000  # drawn with a fixed seed
 SHEET = "disagreements.png"
-ROW = "images", "metric", "n", "a", "b", "better", "only_a", "only_b", "p"
 
 
 # ---- the same images through both ----
@@ -39,11 +38,12 @@ def judge_images(paths, data_dir=None, features_files=None, device="auto", times
     A folder is encoded once for each encoder. `times`: of encoding an image, to announce the time.
     """
     judged, tables = [], {}
+    number = times * len(list_files(data_dir).files) if data_dir else 0
     for path, features in zip(paths, features_files or [None] * len(paths), strict=True):
-        model, detector = load_model(path), None
+        model = load_model(path)
+        detector = Detector(path, device, model=model) if data_dir else None
         if data_dir:
-            detector = Detector(path, device, model=model)
-            announce(detector, times * len(list_files(data_dir).files))
+            announce(detector, number)
         key = features, model["encoder"]["identity"], model.get("crops", 0)
         if key not in tables:
             tables[key] = assess.columns_of(detector, model, data_dir, features)
@@ -72,8 +72,7 @@ def pair(judged):
         for one, kept in zip(judged, rows, strict=True)
     ]
     _, first, second = np.intersect1d(*names, assume_unique=True, return_indices=True)
-    order = np.argsort(first)
-    rows = rows[0][first[order]], rows[1][second[order]]
+    rows = rows[0][first], rows[1][second]
     columns = {name: judged[0].columns[name][rows[0]] for name in COLUMNS}
     labels, thresholds = columns["labels"].astype(int), [one.model["threshold"] for one in judged]
     if alone := sum(map(len, names)) - 2 * len(labels):
@@ -84,9 +83,9 @@ def pair(judged):
             " name labelled images that trained neither"
         )
     p_fake = np.stack([one.p_fake[kept] for one, kept in zip(judged, rows, strict=True)])
-    right = paired.verdicts_right(labels, p_fake, thresholds)
+    scored = labels, p_fake, thresholds, paired.verdicts_right(labels, p_fake, thresholds)
     twins = twin_clusters(columns["thumb"], columns["sha256"])
-    return Pair(columns, labels, p_fake, thresholds, right, twins, *make_groups(columns, twins))
+    return Pair(columns, *scored, twins, *make_groups(columns, twins))
 
 
 # ---- the report ----
@@ -96,22 +95,22 @@ def source_rows(images):
     """Pair -> a row of accuracy for each named source, the largest loss of model b first."""
     sources, rows = images.columns["sources"], []
     for source in np.setdiff1d(sources, [""]):
-        own, label = sources == source, str(source)
+        own = sources == source
         data = images.labels[own], images.p_fake[:, own], images.thresholds, images.twins[own]
-        rows += paired.measure(*data, label, drawn=False)
+        rows += paired.measure(*data, str(source), drawn=False)
     return sorted(rows, key=lambda row: (row["difference"]["value"], -row["n"]))
 
 
 def social_rows(judged, images, data_dir):
     """-> rows of all metrics on images that passed the social-media chain."""
     (chain,) = (change for *name, change in CONDITIONS if tuple(name) == SOCIAL)
-    strata = zip(images.labels.tolist(), images.columns["sources"].tolist(), strict=True)
-    rows = draw_evenly(list(strata), SOCIAL_IMAGES)
+    strata = list(zip(images.labels.tolist(), images.columns["sources"].tolist(), strict=True))
+    rows = draw_evenly(strata, SOCIAL_IMAGES)
     drawn = {name: images.columns[name][rows] for name in ("paths", "labels", "sha256")}
-    p_fake = [
-        pictures.changed(one.detector, data_dir, drawn, [(chain, chain)])[:, 1] for one in judged
-    ]
-    data = images.labels[rows], np.stack(p_fake), images.thresholds, images.groups[rows]
+    p_fake = np.stack(
+        [pictures.changed(one.detector, data_dir, drawn, [(chain, chain)])[:, 1] for one in judged]
+    )
+    data = images.labels[rows], p_fake, images.thresholds, images.groups[rows]
     return paired.measure(*data, SOCIAL[0])
 
 
@@ -150,6 +149,19 @@ def describe(models, judged, images, social):
     }
 
 
+def fill(place, content):
+    """Write comparison.json, .csv and .html, which holds the sheet if any -> text to print."""
+    names = ("images", "metric", "n", "a", "b", "better", "only_a", "only_b", "p")
+    table = report.csv_table(content["rows"] + content["sources"], names, ["difference"])
+    sheet = {path.stem: path.read_bytes() for path in place.glob(SHEET)}
+    texts = {
+        "comparison.html": report.render("comparison.html", content, sheet),
+        "comparison.json": json.dumps(content, indent=1),
+    }
+    report.write(place, {"comparison.csv": table}, texts)
+    return report.render("comparison.txt", content)
+
+
 def compare(models, data_dir=None, features_files=None, report_dir="comparison", device="auto"):
     """The flags of compare.py -> (text to print, number of unreadable files).
 
@@ -161,17 +173,10 @@ def compare(models, data_dir=None, features_files=None, report_dir="comparison",
     judged, unreadable = judge_images(models, data_dir, features_files, device, times=3)
     images = pair(judged)
     social = social_rows(judged, images, data_dir) if data_dir else None
-    content = all_printable(describe(models, judged, images, social))
+    content = describe(models, judged, images, social)
     with atomic_folder(report_dir, [SHEET]) as place:
         if data_dir:
-            entries, words = disagreements(images), "{label}: a {a:.2f}, b {b:.2f}"
-            pictures.contact_sheet(data_dir, images.columns, entries, place / SHEET, words)
-        sheet = {path.stem: path.read_bytes() for path in place.glob(SHEET)}
-        texts = {
-            "comparison.html": report.render("comparison.html", content, sheet),
-            "comparison.json": json.dumps(content, indent=1),
-        }
-        table = report.csv_table(content["rows"] + content["sources"], ROW, ["difference"])
-        report.write(place, {"comparison.csv": table}, texts)
-    text = report.render("comparison.txt", content)
+            entries, caption = content["disagreements"], "{label}: a {a:.2f}, b {b:.2f}"
+            pictures.contact_sheet(data_dir, images.columns, entries, place / SHEET, caption)
+        text = fill(place, all_printable(content))
     return f"{text}report in {Path(report_dir)}/", unreadable

@@ -19,7 +19,6 @@ from detector.evaluation.metrics import METRICS
 
 TWO_SIDED, ONE_SIDED = 1.959964, 1.644854  # normal quantiles of 95%
 DRAWN = {"auc": 1.0, "log_loss": np.inf, "calibration_error": 1.0}  # largest possible difference
-FACTORS = 1.02 ** np.arange(1, 600)  # the steps of `images_needed`
 VERDICTS = {
     "better": "better than",
     "no worse": "no worse than",
@@ -61,8 +60,8 @@ def together(shares):
     """
     gained, lost, n = np.vstack([shares, shares.mean(axis=0)]).T
     classes, variance = len(shares), gained + lost - (gained - lost) ** 2
-    even = classes**2 / (1 / n[:-1]).sum()  # where all classes have the same variance
     of_mean = (variance / n)[:-1].sum() / classes**2
+    even = classes**2 / (1 / n[:-1]).sum()  # where all classes have the same variance
     worth = min(even, variance[-1] / of_mean) if of_mean else classes * n.min()
     return gained[-1], lost[-1], worth
 
@@ -120,11 +119,9 @@ def images_needed(shares, n, margin):
     The smallest multiple of n whose limits exclude 0 or the margin, to two digits. For models
     without a difference that disagree on the share d, it is near d (1.645 / margin)^2.
     """
-    factors = (
-        factor for factor in FACTORS if verdict(shares * (1, 1, factor), margin)[0] != "unclear"
-    )
-    factor = next(factors, None)
-    return factor and int(float(f"{n * factor:.2g}"))
+    for factor in 1.02 ** np.arange(1, 600):
+        if verdict(shares * (1, 1, factor), margin)[0] != "unclear":
+            return int(float(f"{n * factor:.2g}"))
 
 
 def judge(labels, right, groups, margin=MARGIN):
@@ -144,13 +141,12 @@ def judge(labels, right, groups, margin=MARGIN):
 def sentence(judged, a, b):
     """A result of `judge` in words; `a` and `b` name the models."""
     needed = f", about {judged['needed']} are needed" if judged["needed"] else ""
-    head = f"{b} is {VERDICTS.get(judged['verdict'])} {a}"
-    if judged["verdict"] == "unclear":
-        head = f"too few images to tell{needed}"
+    known = VERDICTS.get(judged["verdict"])
+    head = f"{b} is {known} {a}" if known else f"too few images to tell{needed}"
     low, high = judged["limits"]
     return (
-        f"{head}: balanced accuracy {judged['value']:+z.3f}, one-sided 95% limits {low:+z.3f} and"
-        f" {high:+z.3f}, margin {judged['margin']:g}, {judged['n']} images"
+        f"{head}: balanced accuracy changes by {judged['value']:+z.3f} (one-sided 95% limits"
+        f" {low:+z.3f} and {high:+z.3f}) on {judged['n']} images, margin {judged['margin']:g}"
     )
 
 

@@ -306,7 +306,8 @@ def fails_golden(judged, versions):
     names = [version.tags["version"] for version in versions]
     tallies = dict(zip(names, map(golden.tally_of, judged), strict=True))
     floors = {name: golden_floor(one.model) for name, one in zip(names, judged, strict=True)}
-    say(golden.table(tallies, floors))
+    for line in golden.table(tallies, floors).splitlines():
+        say(line)
     *before, line = (golden.below(n, golden.accuracies(tallies[n])[2], floors[n]) for n in names)
     if line:
         say(line + ("; so is the champion, on the same images" if any(before) else ""))
@@ -392,7 +393,7 @@ def list_all(args):
         print("no models yet: registry.py register NAME model.joblib")
     for name in names:
         own, champion = versions(client, name), champion_number(client, name)
-        reference = find(client, name, champion) if champion else own[-1]
+        reference = next((v for v in own if number_of(v) == champion), own[-1])
         print(name, HEADING, sep="\n")
         for version in own:
             print(row(client, version, champion, reference))
@@ -407,26 +408,22 @@ def names_of_models(client):
 def row(client, version, champion, reference):
     """A version's line of the list.
 
-    `reference`: the champion or, without one, the newest version. Figures on other test images than
-    those of its figures are marked.
+    `reference`: the champion or, without one, the newest version. Figures on another test set are
+    marked. A test set is a hash of its images and their number, as in '3f9a0c1d (120 images)'.
     """
-    tags, run = version.tags, client.get_run(version.run_id).data
+    tags, (run, other) = version.tags, (client.get_run(v.run_id).data for v in (version, reference))
     figures = [figure(run.metrics, f"overall.{name}") for name in ("balanced_accuracy", "auc")]
     day = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).date()
-    alike = number_of(version) == number_of(reference) or (
-        test_set(run) == test_set(client.get_run(reference.run_id).data)
-        and not test_set(run).startswith(UNKNOWN)
-    )
-    notes = [CHAMPION] * (number_of(version) == champion)
-    notes += [f"not comparable with {reference.tags['version']}"] * (not alike)
-    notes += ["uncommitted code"] * ("dirty" in tags)
-    cells = tags["version"], version.version, tags["commit"][:12], *figures, test_set(run), str(day)
-    return f"{ROW.format(*cells)}  {', '.join(notes)}".rstrip()
-
-
-def test_set(run):
-    """'3f9a0c1d (120 images)', a hash of the test images; 'unknown' where none was recorded."""
-    return run.params.get("test_set", UNKNOWN)
+    images, known = (one.params.get("test_set", UNKNOWN) for one in (run, other))
+    alike = images == known and not images.startswith(UNKNOWN)
+    marks = {
+        CHAMPION: number_of(version) == champion,
+        f"not comparable with {reference.tags['version']}": not alike and version is not reference,
+        "uncommitted code": "dirty" in tags,
+    }
+    notes = ", ".join(mark for mark, is_true in marks.items() if is_true)
+    cells = tags["version"], version.version, tags["commit"][:12], *figures, images, str(day)
+    return f"{ROW.format(*cells)}  {notes}".rstrip()
 
 
 def figure(metrics, name):

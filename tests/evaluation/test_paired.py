@@ -1,9 +1,11 @@
 """Paired differences against independent computations, their coverage, and the verdict."""
 
+import re
 from math import comb
 
 import numpy as np
 import pytest
+from commands import ROOT
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -216,6 +218,17 @@ def test_as_many_images_as_are_named_end_the_doubt(gained, lost, n):
         assert found in verdicts
 
 
+@pytest.mark.parametrize("disagree, words", [(0, "About 90 "), (0.05, "About 190 "), (0.1, "320 ")])
+def test_the_documented_numbers_of_images_are_enough_and_hardly_more(disagree, words):
+    assert words in (ROOT / "docs/evaluation.md").read_text()
+    number = int(re.search(r"\d+", words)[0])
+    verdicts = [
+        paired.verdict(balanced(disagree / 2, disagree / 2, n), MARGIN)[0]
+        for n in (0.93 * number, 1.01 * number)
+    ]
+    assert verdicts == ["unclear", "no worse"]
+
+
 def test_the_number_named_for_equal_models_is_near_the_normal_formula():
     needed = paired.images_needed(balanced(0.1, 0.1, 100), 100, MARGIN)
     assert needed == pytest.approx(0.2 * (paired.ONE_SIDED / MARGIN) ** 2, rel=0.1)
@@ -237,11 +250,16 @@ def test_a_single_group_tells_nothing():
 @pytest.mark.parametrize(
     "gained, lost, n, words",
     [
-        (0, 40, 400, "b is worse than a: balanced accuracy -0.100, "),
-        (40, 0, 400, "b is better than a: balanced accuracy +0.100, "),
-        (3, 3, 120, "too few images to tell, about 190 are needed: balanced accuracy +0.000, "),
+        (0, 40, 400, "b is worse than a: balanced accuracy changes by -0.100 ("),
+        (40, 0, 400, "b is better than a: balanced accuracy changes by +0.100 ("),
+        (
+            3,
+            3,
+            120,
+            "too few images to tell, about 190 are needed: balanced accuracy changes by +0.000 (",
+        ),
     ],
 )
 def test_the_sentence_names_verdict_limits_margin_and_images(gained, lost, n, words):
     line = paired.sentence(judged(rights(gained, lost, n)), "a", "b")
-    assert line.startswith(words) and line.endswith(f"margin 0.03, {n} images")
+    assert line.startswith(words) and line.endswith(f" on {n} images, margin 0.03")
