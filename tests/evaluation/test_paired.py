@@ -9,7 +9,7 @@ from commands import ROOT
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import log_loss, roc_auc_score
 
-from detector.evaluation import paired
+from detector.evaluation import metrics, paired
 
 MARGIN = 0.03
 
@@ -146,6 +146,29 @@ def test_clustered_changes_widen_the_limits_to_hold():
             above += low > 0 and own is groups
             naive += low > 0 and own is not groups
     assert above / samples < 0.08 < naive / samples
+
+
+def widths(labels, p_fake, thresholds, groups):
+    """Width of the interval of each drawn difference."""
+    rows = paired.measure(labels, p_fake, thresholds, groups)[1:]
+    return np.array([np.ptp(row["difference"]["interval"]) for row in rows])
+
+
+def test_copies_of_an_image_in_one_group_are_no_further_evidence():
+    labels, p_fake, thresholds, _ = two_models()
+    copies = np.repeat(np.arange(240), 4)
+    once = widths(labels, p_fake, thresholds, np.arange(240))
+    four = labels[copies], p_fake[:, copies], thresholds
+    assert widths(*four, copies)[:2] == pytest.approx(once[:2], rel=0.1)
+    assert widths(*four, np.arange(len(copies)))[:2] == pytest.approx(once[:2] / 2, rel=0.15)
+
+
+def test_what_both_models_share_does_not_widen_the_interval():
+    labels, p_fake, thresholds, groups = two_models()
+    nudge = np.random.default_rng(3).normal(0, 0.001, len(labels))
+    alike = np.stack([p_fake[0], np.clip(p_fake[0] + nudge, 0.001, 0.999)])
+    apart = np.ptp(metrics.auc(labels, p_fake[0], groups)["interval"])
+    assert widths(labels, alike, thresholds, groups)[0] < 0.1 * apart
 
 
 # ---- order and identity ----
