@@ -11,7 +11,7 @@ verdicts. The exit code is 1 where an image cannot be read.
 import argparse
 from pathlib import Path
 
-from detector.base.console import Help, run
+from detector.base.console import Help, need_folder, run
 from detector.base.files import only_writer
 
 
@@ -32,7 +32,10 @@ def parse_args(argv):
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to encode"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_dir:
+        need_folder(args.data_dir)
+    return args
 
 
 def main(argv=None):

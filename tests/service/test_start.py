@@ -27,6 +27,7 @@ SCRIPTS = [
     "app.py",
     "audit.py",
     "classify.py",
+    "compare.py",
     "evaluate.py",
     "extract_features.py",
     "finetune_clip.py",
@@ -41,6 +42,7 @@ SCRIPTS = [
 WRONG = {
     "audit.py": ["--data_dir", "nowhere"],
     "classify.py": ["--image_path", "nowhere.jpg"],
+    "compare.py": ["a.joblib", "b.joblib", "--data_dir", "nowhere"],
     "evaluate.py": ["--features_file", "nowhere.npz"],
     "extract_features.py": ["--data_dir", ".", "--limit", "0"],
     "golden.py": ["--url", "http://127.0.0.1:1", "--data_dir", "nowhere"],
