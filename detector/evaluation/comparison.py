@@ -3,7 +3,7 @@
 import json
 from collections import namedtuple
 from pathlib import Path
-from timeit import timeit
+from timeit import repeat
 
 import numpy as np
 
@@ -57,7 +57,8 @@ def judge_images(paths, data_dir=None, features_files=None, device="auto", times
 def announce(detector, number):
     """Say how long encoding `number` images takes where that is over a minute."""
     one = np.zeros((1 + detector.crops, 3, *[detector.encoder.resolution] * 2), np.float32)
-    if (seconds := number * timeit(lambda: detector.encoder.encode(one), number=1)) > 60:
+    seconds = number * min(repeat(lambda: detector.encoder.encode(one), number=1, repeat=3))
+    if seconds > 60:
         say(f"encoding takes up to {seconds:.0f} s")
 
 
@@ -110,8 +111,8 @@ def social_rows(judged, images, data_dir):
     p_fake = np.stack(
         [pictures.changed(one.detector, data_dir, drawn, [(chain, chain)])[:, 1] for one in judged]
     )
-    data = images.labels[rows], p_fake, images.thresholds, images.groups[rows]
-    return paired.measure(*data, SOCIAL[0])
+    labels, groups = images.labels[rows], images.groups[rows]
+    return paired.measure(labels, p_fake, images.thresholds, groups, SOCIAL[0])
 
 
 def disagreements(images):
@@ -134,13 +135,15 @@ def disagreements(images):
 
 def describe(models, judged, images, social):
     """-> the content of the report. `social`: of `social_rows`, None without pictures."""
-    data = images.labels, images.p_fake, images.thresholds, images.groups
     decided = paired.judge(images.labels, images.right, images.groups)
     return {
         **dict(zip("ab", (report.about(one.model) for one in judged), strict=True)),
         "files": models,
         "groups": images.kind,
-        "rows": paired.measure(*data) + (social or []),
+        "rows": [
+            *paired.measure(images.labels, images.p_fake, images.thresholds, images.groups),
+            *(social or []),
+        ],
         "sources": source_rows(images),
         "disagreements": disagreements(images),
         "judged": decided,
@@ -151,13 +154,13 @@ def describe(models, judged, images, social):
 
 def fill(place, content):
     """Write comparison.json, .csv and .html, which holds the sheet if any -> text to print."""
-    names = ("images", "metric", "n", "a", "b", "better", "only_a", "only_b", "p")
-    table = report.csv_table(content["rows"] + content["sources"], names, ["difference"])
+    rows, names = content["rows"] + content["sources"], "images metric n a b better only_a only_b p"
     sheet = {path.stem: path.read_bytes() for path in place.glob(SHEET)}
     texts = {
         "comparison.html": report.render("comparison.html", content, sheet),
         "comparison.json": json.dumps(content, indent=1),
     }
+    table = report.csv_table(rows, names.split(), ["difference"])
     report.write(place, {"comparison.csv": table}, texts)
     return report.render("comparison.txt", content)
 

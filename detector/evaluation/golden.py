@@ -218,7 +218,7 @@ def tally_of(judged):
     """`Judged` of comparison.py -> the tally that the service's verdicts would make."""
     labels, fake = judged.columns["labels"], judged.p_fake >= judged.model["threshold"]
     right = {name: (fake == k)[labels == k].tolist() for k, name in enumerate(CLASSES)}
-    return {**right, "errors": 0}
+    return right | {"errors": 0}
 
 
 def accuracies(tally):

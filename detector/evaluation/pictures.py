@@ -150,8 +150,8 @@ def distorted(detector, data_dir, columns, groups, most):
 def contact_sheet(data_dir, columns, entries, path, caption="{label}, {p_fake:.3f}", side=150):
     """Write a PNG of images, reals above and fakes below; nothing without images.
 
-    Each image stands under its caption and its file name. An entry has `path`, `label` and the
-    fields of the caption.
+    Each image stands under its caption and the end of its path. An entry has `path`, `label` and
+    the fields of the caption.
     """
     from PIL import Image, ImageDraw
 
@@ -166,8 +166,8 @@ def contact_sheet(data_dir, columns, entries, path, caption="{label}, {p_fake:.3
             picture.thumbnail((side - 4, side - 4))
             cell = Image.new("RGB", (side, side + 28), "white")  # cuts a long name off
             cell.paste(picture, (2, 27))
-            name = printable(Path(row["path"]).name)
-            ImageDraw.Draw(cell).text((2, 0), f"{caption.format(**row)}\n{name[-24:]}", "black")
+            text = f"{caption.format(**row)}\n{printable(row['path'])[-24:]}"
+            ImageDraw.Draw(cell).text((2, 0), text, "black")
             sheet.paste(cell, (column * side, line * (side + 28)))
     with atomic_write(path) as file:
         sheet.save(file, "PNG")

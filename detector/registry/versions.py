@@ -278,7 +278,7 @@ def judged_on(client, versions, images, place):
     given = {"data_dir": images}
     if not Path(images).is_dir():
         given = {"features_files": [images] * len(versions)}
-        if len({version.tags["encoder"] for version in versions}) > 1:
+        if len({version.tags.get("encoder") for version in versions}) > 1:
             raise UsageError(
                 f"--golden {images}: the versions have two encoders, and a features file fits"
                 " one: name the folder of the images"
