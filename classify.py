@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from detector.base.console import printable, run, say
+from detector.base.console import check_review, printable, run, say
 from detector.base.constants import MAX_PIXELS
 from detector.base.errors import UsageError
 from detector.verdict import Detector, answer, choose_model, classify_all, details, load
@@ -21,7 +21,10 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_input_arguments(parser)
     add_verdict_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_review(args.review)
+    args.details |= bool(args.review)
+    return args
 
 
 def add_input_arguments(parser):
@@ -51,6 +54,16 @@ def add_verdict_arguments(parser):
         help=(
             "also print the probability of fake, the threshold, whether the verdict is uncertain,"
             " the model's version, and what the file states about its origin"
+        ),
+    )
+    parser.add_argument(
+        "--review",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help=(
+            "decide by the probability of fake: pass below LOW, reject from HIGH on, else review;"
+            " implies --details"
         ),
     )
     parser.add_argument(
@@ -105,7 +118,7 @@ def line(model, verdict, provenance, args, path=None):
     """One Verdict as text, or as JSON with --json. `path` is given for several images."""
     more = {}
     if args.details:
-        more = details(model, verdict.p_fake, verdict.uncertain, provenance)
+        more = details(model, *verdict[2:4], verdict.decision, provenance)
     if args.json:
         named = {} if path is None else {"path": path}
         return json.dumps(named | answer(*verdict[:2]) | more)
@@ -113,7 +126,8 @@ def line(model, verdict, provenance, args, path=None):
         from detector.images.provenance import in_words
 
         more["provenance"] = in_words(provenance)
-    text = f"{verdict.classification} (confidence {verdict.confidence:.2f})"
+    unsure = ", uncertain" if verdict.uncertain else ""
+    text = f"{verdict.classification} (confidence {verdict.confidence:.2f}{unsure})"
     text += "".join(f"; {name} {value}" for name, value in more.items() if value is not None)
     return printable(text if path is None else f"{path}: {text}")
 
@@ -151,7 +165,7 @@ def main(argv=None):
     args = parse_args(argv)
     single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
     paths, unreadable = list_paths(args.image_path)
-    detector = Detector(choose_model(args.model_path), args.device)
+    detector = Detector(choose_model(args.model_path), args.device, review=args.review)
     if "notice" in detector.model:
         say(f"note: {detector.model['notice']}")
     if single:

@@ -63,6 +63,14 @@ def need_folder(path):
         raise UsageError(f"--data_dir {path}: no such folder")
 
 
+def check_review(review, name="--review"):
+    """Raises UsageError unless `review` is None or two probabilities in rising order."""
+    if review and not 0 <= review[0] <= review[1] <= 1:
+        raise UsageError(
+            f"{name} {review[0]:g} {review[1]:g}: must be two probabilities, the lower first"
+        )
+
+
 def need_features(path):
     """Raises UsageError unless --features_file exists. Object stores are checked when read."""
     if not is_remote(path) and not Path(path).exists():

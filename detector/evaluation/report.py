@@ -215,7 +215,8 @@ def training(report):
     report = all_printable(report)
     lines = [
         f"{report['classifier']}, {point(report)}, on '{report['encoder']}'; threshold"
-        f" {report['threshold']:.3f} ({report['threshold_rule']['words']})"
+        f" {report['threshold']:.3f} ({report['threshold_rule']['words']})",
+        *(f"WARNING  {line}" for line in report["warnings"]),
     ]
     if len(report["classifiers"]) > 1:
         lines += [comparison(report["classifiers"]), "the best out of fold was chosen:"]

@@ -320,7 +320,8 @@ def body_of(detector, facts):
     body = answer(facts["classification"], facts["confidence"])
     if not g.details:
         return body
-    return body | details(detector.model, facts["p_fake"], facts["uncertain"], facts["provenance"])
+    names = ("p_fake", "uncertain", "decision", "provenance")
+    return body | details(detector.model, *(facts.get(name) for name in names))
 
 
 def with_model(detector, body):

@@ -272,6 +272,7 @@ class Engine:
                 "confidence": verdict.confidence,
                 "p_fake": verdict.p_fake,
                 "uncertain": verdict.uncertain,
+                **({"decision": verdict.decision} if verdict.decision else {}),
                 **{f"{stage}_s": taken / len(chunk) for stage, taken in seconds.items()},
             }
             self.telemetry.verdict(detector, facts, verdict.score, row)
@@ -374,6 +375,7 @@ def load_detector(settings, current=None):
         model=model,
         encoder=current.encoder if same else None,
         passes=current.passes if same else None,
+        review=settings["review"],
     )
     prove(detector)
     if not same:

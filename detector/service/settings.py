@@ -8,6 +8,7 @@ import hmac
 import os
 import re
 
+from detector.base.console import check_review
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes, sha256
 
@@ -31,6 +32,11 @@ SETTINGS = {
     "MAX_PIXELS": (
         "50000000",
         "largest image, counted from its header before decoding; beyond it 413",
+    ),
+    "REVIEW_LOW": ("", "probability of fake below which the decision is 'pass'"),
+    "REVIEW_HIGH": (
+        "",
+        "probability of fake from which the decision is 'reject'; below it 'review'",
     ),
     "BATCH_LIMIT": ("16", "most images in one POST /classify/batch; beyond it 413"),
     "SLOTS": (
@@ -68,7 +74,25 @@ def read_settings(given=None):
         )
     if values["PORT"] > 65535:
         raise UsageError(f"PORT={values['PORT']}: must be at most 65535")
+    values["review"] = review_of(values["REVIEW_LOW"], values["REVIEW_HIGH"])
     return values
+
+
+def review_of(low, high):
+    """REVIEW_LOW, REVIEW_HIGH -> (low, high) as floats, or None where both are empty.
+
+    Raises UsageError.
+    """
+    if not (low or high):
+        return None
+    try:
+        review = float(low), float(high)
+    except ValueError:
+        raise UsageError(
+            f"REVIEW_LOW={low}, REVIEW_HIGH={high}: must be two probabilities, or both empty"
+        ) from None
+    check_review(review, "REVIEW_LOW, REVIEW_HIGH")
+    return review
 
 
 def whole_number(name, value):

@@ -4,13 +4,14 @@ import numpy as np
 
 from detector.base.console import all_printable, say
 from detector.base.constants import CLASSES
+from detector.base.errors import UsageError
 from detector.base.files import sha256
 from detector.base.project import code_commit
 from detector.evaluation import metrics, report
 from detector.features.columns import COLUMNS
-from detector.model.file import FORMAT
+from detector.model.file import FORMAT, load_model
 from detector.model.score import decision, p_fake_of, probability
-from detector.model.threshold import choose_band, choose_threshold
+from detector.model.threshold import choose_band, choose_threshold, training_scores
 from detector.training.classifiers import (
     GRIDS,
     calibrated,
@@ -38,25 +39,26 @@ def build(kind, rows, seed):
     return calibrated(fit(kind, *data, seed, **point), point, scores, rows)
 
 
-def out_of_fold_probability(model):
-    return probability(model, model["out_of_fold"]["scores"].astype(np.float64))
+def set_threshold(model, max_fpr, given=None):
+    """The model with its threshold, its band, and the rule that derives both from its scores.
 
-
-def set_threshold(model, max_fpr):
-    """The model with its threshold, its band, and the rule that derives both from its scores."""
-    p_fake, labels = out_of_fold_probability(model), model["out_of_fold"]["labels"]
-    view = model["out_of_fold"]["view"]
-    threshold = choose_threshold(p_fake, labels, max_fpr, view)
-    if max_fpr is None:
-        words = "0.5 on the calibrated probability"
+    `given`: a threshold chosen by hand, in the place of `max_fpr`.
+    """
+    p_fake, labels, view, _ = training_scores(model)
+    rule = {"max_fpr": max_fpr, "band_error": BAND_ERROR}
+    if given is not None:
+        rule |= {"words": f"{given:g}, given with --threshold", "given": given}
+    elif max_fpr is None:
+        rule["words"] = "0.5 on the calibrated probability"
     else:
-        words = f"at most {max_fpr:g} of the real training images called fake, out of fold"
+        rule["words"] = f"at most {max_fpr:g} of the real training images called fake, out of fold"
         if view.any():
-            words += ", and at most so many of their degraded copies"
+            rule["words"] += ", and at most so many of their degraded copies"
+    threshold = choose_threshold(p_fake, labels, max_fpr, view, rule.get("given", 0.5))
     return {
         **model,
         "threshold": threshold,
-        "threshold_rule": {"words": words, "max_fpr": max_fpr, "band_error": BAND_ERROR},
+        "threshold_rule": rule,
         "band": choose_band(p_fake, labels, threshold, BAND_ERROR),
     }
 
@@ -101,13 +103,24 @@ def describe_training(data, encoder, args):
 
 def false_alarms(model, rows):
     """Share of real images called fake, out of fold: {'untouched', 'degraded': with interval}."""
-    fake = out_of_fold_probability(model) >= model["threshold"]
+    fake = training_scores(model)[0] >= model["threshold"]
     real = rows.labels == 0
     return {
         name: metrics.share(fake[real & mask], rows.groups[real & mask])
         for name, mask in (("untouched", rows.whole), ("degraded", ~rows.whole))
         if (real & mask).any()
     }
+
+
+def rate_warnings(content):
+    """A line for each rate of false alarms whose interval ends above --max_fpr."""
+    target = content["threshold_rule"]["max_fpr"]
+    return [
+        f"{metrics.words(alarm, 3)} of the {name} real training images are called fake, which does"
+        f" not certify --max_fpr {target:g}: add real images of other sources, or name a lower rate"
+        for name, alarm in content["false_alarms"].items()
+        if target is not None and alarm["interval"][1] > target
+    ]
 
 
 def leave_one_source_out(model, rows, seed):
@@ -174,7 +187,7 @@ def audit_labels_of(model, rows):
     pairs = set(zip(sources, rows.groups, strict=True))
     return audit_labels(
         rows.labels[whole],
-        out_of_fold_probability(model)[whole],
+        training_scores(model)[0][whole],
         sources[whole],
         rows.columns["paths"][whole],
         by_source=len(pairs) == len(set(sources)),  # no source is in two groups
@@ -234,15 +247,36 @@ def say_findings(findings, before=()):
 def train_best(data, args):
     """Data -> (model with threshold, band and origin; rows of `compare`).
 
-    Of several kinds the best out of fold is chosen, never by the test images.
+    Of several kinds the best out of fold is chosen, never by the test images. With --from_model
+    the classifier of that model stays as it is, and only its threshold is chosen anew.
     """
-    kinds = GRIDS if args.classifier == "all" else [args.classifier]
-    parts = {kind: build(kind, data.rows, args.seed) for kind in kinds}
-    models = {kind: set_threshold(part, args.max_fpr) for kind, part in parts.items()}
+    if args.from_model:
+        old = read_trained(args.from_model, data)
+        parts = {old["classifier"]: old}
+    else:
+        kinds = GRIDS if args.classifier == "all" else [args.classifier]
+        parts = {kind: build(kind, data.rows, args.seed) for kind in kinds}
+    models = {
+        kind: set_threshold(part, args.max_fpr, args.threshold) for kind, part in parts.items()
+    }
     compared = compare(models, data.rows, data.columns, data.test, data.groups)
     best = max(compared, key=lambda row: row["out_of_fold"]["value"])
     origin = describe_training(training_data(data.rows), data.encoder, args)
     return models[best["classifier"]] | origin, compared
+
+
+def read_trained(path, data):
+    """The model of --from_model. Raises UsageError unless the rows of Data trained it."""
+    model, rows = load_model(path), training_data(data.rows)
+    same = model["encoder"]["identity"] == data.encoder["identity"] and all(
+        np.array_equal(model["training_data"].get(name), value) for name, value in rows.items()
+    )
+    if not same:
+        raise UsageError(
+            f"--from_model {path}: was trained on other rows than these flags choose; give"
+            " --features_file, --train_splits, --crops and --resplit as in its training"
+        )
+    return model
 
 
 def describe_model(model, kinds, data, audited, seed):
@@ -263,6 +297,7 @@ def describe_model(model, kinds, data, audited, seed):
         **assessed,
         "leave_one_source_out": leave_one_source_out(model, data.rows, seed),
     }
+    content["warnings"] = rate_warnings(content)
     names = ("split", "overall", "degraded", "calibration")
     model["metrics"] = {name: content[name] for name in names}
     return content

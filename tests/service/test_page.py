@@ -119,8 +119,9 @@ def test_a_chosen_photo_gets_the_verdict_and_the_details_of_classify_py(
             {"uncertain": True, "reason": "its sides are short"},
             ["Uncertain", "leaning to real, 90%", "Its sides are short."],
         ),
+        ({"decision": "review"}, ["Real", "90% confidence; decision: review"]),
     ],
-    ids=["real", "fake", "uncertain"],
+    ids=["real", "fake", "uncertain", "review"],
 )
 def test_the_card_of_each_kind_of_verdict(visit, photos, given, words):
     page = visit()
