@@ -188,7 +188,7 @@ def write(args, model, findings, key):
 
 def main(argv=None):
     args = parse_args(argv)
-    from detector.evaluation import report
+    from detector.evaluation.printed import training
     from detector.training.classifiers import one_thread
     from detector.training.recipe import audit_training, describe_model, say_findings, train_best
     from detector.training.rows import read_data, say_rows
@@ -204,7 +204,7 @@ def main(argv=None):
         findings = describe_model(model, kinds, data, audited, args.seed)
         say_findings(audited, shown)
         folder = write(args, model, findings, key)
-    print(report.training(findings))
+    print(training(findings))
     print(f"{place} {args.model_version}, report in {folder}/")
 
 

@@ -150,6 +150,19 @@ def leave_one_source_out(model, rows, seed):
     return sorted(table, key=lambda row: (row["value"], -row["n"]))
 
 
+def summary_of(rows):
+    """Rows of `leave_one_source_out` -> {sources, mean, worst: three rows}; None without rows."""
+    return (
+        rows
+        and {
+            "sources": len({row["source"] for row in rows}),
+            "mean": float(np.mean([row["value"] for row in rows])),
+            "worst": rows[:3],
+        }
+        or None
+    )
+
+
 def held_out_p_fake(model, rows, train, test, seed):
     """Probability of fake of the rows `test` by the model's classifier, fitted on `train` alone.
 
@@ -287,6 +300,15 @@ def describe_model(model, kinds, data, audited, seed):
     assessed = report.assess(model, data.columns, data.test, data.groups, data.twins)
     audited["labels"] = audit_labels_of(model, data.rows)
     audited["detector"] = {"on_test": assessed["overall"]["auc"]}
+    left_out = leave_one_source_out(model, data.rows, seed)
+    model["metrics"] = {
+        "split": data.split,
+        **{name: assessed[name] for name in ("overall", "degraded", "calibration")},
+        "out_of_fold": next(
+            row["out_of_fold"] for row in kinds if row["classifier"] == model["classifier"]
+        ),
+        "left_out": summary_of(left_out),
+    }
     content = {
         **report.about(model),
         "split": data.split,
@@ -295,9 +317,6 @@ def describe_model(model, kinds, data, audited, seed):
         "false_alarms": false_alarms(model, data.rows),
         "classifiers": kinds,
         **assessed,
-        "leave_one_source_out": leave_one_source_out(model, data.rows, seed),
+        "leave_one_source_out": left_out,
     }
-    content["warnings"] = rate_warnings(content)
-    names = ("split", "overall", "degraded", "calibration")
-    model["metrics"] = {name: content[name] for name in names}
-    return content
+    return content | {"warnings": rate_warnings(content)}
