@@ -51,6 +51,7 @@ SHORTER = {"finetune_clip.py": " --steps 2 --batch_size 8 --keep 0.75"}
 REPLACED = {
     "--clip_model ViT-L/14": "--clip_model start.pt",  # a small checkpoint with random weights
     "CLIP_MODEL=ViT-B/16-8bit": "CLIP_MODEL=start.pt",
+    "--max_false_reject 0.005 --max_missed 0.2": "--max_false_reject 0.4 --max_missed 0.4",  # few
 }
 MAY_FIND_FAULTS = "python audit.py", "python golden.py"  # exit code 1 is a result of theirs
 
