@@ -1,6 +1,7 @@
 """The Flask app: routes, errors, and the log line of each request."""
 
 import difflib
+import json
 import re
 import secrets
 import time
@@ -17,11 +18,13 @@ from detector.images import formats
 from detector.service.engine import Busy, Engine, named
 from detector.service.front import (
     add_headers,
+    allow_origins,
     busy_response,
     drain,
     error_response,
     id_of,
     turn_away,
+    under_prefix,
 )
 from detector.service.settings import key_name, read_settings
 from detector.service.telemetry import Telemetry, say_event
@@ -33,6 +36,7 @@ OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a ke
 PROBES = ("/healthz", "/readyz", "/metrics")  # frequent, so they are logged only when they fail
 FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 FEEDBACK_ID = re.compile(r"[A-Za-z0-9._-]{1,72}")  # an image of a batch adds its number
+DOCUMENT = json.loads(Path(__file__).with_name("openapi.json").read_text())
 PAGE_POLICY = (
     "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -59,6 +63,8 @@ def create_app(config=None):
     telemetry = Telemetry()
     app.extensions.update(engine=Engine(settings, telemetry), telemetry=telemetry)
     app.wsgi_app = turn_away(app)
+    app.wsgi_app = allow_origins(app.wsgi_app, settings["CORS_ORIGINS"])
+    app.wsgi_app = under_prefix(app.wsgi_app, settings)
     app.before_request(begin)
     app.after_request(finish)
     for kind, handler in HANDLERS:
@@ -153,10 +159,11 @@ def http_error(exception):
         limit = request.max_content_length
         message = f"the request{size} is larger than the {limit:,} bytes allowed"
     else:
-        message = f"{request.method} {request.path[:100]!r}: {exception.name.lower()}"
+        root = request.script_root
+        message = f"{request.method} {(root + request.path)[:100]!r}: {exception.name.lower()}"
         if exception.code == 405:
             message += f" (allowed: {', '.join(sorted(exception.valid_methods))})"
-        message += "; /openapi.json lists all routes"
+        message += f"; {root}/openapi.json lists all routes"
     response = error(exception.code, message)
     response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
     return response
@@ -285,7 +292,7 @@ def classify():
         return error(
             400,
             f"the form has {len(images)} fields 'image', expected 1: send several to"
-            " /classify/batch",
+            f" {request.script_root}/classify/batch",
         )
     waited, (facts,) = engine().judge(detector, images, g.details)
     note(detector, facts, waited, g.request_id)
@@ -407,9 +414,7 @@ def metrics():
 
 @routes.get("/openapi.json")
 def openapi():
-    return Response(
-        Path(__file__).with_name("openapi.json").read_bytes(), content_type="application/json"
-    )
+    return DOCUMENT | {"servers": [{"url": request.script_root or "/"}]}
 
 
 @routes.get("/")
@@ -420,6 +425,7 @@ def page():
         render_template(
             "index.html",
             nonce=nonce,
+            root=request.script_root and f"{request.script_root}/",
             max_bytes=engine().settings["MAX_UPLOAD_BYTES"],
             formats=formats.TAKEN,
             notice=detector and detector.model.get("notice"),

@@ -1,6 +1,6 @@
 """What a request passes before Flask, and what Flask's responses share with it.
 
-app.wsgi_app = turn_away(app)
+The path prefix comes first, then the origins of other sites, then the refusal of uploads.
 """
 
 import contextlib
@@ -11,11 +11,62 @@ import uuid
 
 from flask import Response
 from gunicorn.http.errors import ParseException
+from werkzeug.middleware.proxy_fix import ProxyFix
 
-from detector.service.settings import key_name
+from detector.service.settings import PREFIX, key_name
 
 UPLOADS = ("/classify", "/classify/batch")
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+EXPOSED = "X-Request-ID, X-Model-Version, X-Model-Notice, Retry-After"
+PREFLIGHT = [
+    ("Access-Control-Allow-Methods", "GET, POST"),
+    ("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-ID"),
+    ("Access-Control-Max-Age", "7200"),  # seconds; Chromium takes no more
+]
+
+
+def under_prefix(inner, settings):
+    """-> WSGI app under a path prefix: X-Forwarded-Prefix of a trusted proxy, or SCRIPT_NAME.
+
+    A path may come without SCRIPT_NAME, since probes go to the service itself. An unfit header is
+    ignored, so that no prefix needs escaping.
+    """
+    prefix = settings["SCRIPT_NAME"]
+
+    def wsgi(environ, start_response):
+        forwarded = environ.get("SCRIPT_NAME", "").rstrip("/")  # ProxyFix has put it there
+        environ["SCRIPT_NAME"] = forwarded if PREFIX.fullmatch(forwarded) else prefix
+        if f"{environ['PATH_INFO']}/".startswith(f"{prefix}/"):
+            environ["PATH_INFO"] = environ["PATH_INFO"].removeprefix(prefix)
+        return inner(environ, start_response)
+
+    return ProxyFix(wsgi, x_for=0, x_proto=0, x_prefix=settings["TRUSTED_PROXIES"])
+
+
+def allow_origins(inner, origins):
+    """-> WSGI app whose responses the pages of these origins may read (CORS), errors included.
+
+    It answers a preflight itself, which carries no token. No response allows cookies.
+    """
+    if not origins:
+        return inner
+
+    def wsgi(environ, start_response):
+        origin, headers = environ.get("HTTP_ORIGIN"), [("Vary", "Origin")]
+        if origin in origins or "*" in origins:
+            headers.append(("Access-Control-Allow-Origin", "*" if "*" in origins else origin))
+            headers.append(("Access-Control-Expose-Headers", EXPOSED))
+            asks = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+            if asks and environ["REQUEST_METHOD"] == "OPTIONS":
+                start_response("204 No Content", headers + PREFLIGHT)
+                return []
+
+        def start(status, given, *error):
+            return start_response(status, given + headers, *error)
+
+        return inner(environ, start)
+
+    return wsgi
 
 
 def turn_away(app):
