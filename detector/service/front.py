@@ -37,7 +37,8 @@ def under_prefix(inner, settings):
         forwarded = environ.get("SCRIPT_NAME", "").rstrip("/")  # ProxyFix has put it there
         environ["SCRIPT_NAME"] = forwarded if PREFIX.fullmatch(forwarded) else prefix
         if f"{environ['PATH_INFO']}/".startswith(f"{prefix}/"):
-            environ["PATH_INFO"] = environ["PATH_INFO"].removeprefix(prefix)
+            # Flask would redirect an empty path to an address that the proxy may not know.
+            environ["PATH_INFO"] = environ["PATH_INFO"].removeprefix(prefix) or "/"
         return inner(environ, start_response)
 
     return ProxyFix(wsgi, x_for=0, x_proto=0, x_prefix=settings["TRUSTED_PROXIES"])
