@@ -2,45 +2,13 @@
 
 import base64
 import json
-import os
-import shutil
 
 import pytest
-from browsing import (
-    CLASSIFY,
-    COUNT,
-    HAND_OVER,
-    QUIET,
-    answer,
-    assert_says,
-    assert_shows,
-    card,
-    fill,
-    pick,
-)
+from browsing import CLASSIFY, COUNT, HAND_OVER, answer, assert_says, assert_shows, card, fill, pick
 from engines import keys_file
 from live import Live
 from made_up import BASELINE, NOTICE
 from patience import PATIENCE
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A headless Chromium for all tests here, with a home of its own."""
-    paths = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    path = next(filter(None, paths), None)
-    if path is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    try:
-        import axe_playwright_python  # noqa: F401
-        from playwright.sync_api import sync_playwright
-    except ImportError as missing:
-        pytest.skip(f"{missing.name} is not installed: pip install -r requirements/dev.txt")
-    with sync_playwright() as playwright:
-        home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("chromium"))}
-        chromium = playwright.chromium.launch(executable_path=path, args=QUIET, env=home)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
