@@ -1,12 +1,9 @@
 """Fixtures of the tests of the service."""
 
 import fcntl
-import os
-import shutil
 from contextlib import contextmanager
 
 import pytest
-from browsing import QUIET
 from commands import ROOT
 from engines import OTHER, TOKEN, client_on, keys_file
 from live import PATIENT
@@ -87,22 +84,3 @@ def keyed(api_keys, compiled_once):
 @pytest.fixture(scope="module")
 def photo(photos):
     return photos["china.jpg"].read_bytes()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A headless Chromium for all tests of a file, with a home of its own."""
-    paths = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    path = next(filter(None, paths), None)
-    if path is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    try:
-        import axe_playwright_python  # noqa: F401
-        from playwright.sync_api import sync_playwright
-    except ImportError as missing:
-        pytest.skip(f"{missing.name} is not installed: pip install -r requirements/dev.txt")
-    with sync_playwright() as playwright:
-        home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("chromium"))}
-        chromium = playwright.chromium.launch(executable_path=path, args=QUIET, env=home)
-        yield chromium
-        chromium.close()
