@@ -27,6 +27,9 @@ def add_input_arguments(parser):
     )
     parser.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
     parser.add_argument(
+        "--labels_file", metavar="CSV", help="table of path, label, split, source, group"
+    )
+    parser.add_argument(
         "--features_file",
         metavar="FILE",
         help="features of the model's encoder, so that nothing is encoded again; "
@@ -124,7 +127,7 @@ def parse_args(argv):
     if args.data_dir:
         need_folder(args.data_dir)
     if args.features_file:
-        need_features(args.features_file)
+        need_features(args.features_file, args.labels_file)
     return args
 
 

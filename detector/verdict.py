@@ -23,7 +23,8 @@ class Detector:
     """A model and the encoder it was trained on: bytes of an image -> verdict.
 
     detector = Detector("model.joblib")
-    detector.classify(data)          # ('real', 0.95)
+    detector.classify(data)                          # ('real', 0.95)
+    detector.classify_files(["a.jpg", "b.jpg"])      # [('a.jpg', Verdict(...)), ...]
 
     The model names the identity of its encoder, which the cache must hold. CLIP_MODEL has no
     effect. `model` and `encoder` may be given already loaded. `review`: the two thresholds of a
@@ -80,6 +81,11 @@ class Detector:
         from detector.images.decoding import decode_image
 
         return self.judge(self.pixels(decode_image(data, max_pixels))[None])[0][:2]
+
+    def classify_files(self, paths, max_pixels=MAX_PIXELS):
+        """Paths -> [(path, Verdict, or the error of a file that cannot be read)], in order."""
+        results = classify_all(self, list(paths), max_pixels)
+        return [(path, r if isinstance(r, Exception) else r[0]) for path, r in results]
 
 
 def flatten(pixels):

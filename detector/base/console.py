@@ -71,8 +71,16 @@ def check_review(review, name="--review"):
         )
 
 
-def need_features(path):
-    """Raises UsageError unless --features_file exists. Object stores are checked when read."""
+def need_features(path, labels_file=None):
+    """Raises UsageError unless --features_file exists. Object stores are checked when read.
+
+    Raises UsageError as well for a --labels_file beside it, because features have labels already.
+    """
+    if labels_file:
+        raise UsageError(
+            f"--labels_file {labels_file}: the labels of {path} count already; leave it out, or "
+            "leave out --features_file"
+        )
     if not is_remote(path) and not Path(path).exists():
         raise UsageError(
             f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR"

@@ -15,7 +15,9 @@ from detector.evaluation.pictures import contact_sheet, distorted, encode_folder
 from detector.features.columns import COLUMNS, SEEN, distinct, join_columns, without_repeats
 from detector.features.file import open_files
 from detector.images.distort import CONDITIONS
-from detector.images.facts import make_groups, twin_clusters
+from detector.images.facts import make_groups, merge_named, twin_clusters
+from detector.images.folders import list_images
+from detector.images.labels_file import read_labels
 from detector.model.file import load_model
 from detector.model.score import p_fake_of
 from detector.model.threshold import decide, outside, stale_threshold, verdict
@@ -134,6 +136,7 @@ def assess_all(model, columns, rows, left_out):
     columns = {name: columns[name][rows] for name in COLUMNS}
     twins = twin_clusters(columns["thumb"], columns["sha256"])
     groups, kind = make_groups(columns, twins)
+    twins = merge_named(twins, columns["groups"])
     assessed = report.assess(model, columns, np.arange(len(rows)), groups, twins)
     findings["detector"] = {"on_test": assessed["overall"] and assessed["overall"]["auc"]}
     whole = columns["view"] == 0
@@ -203,6 +206,7 @@ def evaluate(
     uploads_per_day=1000,
     prevalence=PREVALENCES,
     review=None,
+    labels_file=None,
 ):
     """The flags of evaluate.py -> (text to print, metrics that got worse, unreadable files: n).
 
@@ -215,7 +219,7 @@ def evaluate(
     detector = Detector(model_path, device) if data_dir else None
     model = detector.model if detector else load_model(model_path)
     review = operating.suggest_review(model, **review) if isinstance(review, dict) else review
-    columns, unreadable = columns_of(detector, model, data_dir, features_file)
+    columns, unreadable = columns_of(detector, model, data_dir, features_file, labels_file)
     seen = detector.encoder.manifest.get("seen", []) if detector else []
     first, groups, p_fake, parts, content = assess_all(
         model, columns, *split_rows(columns, model, seen)
@@ -264,10 +268,11 @@ def predictions(columns, p_fake, model, review, flips):
     ]
 
 
-def columns_of(detector, model, data_dir, features_file):
+def columns_of(detector, model, data_dir, features_file, labels_file):
     """-> (columns of the features file, else of the encoded folder; number of unreadable files)."""
     if features_file:
         columns, unreadable = stored_columns(features_file, model, data_dir), 0
     else:
-        columns, unreadable = encode_folder(detector, data_dir)
+        labels = read_labels(labels_file, data_dir).entries if labels_file else None
+        columns, unreadable = encode_folder(detector, data_dir, labels or list_images(data_dir))
     return without_repeats(columns), unreadable

@@ -18,7 +18,7 @@ from detector.features.extraction import encode_ahead, join_parts, labels_of
 from detector.features.file import take_crops
 from detector.images import decoding
 from detector.images.distort import ARMS, CONDITIONS, manageable
-from detector.images.folders import draw_evenly, list_images
+from detector.images.folders import draw_evenly
 
 BATCH = 16
 
@@ -37,14 +37,14 @@ def announce(detector, images, what, remedy):
 # ---- features ----
 
 
-def encode_folder(detector, data_dir):
-    """Folder -> (columns as in a features file, number of files that cannot be read).
+def encode_folder(detector, data_dir, entries):
+    """Folder and entries of its images -> (columns as in a features file, unreadable files: n).
 
     Prints a line for each file that cannot be read.
     """
     from tqdm import tqdm
 
-    entries, parts = list_images(data_dir), []
+    parts = []
     announce(detector, len(entries), "encoding", "--features_file needs no encoding")
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,

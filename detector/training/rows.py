@@ -25,11 +25,11 @@ POOL = ("train", "val", "test", "")
 
 
 def group_rows(columns):
-    """Columns -> (groups, twins, words) of `facts.make_groups`.
+    """Columns -> (groups, twins, words) of `facts.make_groups`; a named group counts as twins.
 
     Raises UsageError if a single picture is more than MAX_CLUSTER of the data.
     """
-    from detector.images.facts import make_groups, twin_clusters
+    from detector.images.facts import make_groups, merge_named, twin_clusters
 
     cluster = twin_clusters(columns["thumb"], columns["sha256"])
     whole = columns["view"] == 0
@@ -42,7 +42,7 @@ def group_rows(columns):
             " copies, then extract again"
         )
     groups, kind = make_groups(columns, cluster)
-    return groups, cluster, kind
+    return groups, merge_named(cluster, columns["groups"]), kind
 
 
 def choose_rows(columns, args, seed):

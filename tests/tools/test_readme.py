@@ -16,11 +16,14 @@ import sys
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 import small
 from commands import OPENAI_CACHE, ROOT
 from live import free_port
+from made_up import BASELINE, DIM, make_columns, write_features
 from patience import PATIENCE
+from PIL import Image
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -32,6 +35,8 @@ COMMANDS = {
     page: [line.strip() for block, _ in blocks for line in block.splitlines() if line.strip()]
     for page, blocks in BLOCKS.items()
 }
+TABLES = re.findall(r"```csv\n(.*?)```", PAGES["docs/data.md"], re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", PAGES["docs/python.md"], re.DOTALL)
 # Commands that this file does not run, with the reason or the test that covers them.
 ELSEWHERE = {
     "python3 -m venv": "the tests have an environment already",
@@ -67,6 +72,8 @@ def clone(tmp_path_factory, make_folder, photos):
     )
     make_folder(place / "more", {f"train/{label}": 10 for label in ("real", "fake")}, seed=1)
     make_folder(place / "folder", {".": 3})
+    make_folder(place / "pictures", {".": 4}, seed=3)
+    (place / "labels.csv").write_text("".join(TABLES))
     make_folder(place / "golden", dict.fromkeys(("real", "fake"), 5), seed=2)
     shutil.copy(photos["china.jpg"], place / "photo.jpg")
     shutil.copy(photos["coffee.png"], place / "other.png")
@@ -177,6 +184,21 @@ def test_every_command_of_a_page_runs_in_order(page, clone, trained, wheel, tmp_
         if server:
             server.send_signal(signal.SIGTERM)
             assert server.wait(PATIENCE) == 0
+
+
+def test_the_python_of_its_page_runs_in_order(clone, tmp_path):
+    place, env = tmp_path / "clone", clone[1]
+    shutil.copytree(clone[0], place, symlinks=True)
+    shutil.copy(BASELINE, place / "model.joblib")
+    columns = make_columns(dim=DIM)
+    columns["sources"] = np.array([f"source {i % 4}" for i in range(len(columns["labels"]))])
+    write_features(place / "features.npz", columns)
+    (place / "page.py").write_text("".join(PYTHON))
+    result = run("python -W error page.py", place, env | {"MPLBACKEND": "agg"})
+    assert result.returncode == 0, result.stderr
+    assert "missing.jpg error: cannot read missing.jpg: No such file" in result.stdout
+    with Image.open(place / "p_fake_by_source.png") as plot:
+        assert min(plot.size) > 300 and len(plot.convert("L").getcolors()) > 20
 
 
 def without_digits(text):
