@@ -17,6 +17,7 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException
 from detector.base.constants import CLASSES
 from detector.base.errors import ImageError
 from detector.images import formats
+from detector.images.occlusion import MEANING, PASSES
 from detector.service.engine import Busy, Engine, named
 from detector.service.settings import key_name, read_settings
 from detector.service.telemetry import Telemetry, say_event
@@ -25,7 +26,7 @@ from detector.verdict import answer, details
 
 FEEDBACK_BYTES = 2000  # a megabyte of JSON takes 30 MB once parsed
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
-UPLOADS = ("/classify", "/classify/batch")
+UPLOADS = ("/classify", "/classify/batch", "/explain")
 PROBES = ("/healthz", "/readyz", "/metrics")  # frequent, so they are logged only when they fail
 FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -340,11 +341,7 @@ def classify():
     """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
     detector, images = read()
     if len(images) != 1:
-        return error(
-            400,
-            f"the form has {len(images)} fields 'image', expected 1: send several to"
-            " /classify/batch",
-        )
+        return not_one(images)
     waited, (facts,) = engine().judge(detector, images, g.details)
     note(detector, facts, waited, g.request_id)
     if "error" in facts:
@@ -358,6 +355,29 @@ def classify():
         }
         body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
     return with_model(detector, body)
+
+
+def not_one(images):
+    return error(
+        400,
+        f"the form has {len(images)} fields 'image', expected 1: send several to /classify/batch",
+    )
+
+
+@routes.post("/explain")
+def explain():
+    """One multipart field `image` -> {"rows": [[0.12, ...], ...], ...}: what moved its verdict."""
+    detector, images = read()
+    if len(images) != 1:
+        return not_one(images)
+    started = time.perf_counter()
+    facts, rows = engine().explain(detector, images[0])
+    if rows is None:
+        note(detector, facts, 0, g.request_id)
+        return error(facts["status"], facts["error"])
+    seconds = round(time.perf_counter() - started, 2)
+    body = {"rows": rows.round(4).tolist(), "passes": PASSES, "seconds": seconds}
+    return with_model(detector, body | {"meaning": MEANING})
 
 
 @routes.post("/classify/batch")

@@ -27,7 +27,8 @@ from detector.verdict import Detector
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-PATHS = ["/classify", "/classify/batch"]
+VERDICTS = ["/classify", "/classify/batch"]
+PATHS = [*VERDICTS, "/explain"]
 
 
 def rejected(client, reason):
@@ -160,7 +161,7 @@ def test_a_wait_without_a_slot_ends_with_503_after_the_timeout(monkeypatch, path
     assert rejected(client, "queue_timeout") == 1 and waiting(client) == 0
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", VERDICTS)
 def test_with_a_full_queue_an_upload_is_refused_and_a_waiting_one_gets_its_verdict(
     monkeypatch, path, caplog
 ):
