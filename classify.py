@@ -18,8 +18,6 @@ from detector.base.errors import UsageError
 from detector.base.files import atomic_write, check_file
 from detector.verdict import Detector, answer, choose_model, classify_all, details, flatten, load
 
-LONG_S = 60  # seconds from which --explain says beforehand how long it takes
-
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -154,7 +152,7 @@ def explain(detector, pixels, path, pass_s):
     from detector.evaluation.plots import plot_map
     from detector.images.occlusion import MEANING, PASSES
 
-    if (expected := PASSES * pass_s) > LONG_S:
+    if (expected := PASSES * pass_s) > 60:
         say(f"--explain: about {expected:.0f} s for {PASSES} forward passes")
     started = time.perf_counter()
     figure = plot_map(flatten(pixels)[0], detector.explain(pixels))

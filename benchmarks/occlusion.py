@@ -9,14 +9,14 @@ pasted seam is a trace of its own. The map points to the half with the larger me
 """
 
 import argparse
-import time
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from detector.base.console import Help, run, say
+from detector.base.console import Help, run
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import atomic_write
@@ -133,7 +133,6 @@ real halves. A map of {cells} x {cells} cells takes {passes} forward passes. Eac
 {rows}
 
 Median difference between the halves, in log-odds: {pasted:.2f}, in the control {control:.2f}.
-Seconds a map: {seconds:.1f} (median).
 """
 
 
@@ -149,18 +148,13 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    detector, seconds = Detector(SHIPPED_MODEL), []
+    detector = Detector(SHIPPED_MODEL)
     entries = [entry for entry in list_images(args.data_dir) if entry.split in SPLITS]
 
-    def judge_all(pairs):
-        for pair in pairs:
-            started = time.perf_counter()
-            yield judge(detector, args.data_dir, pair)
-            seconds.append(time.perf_counter() - started)
-            if len(seconds) % 20 == 0:
-                say(f"{len(seconds)} of {2 * args.number} pictures")
-
-    pasted, control = (list(judge_all(pairs)) for pairs in draw(entries, args.number))
+    pasted, control = (
+        [judge(detector, args.data_dir, pair) for pair in tqdm(pairs, unit="map", disable=None)]
+        for pairs in draw(entries, args.number)
+    )
     strengths = (np.median([abs(o.difference) for o in outcomes]) for outcomes in (pasted, control))
     page = PAGE.format(
         encoder=detector.encoder.name,
@@ -169,7 +163,6 @@ def main(argv=None):
         window=WINDOW,
         cells=CELLS,
         rows=table(pasted, control),
-        seconds=np.median(seconds),
         **dict(zip(("pasted", "control"), strengths, strict=True)),
     )
     with atomic_write(args.output, "w") as file:

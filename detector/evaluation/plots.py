@@ -178,8 +178,7 @@ def plot_map(pixels, rows):
 
     figure = Figure(figsize=(8.5, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    picture = np.moveaxis(pixels, 0, -1) * STD + MEAN
-    left.imshow(picture.clip(0, 1))
+    left.imshow((np.moveaxis(pixels, 0, -1) * STD + MEAN).clip(0, 1))
     left.set(title="the picture as the encoder sees it", xticks=[], yticks=[])
     most = max(np.abs(rows).max(), 1e-9)
     drawn = right.imshow(rows, cmap="PuOr_r", vmin=-most, vmax=most)

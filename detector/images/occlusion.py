@@ -9,19 +9,20 @@ After M. Zeiler and R. Fergus, "Visualizing and Understanding Convolutional Netw
 import numpy as np
 
 CELLS, WINDOW = 7, 3  # the map's cells a side, and the cells a side that are hidden at a time
-WINDOWS = [(y, x) for y in range(CELLS - WINDOW + 1) for x in range(CELLS - WINDOW + 1)]
+SPANS = np.array(
+    [[0 <= cell - first < WINDOW for cell in range(CELLS)] for first in range(CELLS - WINDOW + 1)]
+)
+# every place of the window, bool [PASSES - 1, CELLS, CELLS]
+WINDOWS = (SPANS[:, None, :, None] & SPANS[:, None]).reshape(-1, CELLS, CELLS)
 PASSES = 1 + len(WINDOWS)  # the picture as it is, and each window hidden
 MEANING = "This map shows what the model looked at. It proves nothing about the picture."
 
 
 def occluded(pixels):
     """float32 [3, r, r] -> float32 [PASSES - 1, 3, r, r], each with a window in the mean colour."""
-    edges = np.arange(CELLS + 1) * pixels.shape[-1] // CELLS
-    copies = np.repeat(pixels[None], len(WINDOWS), axis=0)
-    for copy, (y, x) in zip(copies, WINDOWS, strict=True):
-        rows, columns = (slice(edges[i], edges[i + WINDOW]) for i in (y, x))
-        copy[:, rows, columns] = pixels.mean((1, 2), keepdims=True)
-    return copies
+    cell = np.arange(pixels.shape[-1]) * CELLS // pixels.shape[-1]  # of each row or column
+    hidden = WINDOWS[:, None, cell[:, None], cell]
+    return np.where(hidden, pixels.mean((1, 2), keepdims=True), pixels)
 
 
 def cell_means(values):
@@ -29,9 +30,4 @@ def cell_means(values):
 
     A cell has the mean of the windows that cover it.
     """
-    sums, counts = np.zeros((2, CELLS, CELLS))
-    for value, (y, x) in zip(values, WINDOWS, strict=True):
-        window = slice(y, y + WINDOW), slice(x, x + WINDOW)
-        sums[window] += value
-        counts[window] += 1
-    return sums / counts
+    return np.tensordot(values, WINDOWS, 1) / WINDOWS.sum(0)

@@ -375,9 +375,13 @@ def explain():
     if rows is None:
         note(detector, facts, 0, g.request_id)
         return error(facts["status"], facts["error"])
-    seconds = round(time.perf_counter() - started, 2)
-    body = {"rows": rows.round(4).tolist(), "passes": PASSES, "seconds": seconds}
-    return with_model(detector, body | {"meaning": MEANING})
+    body = {
+        "rows": rows.round(4).tolist(),
+        "passes": PASSES,
+        "seconds": round(time.perf_counter() - started, 2),
+        "meaning": MEANING,
+    }
+    return with_model(detector, body)
 
 
 @routes.post("/classify/batch")
