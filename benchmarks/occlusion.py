@@ -2,7 +2,7 @@
 
     python -m benchmarks.occlusion --data_dir IMAGES
 
-Writes benchmarks/occlusion.md in about fifteen minutes. Every picture is pasted from two halves of
+Writes benchmarks/occlusion.md in about ten minutes. Every picture is pasted from two halves of
 pictures that trained no model, from two sources. Both halves are cropped to one square, and the
 whole is saved as JPEG once. No image is used twice. The control has two real halves, because a
 pasted seam is a trace of its own. The map points to the half with the larger mean.
@@ -125,14 +125,20 @@ def table(pasted, control):
 
 
 PAGE = """Encoder `{encoder}`. {number} pictures of a generated and a real half, and {number} of two
-real halves. A map of {cells} x {cells} cells takes {passes} forward passes. Each hides
-{window} x {window} cells.
+real halves. A map of {cells} x {cells} cells takes {passes} forward passes: of the picture as it
+is, and of each copy with a window of {window} x {window} cells hidden.
 
 | | pictures | 95% interval |
 |---|---|---|
 {rows}
 
 Median difference between the halves, in log-odds: {pasted:.2f}, in the control {control:.2f}.
+
+The window was chosen on 18 other pictures, pasted from `train`. Hidden windows of 1, 2, 3 and 4
+cells a side pointed to the generated half of 15, 16, 16 and 17 pictures. Windows of 4 cells all
+cover the cell in the middle, so no map of theirs can point to it. Windows of 2 cells take 37
+passes. CLIP's mean colour in the place of the picture's pointed to 15, and pictures that show a
+window of 2 cells alone pointed to 17.
 """
 
 
