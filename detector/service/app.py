@@ -358,6 +358,7 @@ def classify():
 
 
 def not_one(images):
+    """The error of a form that has not one image."""
     return error(
         400,
         f"the form has {len(images)} fields 'image', expected 1: send several to /classify/batch",
