@@ -9,12 +9,14 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from detector.base.console import check_review, printable, run, say
 from detector.base.constants import MAX_PIXELS
 from detector.base.errors import UsageError
-from detector.verdict import Detector, answer, choose_model, classify_all, details, load
+from detector.base.files import atomic_write, check_file
+from detector.verdict import Detector, answer, choose_model, classify_all, details, flatten, load
 
 
 def parse_args(argv):
@@ -67,6 +69,11 @@ def add_verdict_arguments(parser):
         ),
     )
     parser.add_argument(
+        "--explain",
+        metavar="PNG",
+        help="for a single image, also draw which parts moved the verdict",
+    )
+    parser.add_argument(
         "--max_pixels",
         type=int,
         default=MAX_PIXELS,
@@ -97,6 +104,13 @@ def list_paths(given):
         else:
             paths.append(path)
     return paths, unreadable
+
+
+def check_explain(path, single):
+    """Raises UsageError, before the work, where no map can be drawn."""
+    if not single:
+        raise UsageError(f"--explain {path}: draws a single image; give --image_path one image")
+    check_file(path, f"--explain {path}")
 
 
 def list_folder(path):
@@ -139,9 +153,26 @@ def classify_one(detector, path, args):
         say(f"error: {path}: {loaded}")
         return 1
     pixels, provenance = loaded
+    started = time.perf_counter()
     verdict = detector.judge(pixels[None])[0]
-    print(line(detector.model, verdict, provenance, args))
+    print(line(detector.model, verdict, provenance, args), flush=True)
+    if args.explain:
+        explain(detector, pixels, args.explain, time.perf_counter() - started)
     return 0
+
+
+def explain(detector, pixels, path, pass_s):
+    """Write the map of `Detector.explain` as PNG. `pass_s`: seconds that one verdict took."""
+    from detector.evaluation.plots import plot_map
+    from detector.images.occlusion import MEANING, PASSES
+
+    if (expected := PASSES * pass_s) > 60:
+        say(f"--explain: about {expected:.0f} s for {PASSES} forward passes")
+    started = time.perf_counter()
+    figure = plot_map(flatten(pixels)[0], detector.explain(pixels))
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    say(f"{path}: {PASSES} forward passes in {time.perf_counter() - started:.1f} s. {MEANING}")
 
 
 def classify_several(detector, paths, args):
@@ -165,6 +196,8 @@ def main(argv=None):
     args = parse_args(argv)
     single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
     paths, unreadable = list_paths(args.image_path)
+    if args.explain:
+        check_explain(args.explain, single)
     detector = Detector(choose_model(args.model_path), args.device, review=args.review)
     if "notice" in detector.model:
         say(f"note: {detector.model['notice']}")

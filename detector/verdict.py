@@ -76,6 +76,20 @@ class Detector:
 
         return np.array([verdict.p_fake for verdict in self.judge(pixels)])
 
+    def explain(self, pixels):
+        """`pixels` of an image -> how much each part adds to the log-odds of fake, float64 [7, 7].
+
+        A part is hidden, and the log-odds fall by this much. With crops, the map shows the whole
+        view alone. It takes `occlusion.PASSES` forward passes of one image.
+        """
+        import numpy as np
+
+        from detector.images.occlusion import cell_means, occluded
+
+        view = flatten(pixels)[0]
+        scores = np.array([self.judge(copy[None])[0].score for copy in (view, *occluded(view))])
+        return -self.model["calibrator"][0] * cell_means(scores[0] - scores[1:])
+
     def classify(self, data, max_pixels=MAX_PIXELS):
         """Image bytes -> (classification, confidence). Raises ImageError or a subclass."""
         from detector.images.decoding import decode_image

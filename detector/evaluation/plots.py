@@ -4,6 +4,8 @@ import numpy as np
 
 from detector.base.constants import CLASSES
 from detector.evaluation.metrics import BINS, wilson
+from detector.images.occlusion import MEANING
+from detector.images.preprocessing import MEAN, STD
 
 COLOURS = ("#2c7fb8", "#e6550d")  # real, fake
 
@@ -191,6 +193,22 @@ def plot_operating(report):
             ax.plot([reals["value"]] * 2, fakes["interval"], color=f"C{number}", alpha=0.3)
     ax.set(ylim=(0, 1), xlim=(0, None))
     ax.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def plot_map(pixels, rows):
+    """The encoder's input, float32 [3, r, r], beside its map of `Detector.explain` -> figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow((np.moveaxis(pixels, 0, -1) * STD + MEAN).clip(0, 1))
+    left.set(title="the picture as the encoder sees it", xticks=[], yticks=[])
+    most = max(np.abs(rows).max(), 1e-9)
+    drawn = right.imshow(rows, cmap="PuOr_r", vmin=-most, vmax=most)
+    right.set(title="what each part adds", xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=right, shrink=0.8, label="log-odds of fake")
+    figure.supxlabel(MEANING, fontsize=10)
     return figure
 
 

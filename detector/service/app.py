@@ -15,6 +15,7 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException
 from detector.base.constants import CLASSES
 from detector.base.errors import ImageError
 from detector.images import formats
+from detector.images.occlusion import MEANING, PASSES
 from detector.service.engine import Busy, Engine, named
 from detector.service.front import (
     add_headers,
@@ -290,11 +291,7 @@ def classify():
     """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
     detector, images = read()
     if len(images) != 1:
-        return error(
-            400,
-            f"the form has {len(images)} fields 'image', expected 1: send several to"
-            f" {request.script_root}/classify/batch",
-        )
+        return not_one(images)
     waited, (facts,) = engine().judge(detector, images, g.details)
     note(detector, facts, waited, g.request_id)
     if "error" in facts:
@@ -307,6 +304,35 @@ def classify():
             **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")},
         }
         body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
+    return with_model(detector, body)
+
+
+def not_one(images):
+    """The error of a form that has not one image."""
+    return error(
+        400,
+        f"the form has {len(images)} fields 'image', expected 1: send several to"
+        f" {request.script_root}/classify/batch",
+    )
+
+
+@routes.post("/explain")
+def explain():
+    """One multipart field `image` -> {"rows": [[0.12, ...], ...], ...}: what moved its verdict."""
+    detector, images = read()
+    if len(images) != 1:
+        return not_one(images)
+    started = time.perf_counter()
+    facts, rows = engine().explain(detector, images[0])
+    if rows is None:
+        note(detector, facts, 0, g.request_id)
+        return error(facts["status"], facts["error"])
+    body = {
+        "rows": rows.round(4).tolist(),
+        "passes": PASSES,
+        "seconds": round(time.perf_counter() - started, 2),
+        "meaning": MEANING,
+    }
     return with_model(detector, body)
 
 

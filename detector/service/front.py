@@ -15,7 +15,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from detector.service.settings import PREFIX, key_name
 
-UPLOADS = ("/classify", "/classify/batch")
+UPLOADS = ("/classify", "/classify/batch", "/explain")
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 EXPOSED = "X-Request-ID, X-Model-Version, X-Model-Notice, Retry-After"
 PREFLIGHT = [

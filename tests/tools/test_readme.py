@@ -282,6 +282,7 @@ def test_the_number_of_distortions_is_the_code_s(page):
     [
         ("docs/deployment.md", "benchmarks/service.md", "| encoder | images/s ", 1),
         ("docs/speed.md", "benchmarks/speed.md", "|", 8),
+        ("docs/evaluation.md", "benchmarks/occlusion.md", "| | pictures", 1),
     ],
 )
 def test_the_tables_of_a_page_are_the_benchmark_s(page, benchmark, header, least):
