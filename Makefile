@@ -11,8 +11,8 @@ LAYERS = 10
 PYTEST = $(VENV)/bin/python -m pytest --fail-on-skip -n 2 --dist loadfile --no-loadscope-reorder \
   --max-worker-restart 0
 
-# Debian packages that the tests need: a browser, Prometheus and its push gateway
-TOOLS = chromium prometheus prometheus-pushgateway
+# Debian packages that the tests need: a browser, Prometheus, its push gateway, and a proxy
+TOOLS = chromium prometheus prometheus-pushgateway nginx-light
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo -n)
 
 .PHONY: help demo test test-long tools study ship
@@ -70,7 +70,7 @@ test-long: $(VENV)/.ready .clip/.ready .venv-mlflow/.ready tools
 	$(PYTEST) -m long
 
 tools:
-	@( for tool in chromium promtool prometheus-pushgateway; do \
+	@( PATH="$$PATH:/usr/sbin"; for tool in chromium promtool prometheus-pushgateway nginx; do \
 	     command -v $$tool || exit 1; done ) >/dev/null \
 	  || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	       apt-get install -y -qq --no-install-recommends $(TOOLS); } >/dev/null \

@@ -1,6 +1,7 @@
 """Find what gives labels away without a detector: duplicates, file formats, image sizes.
 
     python audit.py --data_dir DIR
+    python audit.py --data_dir DIR --labels_file labels.csv
     python audit.py --features_file features.npz      # also lists labels that look wrong
 
 Needs no model. A LEAK makes a test metric worthless, and the exit code is then 1. A note is only
@@ -21,12 +22,15 @@ def parse_args(argv):
     group.add_argument(
         "--features_file", metavar="FILE", help="features file that extract_features.py wrote"
     )
+    parser.add_argument(
+        "--labels_file", metavar="CSV", help="table of path, label, split, source, group"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args(argv)
     if args.data_dir is not None:
         need_folder(args.data_dir)
     else:
-        need_features(args.features_file)
+        need_features(args.features_file, args.labels_file)
     return args
 
 
@@ -35,7 +39,7 @@ def main(argv=None):
     from detector.evaluation.audit import audit_features, audit_folder, report, sentences
 
     if args.data_dir:
-        findings = audit_folder(args.data_dir)
+        findings = audit_folder(args.data_dir, args.labels_file)
     else:
         findings = audit_features(args.features_file)
     findings = all_printable(findings)

@@ -9,19 +9,24 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
-from detector.base.console import printable, run, say
+from detector.base.console import check_review, printable, run, say
 from detector.base.constants import MAX_PIXELS
 from detector.base.errors import UsageError
-from detector.verdict import Detector, answer, choose_model, classify_all, details, load
+from detector.base.files import atomic_write, check_file
+from detector.verdict import Detector, answer, choose_model, classify_all, details, flatten, load
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_input_arguments(parser)
     add_verdict_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_review(args.review)
+    args.details |= bool(args.review)
+    return args
 
 
 def add_input_arguments(parser):
@@ -52,6 +57,21 @@ def add_verdict_arguments(parser):
             "also print the probability of fake, the threshold, whether the verdict is uncertain,"
             " the model's version, and what the file states about its origin"
         ),
+    )
+    parser.add_argument(
+        "--review",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help=(
+            "decide by the probability of fake: pass below LOW, reject from HIGH on, else review;"
+            " implies --details"
+        ),
+    )
+    parser.add_argument(
+        "--explain",
+        metavar="PNG",
+        help="for a single image, also draw which parts moved the verdict",
     )
     parser.add_argument(
         "--max_pixels",
@@ -86,6 +106,13 @@ def list_paths(given):
     return paths, unreadable
 
 
+def check_explain(path, single):
+    """Raises UsageError, before the work, where no map can be drawn."""
+    if not single:
+        raise UsageError(f"--explain {path}: draws a single image; give --image_path one image")
+    check_file(path, f"--explain {path}")
+
+
 def list_folder(path):
     """Folder -> its Listing. Raises UsageError if it holds no image."""
     from detector.images.folders import list_files, say_left_out
@@ -105,7 +132,7 @@ def line(model, verdict, provenance, args, path=None):
     """One Verdict as text, or as JSON with --json. `path` is given for several images."""
     more = {}
     if args.details:
-        more = details(model, verdict.p_fake, verdict.uncertain, provenance)
+        more = details(model, *verdict[2:4], verdict.decision, provenance)
     if args.json:
         named = {} if path is None else {"path": path}
         return json.dumps(named | answer(*verdict[:2]) | more)
@@ -113,7 +140,8 @@ def line(model, verdict, provenance, args, path=None):
         from detector.images.provenance import in_words
 
         more["provenance"] = in_words(provenance)
-    text = f"{verdict.classification} (confidence {verdict.confidence:.2f})"
+    unsure = ", uncertain" if verdict.uncertain else ""
+    text = f"{verdict.classification} (confidence {verdict.confidence:.2f}{unsure})"
     text += "".join(f"; {name} {value}" for name, value in more.items() if value is not None)
     return printable(text if path is None else f"{path}: {text}")
 
@@ -125,9 +153,26 @@ def classify_one(detector, path, args):
         say(f"error: {path}: {loaded}")
         return 1
     pixels, provenance = loaded
+    started = time.perf_counter()
     verdict = detector.judge(pixels[None])[0]
-    print(line(detector.model, verdict, provenance, args))
+    print(line(detector.model, verdict, provenance, args), flush=True)
+    if args.explain:
+        explain(detector, pixels, args.explain, time.perf_counter() - started)
     return 0
+
+
+def explain(detector, pixels, path, pass_s):
+    """Write the map of `Detector.explain` as PNG. `pass_s`: seconds that one verdict took."""
+    from detector.evaluation.plots import plot_map
+    from detector.images.occlusion import MEANING, PASSES
+
+    if (expected := PASSES * pass_s) > 60:
+        say(f"--explain: about {expected:.0f} s for {PASSES} forward passes")
+    started = time.perf_counter()
+    figure = plot_map(flatten(pixels)[0], detector.explain(pixels))
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    say(f"{path}: {PASSES} forward passes in {time.perf_counter() - started:.1f} s. {MEANING}")
 
 
 def classify_several(detector, paths, args):
@@ -151,7 +196,9 @@ def main(argv=None):
     args = parse_args(argv)
     single = len(args.image_path) == 1 and not Path(args.image_path[0]).is_dir()
     paths, unreadable = list_paths(args.image_path)
-    detector = Detector(choose_model(args.model_path), args.device)
+    if args.explain:
+        check_explain(args.explain, single)
+    detector = Detector(choose_model(args.model_path), args.device, review=args.review)
     if "notice" in detector.model:
         say(f"note: {detector.model['notice']}")
     if single:

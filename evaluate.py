@@ -14,7 +14,7 @@ metric is worse than the baseline or an image cannot be read.
 import argparse
 from pathlib import Path
 
-from detector.base.console import Help, need_features, need_folder, run, say
+from detector.base.console import Help, check_review, need_features, need_folder, run, say
 from detector.base.errors import UsageError
 from detector.base.files import only_writer
 
@@ -26,6 +26,9 @@ def add_input_arguments(parser):
         help="model of train_model.py (default: model.joblib if it exists, else the shipped model)",
     )
     parser.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
+    parser.add_argument(
+        "--labels_file", metavar="CSV", help="table of path, label, split, source, group"
+    )
     parser.add_argument(
         "--features_file",
         metavar="FILE",
@@ -44,10 +47,55 @@ def add_report_arguments(parser):
         help="metrics.json of an earlier evaluation of the same images, to compare with",
     )
     parser.add_argument(
+        "--uploads_per_day",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="uploads a day, for the alarms in the operating table",
+    )
+    parser.add_argument(
+        "--prevalence",
+        type=float,
+        nargs="+",
+        default=[0.01, 0.1, 0.5],
+        metavar="P",
+        help="shares of fakes among the uploads, for the operating table (default: 0.01 0.1 0.5)",
+    )
+    parser.add_argument(
         "--feedback",
         nargs="+",
         metavar="LOG",
         help="logs of the service (- for stdin), to measure its accuracy in production",
+    )
+
+
+def add_review_arguments(parser):
+    review = parser.add_mutually_exclusive_group()
+    review.add_argument(
+        "--review",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="also measure a review queue: pass below LOW, reject from HIGH on, else review",
+    )
+    review.add_argument(
+        "--suggest_review",
+        action="store_true",
+        help="propose LOW and HIGH from the training's scores, and measure them",
+    )
+    parser.add_argument(
+        "--max_false_reject",
+        type=float,
+        default=0.005,
+        metavar="X",
+        help="share of reals that --suggest_review may reject",
+    )
+    parser.add_argument(
+        "--max_missed",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="share of fakes that --suggest_review may pass",
     )
 
 
@@ -68,10 +116,10 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add_input_arguments(parser)
     add_report_arguments(parser)
+    add_review_arguments(parser)
     add_encoding_arguments(parser)
     args = parser.parse_args(argv)
-    if args.robustness_images < 1:
-        raise UsageError(f"--robustness_images {args.robustness_images}: must be at least 1")
+    check_numbers(args)
     if args.feedback:
         return args
     if not (args.data_dir or args.features_file):
@@ -79,8 +127,21 @@ def parse_args(argv):
     if args.data_dir:
         need_folder(args.data_dir)
     if args.features_file:
-        need_features(args.features_file)
+        need_features(args.features_file, args.labels_file)
     return args
+
+
+def check_numbers(args):
+    """Raises UsageError for a number that is out of range."""
+    for name in ("robustness_images", "uploads_per_day"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    shares = [("prevalence", share) for share in args.prevalence]
+    shares += [(name, getattr(args, name)) for name in ("max_false_reject", "max_missed")]
+    for name, share in shares:
+        if not 0 < share < 1:
+            raise UsageError(f"--{name} {share:g}: must be between 0 and 1")
+    check_review(args.review)
 
 
 def main(argv=None):
@@ -92,6 +153,9 @@ def main(argv=None):
     from detector.evaluation.assess import evaluate
 
     options = vars(args)
+    limits = {name: options.pop(name) for name in ("max_false_reject", "max_missed")}
+    if options.pop("suggest_review"):
+        options["review"] = limits
     del options["feedback"]
     place = Path(args.report_dir, "metrics.json")  # the folder's parent may be read-only
     with only_writer(place, f"--report_dir {args.report_dir}"):

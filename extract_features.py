@@ -1,4 +1,4 @@
-"""Encode a folder of images with CLIP, label them by folder and write features.npz.
+"""Encode a folder of labelled images with CLIP and write features.npz.
 
     python extract_features.py --data_dir DIR --output_file features.npz
     CLIP_MODEL=ViT-B/16-8bit python extract_features.py --data_dir DIR
@@ -72,20 +72,20 @@ def add_selection_arguments(parser):
         "--views", type=int, default=0, metavar="N", help="also encode N degraded copies per image"
     )
     parser.add_argument(
-        "--crops",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also encode N full-resolution crops per image",
+        "--crops", type=int, default=0, metavar="N", help="also encode N full-resolution crops"
     )
 
 
 def add_folder_arguments(parser):
     parser.add_argument("--prune", action="store_true", help="drop the rows of deleted files")
     parser.add_argument(
-        "--strict", action="store_true", help="exit with code 1 if a folder is ignored"
+        "--strict", action="store_true", help="exit with code 1 if images are ignored"
     )
-    parser.add_argument(
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--labels_file", metavar="CSV", help="table of path, label, split, source, group"
+    )
+    labels.add_argument(
         "--unlabelled", action="store_true", help="accept any folder; all labels are -1"
     )
     parser.add_argument(
@@ -144,6 +144,11 @@ def check_places(args):
         raise UsageError(
             f"--output_file {args.output_file}: --ray writes a folder of Parquet files; name it "
             "features.parquet"
+        )
+    if args.ray and args.labels_file:
+        raise UsageError(
+            f"--labels_file {args.labels_file}: --ray takes labels from folder names alone; leave "
+            "out --ray, or sort the images into folders"
         )
     if args.ray:
         return

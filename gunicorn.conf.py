@@ -29,6 +29,8 @@ def post_fork(server, worker):
 
 
 def post_worker_init(worker):
+    # The app has read it. gunicorn itself would send 500 to a probe, whose path has no prefix.
+    os.environ.pop("SCRIPT_NAME", None)
     signal.signal(signal.SIGHUP, lambda *_: worker.wsgi.extensions["engine"].reload())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 

@@ -4,6 +4,7 @@
     python train_model.py --max_fpr 0.01               # threshold: at most 1% false positives
     python train_model.py --resplit                    # split anew by group
     python train_model.py --classifier all             # compare four kinds, train the best
+    python train_model.py --from_model model.joblib --max_fpr 0.02 --model_output_path strict.joblib
 
 Images that look alike stay on one side of every split. From ten sources on, so do whole sources.
 """
@@ -55,13 +56,25 @@ def add_training_arguments(parser):
         metavar="N",
         help="also score N full-resolution crops of each image; extract with --crops, too",
     )
-    parser.add_argument(
+    threshold = parser.add_mutually_exclusive_group()
+    threshold.add_argument(
         "--max_fpr",
         type=float,
         metavar="X",
         help=(
             "choose the threshold for at most this share of real images called fake (default: 0.5"
             " on the calibrated probability)"
+        ),
+    )
+    threshold.add_argument(
+        "--threshold", type=float, metavar="P", help="call an image fake from this probability on"
+    )
+    parser.add_argument(
+        "--from_model",
+        metavar="FILE",
+        help=(
+            "keep the classifier of this model, and only choose its threshold anew; needs the"
+            " features of its training"
         ),
     )
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
@@ -119,8 +132,10 @@ def check(args):
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must be at least 0")
     check_texts(args)
-    if args.max_fpr is not None and not 0 < args.max_fpr < 1:
-        raise UsageError(f"--max_fpr {args.max_fpr:g}: must be between 0 and 1")
+    for name in ("max_fpr", "threshold"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"--{name} {value:g}: must be between 0 and 1")
     export = args.export_sklearn
     if export and Path(export).resolve() == Path(args.model_output_path).resolve():
         raise UsageError(f"--export_sklearn {export}: is the model file's place; name another")
@@ -173,7 +188,7 @@ def write(args, model, findings, key):
 
 def main(argv=None):
     args = parse_args(argv)
-    from detector.evaluation import report
+    from detector.evaluation.printed import training
     from detector.training.classifiers import one_thread
     from detector.training.recipe import audit_training, describe_model, say_findings, train_best
     from detector.training.rows import read_data, say_rows
@@ -189,7 +204,7 @@ def main(argv=None):
         findings = describe_model(model, kinds, data, audited, args.seed)
         say_findings(audited, shown)
         folder = write(args, model, findings, key)
-    print(report.training(findings))
+    print(training(findings))
     print(f"{place} {args.model_version}, report in {folder}/")
 
 

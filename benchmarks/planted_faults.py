@@ -64,7 +64,7 @@ def control(data_dir, detector):
         "data": np.array(data, object),
         "view": np.zeros(len(data), np.int8),
     }
-    for name in ("label", "split", "path", "source"):
+    for name in ("label", "split", "path", "source", "group"):
         columns[f"{name}s"] = np.array([getattr(entry, name) for entry in entries])
     for name in FACT_COLUMNS:
         columns[name] = np.array([row[name] for row in facts])

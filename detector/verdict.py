@@ -14,24 +14,27 @@ from detector.encoders import catalogue, runtime
 
 SHIPPED_MODEL = HERE / "models" / "baseline.joblib"
 # classification: 'real' | 'fake'; confidence: calibrated probability of that class, four places;
-# p_fake: probability of fake; uncertain: p_fake lies in the model's band; score: decision value
-Verdict = namedtuple("Verdict", "classification confidence p_fake uncertain score")
+# p_fake: probability of fake; uncertain: p_fake lies in the model's band; score: decision value;
+# decision: 'pass' | 'review' | 'reject', None without review thresholds
+Verdict = namedtuple("Verdict", "classification confidence p_fake uncertain score decision")
 
 
 class Detector:
     """A model and the encoder it was trained on: bytes of an image -> verdict.
 
     detector = Detector("model.joblib")
-    detector.classify(data)          # ('real', 0.95)
+    detector.classify(data)                          # ('real', 0.95)
+    detector.classify_files(["a.jpg", "b.jpg"])      # [('a.jpg', Verdict(...)), ...]
 
     The model names the identity of its encoder, which the cache must hold. CLIP_MODEL has no
-    effect. `model` and `encoder` may be given already loaded. Raises ModelError, EncoderError.
+    effect. `model` and `encoder` may be given already loaded. `review`: the two thresholds of a
+    decision (`threshold.decide`). Raises ModelError, EncoderError.
     """
 
-    def __init__(self, model_path, device="auto", threads=0, model=None, encoder=None):
+    def __init__(self, model_path, device="auto", threads=0, model=None, encoder=None, review=None):
         from detector.model.file import load_model
 
-        self.model = model or load_model(model_path)
+        self.model, self.review = model or load_model(model_path), review
         self.crops = self.model.get("crops", 0)
         self.encoder = encoder or runtime.Encoder(
             encoder_folder(self.model["encoder"], model_path), device, threads=threads
@@ -51,13 +54,15 @@ class Detector:
     def verdicts(self, features):
         """`features` of n images -> [Verdict]."""
         from detector.model.score import decision, probability
-        from detector.model.threshold import outside, verdict
+        from detector.model.threshold import decide, outside, verdict
 
         scores = decision(self.model, features)
         p_fake = probability(self.model, scores)
         uncertain = ~outside(p_fake, self.model["band"])
         return [
-            Verdict(*verdict(self.model, p), float(p), bool(u), float(score))
+            Verdict(
+                *verdict(self.model, p), float(p), bool(u), float(score), decide(p, self.review)
+            )
             for p, u, score in zip(p_fake, uncertain, scores, strict=True)
         ]
 
@@ -71,11 +76,30 @@ class Detector:
 
         return np.array([verdict.p_fake for verdict in self.judge(pixels)])
 
+    def explain(self, pixels):
+        """`pixels` of an image -> how much each part adds to the log-odds of fake, float64 [7, 7].
+
+        A part is hidden, and the log-odds fall by this much. With crops, the map shows the whole
+        view alone. It takes `occlusion.PASSES` forward passes of one image.
+        """
+        import numpy as np
+
+        from detector.images.occlusion import cell_means, occluded
+
+        view = flatten(pixels)[0]
+        scores = np.array([self.judge(copy[None])[0].score for copy in (view, *occluded(view))])
+        return -self.model["calibrator"][0] * cell_means(scores[0] - scores[1:])
+
     def classify(self, data, max_pixels=MAX_PIXELS):
         """Image bytes -> (classification, confidence). Raises ImageError or a subclass."""
         from detector.images.decoding import decode_image
 
         return self.judge(self.pixels(decode_image(data, max_pixels))[None])[0][:2]
+
+    def classify_files(self, paths, max_pixels=MAX_PIXELS):
+        """Paths -> [(path, Verdict, or the error of a file that cannot be read)], in order."""
+        results = classify_all(self, list(paths), max_pixels)
+        return [(path, r if isinstance(r, Exception) else r[0]) for path, r in results]
 
 
 def flatten(pixels):
@@ -178,7 +202,7 @@ def answer(classification, confidence):
     return {"classification": classification, "confidence": confidence}
 
 
-def details(model, p_fake, uncertain, provenance):
+def details(model, p_fake, uncertain, decision, provenance):
     """What stands behind a verdict, as JSON that is added on request only.
 
     `provenance` has no influence on the verdict.
@@ -189,11 +213,13 @@ def details(model, p_fake, uncertain, provenance):
         " images are on either side"
     )
     notice = {"notice": model["notice"]} if "notice" in model else {}
+    decided = {"decision": decision} if decision else {}
     return {
         "p_fake": round(p_fake, 4),
         "threshold": round(model["threshold"], 4),
         "uncertain": uncertain,
         "reason": reason if uncertain else None,
+        **decided,
         "model_version": model["versions"]["model"],
         **notice,
         "provenance": provenance,

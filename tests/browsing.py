@@ -35,6 +35,7 @@ COUNT = """() => {
 }"""
 # The request of the page, and a response of the documented shape.
 CLASSIFY = "**/classify?details=1"
+EXPLAIN = "**/explain"
 VERDICT = {
     "classification": "real",
     "confidence": 0.9,
@@ -45,6 +46,12 @@ VERDICT = {
     "model_version": "v9",
     "provenance": {"c2pa": {"state": "none"}, "metadata": []},
     "timings": {"encode_s": 0.07},
+}
+MAP = {
+    "rows": [[0.1 * x - 0.2 * y for x in range(7)] for y in range(7)],
+    "passes": 26,
+    "seconds": 1.6,
+    "meaning": "This map proves nothing.",
 }
 
 
@@ -106,4 +113,7 @@ def fill(page, photos):
         card(page, long, "waiting" if name == "camera.png" else "done")
     for summary in page.locator("summary").all():
         summary.click()
+    page.route(EXPLAIN, lambda route: route.fulfill(json=MAP))
+    page.get_by_role("button", name="What moved it?").first.click()
+    page.get_by_role("img", name="What moved the verdict").wait_for()
     page.evaluate(HAND_OVER, ["drop", "", ""])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
+from browsing import QUIET
 from commands import OPENAI_CACHE, ROOT
 from live import Live
 from made_up import BASELINE, write_features
@@ -244,6 +245,25 @@ def quick(monkeypatch):
     from detector.training import classifiers, recipe
 
     monkeypatch.setattr(recipe, "search", lambda kind, *_: classifiers.GRIDS[kind][0])
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium for all tests of a file, with a home of its own."""
+    paths = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    path = next(filter(None, paths), None)
+    if path is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    try:
+        import axe_playwright_python  # noqa: F401
+        from playwright.sync_api import sync_playwright
+    except ImportError as missing:
+        pytest.skip(f"{missing.name} is not installed: pip install -r requirements/dev.txt")
+    with sync_playwright() as playwright:
+        home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("chromium"))}
+        chromium = playwright.chromium.launch(executable_path=path, args=QUIET, env=home)
+        yield chromium
+        chromium.close()
 
 
 def pytest_addoption(parser):

@@ -106,11 +106,11 @@ def serve(telemetry, detector):
     return detector
 
 
-def give(telemetry, detector, score=0.0, classification="real", uncertain=False, row=None):
+def give(telemetry, detector, score=0.0, row=None, **facts):
     """Count a verdict of the detector."""
     telemetry.verdict(
         detector,
-        {"classification": classification, "confidence": 0.7, "uncertain": uncertain},
+        {"classification": "real", "confidence": 0.7, "uncertain": False, **facts},
         score,
         detector.model["center"].astype("f4") if row is None else row,
     )

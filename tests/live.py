@@ -57,7 +57,7 @@ class Live:
     """The service as a process, started from another folder than the project's."""
 
     def __init__(self, folder, **settings):
-        port = free_port()
+        port = settings.get("PORT") or free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
         defaults = {**DEMO, "GUNICORN_CMD_ARGS": PATIENT, "PORT": str(port)}
         env, command = {**os.environ, **defaults, **settings}, [sys.executable, ROOT / "app.py"]

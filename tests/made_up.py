@@ -56,6 +56,7 @@ def make_columns(real=60, fake=60, gap=3.0, dim=6, seed=0, splits=True):
             (np.where(place < 2 / 3, "train", "test") if splits else np.full(n, "")).astype("U8")
         ),
         "sources": np.full(n, "", "U20"),
+        "groups": np.full(n, "", "U20"),
         "sha256": np.array([sha256(f"{seed} {i}".encode()) for i in range(n)]),
         "thumb": rng.integers(0, 256, (n, 64)).astype(np.uint8),
     }

@@ -125,7 +125,10 @@ def pushgateway(folder):
     address = f"127.0.0.1:{free_port()}"
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [program, f"--web.listen-address={address}"], stdout=log, stderr=log
+            # Debian's Pushgateway would keep the metrics of an earlier run.
+            [program, f"--web.listen-address={address}", "--persistence.file="],
+            stdout=log,
+            stderr=log,
         )
     try:
         deadline = time.monotonic() + PATIENCE

@@ -10,7 +10,7 @@ from detector.base.constants import CLASSES
 from detector.base.project import HERE
 from detector.evaluation.audit import is_leak, leak_sentence, lowest_end
 from detector.evaluation.metrics import words
-from detector.evaluation.report import elsewhere
+from detector.evaluation.report import elsewhere, training_words
 from detector.images.distort import RESAVED
 from detector.model.file import load_model
 
@@ -20,6 +20,8 @@ PARTS = {
     "known": "images not trained on, of {} known sources",
 }
 CARD = """# The baseline model: a demonstration
+
+**In training**: {trained}.
 
 **On sources never seen**: {elsewhere}.
 
@@ -97,6 +99,7 @@ def main():
     encoder = load_model(MODELS / "baseline.joblib")["encoder"]
     moved = sorted(evaluation["robustness"][1:], key=lambda row: -row["flipped"]["value"])[:4]
     card = CARD.format(
+        trained=training_words(evaluation["trained"]),
         elsewhere=elsewhere(evaluation),
         tiers=" | ".join(RESAVED),
         rows=rows,

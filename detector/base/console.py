@@ -63,8 +63,24 @@ def need_folder(path):
         raise UsageError(f"--data_dir {path}: no such folder")
 
 
-def need_features(path):
-    """Raises UsageError unless --features_file exists. Object stores are checked when read."""
+def check_review(review, name="--review"):
+    """Raises UsageError unless `review` is None or two probabilities in rising order."""
+    if review and not 0 <= review[0] <= review[1] <= 1:
+        raise UsageError(
+            f"{name} {review[0]:g} {review[1]:g}: must be two probabilities, the lower first"
+        )
+
+
+def need_features(path, labels_file=None):
+    """Raises UsageError unless --features_file exists. Object stores are checked when read.
+
+    Raises UsageError as well for a --labels_file beside it, because features have labels already.
+    """
+    if labels_file:
+        raise UsageError(
+            f"--labels_file {labels_file}: the labels of {path} count already; leave it out, or "
+            "leave out --features_file"
+        )
     if not is_remote(path) and not Path(path).exists():
         raise UsageError(
             f"--features_file {path}: no such file; make it with extract_features.py --data_dir DIR"

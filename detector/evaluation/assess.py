@@ -8,18 +8,24 @@ from detector.base.console import say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import check_folder, sha256
-from detector.evaluation import report
+from detector.evaluation import operating, printed, report
 from detector.evaluation.baseline import changes_table, compare, read_baseline
+from detector.evaluation.metrics import PREVALENCES
 from detector.evaluation.pictures import contact_sheet, distorted, encode_folder
 from detector.features.columns import COLUMNS, SEEN, distinct, join_columns, without_repeats
 from detector.features.file import open_files
-from detector.images.facts import make_groups, twin_clusters
+from detector.images.distort import CONDITIONS
+from detector.images.facts import make_groups, merge_named, twin_clusters
+from detector.images.folders import list_images
+from detector.images.labels_file import read_labels
 from detector.model.file import load_model
 from detector.model.score import p_fake_of
-from detector.model.threshold import stale_threshold
+from detector.model.threshold import decide, outside, stale_threshold, verdict
 from detector.verdict import Detector, choose_model
 
 SHOWN = 12  # hardest images of each class
+# the distortion that stands for re-saved uploads in the operating table
+RESAVED = next(i for i, (panel, _, _) in enumerate(CONDITIONS) if panel == "re-saved")
 PICTURES = (
     "robustness under re-saving, shrinking, blur, noise and crops",
     "both classes saved alike",
@@ -124,17 +130,19 @@ def assess_all(model, columns, rows, left_out):
     """Measure everything that needs no image files.
 
     -> (columns of the images themselves, without degraded copies; their groups; their probability
-    of fake; the report)
+    of fake; the parts of the operating table; the report)
     """
     findings = audit_evaluation(columns, rows, left_out)
     columns = {name: columns[name][rows] for name in COLUMNS}
     twins = twin_clusters(columns["thumb"], columns["sha256"])
     groups, kind = make_groups(columns, twins)
+    twins = merge_named(twins, columns["groups"])
     assessed = report.assess(model, columns, np.arange(len(rows)), groups, twins)
     findings["detector"] = {"on_test": assessed["overall"] and assessed["overall"]["auc"]}
     whole = columns["view"] == 0
     first = {name: columns[name][whole] for name in COLUMNS}
-    p_fake = p_fake_of(model, first["features"])
+    of_all = p_fake_of(model, columns["features"])
+    p_fake, in_use = of_all[whole], parts_in_use(model, columns, of_all, groups)
     warnings = [stale_threshold(model), report.calibration_warning(assessed["calibration"])]
     parts = report.parts_of(model, columns)
     metrics = {
@@ -145,7 +153,37 @@ def assess_all(model, columns, rows, left_out):
         "data": {"groups": kind, **{part: digest(columns, mask) for part, mask in parts.items()}},
         "warnings": [line for line in warnings if line],
     }
-    return first, groups[whole], p_fake, metrics
+    return first, groups[whole], p_fake, in_use, metrics
+
+
+def parts_in_use(model, columns, p_fake, groups):
+    """The parts of the operating table: untouched images, and their degraded copies."""
+    parts = {}
+    for mask, what in ((columns["view"] == 0, ""), (columns["view"] > 0, ", degraded copies")):
+        own = {name: columns[name][mask] for name in ("labels", "sources")}
+        parts |= operating.parts_of(model, own, p_fake[mask], groups[mask], what)
+    return parts
+
+
+def assess_pictures(detector, data_dir, columns, groups, most):
+    """Measure what needs image files. `most`: the largest number of images to distort.
+
+    -> (its part of the report, parts of the operating table, {row: distortions that flip it})
+    """
+    tables, drawn, p_fake = distorted(detector, data_dir, columns, groups, most)
+    own = {name: columns[name][drawn] for name in ("labels", "sources")}
+    panel, level = CONDITIONS[RESAVED][:2]
+    parts = operating.parts_of(
+        detector.model, own, p_fake[:, 1 + RESAVED], groups[drawn], f", {panel} {level}"
+    )
+    fake = p_fake >= detector.model["threshold"]
+    flips = {
+        int(row): "; ".join(
+            f"{panel} {level}" for (panel, level, _), f in zip(CONDITIONS, flags, strict=True) if f
+        )
+        for row, flags in zip(drawn, fake[:, 1:] != fake[:, :1], strict=True)
+    }
+    return tables, parts, flips
 
 
 def digest(columns, mask):
@@ -165,39 +203,76 @@ def evaluate(
     baseline=None,
     robustness_images=1000,
     device="auto",
+    uploads_per_day=1000,
+    prevalence=PREVALENCES,
+    review=None,
+    labels_file=None,
 ):
     """The flags of evaluate.py -> (text to print, metrics that got worse, unreadable files: n).
 
-    Writes the report. Raises DetectorError.
+    `review`: (low, high), or the arguments of `operating.suggest_review`. Writes the report.
+    Raises DetectorError.
     """
     check_folder(report_dir, f"--report_dir {report_dir}")
     before = read_baseline(baseline, report_dir) if baseline else None
     model_path = choose_model(model_path)
     detector = Detector(model_path, device) if data_dir else None
     model = detector.model if detector else load_model(model_path)
-    columns, unreadable = columns_of(detector, model, data_dir, features_file)
+    review = operating.suggest_review(model, **review) if isinstance(review, dict) else review
+    columns, unreadable = columns_of(detector, model, data_dir, features_file, labels_file)
     seen = detector.encoder.manifest.get("seen", []) if detector else []
-    first, groups, p_fake, metrics = assess_all(model, columns, *split_rows(columns, model, seen))
-    rows = compare(metrics, before) if before else []
+    first, groups, p_fake, parts, content = assess_all(
+        model, columns, *split_rows(columns, model, seen)
+    )
+    rows, flips = compare(content, before) if before else [], {}
     with report.staged(report_dir) as place:
-        if data_dir:
-            metrics |= distorted(detector, data_dir, first, groups, robustness_images)
-            metrics["hardest"] = hardest(first, p_fake, model["threshold"])
-            contact_sheet(data_dir, first, metrics["hardest"], place / "hardest.png")
+        if detector:
+            tables, more, flips = assess_pictures(
+                detector, data_dir, first, groups, robustness_images
+            )
+            worst = hardest(first, p_fake, model["threshold"])
+            contact_sheet(data_dir, first, worst, place / "hardest.png")
+            content, parts = content | tables | {"hardest": worst}, parts | more
         else:
-            metrics["not_measured"] = list(PICTURES)
-        report.fill(place, metrics)
-    text = f"{report.evaluation(metrics)}\nreport in {Path(report_dir)}/"
+            content["not_measured"] = list(PICTURES)
+        content |= operating.tables(model, parts, review, uploads_per_day, prevalence)
+        report.fill(place, content, predictions(first, p_fake, model, review, flips))
+    text = f"{printed.evaluation(content)}\nreport in {Path(report_dir)}/"
     if baseline:
         text += "\n" + changes_table(rows, baseline)
     worse = [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"]
     return text, worse, unreadable
 
 
-def columns_of(detector, model, data_dir, features_file):
+def predictions(columns, p_fake, model, review, flips):
+    """-> rows of predictions.csv, the most confidently wrong first.
+
+    `flips`: {row number: the distortions that flip its verdict}, of the rows that were distorted.
+    """
+    labels = columns["labels"].astype(int)
+    order = np.argsort(np.where(labels == 1, p_fake, 1 - p_fake), kind="stable")
+    certain = outside(p_fake, model["band"])
+    return [
+        {
+            "path": str(columns["paths"][i]),
+            "source": str(columns["sources"][i]),
+            "split": str(columns["splits"][i]),
+            "label": CLASSES[labels[i]],
+            "p_fake": round(float(p_fake[i]), 4),
+            "verdict": verdict(model, p_fake[i])[0],
+            "uncertain": "" if certain[i] else "yes",
+            "decision": decide(p_fake[i], review) or "",
+            "flipped_by": flips.get(i, ""),
+        }
+        for i in order
+    ]
+
+
+def columns_of(detector, model, data_dir, features_file, labels_file):
     """-> (columns of the features file, else of the encoded folder; number of unreadable files)."""
     if features_file:
         columns, unreadable = stored_columns(features_file, model, data_dir), 0
     else:
-        columns, unreadable = encode_folder(detector, data_dir)
+        labels = read_labels(labels_file, data_dir).entries if labels_file else None
+        columns, unreadable = encode_folder(detector, data_dir, labels or list_images(data_dir))
     return without_repeats(columns), unreadable

@@ -24,10 +24,11 @@ from detector.features.columns import SEEN, without_repeats
 from detector.features.file import load_features
 from detector.images.facts import describe_image, make_groups, twin_clusters
 from detector.images.folders import has_extension, list_images
+from detector.images.labels_file import read_labels
 
 HUGE = 50_000_000  # pixels: the service refuses larger images
 SHOWN = 5  # of each kind
-NEEDED = ("labels", "splits", "sources", "paths", "facts", "thumb", "sha256")
+NEEDED = ("labels", "splits", "sources", "paths", "groups", "facts", "thumb", "sha256")
 
 
 # ---- findings ----
@@ -160,7 +161,7 @@ def labels_of(columns):
     p_fake = linear_scores(columns["features"], labels, groups)
     if p_fake is None:
         return None, None
-    by_source = kind == "sources"
+    by_source = kind.startswith("sources")
     findings = audit_labels(labels, p_fake, columns["sources"], columns["paths"], by_source)
     return findings, auc(labels, p_fake, groups)
 
@@ -306,9 +307,9 @@ def leak_sentence(leak):
 # ---- the command ----
 
 
-def audit_folder(data_dir):
-    """Folder -> findings; duplicate files count once. Raises UsageError."""
-    columns, unreadable = describe_folder(data_dir)
+def audit_folder(data_dir, labels_file=None):
+    """Folder (and table of labels) -> findings; duplicate files count once. Raises UsageError."""
+    columns, unreadable = describe_folder(data_dir, labels_file)
     return audit(without_repeats(columns), unreadable=unreadable)
 
 
@@ -320,7 +321,7 @@ def audit_features(path):
     return {**findings, "labels": labels, "detector": {"auc": linear}}
 
 
-def describe_folder(data_dir):
+def describe_folder(data_dir, labels_file=None):
     """Folder -> (the columns that `audit` needs, (path, label) of files that cannot be read).
 
     Prints a line for each file that cannot be read.
@@ -334,7 +335,7 @@ def describe_folder(data_dir):
             return error
 
     entries, rows, unreadable = [], [], []
-    listed = list_images(data_dir)
+    listed = read_labels(labels_file, data_dir).entries if labels_file else list_images(data_dir)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         described = zip(listed, pool.map(read, listed), strict=True)
         for entry, row in tqdm(described, total=len(listed), desc="reading", unit="image"):
@@ -351,7 +352,7 @@ def describe_folder(data_dir):
     return {
         **{
             f"{name}s": np.array([getattr(entry, name) for entry in entries])
-            for name in ("label", "split", "path", "source")
+            for name in ("label", "split", "path", "source", "group")
         },
         **{name: np.array([row[name] for row in rows]) for name in rows[0]},
         "view": np.zeros(len(rows), np.int8),

@@ -3,7 +3,6 @@
 import json
 from collections import namedtuple
 from pathlib import Path
-from timeit import repeat
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from detector.evaluation import assess, paired, pictures, report
 from detector.features.columns import COLUMNS, distinct
 from detector.images.distort import CONDITIONS
 from detector.images.facts import make_groups, twin_clusters
-from detector.images.folders import draw_evenly, list_files
+from detector.images.folders import draw_evenly
 from detector.model.file import load_model
 from detector.model.score import p_fake_of
 from detector.verdict import Detector
@@ -26,40 +25,30 @@ Judged = namedtuple("Judged", "model detector columns p_fake")
 Pair = namedtuple("Pair", "columns labels p_fake thresholds right twins groups kind")
 SOCIAL = "social media", "both, one after the other"  # of CONDITIONS
 SOCIAL_IMAGES = 1000  # drawn with a fixed seed
+LEAVES_OUT = "--features_files leaves it out"
 SHEET = "disagreements.png"
 
 
 # ---- the same images through both ----
 
 
-def judge_images(paths, data_dir=None, features_files=None, device="auto", times=1):
+def judge_images(paths, data_dir=None, features_files=None, device="auto"):
     """Model files, a folder or a features file for each -> ([Judged], number of unreadable files).
 
-    A folder is encoded once for each encoder. `times`: of encoding an image, to announce the time.
+    A folder is encoded once for each encoder.
     """
     judged, tables = [], {}
-    number = times * len(list_files(data_dir).files) if data_dir else 0
     for path, features in zip(paths, features_files or [None] * len(paths), strict=True):
         model = load_model(path)
         detector = Detector(path, device, model=model) if data_dir else None
-        if data_dir:
-            announce(detector, number)
         key = features, model["encoder"]["identity"], model.get("crops", 0)
         if key not in tables:
-            tables[key] = assess.columns_of(detector, model, data_dir, features)
+            tables[key] = assess.columns_of(detector, model, data_dir, features, None)
         columns = tables[key][0]
         rows = distinct(columns, np.flatnonzero((columns["labels"] >= 0) & (columns["view"] == 0)))
         columns = {name: columns[name][rows] for name in COLUMNS}
         judged.append(Judged(model, detector, columns, p_fake_of(model, columns["features"])))
     return judged, max(unreadable for _, unreadable in tables.values())
-
-
-def announce(detector, number):
-    """Say how long encoding `number` images takes where that is over a minute."""
-    one = np.zeros((1 + detector.crops, 3, *[detector.encoder.resolution] * 2), np.float32)
-    seconds = number * min(repeat(lambda: detector.encoder.encode(one), number=1, repeat=3))
-    if seconds > 60:
-        say(f"encoding takes up to {seconds:.0f} s")
 
 
 def pair(judged):
@@ -108,6 +97,8 @@ def social_rows(judged, images, data_dir):
     strata = list(zip(images.labels.tolist(), images.columns["sources"].tolist(), strict=True))
     rows = draw_evenly(strata, SOCIAL_IMAGES)
     drawn = {name: images.columns[name][rows] for name in ("paths", "labels", "sha256")}
+    for one in judged:
+        pictures.announce(one.detector, 2 * len(rows), "the social-media chain", LEAVES_OUT)
     p_fake = np.stack(
         [pictures.changed(one.detector, data_dir, drawn, [(chain, chain)])[:, 1] for one in judged]
     )
@@ -173,7 +164,7 @@ def compare(models, data_dir=None, features_files=None, report_dir="comparison",
     if read_bytes(models[0]) == read_bytes(models[1]):
         raise UsageError(f"{models[0]} and {models[1]} are the same model: name two")
     check_folder(report_dir, f"--report_dir {report_dir}")
-    judged, unreadable = judge_images(models, data_dir, features_files, device, times=3)
+    judged, unreadable = judge_images(models, data_dir, features_files, device)
     images = pair(judged)
     social = social_rows(judged, images, data_dir) if data_dir else None
     content = describe(models, judged, images, social)

@@ -287,22 +287,37 @@ def base_rates(metrics):
     The interval combines the ends of both recalls, so it is rather too wide.
     """
     real, fake = metrics["accuracy_real"], metrics["accuracy_fake"]
-
-    def precision(prevalence, recall, alarms):
-        return prevalence * recall / max(prevalence * recall + (1 - prevalence) * alarms, 1e-12)
-
     if real["value"] is None or fake["value"] is None:
         return {}
-    alarms = fake["value"] > 0 or real["value"] < 1
+    return {str(share): precision_at(share, complement(real), fake) for share in PREVALENCES}
+
+
+def complement(metric):
+    """Share of boolean [n] -> the share of its opposite."""
+    if metric["value"] is None:
+        return metric
+    low, high = metric["interval"]
+    return {"value": 1 - metric["value"], "interval": [1 - high, 1 - low], "n": metric["n"]}
+
+
+def precision_at(prevalence, false_alarms, caught):
+    """Share of alarms that are right, where the share `prevalence` of the images is fake.
+
+    `false_alarms`: share of the reals called fake; `caught`: share of the fakes. The interval
+    combines the ends of both, so it is rather too wide. The value is None without an alarm.
+    """
+
+    def precision(caught, false_alarms):
+        right = prevalence * caught
+        return right / max(right + (1 - prevalence) * false_alarms, 1e-12)
+
+    alarms = caught["value"] > 0 or false_alarms["value"] > 0
     return {
-        str(share): {
-            "value": precision(share, fake["value"], 1 - real["value"]) if alarms else None,
-            "n": metrics["n"],
-            "interval": [
-                precision(share, fake["interval"][i], 1 - real["interval"][i]) for i in (0, 1)
-            ],
-        }
-        for share in PREVALENCES
+        "value": precision(caught["value"], false_alarms["value"]) if alarms else None,
+        "interval": [
+            precision(caught["interval"][i], false_alarms["interval"][1 - i]) for i in (0, 1)
+        ],
+        "n": caught["n"] + false_alarms["n"],
     }
 
 

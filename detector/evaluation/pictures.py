@@ -1,10 +1,12 @@
 """The parts of an evaluation that need image files: features, distortions, contact sheets."""
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from detector.base import files
 from detector.base.console import printable, say
@@ -16,22 +18,34 @@ from detector.features.extraction import encode_ahead, join_parts, labels_of
 from detector.features.file import take_crops
 from detector.images import decoding
 from detector.images.distort import ARMS, CONDITIONS, manageable
-from detector.images.folders import draw_evenly, list_images
+from detector.images.folders import draw_evenly
 
 BATCH = 16
+
+
+def announce(detector, images, what, remedy):
+    """Say how long the encoder will take for so many images, where it is over a minute."""
+    blank = detector.pixels(Image.new("RGB", (224, 224)))[None]
+    for _ in range(2):  # the first pass of a size is slow
+        started = time.perf_counter()
+        detector.features(blank)
+    seconds = images * (time.perf_counter() - started)
+    if seconds > 60:
+        say(f"{what} will take about {seconds / 60:.0f} minutes ({images} images); {remedy}")
 
 
 # ---- features ----
 
 
-def encode_folder(detector, data_dir):
-    """Folder -> (columns as in a features file, number of files that cannot be read).
+def encode_folder(detector, data_dir, entries):
+    """Folder and entries of its images -> (columns as in a features file, unreadable files: n).
 
     Prints a line for each file that cannot be read.
     """
     from tqdm import tqdm
 
-    entries, parts = list_images(data_dir), []
+    parts = []
+    announce(detector, len(entries), "encoding", "--features_file needs no encoding")
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(entries), desc="encoding", unit="image") as progress,
@@ -119,14 +133,17 @@ def condition(panel, level, labels, p_fake, untouched, threshold, groups, known)
 
 
 def distorted(detector, data_dir, columns, groups, most):
-    """-> {robustness, arms}: rows of `condition`, both with the untouched images first.
+    """-> ({robustness, arms}, row numbers, probabilities float64 [rows, 1 + CONDITIONS]).
 
-    `most`: the largest number of images to distort.
+    Both tables hold rows of `condition`, with the untouched images first, and so do the
+    probabilities. `most`: the largest number of images to distort.
     """
     strata = zip(columns["labels"].tolist(), columns["sources"].tolist(), strict=True)
     rows = draw_evenly(list(strata), most)
     columns = {name: columns[name][rows] for name in ("paths", "labels", "sha256", "sources")}
     changes = [(change, change) for _, _, change in CONDITIONS] + [arm[1:] for arm in ARMS]
+    remedy = "--robustness_images takes fewer"
+    announce(detector, len(rows) * (1 + len(changes)), "distorting", remedy)
     p_fake = changed(detector, data_dir, columns, changes)
     labels, untouched = columns["labels"].astype(int), p_fake[:, 0]
     known = report.known_rows(detector.model, columns["sources"])
@@ -137,11 +154,12 @@ def distorted(detector, data_dir, columns, groups, most):
         p, threshold = p_fake[:, k] if k else untouched, detector.model["threshold"]
         return condition(*name, labels, p, untouched, threshold, groups[rows], known)
 
-    return {
+    tables = {
         "robustness": [row(name, k) for k, name in enumerate(names)],
         "arms": [row(arms[0], 0)]
         + [row(name, k) for k, name in enumerate(arms[1:], start=len(names))],
     }
+    return tables, rows, p_fake[:, : len(names)]
 
 
 # ---- contact sheets ----
@@ -153,8 +171,6 @@ def contact_sheet(data_dir, columns, entries, path, caption="{label}, {p_fake:.3
     Each image stands under its caption and the end of its path. An entry has `path`, `label` and
     the fields of the caption.
     """
-    from PIL import Image, ImageDraw
-
     if not entries:
         return
     hashes = dict(zip(columns["paths"].tolist(), columns["sha256"].tolist(), strict=True))

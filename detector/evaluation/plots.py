@@ -4,6 +4,8 @@ import numpy as np
 
 from detector.base.constants import CLASSES
 from detector.evaluation.metrics import BINS, wilson
+from detector.images.occlusion import MEANING
+from detector.images.preprocessing import MEAN, STD
 
 COLOURS = ("#2c7fb8", "#e6550d")  # real, fake
 
@@ -170,7 +172,48 @@ def plot_panel(ax, title, rows):
     ax.set_ylim(0, 1)
 
 
+def plot_operating(report):
+    """Fakes caught against reals called fake at each threshold, a curve for each set of images."""
+    if not report.get("operating"):
+        return None
+    figure, ax = axes(
+        f"Operating points, {encoder(report)}", "reals called fake", "fakes caught", (7, 4.5)
+    )
+    at = report["operating"][0]["prevalence"]
+    rows = [row for row in report["operating"] if row["prevalence"] == at]
+    for number, images in enumerate(dict.fromkeys(row["images"] for row in rows)):
+        own = sorted(
+            (row for row in rows if row["images"] == images), key=lambda row: -row["threshold"]
+        )
+        shares = [(row["false_positives"], row["caught"]) for row in own]
+        x, y = ([share["value"] for share in column] for column in zip(*shares, strict=True))
+        ax.plot(x, y, "o-", color=f"C{number}", markersize=3, label=images)
+        for reals, fakes in shares:
+            ax.plot(reals["interval"], [fakes["value"]] * 2, color=f"C{number}", alpha=0.3)
+            ax.plot([reals["value"]] * 2, fakes["interval"], color=f"C{number}", alpha=0.3)
+    ax.set(ylim=(0, 1), xlim=(0, None))
+    ax.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def plot_map(pixels, rows):
+    """The encoder's input, float32 [3, r, r], beside its map of `Detector.explain` -> figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow((np.moveaxis(pixels, 0, -1) * STD + MEAN).clip(0, 1))
+    left.set(title="the picture as the encoder sees it", xticks=[], yticks=[])
+    most = max(np.abs(rows).max(), 1e-9)
+    drawn = right.imshow(rows, cmap="PuOr_r", vmin=-most, vmax=most)
+    right.set(title="what each part adds", xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=right, shrink=0.8, label="log-odds of fake")
+    figure.supxlabel(MEANING, fontsize=10)
+    return figure
+
+
 PLOTS = {
+    "operating": plot_operating,
     "confusion_matrix": plot_confusion,
     "roc": plot_roc,
     "calibration": plot_calibration,

@@ -21,6 +21,9 @@ from detector.model.score import decision, probability
 
 # Keys that only a training or only an evaluation has. Templates get None for a missing key.
 OPTIONAL = (
+    "operating",
+    "review",
+    "uploads_per_day",
     "robustness",
     "arms",
     "not_measured",
@@ -32,6 +35,13 @@ OPTIONAL = (
     "split",
     "data",
 )
+# CSV tables that not every report has
+PARTIAL = [
+    f"{name}.csv"
+    for name in ("robustness", "arms", "operating", "review", "left_out", "predictions")
+]
+SHOWN_IMAGES = 1000  # of predictions.csv in report.html: a page of more rows is slow
+WORST = 10  # sources that are shown; the others are folded
 LEAST_IMAGES = 10  # of a source that is listed among the worst
 PARTS = ("overall", "known", "unseen", "degraded")
 # The metrics of a row of `pictures.condition` in the CSV tables.
@@ -43,6 +53,15 @@ CONDITION = (
     "known",
     "unseen",
     "flipped",
+)
+# The plain columns and the metrics of the tables of `operating`.
+OPERATING = (
+    ("images", "rule", "threshold", "prevalence"),
+    ("false_positives", "caught", "precision", "alarms", "false_alarms"),
+)
+REVIEW = (
+    ("images", "prevalence"),
+    ("queue", "passed_fakes", "rejected_reals", "fakes_in_pass", "reals_in_reject"),
 )
 NAMES = {name: text for name, (text, _) in METRICS.items()}
 
@@ -64,6 +83,7 @@ def about(model):
         "threshold": model["threshold"],
         "threshold_rule": model["threshold_rule"],
         "band": model["band"].tolist(),
+        "trained": {name: model["metrics"].get(name) for name in ("out_of_fold", "left_out")},
     }
 
 
@@ -148,141 +168,63 @@ def point(report):
     return ", ".join(f"{name} {value:g}" for name, value in report["hyperparameters"].items())
 
 
-def table(measured):
-    """The metrics of `measure` as text, one a line: value, interval, n."""
-    lines = [f"{'':18}{'value':>7}  {'95% interval':14}  n"]
-    for name in ("accuracy", *NAMES, "precision_real", "precision_fake"):
-        m = measured[name]
-        value = "    n/a" if m["value"] is None else f"{m['value']:z7.3f}"
-        interval = "{:z.3f} .. {:z.3f}".format(*m["interval"]) if m["interval"] else "none"
-        title = NAMES.get(name, name.replace("_", " "))
-        lines.append(f"{title:18}{value}  {interval:14}  {m['n']}")
-    return "\n".join(lines)
+def named_sources(rows):
+    """Rows {source, label, n, value} -> 'camera (real, 12 images: 75% right), ...'"""
+    return ", ".join(
+        f"{row['source']} ({row['label']}, {row['n']} images: {row['value']:.0%} right)"
+        for row in rows
+    )
 
 
-def comparison(rows):
-    """Rows of `compare` as text: out-of-fold AUC (it chooses the classifier) and test metrics."""
-    lines = [f"{'classifier':12}{'out-of-fold AUC':20}{'test AUC':20}balanced accuracy"]
-    for row in rows:
-        name, *shown = row["classifier"], words(row["out_of_fold"]), words(row["auc"])
-        cells = "".join(f"{cell:20}" for cell in shown)
-        lines.append(f"{name:12}{cells}{words(row['balanced_accuracy'])}")
-    return "\n".join(lines)
+def training_words(trained):
+    """A sentence on the training alone: AUC out of fold, and the worst sources left out of it.
 
-
-def held_out(rows):
-    """Leave-one-source-out rows as text, worst first."""
-    lines = [f"{'source held out':44}{'label':7}{'n':>5}  share right"]
-    for row in rows:
-        lines.append(f"{row['source'][:43]:44}{row['label']:7}{row['n']:5}  {words(row)}")
-    return "\n".join(lines)
+    `trained`: of `about`. '' for a model of an earlier version.
+    """
+    lines = []
+    if auc := trained["out_of_fold"]:
+        lines.append(f"AUC {words(auc)} on the training images, out of fold")
+    if left := trained["left_out"]:
+        lines.append(
+            f"with each of {left['sources']} sources left out of the training in turn, on average"
+            f" {left['mean']:.0%} of its images of a class get the right verdict; worst on"
+            f" {named_sources(left['worst'])}"
+        )
+    return "; ".join(lines)
 
 
 def elsewhere(report):
-    """The first sentence of a card: accuracy on unseen sources, and the worst of them.
+    """A sentence on sources never seen: accuracy, and the worst of them. '' without such images.
 
-    '' where no unseen source has a name. Sources below LEAST_IMAGES are not listed.
+    Sources below LEAST_IMAGES are not listed.
     """
-    if report["unseen"]:
-        # A source with both classes has its balanced accuracy as 'own'.
-        unseen = [row for row in report["by_source"] if not row["known"]]
-        rows = [{**row, "value": row["own"]["value"]} for row in unseen]
-        head = (
-            f"AUC {words(report['unseen']['auc'])}, balanced accuracy"
-            f" {words(report['unseen']['balanced_accuracy'])} on {report['unseen']['n']} images of"
-            f" {len(rows)} sources"
-        )
-    elif rows := report.get("leave_one_source_out"):
-        share = sum(r["value"] for r in rows) / len(rows)
-        number = len({r["source"] for r in rows})
-        head = (
-            f"with each of {number} sources left out of the training in turn, on average"
-            f" {share:.0%} of its images of a class get the right verdict"
-        )
-    else:
+    if not report["unseen"]:
         return ""
+    # A source with both classes has its balanced accuracy as 'own'.
+    rows = [
+        {**row, "value": row["own"]["value"]} for row in report["by_source"] if not row["known"]
+    ]
     worst = sorted((r for r in rows if r["n"] >= LEAST_IMAGES), key=lambda r: r["value"])[:4]
-    named = ", ".join(
-        f"{r['source']} ({r['label']}, {r['n']} images: {r['value']:.0%} right)" for r in worst
+    return (
+        f"AUC {words(report['unseen']['auc'])}, balanced accuracy"
+        f" {words(report['unseen']['balanced_accuracy'])} on {report['unseen']['n']} images of"
+        f" {len(rows)} sources" + (f"; worst on {named_sources(worst)}" if worst else "")
     )
-    return head + (f"; worst on {named}" if named else "")
 
 
-def training(report):
-    """The report of a training as train_model.py prints it."""
-    from detector.evaluation.audit import leak_sentence
-
-    report = all_printable(report)
-    lines = [
-        f"{report['classifier']}, {point(report)}, on '{report['encoder']}'; threshold"
-        f" {report['threshold']:.3f} ({report['threshold_rule']['words']})"
+def headline(report):
+    """The first sentences of a report, as pairs (on what, what), the least flattering first."""
+    part = report["overall"]
+    overall = (
+        f"AUC {words(part['auc'])}, balanced accuracy {words(part['balanced_accuracy'])} on"
+        f" {part['n']} images that did not train it"
+    )
+    pairs = [
+        ("In training", training_words(report["trained"])),
+        ("On sources never seen", elsewhere(report)),
+        ("Overall", overall),
     ]
-    if len(report["classifiers"]) > 1:
-        lines += [comparison(report["classifiers"]), "the best out of fold was chosen:"]
-    lines.append(table(report["overall"]))
-    if degraded := report["degraded"]:
-        lines += [f"on {degraded['n']} degraded copies of the test images:", table(degraded)]
-    for name, images in (
-        ("untouched", "real training images"),
-        ("degraded", "degraded copies of them"),
-    ):
-        if alarm := report["false_alarms"].get(name):
-            lines.append(f"called fake, out of fold: {words(alarm, 3)} of {alarm['n']} {images}")
-    if calibration := report["calibration"]:
-        lines.append(
-            f"calibration slope {words(calibration['slope'])} (calibrated: 1); error"
-            f" {calibration['error']:z.3f}, a perfect model's stays below"
-            f" {calibration['expected_95']:.3f} in 95 of 100 draws"
-        )
-    if report["leak"]:
-        lines.append(leak_sentence(report["leak"]))
-    if report["leave_one_source_out"]:
-        lines.append(held_out(report["leave_one_source_out"]))
-    return "\n".join(lines)
-
-
-def evaluation(report):
-    """The report of an evaluation as evaluate.py prints it."""
-    from detector.evaluation.audit import leak_sentence, sentences
-
-    report = all_printable(report)
-    lines = [
-        f"{report['classifier']} {report['model_version']} on '{report['encoder']}', threshold"
-        f" {report['threshold']:.3f} ({report['threshold_rule']['words']})",
-        *(f"WARNING  {line}" for line in report["warnings"]),
-    ]
-    apart = report["known"] or report["unseen"]
-    for part, title in (
-        ("overall", "all"),
-        ("known", "known sources"),
-        ("unseen", "sources never seen"),
-        ("degraded", "degraded copies"),
-    ):
-        if report[part] and not (part == "overall" and apart):
-            lines += [f"{report[part]['n']} images, {title}:", table(report[part])]
-    lines += [f"LEAK  {line}" for line in sentences(report["audit"])[0]]
-    if report["leak"]:
-        lines.append(leak_sentence(report["leak"]))
-    for key in ("robustness", "arms"):
-        if report.get(key):
-            lines += robustness_table(report[key])
-    if report.get("not_measured"):
-        skipped = "; ".join(report["not_measured"])
-        lines.append(f"not measured without pictures (use --data_dir): {skipped}")
-    return "\n".join(lines)
-
-
-def robustness_table(rows):
-    """Rows of `pictures.condition` as lines of text."""
-    images = f"{rows[0]['n']} images"
-    lines = [
-        f"{'':49}balanced accuracy",
-        f"{images:49}{'known sources':20}{'never seen':20}verdicts flipped",
-    ]
-    for row in rows:
-        shares = "".join(f"{words(row[part]):20}" for part in ("known", "unseen"))
-        lines.append(f"{row['panel']:17}{row['level']:32}{shares}{words(row['flipped'])}")
-    return lines
+    return [pair for pair in pairs if pair[1]]
 
 
 def calibration_warning(calibration):
@@ -314,6 +256,13 @@ def tables(report):
     for key in ("robustness", "arms"):
         if report.get(key):
             written[f"{key}.csv"] = csv_table(report[key], ("panel", "level", "n"), CONDITION)
+    if report.get("operating"):
+        written["operating.csv"] = csv_table(report["operating"], *OPERATING)
+    if review := report.get("review"):
+        written["review.csv"] = csv_table(review["rows"], *REVIEW)
+    if rows := report.get("leave_one_source_out"):
+        rows = [{**row, "share_right": row} for row in rows]
+        written["left_out.csv"] = csv_table(rows, ("source", "label", "n"), ("share_right",))
     return written
 
 
@@ -337,17 +286,16 @@ def staged(folder):
     """Context of a place to `fill`, which becomes the report in `folder`, whole or not at all."""
     from detector.evaluation.plots import PLOTS
 
-    return atomic_folder(
-        folder, [*(f"{plot}.png" for plot in PLOTS), "robustness.csv", "arms.csv", "hardest.png"]
-    )
+    return atomic_folder(folder, [*(f"{plot}.png" for plot in PLOTS), *PARTIAL, "hardest.png"])
 
 
-def fill(folder, report):
+def fill(folder, report, predictions=()):
     """Write metrics.json, and from it the CSV tables, the plots, report.html and MODEL_CARD.md.
 
-    report.html holds its plots.
+    report.html holds its plots. `predictions`: rows of predictions.csv, of which report.html shows
+    the first SHOWN_IMAGES.
     """
-    folder, report = Path(folder), all_printable(report)
+    folder, report, predictions = Path(folder), all_printable(report), all_printable(predictions)
     pictures = draw(report)
     for name, data in pictures.items():
         with atomic_write(folder / f"{name}.png") as file:
@@ -355,11 +303,15 @@ def fill(folder, report):
     if (folder / "hardest.png").is_file() and report.get("hardest"):
         pictures["hardest"] = (folder / "hardest.png").read_bytes()
     texts = {
-        "report.html": render("report.html", report, pictures),
+        "report.html": render("report.html", report, pictures, predictions),
         "MODEL_CARD.md": render("model_card.md", report),
         "metrics.json": json.dumps(report, indent=1),
     }
-    write(folder, tables(report), texts)
+    written = tables(report)
+    if predictions:
+        header = list(predictions[0])
+        written["predictions.csv"] = header, [[row[name] for name in header] for row in predictions]
+    write(folder, written, texts)
 
 
 def write(folder, tables, texts):
@@ -392,7 +344,7 @@ def draw(report):
     return pictures
 
 
-def render(template, report, pictures=()):
+def render(template, report, pictures=(), predictions=()):
     """Fill a template from a report; `pictures` {name: PNG bytes} go into the page itself."""
     import jinja2
 
@@ -413,12 +365,16 @@ def render(template, report, pictures=()):
         "sentences": sentences,
         "leak_sentence": leak_sentence,
         "TELLING_AUC": TELLING_AUC,
-        "elsewhere": elsewhere,
+        "headline": headline,
+        "WORST": WORST,
     }
     environment.filters["cell"] = lambda text: " ".join(
         str(text).replace("|", "\\|").replace("<", "&lt;").split()
     )
     embedded = {name: base64.b64encode(data).decode() for name, data in dict(pictures).items()}
     return environment.get_template(template).render(
-        r=dict.fromkeys(OPTIONAL) | report, pictures=embedded
+        r=dict.fromkeys(OPTIONAL) | report,
+        pictures=embedded,
+        predictions=predictions[:SHOWN_IMAGES],
+        images=len(predictions),
     )

@@ -32,6 +32,7 @@ from detector.features import growing, storage
 from detector.features.columns import COLUMNS, SEEN, count_cells, join_columns
 from detector.features.extraction import (
     check_skipped,
+    drawn,
     encode_ahead,
     exit_code,
     find_images,
@@ -413,7 +414,7 @@ def extract(args):
 
     check_output(args.output_file)
     listing, stamps = storage.list_folder(args.data_dir)
-    images = find_images(args, listing)
+    images = drawn(args, find_images(args, listing))
     entries = [e for e in images.entries if can_be_stored(e.path)]
     folder = ensure_encoder(args.clip_model, args.precision, args.layers)
     encoder = runtime.read_manifest(folder)

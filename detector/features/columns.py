@@ -6,7 +6,10 @@ from detector.base.console import say
 from detector.base.constants import CLASSES
 
 SEEN = "seen"  # split of the images that trained the encoder itself; unusable for a classifier
-COLUMNS = ("features", "labels", "paths", "splits", "sources", "sha256", "view", "facts", "thumb")
+COLUMNS = (
+    *("features", "labels", "paths", "splits", "sources", "groups", "sha256", "view", "facts"),
+    "thumb",
+)
 IMAGE = ("sha256", "view", "labels")  # rows equal in these are the same image or the same copy
 
 

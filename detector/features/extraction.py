@@ -27,7 +27,8 @@ from detector.features import growing, storage
 from detector.features.columns import COLUMNS, SEEN, count_cells, join_columns
 from detector.images import preprocessing
 from detector.images.facts import FACTS
-from detector.images.folders import has_extension, list_files, read_folder, summary_of
+from detector.images.folders import Entry, has_extension, list_files, read_folder, summary_of
+from detector.images.labels_file import read_labels
 
 COMPILE_FROM = 30_000  # images; torch.compile takes 6 s on CUDA and saves 0.2 ms an image
 AHEAD = 3  # batches in work: one being decoded, one being encoded, one decoded and ready
@@ -254,7 +255,7 @@ def store_ahead(missing, args, encoder):
 
 
 def find_images(args, listing):
-    """folders.Listing -> folders.Folder of the images to encode.
+    """folders.Listing -> folders.Folder of the labelled images, before the draw of --limit.
 
     Leaves out the output, which may be in the same folder.
     """
@@ -271,7 +272,13 @@ def find_images(args, listing):
         files=[path for path in listing.files if path != own and not path.startswith(own_files)],
     )
     split_names = [name.strip() for name in args.split_names.lower().split(",")]
-    images = read_folder(args.data_dir, split_names, args.unlabelled, listing)
+    if args.labels_file:
+        return read_labels(args.labels_file, args.data_dir, split_names, listing)
+    return read_folder(args.data_dir, split_names, args.unlabelled, listing)
+
+
+def drawn(args, images):
+    """folders.Folder -> the same with the entries that --limit draws."""
     return images._replace(entries=draw(images.entries, args.limit)) if args.limit else images
 
 
@@ -322,15 +329,29 @@ def check_skipped(skipped, total, args):
 
 
 def labels_of(columns, entries, encoder):
-    """Columns of parts -> the columns that follow from the paths: labels, splits, sources."""
+    """Columns of parts -> those that follow from the paths: labels, splits, sources, groups."""
     by_path = {e.path: e for e in entries}
     rows = [by_path[path] for path in columns["paths"]]
     seen = np.isin([digest[:16] for digest in columns["sha256"]], encoder.manifest.get("seen", []))
     return {
         "labels": np.array([e.label for e in rows], np.int8),
         "sources": np.array([e.source for e in rows], dtype=str),
+        "groups": np.array([e.group for e in rows], dtype=str),
         "splits": np.where(seen, SEEN, np.array([e.split for e in rows], dtype=str)),
     }
+
+
+def relabel(old, entries, encoder):
+    """Rows of an earlier file, with the labels, splits, sources and groups of today's entries.
+
+    The other rows keep their own.
+    """
+    names = ("paths", "labels", "splits", "sources", "groups")
+    stored = map(Entry._make, zip(*(old[name].tolist() for name in names), strict=True))
+    new = labels_of(old, [*stored, *entries], encoder)
+    if n := int(np.any([old[name] != new[name] for name in new], axis=0).sum()):
+        say(f"{n} rows have another label, split, source or group than before")
+    return old | new
 
 
 def assemble(part_paths, old, entries, encoder, meta):
@@ -380,7 +401,8 @@ def extract(args):
     output = Path(os.path.realpath(args.output_file))  # a symbolic link stays a link
     parts = Path(f"{output}.parts")
     check_writable(args.output_file, parts)
-    images = find_images(args, list_files(args.data_dir))
+    every = find_images(args, list_files(args.data_dir))
+    images = drawn(args, every)
     entries = images.entries
 
     from detector.encoders.prepare import ensure_encoder
@@ -393,7 +415,9 @@ def extract(args):
     key = run_key(args, encoder.manifest, encoder.precision)
     open_parts(parts, key)
 
-    old, before = growing.earlier_rows(output, key, args.data_dir, args.prune)
+    listed = set(every.listing.files) if args.labels_file else None
+    old, before = growing.earlier_rows(output, key, args.data_dir, args.prune, listed)
+    old = None if old is None else relabel(old, every.entries, encoder)
     known = set() if old is None else set(old["paths"])
     todo = [e for e in entries if e.path not in known]
     batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)]

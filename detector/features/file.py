@@ -93,7 +93,9 @@ def load_features(path):
 def load_npz(path):
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            columns = {name: file[name] for name in (*COLUMNS, "meta")}
+            # files of earlier versions have no groups
+            groups = {} if "groups" in file else {"groups": np.full(len(file["labels"]), "")}
+            columns = groups | {n: file[n] for n in (*COLUMNS, "meta") if n not in groups}
         return columns | {"meta": json.loads(str(columns["meta"]))}
     except KeyError as error:
         raise UsageError(

@@ -35,15 +35,16 @@ def set_aside(path, why):
     say(f"{path} {why}: set aside as {aside}")
 
 
-def earlier_rows(output, key, data_dir, prune):
+def earlier_rows(output, key, data_dir, prune, listed=None):
     """Rows of an earlier run that stay -> (columns, `digests_of` the whole earlier file).
 
     Rows stay if their files have the same bytes, cannot be read now or, unless `prune`, are gone.
-    (None, {}) if there are none. A file that cannot be extended is set aside.
+    (None, {}) if there are none. A file that cannot be extended is set aside. `listed`: the paths
+    of a table. A file that it does not list counts as gone.
     """
     if not output.is_file():
         return None, {}
-    columns, fates, reason = read_earlier(output, key, data_dir)
+    columns, fates, reason = read_earlier(output, key, data_dir, listed)
     if reason:
         set_aside(output, reason)
         return None, {}
@@ -51,16 +52,17 @@ def earlier_rows(output, key, data_dir, prune):
     say(f"{output}: {int(keep.sum())} rows stay unchanged")
     if unread := fates.count("unread"):
         say(f"{unread} of these rows belong to files that cannot be read now")
+    files = "deleted files" if listed is None else "files that the table does not list"
     if gone := fates.count("gone"):
         say(
-            f"{gone} rows of deleted files are dropped"
+            f"{gone} rows of {files} are dropped"
             if prune
-            else f"{gone} of these rows belong to deleted files; --prune drops them"
+            else f"{gone} of these rows belong to {files}; --prune drops them"
         )
     return {name: columns[name][keep] for name in COLUMNS}, digests_of(columns)
 
 
-def read_earlier(output, key, data_dir):
+def read_earlier(output, key, data_dir, listed):
     """-> (columns, fate of each row, ''), or (None, None, reason why the file is set aside)."""
     try:
         columns = load_features(output)
@@ -68,19 +70,21 @@ def read_earlier(output, key, data_dir):
         return None, None, "cannot be read"
     if columns["meta"].get("key") != key:
         return None, None, "was made with other flags, another encoder or precision"
-    fates = compare(columns, data_dir)
+    fates = compare(columns, data_dir, listed)
     # the same names with all bytes changed are another folder, too
     if not {"same", "unread"} & set(fates):
         return None, None, "has none of the images of this folder"
     return columns, fates, ""
 
 
-def compare(columns, data_dir):
+def compare(columns, data_dir, listed=None):
     """Fate of each row's file: list of 'same', 'changed' (other bytes), 'gone' or 'unread'."""
     from tqdm import tqdm
 
     @functools.cache  # the views of an image share a file
     def fate(path, digest):
+        if listed is not None and path not in listed:
+            return "gone"
         try:
             return "same" if sha256(Path(data_dir, path).read_bytes()) == digest else "changed"
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

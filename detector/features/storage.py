@@ -222,6 +222,8 @@ def columns_of(table, wanted):
     """Arrow's table -> numpy's arrays, as in an .npz."""
 
     def column(name):
+        if name == "groups" and name not in table.column_names:  # of an earlier version
+            return np.full(len(table), "")
         values = table[name].combine_chunks()
         if name in ("features", "thumb"):
             if not hasattr(values.type, "list_size"):

@@ -180,17 +180,28 @@ def merge(cluster, pairs):
 # ---- groups ----
 
 
+def merge_named(cluster, names):
+    """Cluster numbers int [n], joined where images have the same name. '' is no name."""
+    named = np.flatnonzero(names != "")
+    if not len(named):
+        return cluster
+    first = {names[i]: i for i in named[::-1]}
+    return merge(cluster, np.array([(i, first[names[i]]) for i in named]))
+
+
 def make_groups(columns, cluster=None):
     """Columns -> (group number of each row, int [n]; name of the groups).
 
-    Twins share a group. With MIN_SOURCES sources or more, images of one source share a group too.
-    Images without a source are grouped with their twins only.
+    Twins share a group, and so do the images of a group that a labels file names. With MIN_SOURCES
+    sources or more, images of one source share a group too. Images without a source are grouped
+    with their twins and their named group only.
     """
     cluster = twin_clusters(columns["thumb"], columns["sha256"]) if cluster is None else cluster
+    cluster = merge_named(cluster, columns["groups"])
+    more = " and given groups" if (columns["groups"] != "").any() else ""
     sources = columns["sources"]
     named = np.flatnonzero(sources != "")
     of_class = [set(sources[named][columns["labels"][named] == label]) for label in (0, 1)]
     if len(set(sources[named])) < MIN_SOURCES or min(map(len, of_class)) < MIN_OF_CLASS:
-        return cluster, "near-identical images"
-    first = {sources[i]: i for i in named[::-1]}
-    return merge(cluster, np.array([(i, first[sources[i]]) for i in named])), "sources"
+        return cluster, f"near-identical images{more}"
+    return merge_named(cluster, sources), f"sources{more}"

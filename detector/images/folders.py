@@ -19,7 +19,7 @@ LABELS = {
     **dict.fromkeys("real 0_real nature natural human photo photos".split(), 0),
     **dict.fromkeys("fake 1_fake ai generated synthetic ai_generated".split(), 1),
 }
-Entry = namedtuple("Entry", "path label split source")
+Entry = namedtuple("Entry", "path label split source group", defaults=[""])
 # relative paths; unreadable: (folder, reason)
 Listing = namedtuple("Listing", "files hidden thumbnails special unreadable")
 Folder = namedtuple("Folder", "entries ignored listing")

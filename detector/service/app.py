@@ -1,12 +1,10 @@
 """The Flask app: routes, errors, and the log line of each request."""
 
-import contextlib
 import difflib
 import json
 import re
 import secrets
 import time
-import uuid
 from pathlib import Path
 
 from flask import Blueprint, Flask, Response, current_app, g, jsonify, render_template, request
@@ -17,8 +15,19 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException
 from detector.base.constants import CLASSES
 from detector.base.errors import ImageError
 from detector.images import formats
+from detector.images.occlusion import MEANING, PASSES
 from detector.model.file import golden_floor
 from detector.service.engine import Busy, Engine, named
+from detector.service.front import (
+    add_headers,
+    allow_origins,
+    busy_response,
+    drain,
+    error_response,
+    id_of,
+    turn_away,
+    under_prefix,
+)
 from detector.service.settings import key_name, read_settings
 from detector.service.telemetry import Telemetry, say_event
 from detector.service.upload import Refused, read_images
@@ -26,11 +35,10 @@ from detector.verdict import answer, details
 
 FEEDBACK_BYTES = 2000  # a megabyte of JSON takes 30 MB once parsed
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/openapi.json")  # without a key
-UPLOADS = ("/classify", "/classify/batch")
 PROBES = ("/healthz", "/readyz", "/metrics")  # frequent, so they are logged only when they fail
 FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 FEEDBACK_ID = re.compile(r"[A-Za-z0-9._-]{1,72}")  # an image of a batch adds its number
+DOCUMENT = json.loads(Path(__file__).with_name("openapi.json").read_text())
 PAGE_POLICY = (
     "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; img-src blob: data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -57,6 +65,8 @@ def create_app(config=None):
     telemetry = Telemetry()
     app.extensions.update(engine=Engine(settings, telemetry), telemetry=telemetry)
     app.wsgi_app = turn_away(app)
+    app.wsgi_app = allow_origins(app.wsgi_app, settings["CORS_ORIGINS"])
+    app.wsgi_app = under_prefix(app.wsgi_app, settings)
     app.before_request(begin)
     app.after_request(finish)
     for kind, handler in HANDLERS:
@@ -74,49 +84,6 @@ def telemetry():
 
 def route():
     return request.url_rule.rule if request.url_rule else "other"
-
-
-def id_of(sent):
-    """The client's request id, or a new id where the client's is unfit."""
-    return sent if ID.fullmatch(sent) else uuid.uuid4().hex
-
-
-def drain(environ, settings):
-    """Read the rest of a request's body.
-
-    Many clients see a broken connection where the response comes before they have sent the body.
-    """
-    left = 2 * settings["MAX_UPLOAD_BYTES"]
-    # Where the body is cut off or malformed, gunicorn closes the connection.
-    with contextlib.suppress(OSError, ParseException):
-        while left > 0 and (part := environ["wsgi.input"].read(1 << 20)):
-            left -= len(part)
-
-
-def turn_away(app):
-    """-> WSGI app that refuses an upload with 503 before Flask, where no verdict is possible.
-
-    Under four times the load most uploads are refused. A refusal through Flask costs more, and this
-    time is missing for verdicts. For the same reason these uploads get no log line each.
-    """
-    inner, engine, telemetry = app.wsgi_app, app.extensions["engine"], app.extensions["telemetry"]
-
-    def wsgi(environ, start_response):
-        started = time.perf_counter()
-        route = "/" + environ["PATH_INFO"].lstrip("/")  # as Flask sees it
-        upload = route in UPLOADS and environ["REQUEST_METHOD"] == "POST"
-        refusal = engine.refusal() if upload else None
-        authorization = environ.get("HTTP_AUTHORIZATION", "")
-        # A client without a known key gets 401 from Flask, and learns nothing about the load.
-        if refusal is None or engine.keys and not key_name(authorization, engine.keys):
-            return inner(environ, start_response)
-        drain(environ, engine.settings)
-        telemetry.turned_away(route, refusal.reason, time.perf_counter() - started)
-        response = busy_response(refusal, engine.settings)
-        add_headers(response, id_of(environ.get("HTTP_X_REQUEST_ID", "")))
-        return response(environ, start_response)
-
-    return wsgi
 
 
 def begin():
@@ -154,18 +121,7 @@ def finish(response):
     return response
 
 
-def add_headers(response, request_id):
-    response.headers["X-Request-ID"] = request_id
-    response.headers["X-Content-Type-Options"] = "nosniff"
-
-
 # ---- errors ----
-
-
-def error_response(status, message):
-    """The shape of every error: {"error": message}. Works without Flask's context, too."""
-    body = json.dumps({"error": message}, separators=(",", ":")) + "\n"
-    return Response(body, status, mimetype="application/json")
 
 
 def error(status, message):
@@ -180,13 +136,6 @@ def unauthorized():
     reason = "this token is not known" if sent else "a token is needed"
     response = error(401, f"{reason}: send the header 'Authorization: Bearer TOKEN'")
     response.headers["WWW-Authenticate"] = "Bearer"
-    return response
-
-
-def busy_response(exception, settings):
-    """503, and after how many seconds to try again."""
-    response = error_response(503, str(exception))
-    response.headers["Retry-After"] = str(settings["QUEUE_TIMEOUT_S"])
     return response
 
 
@@ -212,10 +161,11 @@ def http_error(exception):
         limit = request.max_content_length
         message = f"the request{size} is larger than the {limit:,} bytes allowed"
     else:
-        message = f"{request.method} {request.path[:100]!r}: {exception.name.lower()}"
+        root = request.script_root
+        message = f"{request.method} {(root + request.path)[:100]!r}: {exception.name.lower()}"
         if exception.code == 405:
             message += f" (allowed: {', '.join(sorted(exception.valid_methods))})"
-        message += "; /openapi.json lists all routes"
+        message += f"; {root}/openapi.json lists all routes"
     response = error(exception.code, message)
     response.headers.extend((k, v) for k, v in exception.get_headers() if k != "Content-Type")
     return response
@@ -321,7 +271,8 @@ def body_of(detector, facts):
     body = answer(facts["classification"], facts["confidence"])
     if not g.details:
         return body
-    return body | details(detector.model, facts["p_fake"], facts["uncertain"], facts["provenance"])
+    names = ("p_fake", "uncertain", "decision", "provenance")
+    return body | details(detector.model, *(facts.get(name) for name in names))
 
 
 def with_model(detector, body):
@@ -341,11 +292,7 @@ def classify():
     """One multipart field `image` -> {"classification": "real", "confidence": 0.95}."""
     detector, images = read()
     if len(images) != 1:
-        return error(
-            400,
-            f"the form has {len(images)} fields 'image', expected 1: send several to"
-            " /classify/batch",
-        )
+        return not_one(images)
     waited, (facts,) = engine().judge(detector, images, g.details)
     note(detector, facts, waited, g.request_id)
     if "error" in facts:
@@ -358,6 +305,35 @@ def classify():
             **{f"{name}_s": facts[f"{name}_s"] for name in ("decode", "encode", "classify")},
         }
         body["timings"] = {name: round(seconds, 4) for name, seconds in stages.items()}
+    return with_model(detector, body)
+
+
+def not_one(images):
+    """The error of a form that has not one image."""
+    return error(
+        400,
+        f"the form has {len(images)} fields 'image', expected 1: send several to"
+        f" {request.script_root}/classify/batch",
+    )
+
+
+@routes.post("/explain")
+def explain():
+    """One multipart field `image` -> {"rows": [[0.12, ...], ...], ...}: what moved its verdict."""
+    detector, images = read()
+    if len(images) != 1:
+        return not_one(images)
+    started = time.perf_counter()
+    facts, rows = engine().explain(detector, images[0])
+    if rows is None:
+        note(detector, facts, 0, g.request_id)
+        return error(facts["status"], facts["error"])
+    body = {
+        "rows": rows.round(4).tolist(),
+        "passes": PASSES,
+        "seconds": round(time.perf_counter() - started, 2),
+        "meaning": MEANING,
+    }
     return with_model(detector, body)
 
 
@@ -466,9 +442,7 @@ def metrics():
 
 @routes.get("/openapi.json")
 def openapi():
-    return Response(
-        Path(__file__).with_name("openapi.json").read_bytes(), content_type="application/json"
-    )
+    return DOCUMENT | {"servers": [{"url": request.script_root or "/"}]}
 
 
 @routes.get("/")
@@ -479,6 +453,7 @@ def page():
         render_template(
             "index.html",
             nonce=nonce,
+            root=request.script_root and f"{request.script_root}/",
             max_bytes=engine().settings["MAX_UPLOAD_BYTES"],
             formats=formats.TAKEN,
             notice=detector and detector.model.get("notice"),

@@ -113,6 +113,10 @@ class SharedDetector(Detector):
         super().__init__(*args, **known)
         self.passes = passes or Together(lambda pixels: self.encoder.encode(pixels))
 
+    def features(self, pixels):
+        """As in `Detector.features`, in the shared passes."""
+        return self.shared_features(pixels)[0]
+
     def shared_features(self, pixels):
         """`pixels` of n images -> (features as in `Detector.features`, seconds waited)."""
         features, waited = self.passes(flatten(pixels))
@@ -137,7 +141,7 @@ class Engine:
         )
         telemetry.watch(self.slots)
         self.decoding = threading.BoundedSemaphore(runtime.processors())
-        self.large = threading.Lock()
+        self.large, self.explaining = threading.Lock(), threading.Lock()
         self._asked = queue.SimpleQueue()
         threading.Thread(target=self._keep_loaded, daemon=True).start()
 
@@ -225,6 +229,22 @@ class Engine:
         self.telemetry.stage_seconds.labels("turn").observe(turns)
         return waited + turns, [facts for facts, _ in decoded]
 
+    def explain(self, detector, data):
+        """Bytes of an image -> (its facts, the map of `Detector.explain`, or None with an error).
+
+        One map is made at a time. Each of its passes has a place for the images of others, so
+        verdicts go on. Raises Busy.
+        """
+        if not self.explaining.acquire(blocking=False):
+            raise Busy("queue_full", "busy: another map is being made; try again later")
+        try:
+            with self.slots.take():
+                end = time.perf_counter() + DECODE_S
+                facts, pixels = self._decode(detector, data, end, details=False)
+                return facts, None if pixels is None else detector.explain(pixels)
+        finally:
+            self.explaining.release()
+
     def _decode(self, detector, data, end, details):
         """Bytes of an image -> (its facts, the encoder's input, or None without it).
 
@@ -272,6 +292,7 @@ class Engine:
                 "confidence": verdict.confidence,
                 "p_fake": verdict.p_fake,
                 "uncertain": verdict.uncertain,
+                **({"decision": verdict.decision} if verdict.decision else {}),
                 **{f"{stage}_s": taken / len(chunk) for stage, taken in seconds.items()},
             }
             self.telemetry.verdict(detector, facts, verdict.score, row)
@@ -374,6 +395,7 @@ def load_detector(settings, current=None):
         model=model,
         encoder=current.encoder if same else None,
         passes=current.passes if same else None,
+        review=settings["review"],
     )
     prove(detector)
     if not same:

@@ -8,6 +8,7 @@ import hmac
 import os
 import re
 
+from detector.base.console import check_review, printable
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes, sha256
 
@@ -32,6 +33,11 @@ SETTINGS = {
         "50000000",
         "largest image, counted from its header before decoding; beyond it 413",
     ),
+    "REVIEW_LOW": ("", "probability of fake below which the decision is 'pass'"),
+    "REVIEW_HIGH": (
+        "",
+        "probability of fake from which the decision is 'reject'; below it 'review'",
+    ),
     "BATCH_LIMIT": ("16", "most images in one POST /classify/batch; beyond it 413"),
     "SLOTS": (
         "0",
@@ -45,14 +51,28 @@ SETTINGS = {
     "BODY_TIMEOUT_S": ("20", "longest time for a request to arrive; beyond it 408"),
     "HOST": ("127.0.0.1", "address to listen on"),
     "PORT": ("8000", "port to listen on"),
+    "CORS_ORIGINS": (
+        "",
+        "sites whose pages may call the service, such as https://app.example; '*' is every site",
+    ),
+    "TRUSTED_PROXIES": ("0", "number of proxies that set X-Forwarded-Prefix; 0 ignores the header"),
+    "SCRIPT_NAME": (
+        "",
+        "path prefix, such as /detector, where the proxy forwards it as part of the path",
+    ),
 }
 SPARE_THREADS = 16  # HTTP threads for slow uploads, health and metrics while all slots are taken
 MOST_THREADS = 500  # each costs memory, and connections are at most 1,000
+# As browsers send it in `Origin`: in small letters, and without the default port.
+ORIGIN = re.compile(
+    r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]+)?"
+)
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")  # needs no escaping in HTML, JSON or an address
 POSITIVE = ("BATCH_LIMIT", "QUEUE_TIMEOUT_S", "BODY_TIMEOUT_S", "MAX_UPLOAD_BYTES", "MAX_PIXELS")
 
 
 def read_settings(given=None):
-    """Environment, overridden by `given` -> {name: str or int}.
+    """Environment, overridden by `given` -> {name: str or int; CORS_ORIGINS: list of str}.
 
     Raises UsageError that names a bad value.
     """
@@ -68,7 +88,48 @@ def read_settings(given=None):
         )
     if values["PORT"] > 65535:
         raise UsageError(f"PORT={values['PORT']}: must be at most 65535")
-    return values
+    if values["SCRIPT_NAME"] and not PREFIX.fullmatch(values["SCRIPT_NAME"]):
+        raise UsageError(
+            f"SCRIPT_NAME={printable(values['SCRIPT_NAME'])}: must be a path such as /detector, of"
+            " letters, digits and ._~-, without a slash at its end"
+        )
+    return values | {
+        "CORS_ORIGINS": read_origins(values["CORS_ORIGINS"]),
+        "review": review_of(values["REVIEW_LOW"], values["REVIEW_HIGH"]),
+    }
+
+
+def read_origins(value):
+    """Origins, separated by commas or spaces -> list of them in small letters.
+
+    Raises UsageError where one is none, and where '*' is not alone.
+    """
+    origins = value.lower().replace(",", " ").split()
+    for origin in origins:
+        if origins != ["*"] and not ORIGIN.fullmatch(origin):
+            raise UsageError(
+                f"CORS_ORIGINS: {printable(origin)} is no origin; write scheme and host, such as"
+                " https://app.example, without a path, a slash at the end or the default port; or"
+                " '*' alone"
+            )
+    return origins
+
+
+def review_of(low, high):
+    """REVIEW_LOW, REVIEW_HIGH -> (low, high) as floats, or None where both are empty.
+
+    Raises UsageError.
+    """
+    if not (low or high):
+        return None
+    try:
+        review = float(low), float(high)
+    except ValueError:
+        raise UsageError(
+            f"REVIEW_LOW={low}, REVIEW_HIGH={high}: must be two probabilities, or both empty"
+        ) from None
+    check_review(review, "REVIEW_LOW, REVIEW_HIGH")
+    return review
 
 
 def whole_number(name, value):

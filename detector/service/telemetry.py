@@ -104,6 +104,12 @@ METRICS = (
     (Counter, "image_errors", "Refused images, by the HTTP status that fits", ("status",)),
     (Counter, "verdicts", "Verdicts", ("model_version", "classification")),
     (Counter, "uncertain", "Verdicts in the model's uncertain band", ("model_version",)),
+    (
+        Counter,
+        "decisions",
+        "Decisions by REVIEW_LOW and REVIEW_HIGH: pass, review, reject",
+        ("model_version", "decision"),
+    ),
     (Histogram, "confidence", "Confidence of verdicts", (), SHARES),
     (
         Counter,
@@ -199,6 +205,8 @@ class Telemetry:
         self.confidence.observe(facts["confidence"])
         if facts["uncertain"]:
             self.uncertain.labels(version).inc()
+        if "decision" in facts:
+            self.decisions.labels(version, facts["decision"]).inc()
         drift = self.drift  # a reload may replace it meanwhile
         if drift.model is detector.model:  # a verdict of the model before has another reference
             self.scores.labels(version, str(drift.bin(score))).inc()

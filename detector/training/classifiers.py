@@ -278,5 +278,6 @@ def calibrated(fitted, point, scores, rows):
             "scores": scores.astype(np.float32),
             "labels": rows.labels.astype(np.int8),
             "view": rows.columns["view"].astype(np.int8),
+            "groups": rows.groups.astype(np.int64),
         },
     }

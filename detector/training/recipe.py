@@ -4,13 +4,14 @@ import numpy as np
 
 from detector.base.console import all_printable, say
 from detector.base.constants import CLASSES
+from detector.base.errors import UsageError
 from detector.base.files import sha256
 from detector.base.project import code_commit
 from detector.evaluation import metrics, report
 from detector.features.columns import COLUMNS
-from detector.model.file import FORMAT
+from detector.model.file import FORMAT, load_model
 from detector.model.score import decision, p_fake_of, probability
-from detector.model.threshold import choose_band, choose_threshold
+from detector.model.threshold import choose_band, choose_threshold, training_scores
 from detector.training.classifiers import (
     GRIDS,
     calibrated,
@@ -38,25 +39,26 @@ def build(kind, rows, seed):
     return calibrated(fit(kind, *data, seed, **point), point, scores, rows)
 
 
-def out_of_fold_probability(model):
-    return probability(model, model["out_of_fold"]["scores"].astype(np.float64))
+def set_threshold(model, max_fpr, given=None):
+    """The model with its threshold, its band, and the rule that derives both from its scores.
 
-
-def set_threshold(model, max_fpr):
-    """The model with its threshold, its band, and the rule that derives both from its scores."""
-    p_fake, labels = out_of_fold_probability(model), model["out_of_fold"]["labels"]
-    view = model["out_of_fold"]["view"]
-    threshold = choose_threshold(p_fake, labels, max_fpr, view)
-    if max_fpr is None:
-        words = "0.5 on the calibrated probability"
+    `given`: a threshold chosen by hand, in the place of `max_fpr`.
+    """
+    p_fake, labels, view, _ = training_scores(model)
+    rule = {"max_fpr": max_fpr, "band_error": BAND_ERROR}
+    if given is not None:
+        rule |= {"words": f"{given:g}, given with --threshold", "given": given}
+    elif max_fpr is None:
+        rule["words"] = "0.5 on the calibrated probability"
     else:
-        words = f"at most {max_fpr:g} of the real training images called fake, out of fold"
+        rule["words"] = f"at most {max_fpr:g} of the real training images called fake, out of fold"
         if view.any():
-            words += ", and at most so many of their degraded copies"
+            rule["words"] += ", and at most so many of their degraded copies"
+    threshold = choose_threshold(p_fake, labels, max_fpr, view, rule.get("given", 0.5))
     return {
         **model,
         "threshold": threshold,
-        "threshold_rule": {"words": words, "max_fpr": max_fpr, "band_error": BAND_ERROR},
+        "threshold_rule": rule,
         "band": choose_band(p_fake, labels, threshold, BAND_ERROR),
     }
 
@@ -101,13 +103,24 @@ def describe_training(data, encoder, args):
 
 def false_alarms(model, rows):
     """Share of real images called fake, out of fold: {'untouched', 'degraded': with interval}."""
-    fake = out_of_fold_probability(model) >= model["threshold"]
+    fake = training_scores(model)[0] >= model["threshold"]
     real = rows.labels == 0
     return {
         name: metrics.share(fake[real & mask], rows.groups[real & mask])
         for name, mask in (("untouched", rows.whole), ("degraded", ~rows.whole))
         if (real & mask).any()
     }
+
+
+def rate_warnings(content):
+    """A line for each rate of false alarms whose interval ends above --max_fpr."""
+    target = content["threshold_rule"]["max_fpr"]
+    return [
+        f"{metrics.words(alarm, 3)} of the {name} real training images are called fake, which does"
+        f" not certify --max_fpr {target:g}: add real images of other sources, or name a lower rate"
+        for name, alarm in content["false_alarms"].items()
+        if target is not None and alarm["interval"][1] > target
+    ]
 
 
 def leave_one_source_out(model, rows, seed):
@@ -135,6 +148,19 @@ def leave_one_source_out(model, rows, seed):
             accuracy = metrics.share(fake[mask] == label, rows.twins[own][mask])
             table.append({"source": str(source), "label": CLASSES[label], **accuracy})
     return sorted(table, key=lambda row: (row["value"], -row["n"]))
+
+
+def summary_of(rows):
+    """Rows of `leave_one_source_out` -> {sources, mean, worst: three rows}; None without rows."""
+    return (
+        rows
+        and {
+            "sources": len({row["source"] for row in rows}),
+            "mean": float(np.mean([row["value"] for row in rows])),
+            "worst": rows[:3],
+        }
+        or None
+    )
 
 
 def held_out_p_fake(model, rows, train, test, seed):
@@ -174,7 +200,7 @@ def audit_labels_of(model, rows):
     pairs = set(zip(sources, rows.groups, strict=True))
     return audit_labels(
         rows.labels[whole],
-        out_of_fold_probability(model)[whole],
+        training_scores(model)[0][whole],
         sources[whole],
         rows.columns["paths"][whole],
         by_source=len(pairs) == len(set(sources)),  # no source is in two groups
@@ -216,7 +242,8 @@ def audit_training(data):
     used = np.concatenate([data.train, data.test])
     columns = {name: data.columns[name][used] for name in COLUMNS}
     columns["splits"] = np.repeat(["train", "test"], [len(data.train), len(data.test)])
-    return audit(columns, data.twins[used])
+    # images of a named group are no duplicates
+    return audit(columns, None if (columns["groups"] != "").any() else data.twins[used])
 
 
 def say_findings(findings, before=()):
@@ -234,15 +261,36 @@ def say_findings(findings, before=()):
 def train_best(data, args):
     """Data -> (model with threshold, band and origin; rows of `compare`).
 
-    Of several kinds the best out of fold is chosen, never by the test images.
+    Of several kinds the best out of fold is chosen, never by the test images. With --from_model
+    the classifier of that model stays as it is, and only its threshold is chosen anew.
     """
-    kinds = GRIDS if args.classifier == "all" else [args.classifier]
-    parts = {kind: build(kind, data.rows, args.seed) for kind in kinds}
-    models = {kind: set_threshold(part, args.max_fpr) for kind, part in parts.items()}
+    if args.from_model:
+        old = read_trained(args.from_model, data)
+        parts = {old["classifier"]: old}
+    else:
+        kinds = GRIDS if args.classifier == "all" else [args.classifier]
+        parts = {kind: build(kind, data.rows, args.seed) for kind in kinds}
+    models = {
+        kind: set_threshold(part, args.max_fpr, args.threshold) for kind, part in parts.items()
+    }
     compared = compare(models, data.rows, data.columns, data.test, data.groups)
     best = max(compared, key=lambda row: row["out_of_fold"]["value"])
     origin = describe_training(training_data(data.rows), data.encoder, args)
     return models[best["classifier"]] | origin, compared
+
+
+def read_trained(path, data):
+    """The model of --from_model. Raises UsageError unless the rows of Data trained it."""
+    model, rows = load_model(path), training_data(data.rows)
+    same = model["encoder"]["identity"] == data.encoder["identity"] and all(
+        np.array_equal(model["training_data"].get(name), value) for name, value in rows.items()
+    )
+    if not same:
+        raise UsageError(
+            f"--from_model {path}: was trained on other rows than these flags choose; give"
+            " --features_file, --train_splits, --crops and --resplit as in its training"
+        )
+    return model
 
 
 def describe_model(model, kinds, data, audited, seed):
@@ -256,6 +304,15 @@ def describe_model(model, kinds, data, audited, seed):
     assessed = report.assess(model, data.columns, data.test, data.groups, data.twins)
     audited["labels"] = audit_labels_of(model, data.rows)
     audited["detector"] = {"on_test": assessed["overall"]["auc"]}
+    left_out = leave_one_source_out(model, data.rows, seed)
+    model["metrics"] = {
+        "split": data.split,
+        **{name: assessed[name] for name in ("overall", "degraded", "calibration")},
+        "out_of_fold": next(
+            row["out_of_fold"] for row in kinds if row["classifier"] == model["classifier"]
+        ),
+        "left_out": summary_of(left_out),
+    }
     content = {
         **report.about(model),
         "split": data.split,
@@ -265,8 +322,6 @@ def describe_model(model, kinds, data, audited, seed):
         "false_alarms": false_alarms(model, data.rows),
         "classifiers": kinds,
         **assessed,
-        "leave_one_source_out": leave_one_source_out(model, data.rows, seed),
+        "leave_one_source_out": left_out,
     }
-    names = ("split", "overall", "degraded", "calibration")
-    model["metrics"] = {name: content[name] for name in names}
-    return content
+    return content | {"warnings": rate_warnings(content)}

@@ -25,11 +25,11 @@ POOL = ("train", "val", "test", "")
 
 
 def group_rows(columns):
-    """Columns -> (groups, twins, words) of `facts.make_groups`.
+    """Columns -> (groups, twins, words) of `facts.make_groups`; a named group counts as twins.
 
     Raises UsageError if a single picture is more than MAX_CLUSTER of the data.
     """
-    from detector.images.facts import make_groups, twin_clusters
+    from detector.images.facts import make_groups, merge_named, twin_clusters
 
     cluster = twin_clusters(columns["thumb"], columns["sha256"])
     whole = columns["view"] == 0
@@ -42,7 +42,7 @@ def group_rows(columns):
             " copies, then extract again"
         )
     groups, kind = make_groups(columns, cluster)
-    return groups, cluster, kind
+    return groups, merge_named(cluster, columns["groups"]), kind
 
 
 def choose_rows(columns, args, seed):
@@ -128,7 +128,7 @@ def read_data(args):
 
 
 def say_rows(data, args):
-    """Log which rows train, test or are left out. Warns of too few reals for --max_fpr."""
+    """Log which rows train, test or are left out."""
     whole, tested = data.rows.whole, data.columns["view"][data.test] == 0
     copies = "" if whole.all() else f", and {(~whole).sum()} degraded copies"
     say(f"{whole.sum()} images to train{copies}, {tested.sum()} to test ({data.split})")
@@ -139,7 +139,6 @@ def say_rows(data, args):
             f"each verdict will take {1 + args.crops} forward passes: the whole image and"
             f" {args.crops} crops of it"
         )
-    warn_of_few_reals(args.max_fpr, data.rows)
 
 
 def left_out(columns, used):
@@ -147,16 +146,3 @@ def left_out(columns, used):
     splits, counts = np.unique(np.delete(columns["splits"], used), return_counts=True)
     pairs = zip(splits, counts, strict=True)
     return ", ".join(f"{count} {split or 'without split'}" for split, count in pairs)
-
-
-def warn_of_few_reals(max_fpr, rows):
-    """Warns if the training reals are too few to certify the rate."""
-    if max_fpr is None:
-        return
-    n = len(np.unique(rows.twins[rows.whole & (rows.labels == 0)]))  # copies certify nothing
-    # The rule of three: with fewer, even no false positive at all does not certify the rate.
-    if n < 3 / max_fpr:
-        say(
-            f"warning: {n} different real training images are too few to certify a rate of"
-            f" {max_fpr:g}: it takes {int(np.ceil(3 / max_fpr))}"
-        )

@@ -122,10 +122,32 @@ def test_an_alert_names_the_first_step(name):
         "warning",
         "info",
     )
-    assert set(alert["annotations"]) == {"summary", "description"}
+    assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}
     assert re.search(r"\bfirst\b", alert["annotations"]["description"], re.I)
     for path in re.findall(r"\b\w+\.py\b", alert["annotations"]["description"]):
         assert (ROOT / path).is_file()
+
+
+def test_every_alert_links_to_its_section_of_the_runbook_and_every_section_has_an_alert():
+    headings = re.findall(r"^## (Detector\w+)$", (ROOT / "docs/runbook.md").read_text(), re.M)
+    assert sorted(headings) == sorted(ALERTS)
+    for name, alert in ALERTS.items():
+        address, _, anchor = alert["annotations"]["runbook_url"].partition("#")
+        assert address.endswith("/docs/runbook.md") and anchor == name.lower()
+
+
+def test_one_command_moves_all_links_to_a_team_s_own_address(tmp_path):
+    text = (DEPLOY / "prometheus-rules.yaml").read_text()
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy/prometheus-rules.yaml").write_text(text)
+    (command,) = re.findall(r"^# CHANGE: `runbook_url`.*\n# (sed .*)$", text, re.M)
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    moved = yaml.safe_load((tmp_path / "deploy/prometheus-rules.yaml").read_text())
+    rules = [rule for group in moved["groups"] for rule in group["rules"] if "alert" in rule]
+    assert len(rules) == len(ALERTS)
+    for rule in rules:
+        address = rule["annotations"]["runbook_url"]
+        assert address.startswith("https://YOUR.ADDRESS/docs/runbook.md#")
 
 
 CODE = "".join((ROOT / f"detector/service/{name}.py").read_text() for name in ("app", "engine"))
@@ -133,7 +155,9 @@ CODE = "".join((ROOT / f"detector/service/{name}.py").read_text() for name in ("
 
 def test_the_events_that_alerts_name_are_logged():
     text = "".join(alert["annotations"]["description"] for alert in ALERTS.values())
-    for event in re.findall(r'event "(\w+)"', text):
+    events = re.findall(r'event "(\w+)"', text)
+    events += re.findall(r'"event": "(\w+)"', (ROOT / "docs/runbook.md").read_text())
+    for event in events:
         assert re.search(rf'say_event\(\s*"{event}"', CODE)
 
 

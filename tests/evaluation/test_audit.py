@@ -26,6 +26,7 @@ def columns_of(*images):
     return {
         "paths": np.array([f"{i}.jpg" for i in range(len(images))]),
         "sources": np.full(len(images), ""),
+        "groups": np.full(len(images), ""),
         "labels": np.array([label for _, label, _ in images]),
         "splits": np.array([split for _, _, split in images]),
         **{name: np.array([row[name] for row in described]) for name in described[0]},

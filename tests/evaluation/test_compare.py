@@ -206,13 +206,14 @@ def test_an_image_that_cannot_be_read_is_exit_code_1(place, folder, run, tmp_pat
     assert code == 1 and report["rows"][0]["n"] == 39 and "left out real/a/000.jpg" in err
 
 
-def test_minutes_of_encoding_are_announced(place, monkeypatch, capsys):
-    detector = comparison.Detector(place / "a.joblib")
-    comparison.announce(detector, 1)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(comparison, "repeat", lambda call, **_: [9, len(call()) / 2])  # 0.5 s
-    comparison.announce(detector, 200)
-    assert capsys.readouterr().err == "encoding takes up to 100 s\n"
+def test_minutes_under_the_social_media_chain_are_announced(
+    place, folder, run, capsys, monkeypatch
+):
+    announced = []
+    monkeypatch.setattr(pictures, "announce", lambda _, *args: announced.append(args[:2]))
+    run("--data_dir", folder / "test")
+    encoding, chain = (40, "encoding"), (80, "the social-media chain")
+    assert announced == [encoding, encoding, chain, chain]
 
 
 # ---- the images of both ----

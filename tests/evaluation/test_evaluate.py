@@ -2,7 +2,10 @@
 
 import csv
 import json
+import re
 import shutil
+from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 import evaluate
 from detector.base import errors
 from detector.base.constants import CLASSES
+from detector.base.errors import UsageError
 from detector.base.files import only_writer, sha256
 from detector.evaluation import assess, audit, baseline, pictures
 from detector.images.distort import ARMS, CONDITIONS
@@ -59,7 +63,10 @@ def run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(assess, "cross_validated_leak", lambda *_: None)
 
     def call(**flags):
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        words = []
+        for name, value in flags.items():
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            words += [f"--{name}", *map(str, values)]
         code = evaluate.main([*words, "--report_dir", str(tmp_path / "out")])
         report = json.loads((tmp_path / "out" / "metrics.json").read_text())
         return code, report, *capsys.readouterr()
@@ -190,6 +197,75 @@ def test_the_contact_sheet_shows_the_most_confidently_wrong(evaluated):
     assert fake == sorted(fake) and all(p < 0.5 for p in fake)
     with Image.open(place / "out" / "hardest.png") as sheet:
         assert sheet.height > 300
+
+
+def test_every_image_is_in_predictions_csv_the_most_confidently_wrong_first(evaluated):
+    place, report = evaluated
+    with open(place / "out" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == report["overall"]["n"]
+    wrong = [float(r["p_fake"]) if r["label"] == "real" else 1 - float(r["p_fake"]) for r in rows]
+    assert wrong == sorted(wrong, reverse=True)
+    model = load_model(place / "m.joblib")
+    for row in rows:
+        p_fake = float(row["p_fake"])
+        assert row["verdict"] == CLASSES[int(p_fake >= model["threshold"])]
+        assert (row["uncertain"] == "yes") is bool(model["band"][0] <= p_fake <= model["band"][1])
+        assert row["decision"] == "" and row["split"] == "test"
+    flips = Counter(name for row in rows for name in row["flipped_by"].split("; ") if name)
+    for row in report["robustness"][1:]:
+        assert flips[f"{row['panel']} {row['level']}"] == round(row["flipped"]["value"] * row["n"])
+
+
+def test_the_operating_table_has_untouched_and_resaved_images(evaluated):
+    _, report = evaluated
+    panel, level = CONDITIONS[assess.RESAVED][:2]
+    images = {row["images"] for row in report["operating"]}
+    parts = ("known sources", "sources never seen")
+    assert images == {f"{part}{what}" for part in parts for what in ("", f", {panel} {level}")}
+    assert len(report["operating"]) == 4 * 6 * 3
+
+
+def test_a_review_queue_is_measured_and_a_pair_is_suggested(flags, run):
+    _, report, out, _ = run(**flags, review=(0.2, 0.9), prevalence=0.02, uploads_per_day=300)
+    assert (report["review"]["low"], report["review"]["high"]) == (0.2, 0.9)
+    assert "pass below 0.2, reject from 0.9, of 300 uploads a day:" in out
+    assert {row["prevalence"] for row in report["operating"]} == {0.02}
+    limits = {"max_false_reject": 0.05, "max_missed": 0.1}
+    _, report, _, err = run(**flags, suggest_review=True, **limits)
+    low, high = report["review"]["low"], report["review"]["high"]
+    assert f"suggested: --review {low:.4g} {high:.4g}" in err and low <= high
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"review": (0.9, 0.1)}, "--review 0.9 0.1"),
+        ({"prevalence": 1.5}, "--prevalence 1.5: must be between 0 and 1"),
+        ({"uploads_per_day": 0}, "--uploads_per_day 0: must be at least 1"),
+        ({"suggest_review": True, "max_false_reject": 0}, "--max_false_reject 0"),
+        (
+            {"suggest_review": True, "max_missed": 0.001},
+            "this model cannot have --max_false_reject 0.005 (60 images are too few, it takes 200)"
+            " nor --max_missed 0.001 (60 images are too few, it takes 1000); name a larger share",
+        ),
+    ],
+)
+def test_unfit_flags_of_the_operating_table_are_refused(flags, run, bad, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        run(**flags, **bad)
+
+
+def test_a_run_of_over_a_minute_says_so_before(monkeypatch, capsys):
+    clock = iter(np.arange(0, 100, 0.1))
+    monkeypatch.setattr(pictures.time, "perf_counter", lambda: next(clock))
+    detector = Mock(pixels=lambda image: np.zeros((3, 2, 2), np.float32))
+    pictures.announce(detector, 100, "distorting", "--robustness_images takes fewer")
+    assert capsys.readouterr().err == ""
+    pictures.announce(detector, 1200, "distorting", "--robustness_images takes fewer")
+    assert capsys.readouterr().err == (
+        "distorting will take about 2 minutes (1200 images); --robustness_images takes fewer\n"
+    )
 
 
 def test_a_model_without_a_mistake_has_no_contact_sheet(folder, tmp_path):

@@ -12,10 +12,11 @@ from PIL import Image
 from test_audit import NOTHING
 from test_metrics import scored
 
-from detector.evaluation import metrics, report
+from detector.evaluation import metrics, operating, printed, report
 from detector.evaluation.audit import leak_sentence
-from detector.evaluation.metrics import METRICS, measure, share
+from detector.evaluation.metrics import METRICS, measure, share, words
 from detector.evaluation.pictures import condition
+from detector.evaluation.printed import table
 from detector.evaluation.report import (
     LEAST_IMAGES,
     assess,
@@ -23,8 +24,6 @@ from detector.evaluation.report import (
     elsewhere,
     fill,
     staged,
-    table,
-    words,
 )
 from detector.model import score
 
@@ -45,6 +44,19 @@ MODEL = {
         "band_error": 0.1,
     },
     "encoder": {"name": "made-up", "identity": "ab" * 32},
+    "metrics": {
+        "out_of_fold": {"value": 0.91, "interval": [0.88, 0.94], "n": 130},
+        "left_out": {
+            "sources": 3,
+            "mean": 0.6,
+            "worst": [{"source": "generator", "label": "fake", "n": 40, "value": 0.25}],
+        },
+    },
+    "out_of_fold": {
+        "scores": np.linspace(-3, 3, 130).astype(np.float32),
+        "labels": (np.arange(130) > 69).astype(np.int8),
+        "view": np.zeros(130, np.int8),
+    },
     "versions": {"model": "v1.2.3", "code": "0123abc"},
     "training_data": {
         "sha256": "cd" * 32,
@@ -108,6 +120,7 @@ def training_report():
     right = share(np.arange(100) < 97)
     return reported(*with_sources()) | {
         "split": "our own split",
+        "warnings": ["the rate is not certified"],
         "leak": LEAK,
         "false_alarms": {"untouched": right, "degraded": right},
         "classifiers": [
@@ -148,10 +161,13 @@ def evaluation_report():
         )
     ]
     probes = [{"what": HOSTILE, "auc": share(labels == 0), "on_test": None}]
+    columns = columns_for(labels, p_fake, names)
+    parts = operating.parts_of(MODEL, columns, p_fake, np.arange(240))
     return reported(
         labels,
         p_fake,
         names,
+        **operating.tables(MODEL, parts, (0.2, 0.8), 500, (0.01, 0.5)),
         robustness=rows,
         arms=rows[:2],
         leak=LEAK,
@@ -254,7 +270,7 @@ def test_a_slope_with_an_interval_far_from_1_gives_a_warning(value, ends, word):
 
 def test_a_printed_training_and_evaluation_hold_all_their_parts():
     result = training_report() | {"degraded": None}
-    text = report.training(result)
+    text = printed.training(result)
     for part in (
         table(result["overall"]),
         "logistic, C 0.01, on 'made-up'; threshold 0.500 (0.5 on the calibrated probability)",
@@ -266,7 +282,7 @@ def test_a_printed_training_and_evaluation_hold_all_their_parts():
     ):
         assert part in text
     result = evaluation_report()
-    text = report.evaluation(result)
+    text = printed.evaluation(result)
     for part in (
         table(result["known"]),
         table(result["unseen"]),
@@ -274,10 +290,13 @@ def test_a_printed_training_and_evaluation_hold_all_their_parts():
         "sources never seen",
         "verdicts flipped",
         "2 px",
+        "of 500 uploads a day a share of 0.01 is fake",
+        "the model's own: from 0.500",
+        "pass below 0.2, reject from 0.8, of 500 uploads a day:",
     ):
         assert part in text
     assert "not measured" not in text
-    text = report.evaluation(result | {"not_measured": ["a", "b"]})
+    text = printed.evaluation(result | {"not_measured": ["a", "b"]})
     assert "not measured without pictures (use --data_dir): a; b" in text
     assert "nan" not in text.lower().replace("unseen", "")
 
@@ -319,8 +338,11 @@ ALWAYS = {
 
 def test_a_report_is_one_json_file_tables_plots_a_page_and_a_model_card(written):
     folder, result = written
-    robust = {"robustness.csv", "arms.csv", "robustness.png"} if "robustness" in result else set()
-    assert files(folder) == ALWAYS | {"sources.png"} | robust
+    more = {"left_out.csv"}
+    if "robustness" in result:
+        more = {"robustness.csv", "arms.csv", "robustness.png", "operating.png"}
+        more |= {"operating.csv", "review.csv"}
+    assert files(folder) == ALWAYS | {"sources.png"} | more
     assert parsed(folder / "metrics.json") == json.loads(json.dumps(result))
     for path in folder.glob("*.png"):
         assert_picture(path)
@@ -364,11 +386,12 @@ def test_the_tables_agree_with_the_json_file(written):
     stored = parsed(folder / "metrics.json")
     parts = [{"images": part, **stored[part]} for part in report.PARTS if stored[part]]
     tables = {"overall": parts, "sources": stored["by_source"]}
-    tables |= {name: stored[name] for name in ("robustness", "arms") if name in stored}
+    names = ("robustness", "arms", "operating")
+    tables |= {name: stored[name] for name in names if name in stored}
     for name, rows in tables.items():
         with open(folder / f"{name}.csv", newline="") as file:
             lines = list(csv.DictReader(file))
-        assert len(lines[0]) > 20
+        assert len(lines[0]) > 15
         for line, row in zip(lines, rows, strict=True):
             for column, text in line.items():
                 value = cell(row, column)
@@ -491,7 +514,17 @@ def test_the_tables_of_the_model_card_are_tables(written):
         ), block
 
 
-def test_the_model_card_begins_with_unseen_sources_and_the_worst_of_them(written):
+def test_the_model_card_begins_with_the_training_and_the_worst_sources_left_out(written):
+    text = card(written[0])
+    assert (
+        "In training : AUC 0.91 [0.88, 0.94] on the training images, out of fold; with each of 3"
+        " sources left out of the training in turn, on average 60% of its images of a class get"
+        " the right verdict; worst on generator (fake, 40 images: 25% right)." in text
+    )
+    assert text.index("In training") < text.index("On sources never seen")
+
+
+def test_the_model_card_names_unseen_sources_and_the_worst_of_them(written):
     folder, result = written
     text, unseen = card(folder), [row for row in result["by_source"] if not row["known"]]
     listed = [row for row in unseen if row["n"] >= LEAST_IMAGES]
@@ -505,27 +538,39 @@ def test_the_model_card_begins_with_unseen_sources_and_the_worst_of_them(written
     )
 
 
-def test_without_unseen_sources_the_card_begins_with_the_sources_left_out():
-    rows = [
-        {"source": "few", "label": "fake", "n": 3, "value": 0.0},
-        {"source": "b", "label": "fake", "n": 40, "value": 0.5},
-        {"source": "a", "label": "real", "n": 20, "value": 1.0},
-        {"source": "b", "label": "real", "n": 2, "value": 0.5},
-    ]
-    assert elsewhere({"unseen": None, "leave_one_source_out": rows}) == (
-        "with each of 3 sources left out of the training in turn, on average 50% of its images of a"
-        " class get the right verdict; worst on b (fake, 40 images: 50% right), a (real, 20 images:"
-        " 100% right)"
-    )
-    assert (
-        elsewhere({"unseen": None, "leave_one_source_out": []}) == elsewhere({"unseen": None}) == ""
-    )
+def test_a_card_without_unseen_sources_has_no_sentence_on_them():
+    assert elsewhere({"unseen": None}) == ""
+    assert report.training_words({"out_of_fold": None, "left_out": None}) == ""
 
 
 def test_a_demonstration_is_marked_on_the_page_and_the_card(tmp_path):
     folder = write_report(tmp_path, reported(*scored(), notice="this encoder is a toy"))
     assert '<p class="warn">this encoder is a toy</p>' in page(folder)[0]
     assert "A demonstration. This encoder is a toy." in card(folder)
+
+
+def test_the_page_lists_images_and_predictions_csv_has_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SHOWN_IMAGES", 2)
+    rows = [{"path": f"{i}.jpg", "source": HOSTILE, "p_fake": i / 10} for i in range(3)]
+    with staged(tmp_path) as place:
+        fill(place, evaluation_report(), rows)
+    text = page(tmp_path)[0]
+    assert "The 2 most confidently wrong of\n3 images" in text
+    assert "1.jpg" in text and "2.jpg" not in text
+    assert text.count("<script") == 1
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert lines == [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def test_all_but_the_worst_sources_are_folded(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "WORST", 2)
+    result = evaluation_report()
+    text = page(write_report(tmp_path, result))[0]
+    table, folded = text.split("<details><summary>3 other sources</summary>")
+    table = table[table.index("<h2>Worst sources</h2>") :]
+    for number, row in enumerate(result["by_source"]):
+        assert f"<td>{words(row['own'])}</td>" in (table if number < 2 else folded)
 
 
 def test_the_contact_sheet_is_on_the_page_where_it_exists(tmp_path):

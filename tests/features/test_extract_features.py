@@ -53,6 +53,7 @@ def test_the_documented_command_writes_the_documented_columns(few, script, tmp_p
         "paths": ("U", (24,)),
         "splits": ("U", (24,)),
         "sources": ("U", (24,)),
+        "groups": ("U", (24,)),
         "sha256": ("U", (24,)),
         "view": ("int8", (24,)),
         "facts": ("V", (24,)),

@@ -18,6 +18,7 @@ def rich_columns():
     columns = with_views(make_columns(real=9, fake=7), 2)
     columns["paths"][0], columns["sources"][3:9] = "übung/图.jpg", "camera"
     columns["splits"][-1], columns["labels"][5] = "", -1
+    columns["groups"][:6] = "a scene"
     columns["facts"]["format"][2:5] = ["PNG", "", "WEBP"]
     return columns
 
@@ -30,6 +31,16 @@ def test_a_data_set_is_read_like_a_features_file(tmp_path):
         assert one[name].dtype.kind == other[name].dtype.kind, name
         assert np.array_equal(one[name], other[name]), name
     assert other["meta"]["encoder"] == one["meta"]["encoder"]
+
+
+def test_a_data_set_of_an_earlier_version_has_no_groups(tmp_path):
+    columns = rich_columns()
+    folder = write_dataset(tmp_path / "f", columns, parts=1)
+    (part,) = folder.glob("*.parquet")
+    pq.write_table(pq.read_table(part).drop_columns(["groups"]), part)
+    again = load_features(folder)
+    assert again["groups"].tolist() == [""] * len(columns["labels"])
+    assert again["paths"].tolist() == columns["paths"].tolist()
 
 
 def test_any_parquet_reader_reads_the_folder(tmp_path):

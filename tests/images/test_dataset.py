@@ -100,7 +100,7 @@ NAMES = {
 @pytest.mark.parametrize("spell", [str, str.upper, str.title], ids=["lower", "upper", "title"])
 def test_these_names_are_labels(name, label, spell):
     path = f"train/{spell(name)}/x/1.png"
-    assert describe(path) == (path, label, "train", "x")
+    assert describe(path) == Entry(path, label, "train", "x")
 
 
 def test_no_other_name_is_a_label():
@@ -123,8 +123,9 @@ def test_two_labels_that_disagree_are_an_error_that_names_both(path, first, seco
 
 def test_other_split_names_replace_the_usual_ones():
     names = ("fit", "check")
-    assert describe("Fit/real/a/1.png", names) == ("Fit/real/a/1.png", REAL, "fit", "a")
-    assert describe("train/real/a/1.png", names) == ("train/real/a/1.png", REAL, "", "train/a")
+    paths = "Fit/real/a/1.png", "train/real/a/1.png"
+    assert describe(paths[0], names) == Entry(paths[0], REAL, "fit", "a")
+    assert describe(paths[1], names) == Entry(paths[1], REAL, "", "train/a")
 
 
 # ---- a folder ----
@@ -205,6 +206,7 @@ def some_columns(n=4):
         "paths": np.array([f"real/{i}.png" for i in range(n)]),
         "splits": np.array(["train"] * n),
         "sources": np.array([""] * n),
+        "groups": np.array([""] * n),
         "sha256": np.array(["0" * 64] * n),
         "view": np.zeros(n, np.int8),
         "facts": np.zeros(n, FACTS),

@@ -331,6 +331,7 @@ def grouped(labels, sources, sha256=None):
     columns = {
         "labels": np.array(labels),
         "sources": np.array(sources),
+        "groups": np.full(n, ""),
         "sha256": np.arange(n).astype(str) if sha256 is None else sha256,
         "thumb": rng.integers(0, 256, (n, 64)).astype(np.uint8),
     }

@@ -112,7 +112,8 @@ def test_a_file_beside_the_label_folders_is_named(data, capsys):
     ],
 )
 def test_usual_spellings_of_a_split_are_that_split(name, split):
-    assert describe(f"{name}/real/a/1.png")[2:] == (split, "a")
+    entry = describe(f"{name}/real/a/1.png")
+    assert (entry.split, entry.source) == (split, "a")
 
 
 def test_custom_split_names_have_no_other_spellings():

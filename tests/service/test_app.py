@@ -264,6 +264,8 @@ def start(request, script):
         ({"MODEL_PATH": str(BASELINE)}, ["demonstration", "ALLOW_DEMO_MODEL=1"]),
         ({**DEMO, "PORT": "eighty"}, ["PORT=eighty", "whole number"]),
         ({**DEMO, "PORT": "70000"}, ["PORT=70000", "65535"]),
+        ({**DEMO, "CORS_ORIGINS": "app.example"}, ["CORS_ORIGINS: app.example", "https://"]),
+        ({**DEMO, "SCRIPT_NAME": "detector"}, ["SCRIPT_NAME=detector", "such as /detector"]),
     ],
     ids=[
         "no model",
@@ -273,6 +275,8 @@ def start(request, script):
         "demonstration",
         "port of letters",
         "port too high",
+        "an origin without a scheme",
+        "a prefix without a slash",
     ],
 )
 def test_a_bad_setting_ends_the_start(start, settings, words):

@@ -16,6 +16,7 @@ OPEN = ["/", "/healthz", "/readyz", "/metrics", "/openapi.json"]
 CLOSED = [
     ("post", "/classify"),
     ("post", "/classify/batch"),
+    ("post", "/explain"),
     ("post", "/feedback"),
     ("get", "/model"),
 ]

@@ -23,6 +23,7 @@ from detector.service.upload import FIELD_BYTES
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 VERDICTS = ("/classify", "/classify/batch")
+UPLOADS = (*VERDICTS, "/explain")
 EXAMPLES = list(examples(DOCUMENT))
 FORM = "multipart/form-data; boundary=x"
 
@@ -188,7 +189,7 @@ def ask(client, keyed, monkeypatch, method, path, status):
         return keyed.post(path, data=bytes(30_000), headers=BEARER, content_type=kind)
     if status == 415 and path != "/classify":
         return keyed.post(path, data=b"x", headers={**BEARER, "Content-Encoding": "gzip"})
-    if path in VERDICTS:
+    if path in UPLOADS:
         image = {200: picture(), 415: b"hello", 422: picture()[:-500]}.get(status)
         return upload(client, path, *([] if image is None else [image]))
     if path == "/feedback" and status != 403:

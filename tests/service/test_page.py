@@ -2,15 +2,15 @@
 
 import base64
 import json
-import os
-import shutil
 
+import numpy as np
 import pytest
 from browsing import (
     CLASSIFY,
     COUNT,
+    EXPLAIN,
     HAND_OVER,
-    QUIET,
+    MAP,
     answer,
     assert_says,
     assert_shows,
@@ -22,25 +22,9 @@ from engines import keys_file
 from live import Live
 from made_up import BASELINE, NOTICE
 from patience import PATIENCE
+from PIL import Image
 
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A headless Chromium for all tests here, with a home of its own."""
-    paths = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    path = next(filter(None, paths), None)
-    if path is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    try:
-        import axe_playwright_python  # noqa: F401
-        from playwright.sync_api import sync_playwright
-    except ImportError as missing:
-        pytest.skip(f"{missing.name} is not installed: pip install -r requirements/dev.txt")
-    with sync_playwright() as playwright:
-        home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("chromium"))}
-        chromium = playwright.chromium.launch(executable_path=path, args=QUIET, env=home)
-        yield chromium
-        chromium.close()
+from detector.images.occlusion import MEANING
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +103,9 @@ def test_a_chosen_photo_gets_the_verdict_and_the_details_of_classify_py(
             {"uncertain": True, "reason": "its sides are short"},
             ["Uncertain", "leaning to real, 90%", "Its sides are short."],
         ),
+        ({"decision": "review"}, ["Real", "90% confidence; decision: review"]),
     ],
-    ids=["real", "fake", "uncertain"],
+    ids=["real", "fake", "uncertain", "review"],
 )
 def test_the_card_of_each_kind_of_verdict(visit, photos, given, words):
     page = visit()
@@ -194,6 +179,71 @@ def test_the_page_explains_a_verdict_and_shows_the_notice_of_the_model(visit):
     )
     assert_says(page.get_by_role("main"), "JPEG", "up to 10 MB", "not kept")
     assert page.get_by_role("contentinfo").inner_text().startswith("Model v")
+
+
+def colours(canvas):
+    """Pixels of a canvas, int [side, side, 4]: red, green, blue, alpha."""
+    side = canvas.evaluate("canvas => canvas.width")
+    read = "(canvas, side) => [...canvas.getContext('2d').getImageData(0, 0, side, side).data]"
+    return np.reshape(canvas.evaluate(read, side), (side, side, 4))
+
+
+def test_the_button_shows_what_moved_a_verdict_beside_the_picture(visit, photos):
+    page = visit()
+    pick(page, photos["china.jpg"])
+    element = card(page, "china.jpg")
+    with page.expect_response(EXPLAIN) as response:
+        element.get_by_role("button", name="What moved it? (china.jpg)").click()
+    rows = np.array(response.value.json()["rows"])
+    drawn = element.get_by_role("img", name="What moved the verdict")
+    drawn.wait_for()
+    strength, pixels = np.abs(rows) / np.abs(rows).max(), colours(drawn)
+    assert pixels[..., 3] / 255 == pytest.approx(strength, abs=0.01)
+    orange = pixels[..., 0] > pixels[..., 2]
+    assert (orange == (rows > 0))[strength > 0.2].all()  # purple otherwise
+    shown = element.get_by_role("img", name="The part that the model saw")
+    left, right = shown.bounding_box(), drawn.bounding_box()
+    assert left["y"] == right["y"] and left["x"] < right["x"]
+    assert left["width"] == pytest.approx(right["width"]) == pytest.approx(left["height"])
+    factor = np.exp(np.abs(rows).max())
+    says = [MEANING, "Orange parts speak for fake", f"by a factor of {factor:.1f}", "26 passes"]
+    assert_says(element, *says)
+    assert f"china.jpg: {MEANING}" in page.get_by_role("log").inner_text()
+
+
+def test_the_picture_beside_the_map_is_its_middle_square(visit, tmp_path):
+    pixels = np.zeros((40, 120, 3), np.uint8)
+    pixels[:, 40:80], pixels[:, 80:] = (0, 255, 0), (0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    page = visit()
+    page.route(CLASSIFY, answer())
+    page.route(EXPLAIN, lambda route: route.fulfill(json=MAP))
+    pick(page, tmp_path / "wide.png")
+    card(page, "wide.png").get_by_role("button", name="What moved it?").click()
+    shown = page.get_by_role("img", name="The part that the model saw")
+    shown.wait_for()
+    assert (colours(shown)[:, 10:-10] == [0, 255, 0, 255]).all()
+
+
+def test_a_map_that_the_service_refuses_is_explained_and_can_be_tried_again(visit, photos):
+    page, busy = visit(), {"error": "busy: another map is being made; try again later"}
+    page.route(EXPLAIN, lambda route: route.fulfill(status=503, json=busy))
+    pick(page, photos["china.jpg"])
+    element = card(page, "china.jpg")
+    element.get_by_role("button", name="What moved it?").click()
+    element.get_by_text("Busy: another map is being made; try again later.").wait_for()
+    page.unroute(EXPLAIN)
+    element.get_by_role("button", name="What moved it?").click()
+    element.get_by_role("img", name="What moved the verdict").wait_for()
+    assert_says(element, "%", MEANING)
+
+
+def test_without_a_verdict_nothing_is_explained(visit, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    page = visit()
+    pick(page, tmp_path / "notes.txt")
+    element = card(page, "notes.txt")
+    assert not element.get_by_role("button", name="What moved it?").is_visible()
 
 
 # ---- what goes wrong ----

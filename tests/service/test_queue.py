@@ -27,7 +27,8 @@ from detector.verdict import Detector
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-PATHS = ["/classify", "/classify/batch"]
+VERDICTS = ["/classify", "/classify/batch"]
+PATHS = [*VERDICTS, "/explain"]
 
 
 def rejected(client, reason):
@@ -115,21 +116,22 @@ def test_a_body_far_above_the_limit_is_not_read_to_its_end(busy, path, status):
     assert response.status_code == status and 20_000_000 < body.taken < 23_000_000
 
 
-def test_refused_uploads_are_counted_and_logged_once_a_second(busy, caplog, monkeypatch):
+@pytest.mark.parametrize("path", PATHS)
+def test_refused_uploads_are_counted_and_logged_once_a_second(busy, caplog, monkeypatch, path):
     telemetry, clock = engine_of(busy).telemetry, [100.0]
     monkeypatch.setattr(
         "detector.service.telemetry.time",
         SimpleNamespace(monotonic=lambda: clock[0], strftime=time.strftime, gmtime=time.gmtime),
     )
     for total in range(1, 6):
-        response = upload(busy, "/classify", picture(), headers={"X-Request-ID": f"mine-{total}"})
+        response = upload(busy, path, picture(), headers={"X-Request-ID": f"mine-{total}"})
         assert (response.status_code, response.headers["X-Request-ID"]) == (503, f"mine-{total}")
-    assert counted(telemetry, "requests_total", route="/classify", status="503") == 5
-    assert counted(telemetry, "request_seconds_count", route="/classify", status="503") == 5
+    assert counted(telemetry, "requests_total", route=path, status="503") == 5
+    assert counted(telemetry, "request_seconds_count", route=path, status="503") == 5
     assert [line["total"] for line in lines(caplog, "turned_away")] == [1]
     assert not lines(caplog, "request")
     clock[0] += 1
-    upload(busy, "/classify", picture())
+    upload(busy, path, picture())
     logged = [(line["reason"], line["total"]) for line in lines(caplog, "turned_away")]
     assert logged == [("queue_full", 1), ("queue_full", 6)]
 
@@ -160,7 +162,7 @@ def test_a_wait_without_a_slot_ends_with_503_after_the_timeout(monkeypatch, path
     assert rejected(client, "queue_timeout") == 1 and waiting(client) == 0
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", VERDICTS)
 def test_with_a_full_queue_an_upload_is_refused_and_a_waiting_one_gets_its_verdict(
     monkeypatch, path, caplog
 ):

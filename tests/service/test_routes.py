@@ -25,9 +25,11 @@ from made_up import BASELINE, baseline_for, other_encoder
 from PIL import Image, PngImagePlugin
 from prometheus_client.parser import text_string_to_metric_families
 
+from detector.base.errors import UsageError
 from detector.base.files import sha256
 from detector.evaluation import metrics
 from detector.model.file import load_model
+from detector.service.settings import read_settings
 from detector.verdict import Detector
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -166,6 +168,40 @@ def test_only_an_uncertain_verdict_has_a_reason(tmp_path, band, uncertain):
     assert verdict["uncertain"] is uncertain
     reason = verdict["reason"]
     assert "between 0.00 and 1.00" in reason if uncertain else reason is None
+
+
+@pytest.mark.parametrize(
+    "review, decision", [((0.99, 1), "pass"), ((0, 1), "review"), ((0, 0), "reject"), (None, None)]
+)
+def test_two_thresholds_give_a_decision(caplog, review, decision):
+    low, high = map(str, review or ("", ""))
+    client = client_on(REVIEW_LOW=low, REVIEW_HIGH=high)
+    data = picture()
+    answer = upload(client, VERDICT + "?details=1", data).json
+    logged = lines(caplog, "verdict")[-1]
+    (batched,) = upload(client, BATCH + "?details=1", data).json["results"]
+    for facts in (answer, logged, batched):
+        assert facts.get("decision") == decision
+    assert list(upload(client, VERDICT, data).json) == ["classification", "confidence"]
+    labels = {"model_version": answer["model_version"], "decision": decision}
+    assert counted(engine_of(client).telemetry, "decisions_total", **labels) == (
+        3 if decision else 0
+    )
+
+
+@pytest.mark.parametrize(
+    "low, high, words",
+    [
+        ("0.6", "0.4", "REVIEW_LOW, REVIEW_HIGH 0.6 0.4: must be two probabilities, the lower"),
+        ("0.2", "", "REVIEW_LOW=0.2, REVIEW_HIGH=: must be two probabilities, or both empty"),
+        ("0.2", "1.2", "0.2 1.2"),
+        ("nan", "1", "nan 1"),
+        ("low", "high", "REVIEW_LOW=low"),
+    ],
+)
+def test_unfit_thresholds_of_a_decision_are_refused_at_the_start(low, high, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        read_settings({"REVIEW_LOW": low, "REVIEW_HIGH": high})
 
 
 def test_a_model_without_a_notice_shows_none(tmp_path):

@@ -28,6 +28,7 @@ METRICS = {  # name: type
     "image_errors": "counter",
     "verdicts": "counter",
     "uncertain": "counter",
+    "decisions": "counter",
     "confidence": "histogram",
     "scores": "counter",
     "reference_share": "gauge",
@@ -242,6 +243,16 @@ def test_verdicts_are_counted_by_version_and_class():
     assert counted(telemetry, "confidence_count") == 3
     assert counted(telemetry, "confidence_sum") == pytest.approx(2.1)
     assert scores(telemetry, "v1") == 3
+
+
+def test_decisions_are_counted_by_version():
+    telemetry = Telemetry()
+    detector = serve(telemetry, detector_of())
+    for decision in ("review", "reject", "review"):
+        give(telemetry, detector, decision=decision)
+    for decision, count in (("review", 2), ("reject", 1)):
+        labels = {"model_version": "v1", "decision": decision}
+        assert counted(telemetry, "decisions_total", **labels) == count
 
 
 def test_all_ten_bins_exist_before_the_first_verdict():

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import train_model
 from detector.base.errors import UsageError
+from detector.evaluation.metrics import words
 from detector.evaluation.plots import PLOTS
 from detector.evaluation.report import NAMES
 from detector.model.file import load_model
@@ -22,7 +23,6 @@ from detector.model.score import p_fake_of, probability
 from detector.model.threshold import stale_threshold
 from detector.training import classifiers, recipe, rows
 from detector.training.classifiers import GRIDS
-from detector.training.rows import warn_of_few_reals
 
 
 def row_of(metric):
@@ -172,8 +172,8 @@ def test_degraded_copies_train_and_are_reported_apart(train, quick):
         assert row_of(accuracy) in printed and model["metrics"][part] == content[part]
     assert right[test & whole].mean() != right[test & ~whole].mean()
     assert "on 120 degraded copies of the test images:" in printed
-    for words in ("40 real training images", "120 degraded copies of them"):
-        assert re.search(rf"(?m)called fake, out of fold: 0\.\d+ \[.*\] of {words}$", printed)
+    for images in ("40 real training images", "120 degraded copies of them"):
+        assert re.search(rf"(?m)called fake, out of fold: 0\.\d+ \[.*\] of {images}$", printed)
 
 
 def test_without_copies_the_output_does_not_mention_them(train, quick):
@@ -206,36 +206,67 @@ def test_the_rate_of_the_threshold_is_printed_and_at_most_max_fpr(train, quick, 
     assert model["threshold_rule"]["max_fpr"] == 0.1 and stale_threshold(model) is None
 
 
-@pytest.mark.parametrize(
-    "rate, needed", [(0.05, 60), (0.074, 41), (0.075, None), (0.5, None), (0.01, 300)]
-)
-@pytest.mark.parametrize("views", [0, 3])
-def test_a_warning_names_the_reals_needed_to_certify_a_rate(capsys, rate, needed, views):
-    # copies do not count
-    rows = training_rows(with_views(make_columns(real=40, fake=200), views))
-    warn_of_few_reals(rate, rows)
-    expected = (
-        f"warning: 40 different real training images are too few to certify a rate of {rate:g}: it"
-        f" takes {needed}\n"
-    )
-    assert capsys.readouterr().err == (expected if needed else "")
+@pytest.mark.parametrize("views", [0, 1])
+def test_a_warning_says_that_the_interval_ends_above_max_fpr(train, quick, views):
+    columns = with_views(make_columns(real=150, fake=150, gap=1), views, noise=1)
+    _, content, printed, _ = train(columns, max_fpr=0.1)
+    names = ["untouched", "degraded"][: 1 + views]
+    assert len(content["warnings"]) == len(names)
+    for name, line in zip(names, content["warnings"], strict=True):
+        rate = content["false_alarms"][name]
+        assert f"WARNING  {line}\n" in printed
+        assert line.startswith(f"{words(rate, 3)} of the {name} real training images")
+        assert rate["interval"][1] > 0.1
 
 
-def test_copies_of_a_picture_certify_no_rate(capsys):
-    rows = training_rows(make_columns(real=120, fake=120))
-    rows.twins = rows.twins % 30
-    warn_of_few_reals(0.05, rows)
-    assert "warning: 30 different real training images are too few" in capsys.readouterr().err
+def test_a_rate_whose_interval_ends_below_max_fpr_comes_without_a_warning():
+    content = {
+        "threshold_rule": {"max_fpr": 0.05},
+        "false_alarms": {"untouched": {"value": 0.01, "interval": [0.0, 0.049], "n": 500}},
+    }
+    assert recipe.rate_warnings(content) == []
+
+
+def test_copies_of_a_picture_certify_no_rate(quick):
+    columns = make_columns(real=150, fake=150, gap=8)
+    model, rows = build(columns), training_rows(columns)
+    assert recipe.false_alarms(model, rows)["untouched"]["interval"][1] < 0.05
+    rows.groups = rows.groups % 30
+    assert recipe.false_alarms(model, rows)["untouched"]["interval"][1] > 0.05
+
+
+# ---- another threshold for the same classifier ----
+
+
+def test_a_threshold_moves_without_another_training(train, quick, tmp_path, monkeypatch):
+    columns = make_columns(real=150, fake=150, gap=1)
+    old, before, _, _ = train(columns, name="old", notice="a test")
+    monkeypatch.setattr(recipe, "build", Mock(side_effect=AssertionError("trained again")))
+    flags = {"from_model": str(tmp_path / "old.joblib"), "model_version": "v2.0.0"}
+    new, content, printed, _ = train(columns, name="new", max_fpr=0.02, **flags)
+    assert new["sha256"] != old["sha256"] and new["versions"]["model"] == "v2.0.0"
+    moved = {"threshold", "threshold_rule", "band", "metrics", "versions", "sha256", "squares"}
+    for name in old.keys() - moved:
+        assert pickle.dumps(old[name]) == pickle.dumps(new[name]), name
+    assert new["threshold"] > old["threshold"] and stale_threshold(new) is None
+    assert new["threshold_rule"]["max_fpr"] == 0.02
+    assert content["overall"]["auc"] == before["overall"]["auc"]
+    assert content["overall"]["threshold"] == new["threshold"]
+    by_hand, _, printed, _ = train(columns, name="hand", threshold=0.7, **flags)
+    assert by_hand["threshold"] == 0.7 and stale_threshold(by_hand) is None
+    assert "threshold 0.700 (0.7, given with --threshold)" in printed
+
+
+def test_a_model_of_other_rows_keeps_its_threshold(train, quick, tmp_path):
+    train(make_columns(), name="old")
+    with pytest.raises(UsageError, match="--from_model .*old.joblib: was trained on other rows"):
+        train(make_columns(real=100), from_model=str(tmp_path / "old.joblib"), threshold=0.7)
 
 
 def test_models_whose_names_differ_after_a_dot_have_reports_of_their_own(train, quick, tmp_path):
     for name in ("model_v1.2", "model_v1.3"):
         train(make_columns(), name=name)
         assert (tmp_path / f"{name}_report" / "metrics.json").is_file()
-
-
-def test_the_command_gives_the_warning(train, quick):
-    assert "too few to certify a rate of 0.01" in train(make_columns(), max_fpr=0.01)[3]
 
 
 # ---- which kind ----

@@ -17,7 +17,7 @@ from detector.images import provenance
 from detector.model.file import load_model, save_model
 from detector.verdict import SHIPPED_MODEL, answer
 
-LINE = r"(real|fake) \(confidence [01]\.\d\d\)"
+LINE = r"(real|fake) \(confidence [01]\.\d\d(, uncertain)?\)"
 OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
 
@@ -88,7 +88,7 @@ def test_json_has_exactly_the_two_documented_keys(classify, photos):
 def test_the_line_and_the_json_agree(classify, photos):
     (verdict,) = objects(classify(photos["china.jpg"], flags=["--json"]))
     line = f"{verdict['classification']} (confidence {verdict['confidence']:.2f})\n"
-    assert assert_done(classify(photos["china.jpg"])) == line
+    assert assert_done(classify(photos["china.jpg"])).replace(", uncertain", "") == line
 
 
 def test_several_images_give_a_line_each_with_its_path_in_order(classify, photos):
@@ -201,6 +201,22 @@ def test_a_verdict_in_the_band_is_uncertain_but_the_same(classify, photos, moved
     assert verdict["uncertain"] is uncertain and 0.01 < verdict["p_fake"] < 0.99
     (plain,) = objects(classify(photo, flags=["--json"]))
     assert verdict["classification"] == plain["classification"]
+    assert (", uncertain)" in assert_done(classify(photo, model=model))) is uncertain
+
+
+@pytest.mark.parametrize(
+    "review, decision", [("0.99 1", "pass"), ("0 1", "review"), ("0 0", "reject")]
+)
+def test_two_thresholds_give_a_decision(classify, photos, review, decision):
+    flags = ["--json", "--review", *review.split()]
+    (verdict,) = objects(classify(photos["china.jpg"], flags=flags))
+    assert verdict["decision"] == decision
+    assert verdict.keys() - {"decision"} == {"classification", "confidence", *DETAILS}
+
+
+def test_thresholds_of_a_decision_in_the_wrong_order_are_a_one_line_error(classify, photos):
+    result = classify(photos["china.jpg"], flags=["--review", "0.8", "0.2"])
+    assert_one_line_error(result, "--review 0.8 0.2: must be two probabilities, the lower first")
 
 
 # ---- which model ----

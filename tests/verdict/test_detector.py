@@ -5,9 +5,9 @@ import pytest
 from made_up import BASELINE
 
 from detector.base.constants import MAX_PIXELS
-from detector.base.errors import UnsupportedImage
+from detector.base.errors import ImageTooLarge, UnsupportedImage, UsageError
 from detector.base.files import read_bytes
-from detector.verdict import Detector, classify_all
+from detector.verdict import Detector, Verdict, classify_all
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +39,19 @@ def test_a_bad_image_does_not_shift_the_verdicts_of_the_others(crops, tmp_path, 
     alone = [verdict.p_fake for _, (verdict, _) in pairs]
     assert among == pytest.approx(alone, abs=1e-5)
     assert np.diff(sorted(alone)).min() > 3e-4  # a verdict in another's place would show
+
+
+def test_files_are_classified_in_their_order_and_a_bad_file_is_its_error(crops, tmp_path):
+    detector, bad = Detector(BASELINE), tmp_path / "bad.jpg"
+    bad.write_text("hello")
+    paths = [crops[0], bad, tmp_path / "none.jpg", *crops[1:9], tmp_path]
+    results = detector.classify_files(iter(paths))
+    assert [path for path, _ in results] == paths
+    errors = [result for _, result in results if isinstance(result, Exception)]
+    assert [type(error) for error in errors] == [UnsupportedImage, UsageError, UsageError]
+    verdict = results[0][1]
+    assert isinstance(verdict, Verdict)
+    assert verdict.confidence == pytest.approx(detector.classify(read_bytes(crops[0]))[1], abs=2e-4)
+    assert detector.classify_files([]) == []
+    small = dict(detector.classify_files(crops[:2], max_pixels=100))
+    assert all(isinstance(error, ImageTooLarge) for error in small.values())
