@@ -61,21 +61,15 @@ def add_training_arguments(parser):
         "--max_fpr",
         type=float,
         metavar="X",
-        help=(
-            "choose the threshold for at most this share of real images called fake (default: 0.5"
-            " on the calibrated probability)"
-        ),
+        help="threshold for at most this share of reals called fake",
     )
     threshold.add_argument(
-        "--threshold", type=float, metavar="P", help="call an image fake from this probability on"
+        "--threshold", type=float, metavar="P", help="set the threshold by hand (default: 0.5)"
     )
     parser.add_argument(
         "--from_model",
         metavar="FILE",
-        help=(
-            "keep the classifier of this model, and only choose its threshold anew; needs the"
-            " features of its training"
-        ),
+        help="only move the threshold of this model; needs the features of its training",
     )
     parser.add_argument("--train_splits", default="train", metavar="A,B", help="splits to train on")
     parser.add_argument(
@@ -91,8 +85,8 @@ def add_output_arguments(parser):
         "--notice",
         metavar="TEXT",
         help=(
-            "what the model is not fit for; shown beside every verdict. The service then loads the"
-            " model only with ALLOW_DEMO_MODEL=1"
+            "what the model is not fit for, shown with verdicts; the service then needs"
+            " ALLOW_DEMO_MODEL=1"
         ),
     )
     parser.add_argument(
@@ -104,8 +98,7 @@ def add_output_arguments(parser):
         "--export_sklearn",
         metavar="FILE",
         help=(
-            "also write a scikit-learn Pipeline for skops.io.load, without the calibrator and the"
-            " threshold"
+            "also write a scikit-learn Pipeline for skops.io.load, without calibrator and threshold"
         ),
     )
 

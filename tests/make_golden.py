@@ -8,16 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from detector.base.files import atomic_write
+from detector.encoders.runtime import Encoder
 from detector.images import samples
 from detector.images.decoding import decode_image
-from detector.verdict import SHIPPED_MODEL, Detector
+from detector.model.file import load_model
+from detector.verdict import SHIPPED_MODEL, Detector, encoder_folder
 
 GOLDEN = Path(__file__).with_name("golden_photos.npz")
 
 
-def features_of(photos):
-    """Paths -> float32 [n, d] by the shipped encoder."""
-    detector = Detector(SHIPPED_MODEL)
+def features_of(photos, precision="float32"):
+    """Paths -> float32 [n, d] by the shipped encoder, in the same precision on each machine."""
+    model = load_model(SHIPPED_MODEL)
+    folder = encoder_folder(model["encoder"], SHIPPED_MODEL)
+    detector = Detector(SHIPPED_MODEL, model=model, encoder=Encoder(folder, "cpu", precision))
     pixels = [detector.pixels(decode_image(path.read_bytes())) for path in photos]
     return detector.encoder.encode(np.stack(pixels))
 

@@ -218,24 +218,17 @@ def test_a_closed_stdout_is_no_error(script, data):
     assert "Traceback" not in result.stderr
 
 
-def without_a_name():
-    """Become a user without an entry in the list of users."""
-    if os.getuid() == 0:
-        os.setgroups([])
-        os.setgid(12345)
-        os.setuid(12345)
-
-
 def test_without_home_and_user_name_the_error_asks_for_clip_cache():
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from detector.base.console import run\n"
         "from detector.encoders.runtime import cache_dir\n"
+        "if os.getuid() == 0:\n"
+        "    os.setgroups([]); os.setgid(12345); os.setuid(12345)  # a user without a name\n"
         "run(lambda: print(cache_dir()))"
     )
     options = {"capture_output": True, "text": True, "env": {"PATH": os.environ["PATH"]}}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd="/", preexec_fn=without_a_name, **options)
+    result = subprocess.run([sys.executable, "-c", code], cwd="/", **options)
     assert_one_line_error(result, "neither HOME nor CLIP_CACHE is set", "set CLIP_CACHE")
 
 

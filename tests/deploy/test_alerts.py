@@ -187,7 +187,7 @@ def service(tmp_path_factory, photos):
     """A client after verdicts, refused images, a missing token, feedback and a failed reload."""
     keys = tmp_path_factory.mktemp("keys") / "api-keys"
     keys.write_text(f"mine {sha256(b'token')}\n")
-    client = ready_client(API_KEYS_FILE=str(keys))
+    client = ready_client(API_KEYS_FILE=str(keys), REVIEW_LOW="0.2", REVIEW_HIGH="0.8")
     assert upload(client, "/classify", b"").status_code == 401
     client.environ_base["HTTP_AUTHORIZATION"] = "Bearer token"
     photo = photos["china.jpg"].read_bytes()
