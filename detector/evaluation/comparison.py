@@ -25,7 +25,6 @@ Judged = namedtuple("Judged", "model detector columns p_fake")
 Pair = namedtuple("Pair", "columns labels p_fake thresholds right twins groups kind")
 SOCIAL = "social media", "both, one after the other"  # of CONDITIONS
 SOCIAL_IMAGES = 1000  # drawn with a fixed seed
-LEAVES_OUT = "--features_files leaves it out"
 SHEET = "disagreements.png"
 
 
@@ -98,7 +97,9 @@ def social_rows(judged, images, data_dir):
     rows = draw_evenly(strata, SOCIAL_IMAGES)
     drawn = {name: images.columns[name][rows] for name in ("paths", "labels", "sha256")}
     for one in judged:
-        pictures.announce(one.detector, 2 * len(rows), "the social-media chain", LEAVES_OUT)
+        pictures.announce(
+            one.detector, 2 * len(rows), "the social-media chain", "--features_files leaves it out"
+        )
     p_fake = np.stack(
         [pictures.changed(one.detector, data_dir, drawn, [(chain, chain)])[:, 1] for one in judged]
     )
@@ -124,8 +125,8 @@ def disagreements(images):
     ]
 
 
-def describe(models, judged, images, social):
-    """-> the content of the report. `social`: of `social_rows`, None without pictures."""
+def describe(models, judged, images, data_dir):
+    """-> the content of the report. `data_dir`: None without pictures."""
     decided = paired.judge(images.labels, images.right, images.groups)
     return {
         **dict(zip("ab", (report.about(one.model) for one in judged), strict=True)),
@@ -133,13 +134,13 @@ def describe(models, judged, images, social):
         "groups": images.kind,
         "rows": [
             *paired.measure(images.labels, images.p_fake, images.thresholds, images.groups),
-            *(social or []),
+            *(social_rows(judged, images, data_dir) if data_dir else ()),
         ],
         "sources": source_rows(images),
         "disagreements": disagreements(images),
         "judged": decided,
         "sentence": paired.sentence(decided, *models),
-        "without_pictures": social is None,
+        "without_pictures": not data_dir,
     }
 
 
@@ -151,8 +152,8 @@ def fill(place, content):
         "comparison.html": report.render("comparison.html", content, sheet),
         "comparison.json": json.dumps(content, indent=1),
     }
-    table = report.csv_table(rows, names.split(), ["difference"])
-    report.write(place, {"comparison.csv": table}, texts)
+    tables = {"comparison.csv": report.csv_table(rows, names.split(), ["difference"])}
+    report.write(place, tables, texts)
     return report.render("comparison.txt", content)
 
 
@@ -166,8 +167,7 @@ def compare(models, data_dir=None, features_files=None, report_dir="comparison",
     check_folder(report_dir, f"--report_dir {report_dir}")
     judged, unreadable = judge_images(models, data_dir, features_files, device)
     images = pair(judged)
-    social = social_rows(judged, images, data_dir) if data_dir else None
-    content = describe(models, judged, images, social)
+    content = describe(models, judged, images, data_dir)
     with atomic_folder(report_dir, [SHEET]) as place:
         if data_dir:
             entries, caption = content["disagreements"], "{label}: a {a:.2f}, b {b:.2f}"
