@@ -27,7 +27,11 @@ def add_input_arguments(parser):
     )
     parser.add_argument("--data_dir", metavar="DIR", help="folder of labelled images")
     parser.add_argument(
-        "--labels_file", metavar="CSV", help="table of path, label, split, source, group"
+        "--labels_file",
+        nargs="+",
+        metavar="CSV",
+        help="table of path, label, split, source, group; of a draw also probability, from one or"
+        " two people",
     )
     parser.add_argument(
         "--features_file",
@@ -127,7 +131,7 @@ def parse_args(argv):
     if args.data_dir:
         need_folder(args.data_dir)
     if args.features_file:
-        need_features(args.features_file, args.labels_file)
+        need_features(args.features_file, " ".join(args.labels_file or ()))
     return args
 
 

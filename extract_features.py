@@ -53,7 +53,7 @@ def add_main_arguments(parser):
         "--clip_model",
         default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
         metavar="NAME|FILE",
-        help="a name (docs/encoders.md) or a checkpoint; CLIP_MODEL sets the default",
+        help="name (docs/encoders.md) or checkpoint; CLIP_MODEL sets the default",
     )
     parser.add_argument(
         "--layers",
@@ -89,6 +89,9 @@ def add_folder_arguments(parser):
         "--unlabelled", action="store_true", help="accept any folder; all labels are -1"
     )
     parser.add_argument(
+        "--keep_for_test", type=float, metavar="X", help="share of the table for the split test"
+    )
+    parser.add_argument(
         "--split_names",
         default=",".join(SPLITS),
         metavar="A,B",
@@ -120,7 +123,7 @@ def add_run_arguments(parser):
         "--precision",
         choices=["auto", "float32", "bfloat16", "int8"],
         default="auto",
-        help="auto: the encoder's own, else the fastest; int8: see prepare_clip.py",
+        help="auto: its own, else the fastest",
     )
     parser.add_argument(
         "--ray",
@@ -140,6 +143,10 @@ def check_numbers(args):
 
 def check_places(args):
     need_folder(args.data_dir)
+    if args.keep_for_test is not None and not (args.labels_file and 0 < args.keep_for_test < 1):
+        raise UsageError(
+            f"--keep_for_test {args.keep_for_test:g}: must be between 0 and 1, with --labels_file"
+        )
     if args.ray and args.output_file.endswith(".npz"):
         raise UsageError(
             f"--output_file {args.output_file}: --ray writes a folder of Parquet files; name it "

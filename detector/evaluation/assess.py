@@ -10,6 +10,7 @@ from detector.base.errors import UsageError
 from detector.base.files import check_folder, sha256
 from detector.evaluation import operating, printed, report
 from detector.evaluation.baseline import changes_table, compare, read_baseline
+from detector.evaluation.labelled import read_labelled, whole_folder
 from detector.evaluation.metrics import PREVALENCES
 from detector.evaluation.pictures import contact_sheet, distorted, encode_folder
 from detector.features.columns import COLUMNS, SEEN, distinct, join_columns, without_repeats
@@ -17,7 +18,6 @@ from detector.features.file import open_files
 from detector.images.distort import CONDITIONS
 from detector.images.facts import make_groups, merge_named, twin_clusters
 from detector.images.folders import list_images
-from detector.images.labels_file import read_labels
 from detector.model.file import load_model
 from detector.model.score import p_fake_of
 from detector.model.threshold import decide, outside, stale_threshold, verdict
@@ -225,6 +225,8 @@ def evaluate(
         model, columns, *split_rows(columns, model, seen)
     )
     rows, flips = compare(content, before) if before else [], {}
+    if labels_file:
+        content["whole_folder"] = whole_folder(labels_file, first, p_fake >= model["threshold"])
     with report.staged(report_dir) as place:
         if detector:
             tables, more, flips = assess_pictures(
@@ -273,6 +275,6 @@ def columns_of(detector, model, data_dir, features_file, labels_file):
     if features_file:
         columns, unreadable = stored_columns(features_file, model, data_dir), 0
     else:
-        labels = read_labels(labels_file, data_dir).entries if labels_file else None
-        columns, unreadable = encode_folder(detector, data_dir, labels or list_images(data_dir))
+        labels = read_labelled(labels_file, data_dir) if labels_file else list_images(data_dir)
+        columns, unreadable = encode_folder(detector, data_dir, labels)
     return without_repeats(columns), unreadable

@@ -36,7 +36,7 @@ Joined = namedtuple("Joined", "label classification version sha256")
 # ---- logs ----
 
 
-def open_log(path, stack):
+def open_log(path, stack, flag="--feedback"):
     """A log that can be read twice: the file, or a copy of a pipe. Raises UsageError."""
     try:
         log = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
@@ -47,7 +47,7 @@ def open_log(path, stack):
         return copy
     except OSError as error:
         raise UsageError(
-            f"--feedback {path}: cannot be read ({error.strerror}); name logs of the service, or -"
+            f"{flag} {path}: cannot be read ({error.strerror}); name logs of the service, or -"
             " for stdin"
         ) from None
 
@@ -132,6 +132,14 @@ def read_verdicts(logs, labels, counts):
         for name, verdict in first.items()
         if name not in ambiguous
     ]
+
+
+def hashes_of(logs):
+    """Paths of logs -> SHA-256 of every image that got a verdict. Raises UsageError."""
+    with ExitStack() as stack:
+        opened = [open_log(path, stack, "--log") for path in logs]
+        events = filter(None, map(parse, lines_of(opened)))
+        return {event.get("sha256") for event in events if event["event"] == "verdict"}
 
 
 def join(logs, counts):

@@ -23,7 +23,7 @@ from detector.images.folders import draw_evenly
 BATCH = 16
 
 
-def announce(detector, images, what, remedy):
+def announce(detector, images, what, remedy=""):
     """Say how long the encoder will take for so many images, where it is over a minute."""
     blank = detector.pixels(Image.new("RGB", (224, 224)))[None]
     for _ in range(2):  # the first pass of a size is slow
@@ -31,7 +31,7 @@ def announce(detector, images, what, remedy):
         detector.features(blank)
     seconds = images * (time.perf_counter() - started)
     if seconds > 60:
-        say(f"{what} will take about {seconds / 60:.0f} minutes ({images} images); {remedy}")
+        say(f"{what} will take about {seconds / 60:.0f} minutes ({images} images){remedy}")
 
 
 # ---- features ----
@@ -45,7 +45,7 @@ def encode_folder(detector, data_dir, entries):
     from tqdm import tqdm
 
     parts = []
-    announce(detector, len(entries), "encoding", "--features_file needs no encoding")
+    announce(detector, len(entries), "encoding")
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(entries), desc="encoding", unit="image") as progress,
@@ -142,7 +142,7 @@ def distorted(detector, data_dir, columns, groups, most):
     rows = draw_evenly(list(strata), most)
     columns = {name: columns[name][rows] for name in ("paths", "labels", "sha256", "sources")}
     changes = [(change, change) for _, _, change in CONDITIONS] + [arm[1:] for arm in ARMS]
-    remedy = "--robustness_images takes fewer"
+    remedy = "; --robustness_images takes fewer"
     announce(detector, len(rows) * (1 + len(changes)), "distorting", remedy)
     p_fake = changed(detector, data_dir, columns, changes)
     labels, untouched = columns["labels"].astype(int), p_fake[:, 0]

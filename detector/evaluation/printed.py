@@ -4,6 +4,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from detector.base.console import all_printable
+from detector.evaluation import sampling
 from detector.evaluation.metrics import words
 from detector.evaluation.report import NAMES, point
 
@@ -94,6 +95,8 @@ def evaluation(report):
     ):
         if report[part] and not (part == "overall" and apart):
             lines += [f"{report[part]['n']} images, {title}:", table(report[part])]
+    if report.get("whole_folder"):
+        lines += sampling.lines(report["whole_folder"])
     lines += operating_lines(report["operating"], report["uploads_per_day"])
     if report["review"]:
         lines += review_lines(report["review"], report["uploads_per_day"])

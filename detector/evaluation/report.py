@@ -21,6 +21,7 @@ from detector.model.score import decision, probability
 
 # Keys that only a training or only an evaluation has. Templates get None for a missing key.
 OPTIONAL = (
+    "whole_folder",
     "operating",
     "review",
     "uploads_per_day",
@@ -350,6 +351,7 @@ def render(template, report, pictures=(), predictions=()):
 
     from detector.evaluation.audit import leak_sentence, sentences
     from detector.evaluation.rules import TELLING_AUC
+    from detector.evaluation.sampling import QUESTIONS
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -367,6 +369,7 @@ def render(template, report, pictures=(), predictions=()):
         "TELLING_AUC": TELLING_AUC,
         "headline": headline,
         "WORST": WORST,
+        "QUESTIONS": QUESTIONS,
     }
     environment.filters["cell"] = lambda text: " ".join(
         str(text).replace("|", "\\|").replace("<", "&lt;").split()

@@ -28,7 +28,7 @@ from detector.features.columns import COLUMNS, SEEN, count_cells, join_columns
 from detector.images import preprocessing
 from detector.images.facts import FACTS
 from detector.images.folders import Entry, has_extension, list_files, read_folder, summary_of
-from detector.images.labels_file import read_labels
+from detector.images.labels_file import keep_for_test, read_labels
 
 COMPILE_FROM = 30_000  # images; torch.compile takes 6 s on CUDA and saves 0.2 ms an image
 AHEAD = 3  # batches in work: one being decoded, one being encoded, one decoded and ready
@@ -273,7 +273,8 @@ def find_images(args, listing):
     )
     split_names = [name.strip() for name in args.split_names.lower().split(",")]
     if args.labels_file:
-        return read_labels(args.labels_file, args.data_dir, split_names, listing)
+        labelled = read_labels(args.labels_file, args.data_dir, split_names, listing)
+        return keep_for_test(labelled, args.keep_for_test) if args.keep_for_test else labelled
     return read_folder(args.data_dir, split_names, args.unlabelled, listing)
 
 

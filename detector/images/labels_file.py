@@ -13,10 +13,12 @@ from difflib import get_close_matches
 from detector.base.console import say
 from detector.base.constants import CLASSES, SPLITS
 from detector.base.errors import UsageError
-from detector.base.files import read_bytes
+from detector.base.files import read_bytes, sha256
 from detector.images import folders
 
 NEEDED, OPTIONAL = ("path", "label"), ("split", "source", "group")
+DRAWN = ("seconds", "who", "probability", "images")  # columns of the page of draw_sample.py
+CANNOT_TELL = "cannot tell"  # its third label
 WORDS = {"0": 0, "1": 1, **folders.LABELS}
 SHOWN = 100  # characters of a field in a message
 
@@ -31,11 +33,17 @@ def read_labels(labels_file, data_dir, split_names=SPLITS, listing=None):
     folders.say_left_out(data_dir, listing)
     folders.need_files(data_dir, listing)
     paths, seen, problems = Paths(data_dir, listing), {}, []
+    untold = 0
     for line, row in read_rows(labels_file):
+        if row.get("label", "").strip().lower() == CANNOT_TELL:
+            untold += 1
+            continue
         try:
             check_repeats(entry_of(row, paths, split_names), line, seen)
         except UsageError as error:
             problems.append(f"line {line}: {error}")
+    if untold:
+        say(f"left out: {untold} images of {labels_file} that its author cannot tell")
     if problems:
         raise UsageError(
             f"--labels_file {labels_file}: {problems[0]} (wrong lines: {len(problems)})"
@@ -49,6 +57,23 @@ def read_labels(labels_file, data_dir, split_names=SPLITS, listing=None):
         )
     listing = listing._replace(files=[entry.path for entry in entries])
     return folders.Folder(entries, unlisted(labels_file, data_dir, paths.files, listing), listing)
+
+
+def keep_for_test(folder, share):
+    """Folder of a table -> the same with `share` of its images in the split test, others in train.
+
+    The hash of its path decides about an image, so that it stays where it is. A split that the
+    table names stays, too.
+    """
+
+    def split(entry):
+        kept = int(sha256(entry.path.encode())[:8], 16) < share * 2**32
+        return entry._replace(split=entry.split or ("test" if kept else "train"))
+
+    entries = [split(entry) for entry in folder.entries]
+    kept = sum(entry.split == "test" for entry in entries)
+    say(f"kept for test: {kept} of {len(entries)} labelled images; the others train")
+    return folder._replace(entries=entries)
 
 
 def unlisted(labels_file, data_dir, files, listing):
@@ -103,7 +128,7 @@ def check_header(labels_file, names):
                 f"--labels_file {labels_file}: the header needs one column '{name}'; there:"
                 f" {', '.join(names)[:SHOWN] or 'nothing'}"
             )
-    if others := ", ".join(name for name in names if name not in (*NEEDED, *OPTIONAL)):
+    if others := ", ".join(name for name in names if name not in (*NEEDED, *OPTIONAL, *DRAWN)):
         say(f"ignored: columns of {labels_file}: {others[:SHOWN]}")
 
 
