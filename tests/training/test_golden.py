@@ -12,11 +12,13 @@ import pytest
 from commands import ROOT
 from make_golden import GOLDEN, features_of
 
+from detector.encoders.runtime import has_bfloat16
 from detector.evaluation.metrics import measure
 from detector.features.file import load_features
 from detector.images import samples
 from detector.model.file import load_model
 from detector.model.score import p_fake_of
+from detector.model.threshold import outside
 from detector.verdict import SHIPPED_MODEL
 
 pytestmark = pytest.mark.golden
@@ -137,3 +139,20 @@ if os.environ.get("IMAGES_DIR"):
         paths = [Path(os.environ["IMAGES_DIR"], path) for path in columns["paths"][rows]]
         cosines = centred_cosines(features_of(paths), columns["features"][rows])
         assert cosines.min() > 0.9999
+
+    @pytest.mark.long
+    def test_in_bfloat16_only_uncertain_verdicts_differ(baseline, columns, openai):
+        """The 80 images whose scores are nearest to the threshold."""
+        if not has_bfloat16():
+            pytest.skip("this processor has no bfloat16")
+        measured = np.flatnonzero(np.isin(columns["splits"], ["test", "external"]))
+        p_fake = p_fake_of(baseline, columns["features"][measured])
+        rows = measured[np.argsort(np.abs(p_fake - baseline["threshold"]))[:80]]
+        paths = [Path(os.environ["IMAGES_DIR"], path) for path in columns["paths"][rows]]
+        low, exact = (
+            p_fake_of(baseline, features_of(paths, precision))
+            for precision in ("bfloat16", "float32")
+        )
+        differ = (low >= baseline["threshold"]) != (exact >= baseline["threshold"])
+        assert not outside(exact, baseline["band"])[differ].any()
+        assert 0 < np.abs(low - exact).max() < 0.15
