@@ -166,7 +166,8 @@ def main(argv=None):
         text, worse, unreadable = evaluate(**options)
     print(text)
     if worse:
-        say(f"worse than the baseline: {', '.join(worse)}")
+        names = ", ".join(f"{words} ({part})" for part, words, *_ in worse)
+        say(f"worse than the baseline: {names}")
     return 1 if worse or unreadable else 0
 
 

@@ -165,25 +165,28 @@ def parts_in_use(model, columns, p_fake, groups):
     return parts
 
 
-def assess_pictures(detector, data_dir, columns, groups, most):
-    """Measure what needs image files. `most`: the largest number of images to distort.
+def assess_pictures(detector, data_dir, columns, groups, p_fake, most, place):
+    """Measure what needs image files, and draw the hardest into the folder `place`.
 
+    `most`: the largest number of images to distort.
     -> (its part of the report, parts of the operating table, {row: distortions that flip it})
     """
-    tables, drawn, p_fake = distorted(detector, data_dir, columns, groups, most)
+    worst = hardest(columns, p_fake, detector.model["threshold"])
+    contact_sheet(data_dir, columns, worst, place / "hardest.png")
+    tables, drawn, shifted = distorted(detector, data_dir, columns, groups, most)
     own = {name: columns[name][drawn] for name in ("labels", "sources")}
     panel, level = CONDITIONS[RESAVED][:2]
     parts = operating.parts_of(
-        detector.model, own, p_fake[:, 1 + RESAVED], groups[drawn], f", {panel} {level}"
+        detector.model, own, shifted[:, 1 + RESAVED], groups[drawn], f", {panel} {level}"
     )
-    fake = p_fake >= detector.model["threshold"]
+    fake = shifted >= detector.model["threshold"]
     flips = {
         int(row): "; ".join(
             f"{panel} {level}" for (panel, level, _), f in zip(CONDITIONS, flags, strict=True) if f
         )
         for row, flags in zip(drawn, fake[:, 1:] != fake[:, :1], strict=True)
     }
-    return tables, parts, flips
+    return tables | {"hardest": worst}, parts, flips
 
 
 def digest(columns, mask):
@@ -193,6 +196,14 @@ def digest(columns, mask):
     """
     rows = zip(*(columns[name][mask] for name in ("sha256", "view", "labels")), strict=True)
     return sha256("".join(sorted(f"{s} {view} {label} " for s, view, label in rows)).encode())
+
+
+def open_model(model_path, data_dir, device):
+    """-> (Detector, or None without images to encode; the model)"""
+    if data_dir:
+        detector = Detector(model_path, device)
+        return detector, detector.model
+    return None, load_model(model_path)
 
 
 def evaluate(
@@ -208,16 +219,13 @@ def evaluate(
     review=None,
     labels_file=None,
 ):
-    """The flags of evaluate.py -> (text to print, metrics that got worse, unreadable files: n).
+    """The flags of evaluate.py -> (text to print, rows of `compare` that got worse, unreadable: n).
 
-    `review`: (low, high), or the arguments of `operating.suggest_review`. Writes the report.
-    Raises DetectorError.
+    `review`: (low, high), or the arguments of `operating.suggest_review`. Raises DetectorError.
     """
     check_folder(report_dir, f"--report_dir {report_dir}")
     before = read_baseline(baseline, report_dir) if baseline else None
-    model_path = choose_model(model_path)
-    detector = Detector(model_path, device) if data_dir else None
-    model = detector.model if detector else load_model(model_path)
+    detector, model = open_model(choose_model(model_path), data_dir, device)
     review = operating.suggest_review(model, **review) if isinstance(review, dict) else review
     columns, unreadable = columns_of(detector, model, data_dir, features_file, labels_file)
     seen = detector.encoder.manifest.get("seen", []) if detector else []
@@ -225,25 +233,20 @@ def evaluate(
         model, columns, *split_rows(columns, model, seen)
     )
     rows, flips = compare(content, before) if before else [], {}
-    if labels_file:
-        content["whole_folder"] = whole_folder(labels_file, first, p_fake >= model["threshold"])
+    fake = p_fake >= model["threshold"]
+    content["whole_folder"] = labels_file and whole_folder(labels_file, first, fake)
     with report.staged(report_dir) as place:
         if detector:
-            tables, more, flips = assess_pictures(
-                detector, data_dir, first, groups, robustness_images
-            )
-            worst = hardest(first, p_fake, model["threshold"])
-            contact_sheet(data_dir, first, worst, place / "hardest.png")
-            content, parts = content | tables | {"hardest": worst}, parts | more
+            given = detector, data_dir, first, groups, p_fake, robustness_images, place
+            tables, more, flips = assess_pictures(*given)
+            content, parts = content | tables, parts | more
         else:
             content["not_measured"] = list(PICTURES)
         content |= operating.tables(model, parts, review, uploads_per_day, prevalence)
         report.fill(place, content, predictions(first, p_fake, model, review, flips))
-    text = f"{printed.evaluation(content)}\nreport in {Path(report_dir)}/"
-    if baseline:
-        text += "\n" + changes_table(rows, baseline)
-    worse = [f"{words} ({part})" for part, words, _, _, verdict in rows if verdict == "worse"]
-    return text, worse, unreadable
+    lines = [printed.evaluation(content), f"report in {Path(report_dir)}/"]
+    lines += [changes_table(rows, baseline)] if baseline else []
+    return "\n".join(lines), [row for row in rows if row[-1] == "worse"], unreadable
 
 
 def predictions(columns, p_fake, model, review, flips):
