@@ -90,7 +90,7 @@ NOTICE = a baseline trained on 2,800 pictures, many without a stated licence: a 
 ship: $(VENV)/.ready
 	rm -rf runs/ship && mkdir -p runs/ship  # models/ changes last, so the model names a clean commit
 	CLIP_MODEL=$(ENCODER) $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" \
-	  --output_file runs/ship/all.npz --layers $(LAYERS)
+	  --output_file runs/ship/all.npz --layers $(LAYERS) --precision float32
 	$(VENV)/bin/python -m tools.thin runs/ship/all.npz runs/ship/features.npz
 	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz \
 	  --model_output_path runs/ship/baseline.joblib \
@@ -100,6 +100,7 @@ ship: $(VENV)/.ready
 	  --robustness_images 40 --report_dir runs/ship/evaluation
 	cp runs/ship/evaluation/robustness.png docs/
 	rm runs/ship/all.npz runs/ship/*/*.png runs/ship/*/report.html  # the last two hold pictures
+	rm runs/ship/*/predictions.csv  # a line an image of others
 	rm -rf models/baseline_report models/evaluation && mv runs/ship/* models/ && rmdir runs/ship
 	$(VENV)/bin/python -m tools.resaved --data_dir "$(IMAGES)"
 	$(VENV)/bin/python -m tools.make_card
