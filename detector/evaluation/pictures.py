@@ -31,7 +31,8 @@ def announce(detector, images, what, remedy=""):
         detector.features(blank)
     seconds = images * (time.perf_counter() - started)
     if seconds > 60:
-        say(f"{what} will take about {seconds / 60:.0f} minutes ({images} images){remedy}")
+        end = f"; {remedy}" if remedy else ""
+        say(f"{what} will take about {seconds / 60:.0f} minutes ({images} images){end}")
 
 
 # ---- features ----
@@ -142,7 +143,7 @@ def distorted(detector, data_dir, columns, groups, most):
     rows = draw_evenly(list(strata), most)
     columns = {name: columns[name][rows] for name in ("paths", "labels", "sha256", "sources")}
     changes = [(change, change) for _, _, change in CONDITIONS] + [arm[1:] for arm in ARMS]
-    remedy = "; --robustness_images takes fewer"
+    remedy = "--robustness_images takes fewer"
     announce(detector, len(rows) * (1 + len(changes)), "distorting", remedy)
     p_fake = changed(detector, data_dir, columns, changes)
     labels, untouched = columns["labels"].astype(int), p_fake[:, 0]

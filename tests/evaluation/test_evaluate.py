@@ -260,9 +260,9 @@ def test_a_run_of_over_a_minute_says_so_before(monkeypatch, capsys):
     clock = iter(np.arange(0, 100, 0.1))
     monkeypatch.setattr(pictures.time, "perf_counter", lambda: next(clock))
     detector = Mock(pixels=lambda image: np.zeros((3, 2, 2), np.float32))
-    pictures.announce(detector, 100, "distorting", "; --robustness_images takes fewer")
+    pictures.announce(detector, 100, "distorting", "--robustness_images takes fewer")
     assert capsys.readouterr().err == ""
-    pictures.announce(detector, 1200, "distorting", "; --robustness_images takes fewer")
+    pictures.announce(detector, 1200, "distorting", "--robustness_images takes fewer")
     assert capsys.readouterr().err == (
         "distorting will take about 2 minutes (1200 images); --robustness_images takes fewer\n"
     )
