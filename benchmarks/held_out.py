@@ -25,7 +25,7 @@ from detector.base.console import Help, need_features, need_folder, run
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes
 from detector.encoders import runtime
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
 from detector.features.columns import COLUMNS
 from detector.features.file import crops_of, load_features, take_crops
 from detector.images import decoding, preprocessing
@@ -134,8 +134,8 @@ def mean_auc(labels, scores, fold, sources):
     values, drawn, numbers = zip(*aucs, strict=True)
     drawn = np.mean([d[: min(map(len, drawn))] for d in drawn], axis=0)
     value = float(np.mean(values))
-    interval = metrics.interval(value, drawn, sum(numbers))
-    return values, metrics.words({"value": value, "interval": interval}, 3)
+    interval = intervals.interval(value, drawn, sum(numbers))
+    return values, intervals.words({"value": value, "interval": interval}, 3)
 
 
 def held_scores(columns, seen, kind, point, copies, crops, combine):

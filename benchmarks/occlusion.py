@@ -20,7 +20,7 @@ from detector.base.console import Help, run
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import atomic_write
-from detector.evaluation.metrics import wilson
+from detector.evaluation.intervals import wilson
 from detector.images.decoding import decode_image
 from detector.images.distort import jpeg, square
 from detector.images.folders import list_images

@@ -29,7 +29,7 @@ from detector.base.console import Help, need_folder, run, say
 from detector.base.errors import UsageError
 from detector.base.files import check_folder
 from detector.encoders import runtime
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
 from detector.images.folders import draw_evenly, list_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,9 +160,9 @@ def figures(entries, results):
     """Images and their results -> cells: n, AUC, balanced accuracy, number of uncertain images."""
     labels, sources = np.array([e.label for e in entries]), np.array([e.source for e in entries])
     scores, fake, uncertain = np.array(results).T
-    right = [metrics.share(fake[labels == i] == i, sources[labels == i]) for i in (0, 1)]
+    right = [intervals.share(fake[labels == i] == i, sources[labels == i]) for i in (0, 1)]
     both = [metrics.auc(labels, scores, sources), metrics.of_both(*right)]
-    return [str(len(labels)), *(metrics.words(m, 3) for m in both), f"{uncertain.sum():.0f}"]
+    return [str(len(labels)), *(intervals.words(m, 3) for m in both), f"{uncertain.sum():.0f}"]
 
 
 def processor():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from detector.base.project import HERE
 from detector.encoders.catalogue import EIGHT_BIT
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
 from detector.evaluation.audit import sentences
 from detector.images import decoding, distort
 from detector.images.samples import installed_photos
@@ -123,11 +123,11 @@ def never_seen():
 
 
 def print_part(text, part, worst):
-    balanced, auc = (metrics.words(part[name]) for name in ("balanced_accuracy", "auc"))
+    balanced, auc = (intervals.words(part[name]) for name in ("balanced_accuracy", "auc"))
     print(f"{text}: n {part['n']}, balanced accuracy {balanced}, AUC {auc}")
     print("  the worst five of its sources with at least five images:")
     for row in worst:
-        source, accuracy = row["source"][:38], metrics.words(row["own"])
+        source, accuracy = row["source"][:38], intervals.words(row["own"])
         print(f"    {source:38} {row['label']}  n {row['n']:3}  accuracy {accuracy}")
 
 

@@ -9,7 +9,7 @@ from detector.base.console import run
 from detector.base.constants import CLASSES
 from detector.base.project import HERE
 from detector.evaluation.audit import is_leak, leak_sentence, lowest_end
-from detector.evaluation.metrics import words
+from detector.evaluation.intervals import words
 from detector.evaluation.report import elsewhere, training_words
 from detector.images.distort import RESAVED
 from detector.model.file import load_model

@@ -219,7 +219,7 @@ def write_page(steps, measured, audit, compared):
 
 def main(argv=None):
     args = parse_args(argv)
-    from detector.evaluation.metrics import words
+    from detector.evaluation.intervals import words
     from detector.images.folders import list_images
 
     list_images(args.data_dir)  # raises before any command starts

@@ -10,7 +10,8 @@ import numpy as np
 from detector.base.console import printable
 from detector.base.constants import CLASSES
 from detector.base.errors import ImageError, UsageError
-from detector.evaluation.metrics import auc, words
+from detector.evaluation.intervals import words
+from detector.evaluation.metrics import auc
 from detector.evaluation.probes import (
     MIN_IMAGES,
     doubtful_sources,

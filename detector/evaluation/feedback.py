@@ -20,7 +20,7 @@ import numpy as np
 
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
 
 # The service's lines are below 1,000 bytes. Longer lines of others are read in pieces.
 LINE_BYTES = 1 << 20
@@ -157,8 +157,10 @@ def measure(rows):
     """
     labels, groups = np.array([row.label for row in rows]), np.array([row.sha256 for row in rows])
     right = labels == np.array([row.classification for row in rows])
-    real, fake = (metrics.share(right[labels == name], groups[labels == name]) for name in CLASSES)
-    return [metrics.share(right, groups), real, fake, metrics.of_both(real, fake)]
+    real, fake = (
+        intervals.share(right[labels == name], groups[labels == name]) for name in CLASSES
+    )
+    return [intervals.share(right, groups), real, fake, metrics.of_both(real, fake)]
 
 
 def table(rows):
@@ -172,7 +174,7 @@ def table(rows):
     )
     lines = [f"{'version':{width}}  verdicts  images  {head}".rstrip()]
     for name, own in versions.items():
-        shares = "  ".join(f"{metrics.words(share):18}" for share in measure(own)).rstrip()
+        shares = "  ".join(f"{intervals.words(share):18}" for share in measure(own)).rstrip()
         lines.append(
             f"{name:{width}}  {len(own):8}  {len({row.sha256 for row in own}):6}  {shares}"
         )

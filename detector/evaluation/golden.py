@@ -15,7 +15,7 @@ from detector.base.console import SOON, printable, say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import read_bytes, sha256
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
 from detector.images.folders import list_images
 
 TRIES = 5  # of one request, while the service is busy or a connection breaks
@@ -226,7 +226,7 @@ def accuracies(tally):
 
     Each is {'value', 'interval', 'n'}.
     """
-    real, fake = (metrics.share(tally[label]) for label in CLASSES)
+    real, fake = (intervals.share(tally[label]) for label in CLASSES)
     return real, fake, metrics.of_both(real, fake)
 
 
@@ -239,7 +239,7 @@ def table(tallies, floors):
     ]
     for version, tally in tallies.items():
         shares, floor = accuracies(tally), floors.get(version)
-        words = "  ".join(f"{metrics.words(share):18}" for share in shares)
+        words = "  ".join(f"{intervals.words(share):18}" for share in shares)
         lines.append(
             f"{version:{width}}  {shares[2]['n']:6}  {tally['errors']:6}  {words}  "
             + ("none" if floor is None else f"{floor:.2f}")
@@ -267,8 +267,8 @@ def below(version, balanced, floor):
         else ""
     )
     return (
-        f"{version}: balanced accuracy {metrics.words(balanced, 3)} is below the floor {floor:.3f},"
-        f" the lower end of the interval on its test images{chance}"
+        f"{version}: balanced accuracy {intervals.words(balanced, 3)} is below the floor"
+        f" {floor:.3f}, the lower end of the interval on its test images{chance}"
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from detector.base.console import say
 from detector.base.errors import UsageError
-from detector.evaluation import metrics, sampling
+from detector.evaluation import intervals, sampling
 from detector.images.labels_file import read_labels, read_rows
 
 
@@ -27,7 +27,7 @@ def read_labelled(labels_files, data_dir):
     disputed = [path for path in both if first[path] != second[path]]
     say(
         f"two people agree on {len(both) - len(disputed)} of {len(both)} images, Cohen's kappa"
-        f" {metrics.words(kappa)}; the others are left out"
+        f" {intervals.words(kappa)}; the others are left out"
     )
     return [entry for path, entry in entries.items() if path not in disputed]
 

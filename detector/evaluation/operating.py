@@ -13,7 +13,7 @@ import numpy as np
 from detector.base.console import say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
 from detector.evaluation.report import known_rows
 from detector.model.threshold import choose_review, choose_threshold, training_scores
 
@@ -31,7 +31,7 @@ def at_threshold(part, threshold):
     """-> (share of the reals at or above the threshold, share of the fakes), with intervals."""
     labels, p_fake, groups = part
     return [
-        metrics.share(p_fake[labels == label] >= threshold, groups[labels == label])
+        intervals.share(p_fake[labels == label] >= threshold, groups[labels == label])
         for label in range(len(CLASSES))
     ]
 
@@ -101,7 +101,7 @@ def review_table(parts, review, uploads, prevalences):
     for name, part in parts.items():
         above_low, above_high = (at_threshold(part, threshold) for threshold in review)
         between = [
-            metrics.share((p >= review[0]) & (p < review[1]), groups)
+            intervals.share((p >= review[0]) & (p < review[1]), groups)
             for p, groups in ((part[1][part[0] == i], part[2][part[0] == i]) for i in (0, 1))
         ]
         passed = [metrics.complement(share) for share in above_low]
@@ -165,7 +165,7 @@ def suggest_review(model, max_false_reject, max_missed):
         raise UsageError(f"this model cannot have {' nor '.join(faults)}; name a larger share")
     say(
         f"suggested: --review {review[0]:.4g} {review[1]:.4g}; out of fold this rejects"
-        f" {metrics.words(rejected, 3)} of the reals and passes {metrics.words(missed, 3)} of the"
-        " fakes"
+        f" {intervals.words(rejected, 3)} of the reals and passes {intervals.words(missed, 3)} of"
+        " the fakes"
     )
     return review

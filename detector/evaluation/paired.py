@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest
 
 from detector.base.constants import CLASSES, MARGIN
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
 from detector.evaluation.metrics import METRICS
 
 TWO_SIDED, ONE_SIDED = 1.959964, 1.644854  # normal quantiles of 95%
@@ -39,15 +39,15 @@ def changes(labels, right, groups):
     """Labels [n], right verdicts [2, n], groups [n] -> float64 [classes, 3].
 
     A row: the share on which only b is right (gained), that on which only a is (lost), and the
-    effective number of images (`metrics.effective`). Without any change no variance between groups
-    is seen. The number is then as if a single image had changed.
+    effective number of images (`intervals.effective`). Without any change no variance between
+    groups is seen. The number is then as if a single image had changed.
     """
     shares = []
     for label in np.unique(labels):
         own = labels == label
         change = right[1, own].astype(int) - right[0, own]
         seen = change if change.any() else np.eye(1, len(change))[0]
-        worth = max(1, metrics.effective(seen, groups[own]))
+        worth = max(1, intervals.effective(seen, groups[own]))
         shares.append((np.mean(change > 0), np.mean(change < 0), worth))
     return np.array(shares)
 
@@ -168,14 +168,14 @@ def bootstrap(labels, p_fake, groups):
         ]
         return np.array([[one[name] for one in of_both] for name in DRAWN])
 
-    weights = chain([np.ones((1, len(labels)))], metrics.draw_groups(groups))
+    weights = chain([np.ones((1, len(labels)))], intervals.draw_groups(groups))
     drawn = np.concatenate([values(weight) for weight in weights], axis=2)  # first: without a draw
     change = drawn[:, 1] - drawn[:, 0]
-    number = metrics.groups_of_rarer_class(labels, groups)
+    number = intervals.groups_of_rarer_class(labels, groups)
     return {
         name: (
             *drawn[k, :, 0],
-            metrics.interval(change[k, 0], change[k, 1:], number, -most, most)
+            intervals.interval(change[k, 0], change[k, 1:], number, -most, most)
             if np.nanstd(change[k]) > 1e-9
             else None,
         )

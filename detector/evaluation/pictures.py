@@ -13,7 +13,7 @@ from detector.base.console import printable, say
 from detector.base.constants import CLASSES, MAX_PIXELS
 from detector.base.errors import UsageError
 from detector.base.files import atomic_write, read_bytes
-from detector.evaluation import metrics, report
+from detector.evaluation import intervals, metrics, report
 from detector.features.extraction import encode_ahead, join_parts, labels_of
 from detector.features.file import take_crops
 from detector.images import decoding
@@ -113,7 +113,7 @@ def condition(panel, level, labels, p_fake, untouched, threshold, groups, known)
 
     def right(mask):
         return [
-            metrics.share(fake[mask & (labels == i)] == i, groups[mask & (labels == i)])
+            intervals.share(fake[mask & (labels == i)] == i, groups[mask & (labels == i)])
             for i in (0, 1)
         ]
 
@@ -129,7 +129,7 @@ def condition(panel, level, labels, p_fake, untouched, threshold, groups, known)
         "auc": metrics.auc(labels, p_fake, groups),
         "known": metrics.of_both(*right(known)),
         "unseen": metrics.of_both(*right(~known)),
-        "flipped": None if p_fake is untouched else metrics.share(flips, groups),
+        "flipped": None if p_fake is untouched else intervals.share(flips, groups),
     }
 
 

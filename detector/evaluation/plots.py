@@ -3,7 +3,8 @@
 import numpy as np
 
 from detector.base.constants import CLASSES
-from detector.evaluation.metrics import BINS, wilson
+from detector.evaluation.intervals import wilson
+from detector.evaluation.metrics import BINS
 from detector.images.occlusion import MEANING
 from detector.images.preprocessing import MEAN, STD
 

@@ -5,7 +5,7 @@ from operator import itemgetter
 
 from detector.base.console import all_printable
 from detector.evaluation import sampling
-from detector.evaluation.metrics import words
+from detector.evaluation.intervals import words
 from detector.evaluation.report import NAMES, point
 
 WORST = 5  # sources left out of the training that are printed

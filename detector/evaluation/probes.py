@@ -9,14 +9,8 @@ import numpy as np
 
 from detector.base.console import SOON
 from detector.base.constants import CLASSES
-from detector.evaluation.metrics import (
-    auc,
-    between_groups,
-    drawn_auc,
-    groups_of_rarer_class,
-    interval,
-    share,
-)
+from detector.evaluation.intervals import between_groups, groups_of_rarer_class, interval, share
+from detector.evaluation.metrics import auc, drawn_auc
 
 FOLDS = 5
 MIN_IMAGES = 20  # of each class; there is no probe with fewer

@@ -16,7 +16,8 @@ import numpy as np
 from detector.base.console import all_printable
 from detector.base.files import atomic_folder, atomic_write
 from detector.evaluation import metrics
-from detector.evaluation.metrics import METRICS, words
+from detector.evaluation.intervals import words
+from detector.evaluation.metrics import METRICS
 from detector.model.score import decision, probability
 
 # Keys that only a training or only an evaluation has. Templates get None for a missing key.

@@ -11,8 +11,9 @@ not bias them (Horvitz and Thompson 1952).
 
 import numpy as np
 
-from detector.evaluation import metrics
-from detector.evaluation.metrics import logit, wilson
+from detector.evaluation import intervals
+from detector.evaluation.intervals import wilson
+from detector.evaluation.metrics import logit
 
 CHANCE = 0.5  # share of the draw that ignores the scores
 QUESTIONS = {
@@ -120,8 +121,8 @@ def kappa(first, second):
 
     value = float(of(np.ones((1, n)))[0])
     value = value if np.isfinite(value) else None
-    drawn = np.concatenate([of(weight) for weight in metrics.draw_groups(np.arange(n))])
-    return {"value": value, "interval": metrics.interval(value, drawn, n, -1.0, 1.0), "n": n}
+    drawn = np.concatenate([of(weight) for weight in intervals.draw_groups(np.arange(n))])
+    return {"value": value, "interval": intervals.interval(value, drawn, n, -1.0, 1.0), "n": n}
 
 
 def lines(figures):
@@ -129,5 +130,5 @@ def lines(figures):
     n, more = (figures["accuracy"][name] for name in ("n", "more"))
     return [
         f"the whole folder, estimated from {n} labels ({more} more would halve the intervals):",
-        *(f"  {text:36}{metrics.words(figures[name], 3)}" for name, text in QUESTIONS.items()),
+        *(f"  {text:36}{intervals.words(figures[name], 3)}" for name, text in QUESTIONS.items()),
     ]

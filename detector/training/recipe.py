@@ -7,7 +7,7 @@ from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import sha256
 from detector.base.project import code_commit
-from detector.evaluation import metrics, report
+from detector.evaluation import intervals, metrics, report
 from detector.features.columns import COLUMNS
 from detector.model.file import FORMAT, load_model
 from detector.model.score import decision, p_fake_of, probability
@@ -106,7 +106,7 @@ def false_alarms(model, rows):
     fake = training_scores(model)[0] >= model["threshold"]
     real = rows.labels == 0
     return {
-        name: metrics.share(fake[real & mask], rows.groups[real & mask])
+        name: intervals.share(fake[real & mask], rows.groups[real & mask])
         for name, mask in (("untouched", rows.whole), ("degraded", ~rows.whole))
         if (real & mask).any()
     }
@@ -116,8 +116,9 @@ def rate_warnings(content):
     """A line for each rate of false alarms whose interval ends above --max_fpr."""
     target = content["threshold_rule"]["max_fpr"]
     return [
-        f"{metrics.words(alarm, 3)} of the {name} real training images are called fake, which does"
-        f" not certify --max_fpr {target:g}: add real images of other sources, or name a lower rate"
+        f"{intervals.words(alarm, 3)} of the {name} real training images are called fake, which"
+        f" does not certify --max_fpr {target:g}: add real images of other sources, or name a lower"
+        " rate"
         for name, alarm in content["false_alarms"].items()
         if target is not None and alarm["interval"][1] > target
     ]
@@ -145,7 +146,7 @@ def leave_one_source_out(model, rows, seed):
         fake = held_out_p_fake(model, rows, others, own, seed) >= model["threshold"]
         for label in np.unique(labels[own]):
             mask = labels[own] == label
-            accuracy = metrics.share(fake[mask] == label, rows.twins[own][mask])
+            accuracy = intervals.share(fake[mask] == label, rows.twins[own][mask])
             table.append({"source": str(source), "label": CLASSES[label], **accuracy})
     return sorted(table, key=lambda row: (row["value"], -row["n"]))
 

@@ -20,7 +20,6 @@ MAY_IMPORT = {
     "service": "base images encoders model verdict",
     "registry": "base model evaluation",
 }
-EXCEPTIONS = {("service", "detector.evaluation.metrics")}  # the intervals
 LONGEST_MAIN = 40
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -51,7 +50,7 @@ def test_the_library_imports_one_way_and_no_command(name):
     own = folder_of(name)
     for other in imports(name):
         assert other.startswith("detector."), f"{name} imports {other}, a command or a tool"
-        allowed = folder_of(other) in (own, *MAY_IMPORT[own].split()) or (own, other) in EXCEPTIONS
+        allowed = folder_of(other) in (own, *MAY_IMPORT[own].split())
         assert allowed, f"{name} imports {other}"
 
 

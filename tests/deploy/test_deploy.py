@@ -44,7 +44,9 @@ def copied(instructions):
 
 
 def files_below(path):
-    return [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
+    """Files of a folder, or the file; not the bytecode that Python leaves beside them."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [p for p in files if p.is_file() and "__pycache__" not in p.parts]
 
 
 def requirements(name):

@@ -16,7 +16,7 @@ from written import encode, jpeg
 import audit as command
 from detector.evaluation import audit, rules
 from detector.evaluation.audit import audit_labels, labels_of, leak_sentence, sentences
-from detector.evaluation.metrics import wilson
+from detector.evaluation.intervals import wilson
 from detector.images.facts import describe_image
 
 

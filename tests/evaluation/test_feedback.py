@@ -19,7 +19,8 @@ from detector.base import files
 from detector.base.errors import UsageError
 from detector.base.files import sha256
 from detector.evaluation import feedback
-from detector.evaluation.metrics import of_both, share, words
+from detector.evaluation.intervals import share, words
+from detector.evaluation.metrics import of_both
 
 CLOCK = iter(range(10**9))
 

@@ -18,7 +18,8 @@ from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import sha256
 from detector.evaluation import golden
-from detector.evaluation.metrics import of_both, share, words
+from detector.evaluation.intervals import share, words
+from detector.evaluation.metrics import of_both
 from detector.model.file import load_model, save_model
 
 TOKEN = "a token for the golden set"

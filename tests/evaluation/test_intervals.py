@@ -5,8 +5,9 @@ import pytest
 from scipy import special, stats
 from test_metrics import measured, scored, width
 
-from detector.evaluation import metrics
-from detector.evaluation.metrics import DRAWN, METRICS, auc, effective, few, measure, share, wilson
+from detector.evaluation import intervals
+from detector.evaluation.intervals import effective, few, share, wilson
+from detector.evaluation.metrics import DRAWN, METRICS, auc, measure
 
 # ---- shares ----
 
@@ -114,8 +115,8 @@ def test_groups_may_have_any_names_and_rows_any_order():
 
 def test_whole_groups_are_drawn():
     group = np.array([0, 0, 0, 1, 2, 2])
-    drawn = np.concatenate(list(metrics.draw_groups(group)))
-    assert drawn.shape == (metrics.RESAMPLES, 6)
+    drawn = np.concatenate(list(intervals.draw_groups(group)))
+    assert drawn.shape == (intervals.RESAMPLES, 6)
     assert (drawn[:, 0] == drawn[:, 1]).all() and (drawn[:, 4] == drawn[:, 5]).all()
     assert (drawn[:, [0, 3, 4]].sum(axis=1) == 3).all() and len(np.unique(drawn, axis=0)) == 10
 

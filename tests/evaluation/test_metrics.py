@@ -6,7 +6,8 @@ from scipy import special, stats
 from sklearn import metrics as reference
 from sklearn.linear_model import LogisticRegression
 
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
+from detector.evaluation.intervals import share, wilson
 from detector.evaluation.metrics import (
     DRAWN,
     METRICS,
@@ -20,8 +21,6 @@ from detector.evaluation.metrics import (
     of_both,
     over_sources,
     risk_coverage,
-    share,
-    wilson,
 )
 from detector.model.threshold import choose_band
 
@@ -343,7 +342,7 @@ def calibrated(seed, n=600, fakes=0.5, sure=1.0):
 
 @pytest.fixture
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(metrics, "RESAMPLES", 100)
+    monkeypatch.setattr(intervals, "RESAMPLES", 100)
 
 
 @pytest.mark.parametrize("fakes", [0.5, 0.15])

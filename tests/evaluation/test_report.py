@@ -14,7 +14,8 @@ from test_metrics import scored
 
 from detector.evaluation import metrics, operating, printed, report
 from detector.evaluation.audit import leak_sentence
-from detector.evaluation.metrics import METRICS, measure, share, words
+from detector.evaluation.intervals import share, words
+from detector.evaluation.metrics import METRICS, measure
 from detector.evaluation.pictures import condition
 from detector.evaluation.printed import table
 from detector.evaluation.report import (

@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from detector.base.errors import UsageError
 from detector.base.files import sha256
-from detector.evaluation import metrics
+from detector.evaluation import intervals, metrics
 from detector.model.file import load_model
 from detector.service.settings import read_settings
 from detector.verdict import Detector
@@ -315,7 +315,11 @@ def test_the_model_is_described_as_in_its_file(client):
         {},
         {"overall": None},
         {"overall": {"n": 3}},
-        {"overall": {"balanced_accuracy": metrics.of_both(metrics.share([]), metrics.share([]))}},
+        {
+            "overall": {
+                "balanced_accuracy": metrics.of_both(intervals.share([]), intervals.share([]))
+            }
+        },
     ],
     ids=["no metrics", "no test images", "another figure", "a class without images"],
 )

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import train_model
 from detector.base.errors import UsageError
-from detector.evaluation.metrics import words
+from detector.evaluation.intervals import words
 from detector.evaluation.plots import PLOTS
 from detector.evaluation.report import NAMES
 from detector.model.file import load_model
