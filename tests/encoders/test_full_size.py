@@ -60,7 +60,7 @@ def test_the_three_commands_run_with_a_full_size_vit_l_14(
         result = script(*command.split(), **settings)
         assert result.returncode == 0, result.stderr
         print(f"{command}: {time.monotonic() - started:.1f} s")
-    assert re.fullmatch(r"(real|fake) \(confidence [01]\.\d\d\)\n", result.stdout)
+    assert re.fullmatch(r"(real|fake) \(confidence [01]\.\d\d(, uncertain)?\)\n", result.stdout)
     assert load_features(tmp_path / "features.npz")["features"].shape == (48, 768)
     assert load_model(tmp_path / "model.joblib")["support_vectors"].shape[1] == 768
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def clone(tmp_path_factory, make_folder, photos):
     make_folder(place / "folder", {".": 3})
     make_folder(place / "pictures", {".": 4}, seed=3)
     (place / "labels.csv").write_text("".join(TABLES))
-    make_folder(place / "uploads", dict.fromkeys(("real", "fake"), 40), seed=4)
+    make_uploads(place / "uploads", make_folder)
     make_folder(place / "golden", dict.fromkeys(("real", "fake"), 5), seed=2)
     shutil.copy(photos["china.jpg"], place / "photo.jpg")
     shutil.copy(photos["coffee.png"], place / "other.png")
@@ -97,6 +98,18 @@ def clone(tmp_path_factory, make_folder, photos):
         "GIT_DIR": "/nowhere",  # the working tree may be dirty
         "CODE_COMMIT": "c0de" * 10,
     }
+
+
+def make_uploads(place, make_folder):
+    """Write 40 images of each class, of the development images where they are at hand."""
+    if "IMAGES_DIR" not in os.environ:
+        return make_folder(place, dict.fromkeys(("real", "fake"), 40), seed=4)
+    external = Path(os.environ["IMAGES_DIR"], "external")
+    for label in ("real", "fake"):
+        for path in sorted((external / label).rglob("*.jpg"))[::4][:40]:
+            copy = place / path.relative_to(external)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
 
 
 def private_cache(cache):
