@@ -2,11 +2,13 @@
 
 import csv
 import json
+import time
 
 import numpy as np
 import pytest
 import small
 from commands import assert_one_line_error
+from patience import PATIENCE
 
 import evaluate
 import extract_features
@@ -102,8 +104,11 @@ def test_labels_survive_a_reload_and_can_be_corrected(page, tmp_path):
     page.locator("body").click()
     for key in ("f", "f", "ArrowLeft", "ArrowLeft", "r"):
         page.keyboard.press(key)
+    ends = time.monotonic() + PATIENCE
     page.reload()
-    assert page.get_by_role("status").inner_text() == "Image 3 of 12, 2 labelled"
+    while page.get_by_role("status").inner_text() != "Image 3 of 12, 2 labelled":
+        assert time.monotonic() < ends
+        page.reload()  # the browser may store a little later than the page asks for
     assert [row["label"] for row in saved(page, tmp_path / "l.csv")] == ["real", "fake"]
 
 
