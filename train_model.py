@@ -183,7 +183,13 @@ def main(argv=None):
     args = parse_args(argv)
     from detector.evaluation.printed import training
     from detector.training.classifiers import one_thread
-    from detector.training.recipe import audit_training, describe_model, say_findings, train_best
+    from detector.training.recipe import (
+        audit_training,
+        describe_model,
+        read_trained,
+        say_findings,
+        train_best,
+    )
     from detector.training.rows import read_data, say_rows
 
     place = args.model_output_path
@@ -191,9 +197,10 @@ def main(argv=None):
         key = check_outputs(args)
         data = read_data(args)
         say_rows(data, args)
+        trained = read_trained(args.from_model, data) if args.from_model else None
         audited = audit_training(data)
         shown = say_findings(audited)
-        model, kinds = train_best(data, args)
+        model, kinds = train_best(data, args, trained)
         findings = describe_model(model, kinds, data, audited, args.seed)
         say_findings(audited, shown)
         folder = write(args, model, findings, key)

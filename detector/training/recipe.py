@@ -259,15 +259,14 @@ def say_findings(findings, before=()):
     return lines
 
 
-def train_best(data, args):
+def train_best(data, args, trained=None):
     """Data -> (model with threshold, band and origin; rows of `compare`).
 
-    Of several kinds the best out of fold is chosen, never by the test images. With --from_model
-    the classifier of that model stays as it is, and only its threshold is chosen anew.
+    Of several kinds the best out of fold is chosen, never by the test images. The classifier of a
+    model that is `trained` stays as it is, and only its threshold is chosen anew.
     """
-    if args.from_model:
-        old = read_trained(args.from_model, data)
-        parts = {old["classifier"]: old}
+    if trained:
+        parts = {trained["classifier"]: trained}
     else:
         kinds = GRIDS if args.classifier == "all" else [args.classifier]
         parts = {kind: build(kind, data.rows, args.seed) for kind in kinds}
