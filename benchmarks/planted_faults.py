@@ -177,7 +177,8 @@ def label_lines(columns):
     labels = columns["labels"].astype(int)
     _, groups = np.unique(columns["sources"], return_inverse=True)
     p_fake = linear_scores(columns["features"], labels, groups)
-    rows = audit_labels(labels, p_fake, columns["sources"], columns["paths"], True)
+    alone = np.arange(len(labels))  # no copies
+    rows = audit_labels(labels, p_fake, columns["sources"], alone, columns["paths"], True)
     return rows["doubtful_sources"]
 
 

@@ -124,7 +124,7 @@ def examples(paths, cluster, chosen):
     ]
 
 
-def audit_labels(labels, p_fake, sources, paths, by_source):
+def audit_labels(labels, p_fake, sources, twins, paths, by_source):
     """Out-of-fold probabilities -> probable label errors, clearest first, and doubtful sources.
 
     `by_source`: no fold's classifier was trained on a source that it scores. Otherwise no source
@@ -142,7 +142,7 @@ def audit_labels(labels, p_fake, sources, paths, by_source):
             }
             for i in rows[:50]
         ],
-        "doubtful_sources": doubtful_sources(labels, p_fake, sources) if by_source else [],
+        "doubtful_sources": (doubtful_sources(labels, p_fake, sources, twins) if by_source else []),
     }
 
 
@@ -158,12 +158,13 @@ def labels_of(columns):
     labels = columns["labels"].astype(int)
     if min(np.bincount(labels, minlength=2)) < MIN_IMAGES:
         return None, None
-    groups, kind = make_groups(columns)
+    twins = twin_clusters(columns["thumb"], columns["sha256"])
+    groups, kind = make_groups(columns, twins)
     p_fake = linear_scores(columns["features"], labels, groups)
     if p_fake is None:
         return None, None
     by_source = kind.startswith("sources")
-    findings = audit_labels(labels, p_fake, columns["sources"], columns["paths"], by_source)
+    findings = audit_labels(labels, p_fake, columns["sources"], twins, columns["paths"], by_source)
     return findings, auc(labels, p_fake, groups)
 
 

@@ -295,8 +295,10 @@ def label_errors(labels, p_fake):
     return rows[np.argsort((given - other)[rows], kind="stable")]
 
 
-def doubtful_sources(labels, p_fake, sources):
+def doubtful_sources(labels, p_fake, sources, twins):
     """Sources whose labels a classifier trained on the other sources contradicts.
+
+    Copies of one picture share a number of `twins` and count as one image.
 
     -> rows {source, labels, what, n, value, interval}. A source with both classes has at least
     HARD_SOURCE / 2 of each, and an AUC whose interval lies below MAX_AUC. A source with one class
@@ -305,15 +307,16 @@ def doubtful_sources(labels, p_fake, sources):
     rows = []
     for source in np.unique(sources[sources != ""]):
         own = sources == source
-        number = np.bincount(labels[own], minlength=2)
-        if own.sum() < HARD_SOURCE or 0 < number.min() < HARD_SOURCE / 2:
+        _, first = np.unique(twins[own], return_index=True)
+        number = np.bincount(labels[own][first], minlength=2)
+        if number.sum() < HARD_SOURCE or 0 < number.min() < HARD_SOURCE / 2:
             continue
         if number.min():
             what, limit = "AUC", MAX_AUC
-            metric = auc(labels[own], p_fake[own], np.arange(own.sum()))
+            metric = auc(labels[own], p_fake[own], twins[own])
         else:
             what, limit = "share right", MAX_RIGHT
-            metric = share((p_fake[own] >= 0.5) == labels[own])
+            metric = share((p_fake[own] >= 0.5) == labels[own], twins[own])
         if metric["interval"][1] < limit:
             classes = [CLASSES[i] for i in np.flatnonzero(number)]
             rows.append({"source": str(source), "labels": classes, "what": what, **metric})

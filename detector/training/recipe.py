@@ -24,6 +24,7 @@ from detector.training.classifiers import (
 )
 
 BAND_ERROR = 0.1  # share of each class that may lie on the wrong side of the 'uncertain' band
+MANY_ROWS = 20_000  # from here on the last fit may take minutes, and shows no progress
 HELD_OUT_ROWS = 1500  # training rows for each line of the leave-one-source-out table
 
 
@@ -36,6 +37,8 @@ def build(kind, rows, seed):
     point = search(kind, *data, rows.groups, rows.images, seed)
     folds = fold_rows(rows.labels, rows.groups, seed)
     scores = out_of_fold(kind, *data, folds, seed, **point)
+    if len(rows.labels) >= MANY_ROWS:
+        say(f"fitting {kind} on all {len(rows.labels)} rows")
     return calibrated(fit(kind, *data, seed, **point), point, scores, rows)
 
 
@@ -203,6 +206,7 @@ def audit_labels_of(model, rows):
         rows.labels[whole],
         training_scores(model)[0][whole],
         sources[whole],
+        rows.twins[whole],
         rows.columns["paths"][whole],
         by_source=len(pairs) == len(set(sources)),  # no source is in two groups
     )

@@ -379,7 +379,8 @@ def test_the_leak_sentence_warns_unless_the_detector_is_clearly_better(ends, wor
 
 def test_labels_that_look_wrong_are_listed_with_path_and_label():
     labels, p_fake = np.array([0, 0, 0, 1, 1, 1]), np.array([0.1, 0.2, 0.95, 0.9, 0.8, 0.45])
-    findings = audit_labels(labels, p_fake, np.full(6, ""), np.array(list("abcdef")), True)
+    alone, paths = np.arange(6), np.array(list("abcdef"))
+    findings = audit_labels(labels, p_fake, np.full(6, ""), alone, paths, True)
     assert findings == {
         "images": 6,
         "probable_errors": 1,

@@ -428,9 +428,8 @@ SOURCES = {
 def test_a_source_of_one_class_that_is_mostly_wrong_is_doubtful(label):
     sources = np.repeat(list(SOURCES), [n for n, _, _ in SOURCES.values()])
     wrong = np.concatenate([np.arange(n) < bad for n, bad, _ in SOURCES.values()])
-    rows = doubtful_sources(
-        np.full(len(sources), label), np.where(wrong == label, 0.2, 0.8), sources
-    )
+    labels, alone = np.full(len(sources), label), np.arange(len(sources))
+    rows = doubtful_sources(labels, np.where(wrong == label, 0.2, 0.8), sources, alone)
     assert [row["source"] for row in rows] == sorted(
         name for name, (_, _, doubtful) in SOURCES.items() if doubtful
     )
@@ -441,6 +440,13 @@ def test_a_source_of_one_class_that_is_mostly_wrong_is_doubtful(label):
             pytest.approx(1 - bad / n),
             [("real", "fake")[label]],
         )
+
+
+def test_copies_of_a_picture_make_no_source_doubtful():
+    wrong, sources = np.full(60, 0.9), np.full(60, "camera")
+    labels = np.zeros(60, int)
+    assert doubtful_sources(labels, wrong, sources, np.arange(60))
+    assert doubtful_sources(labels, wrong, sources, np.arange(60) % 3) == []
 
 
 @pytest.mark.parametrize(
@@ -460,7 +466,7 @@ def test_a_source_whose_fakes_look_more_real_than_its_reals_is_doubtful(
     labels, rng = np.repeat([0, 1], [reals, fakes]), np.random.default_rng(0)
     # Nearly all are called fake, so that the accuracy does not depend on the order.
     p_fake = 1 / (1 + np.exp(-rng.normal(gap * labels + 3)))
-    rows = doubtful_sources(labels, p_fake, np.full(len(labels), "pairs"))
+    rows = doubtful_sources(labels, p_fake, np.full(len(labels), "pairs"), np.arange(len(labels)))
     assert len(rows) == doubtful
     for row in rows:
         assert (row["what"], row["labels"], row["n"]) == ("AUC", ["real", "fake"], reals + fakes)
