@@ -32,7 +32,8 @@ def announce(detector, images, what, remedy=""):
     seconds = images * (time.perf_counter() - started)
     if seconds > 60:
         end = f"; {remedy}" if remedy else ""
-        say(f"{what} will take about {seconds / 60:.0f} minutes ({images} images){end}")
+        about = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+        say(f"{what} will take about {about} ({images} images){end}")
 
 
 # ---- features ----

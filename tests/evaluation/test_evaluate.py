@@ -262,9 +262,11 @@ def test_a_run_of_over_a_minute_says_so_before(monkeypatch, capsys):
     detector = Mock(pixels=lambda image: np.zeros((3, 2, 2), np.float32))
     pictures.announce(detector, 100, "distorting", "--robustness_images takes fewer")
     assert capsys.readouterr().err == ""
-    pictures.announce(detector, 1200, "distorting", "--robustness_images takes fewer")
+    pictures.announce(detector, 700, "encoding")
+    assert capsys.readouterr().err == "encoding will take about 70 s (700 images)\n"
+    pictures.announce(detector, 1210, "distorting", "--robustness_images takes fewer")
     assert capsys.readouterr().err == (
-        "distorting will take about 2 minutes (1200 images); --robustness_images takes fewer\n"
+        "distorting will take about 2 minutes (1210 images); --robustness_images takes fewer\n"
     )
 
 
