@@ -23,6 +23,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_input_arguments(parser)
     add_verdict_arguments(parser)
+    add_decision_arguments(parser)
     args = parser.parse_args(argv)
     check_review(args.review)
     args.details |= bool(args.review)
@@ -59,6 +60,22 @@ def add_verdict_arguments(parser):
         ),
     )
     parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="largest image accepted (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where to encode (default: %(default)s)",
+    )
+
+
+def add_decision_arguments(parser):
+    parser.add_argument(
         "--review",
         nargs=2,
         type=float,
@@ -72,19 +89,6 @@ def add_verdict_arguments(parser):
         "--explain",
         metavar="PNG",
         help="for a single image, also draw which parts moved the verdict",
-    )
-    parser.add_argument(
-        "--max_pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="largest image accepted (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="where to encode (default: %(default)s)",
     )
 
 

@@ -233,8 +233,7 @@ def evaluate(
         model, columns, *split_rows(columns, model, seen)
     )
     rows, flips = compare(content, before) if before else [], {}
-    fake = p_fake >= model["threshold"]
-    content["whole_folder"] = labels_file and whole_folder(labels_file, first, fake)
+    content["whole_folder"] = whole_folder(labels_file, first, p_fake >= model["threshold"])
     with report.staged(report_dir) as place:
         if detector:
             given = detector, data_dir, first, groups, p_fake, robustness_images, place

@@ -35,9 +35,10 @@ def read_labelled(labels_files, data_dir):
 def whole_folder(labels_files, columns, fake):
     """Columns of the labelled images, their verdicts [n] -> `sampling.estimates`.
 
-    None for tables that no draw made. Raises UsageError where a row states no probability.
+    None without tables, and for tables that no draw made. Raises UsageError where a row states no
+    probability.
     """
-    drawn = {row["path"]: row for file in labels_files for _, row in read_rows(file)}
+    drawn = {row["path"]: row for file in labels_files or () for _, row in read_rows(file)}
     if not any("probability" in row for row in drawn.values()):
         return None
     try:
