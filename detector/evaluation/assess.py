@@ -18,7 +18,7 @@ from detector.features.file import open_files
 from detector.images.distort import CONDITIONS
 from detector.images.facts import make_groups, merge_named, twin_clusters
 from detector.images.folders import list_images
-from detector.model.file import load_model
+from detector.model.file import load_model, trained_on
 from detector.model.score import p_fake_of
 from detector.model.threshold import decide, outside, stale_threshold, verdict
 from detector.verdict import Detector, choose_model
@@ -58,9 +58,8 @@ def split_rows(columns, model, seen):
     `seen`: first 16 digits of the hashes of the encoder's training images. -> (row numbers to
     evaluate, row numbers left out). Raises UsageError where nothing is left to evaluate.
     """
-    trained = {f"{int(number) + 2**63:016x}" for number in model["training_data"]["images"]}
     hashes = [digest[:16] for digest in columns["sha256"]]
-    own = np.array([digest in trained for digest in hashes], bool)
+    own = trained_on(model, columns["sha256"])
     by_encoder = np.isin(hashes, seen) | (columns["splits"] == SEEN)
     labelled = columns["labels"] >= 0
     whole = columns["view"] == 0

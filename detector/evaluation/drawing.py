@@ -15,6 +15,7 @@ from detector.evaluation.feedback import hashes_of
 from detector.evaluation.pictures import encode_folder, read_picture
 from detector.images.facts import twin_clusters
 from detector.images.folders import list_images
+from detector.model.file import trained_on
 from detector.model.score import p_fake_of
 
 TEMPLATE = Path(__file__).with_name("templates") / "labelling.html"
@@ -62,8 +63,7 @@ def candidates(detector, data_dir, logs):
         if not entries:
             raise UsageError(f"--log: no file of {data_dir} has a verdict there")
     columns, unreadable = encode_folder(detector, data_dir, entries)
-    numbers = [int(digest[:16], 16) - 2**63 for digest in columns["sha256"]]
-    trained = np.isin(numbers, detector.model["training_data"]["images"])
+    trained = trained_on(detector.model, columns["sha256"])
     if trained.any():
         say(f"left out: {trained.sum()} images that trained the model")
     return {name: values[~trained] for name, values in columns.items()}, unreadable

@@ -17,6 +17,7 @@ from detector.base.errors import UsageError
 from detector.base.files import read_bytes, sha256
 from detector.evaluation import intervals, metrics
 from detector.images.folders import list_images
+from detector.model.file import trained_on
 
 TRIES = 5  # of one request, while the service is busy or a connection breaks
 RETRY_S = 1  # the wait between two tries where the response has no usable Retry-After
@@ -215,8 +216,12 @@ def run_through(service, images, version):
 
 
 def tally_of(judged):
-    """`Judged` of comparison.py -> the tally that the service's verdicts would make."""
-    labels, fake = judged.columns["labels"], judged.p_fake >= judged.model["threshold"]
+    """`Judged` of comparison.py -> the tally that the service's verdicts would make.
+
+    Images that trained the model do not count.
+    """
+    new = ~trained_on(judged.model, judged.columns["sha256"])
+    labels, fake = judged.columns["labels"][new], judged.p_fake[new] >= judged.model["threshold"]
     right = {name: (fake == k)[labels == k].tolist() for k, name in enumerate(CLASSES)}
     return right | {"errors": 0}
 

@@ -135,6 +135,12 @@ def load_model(path, public_key=None):
     return model | {"sha256": sha256(data)}
 
 
+def trained_on(model, hashes):
+    """SHA-256 of images as text [n] -> bool [n]: has the image trained the model?"""
+    numbers = [int(digest[:16], 16) - 2**63 for digest in hashes]
+    return np.isin(np.array(numbers, np.int64), model["training_data"]["images"])
+
+
 def describe_bytes(data):
     """What the bytes of a file that is no model seem to be, in words."""
     if not data:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from commands import ROOT, assert_one_line_error
 from live import Live, free_port
+from made_up import build, make_columns
 from patience import PATIENCE
 from standins import MODEL, REAL, Stub, make_models, pushed, pushgateway, tinted
 
@@ -18,9 +20,11 @@ from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
 from detector.base.files import sha256
 from detector.evaluation import golden
+from detector.evaluation.comparison import Judged
 from detector.evaluation.intervals import share, words
 from detector.evaluation.metrics import of_both
 from detector.model.file import load_model, save_model
+from detector.model.score import p_fake_of
 
 TOKEN = "a token for the golden set"
 
@@ -223,6 +227,15 @@ def test_copies_of_an_image_count_once(here, service, folder, tmp_path):
         shutil.copy(folder / "real" / "000.jpg", tmp_path / "more" / "real" / f"copy{i}.jpg")
     _, out, err = here(service.url, tmp_path / "more")
     assert out == here(service.url, folder)[1] and "left out: 30 copies" in err
+
+
+def test_images_that_trained_a_model_do_not_count_for_its_promotion():
+    trained, others = make_columns(seed=1), make_columns(real=10, fake=8, seed=2)
+    model = build(trained)
+    columns = {name: np.concatenate([trained[name], others[name]]) for name in trained}
+    judged = Judged(model, None, columns, p_fake_of(model, columns["features"]))
+    tally = golden.tally_of(judged)
+    assert [len(tally[name]) for name in CLASSES] == [10, 8]
 
 
 def test_images_without_a_verdict_are_listed_and_end_with_1(here, service, four):
