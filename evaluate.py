@@ -146,6 +146,10 @@ def check_numbers(args):
         if not 0 < share < 1:
             raise UsageError(f"--{name} {share:g}: must be between 0 and 1")
     check_review(args.review)
+    if len(args.labels_file or ()) > 2:
+        raise UsageError(
+            f"--labels_file {' '.join(args.labels_file)}: takes the tables of one or two people"
+        )
 
 
 def main(argv=None):

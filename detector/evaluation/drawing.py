@@ -66,6 +66,11 @@ def candidates(detector, data_dir, logs):
     trained = trained_on(detector.model, columns["sha256"])
     if trained.any():
         say(f"left out: {trained.sum()} images that trained the model")
+    if trained.all():
+        raise UsageError(
+            f"--data_dir {data_dir}: no readable image is left that did not train the model; name"
+            " a folder of uploads"
+        )
     return {name: values[~trained] for name, values in columns.items()}, unreadable
 
 

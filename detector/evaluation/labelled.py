@@ -17,7 +17,7 @@ def read_labelled(labels_files, data_dir):
     if len(labels_files) == 1:
         return list(entries.values())
     first, second = (
-        {row["path"]: row["label"].strip().lower() for _, row in read_rows(file)}
+        {row.get("path"): row["label"].strip().lower() for _, row in read_rows(file)}
         for file in labels_files
     )
     both = sorted(first.keys() & second.keys())
@@ -38,7 +38,7 @@ def whole_folder(labels_files, columns, fake):
     None without tables, and for tables that no draw made. Raises UsageError where a row states no
     probability.
     """
-    drawn = {row["path"]: row for file in labels_files or () for _, row in read_rows(file)}
+    drawn = {row.get("path"): row for file in labels_files or () for _, row in read_rows(file)}
     if not any("probability" in row for row in drawn.values()):
         return None
     try:

@@ -12,7 +12,6 @@ not bias them (Horvitz and Thompson 1952).
 import numpy as np
 
 from detector.evaluation import intervals
-from detector.evaluation.intervals import wilson
 from detector.evaluation.metrics import logit
 
 CHANCE = 0.5  # share of the draw that ignores the scores
@@ -75,7 +74,7 @@ def ratio(part, whole, probabilities):
     worth = total**2 / ((weights * whole) ** 2).sum()
     if variance and 0 < value < 1:
         worth = value * (1 - value) / variance
-    return {"value": value, "interval": wilson(value * worth, worth), "n": n}
+    return {"value": value, "interval": intervals.wilson(value * worth, worth), "n": n}
 
 
 def estimates(labels, fake, probabilities, images):

@@ -156,15 +156,13 @@ def leave_one_source_out(model, rows, seed):
 
 def summary_of(rows):
     """Rows of `leave_one_source_out` -> {sources, mean, worst: three rows}; None without rows."""
-    return (
-        rows
-        and {
-            "sources": len({row["source"] for row in rows}),
-            "mean": float(np.mean([row["value"] for row in rows])),
-            "worst": rows[:3],
-        }
-        or None
-    )
+    if not rows:
+        return None
+    return {
+        "sources": len({row["source"] for row in rows}),
+        "mean": float(np.mean([row["value"] for row in rows])),
+        "worst": rows[:3],
+    }
 
 
 def held_out_p_fake(model, rows, train, test, seed):

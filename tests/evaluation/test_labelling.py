@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import time
 
 import numpy as np
@@ -13,8 +14,10 @@ from patience import PATIENCE
 import evaluate
 import extract_features
 import train_model
+from detector.base.files import sha256
 from detector.evaluation import assess, audit
 from detector.features.file import load_features
+from detector.model.file import load_model, trained_on
 
 COUNTS = {f"train/{label}": 30 for label in ("real", "fake")}
 UPLOADS = {"real/a": 14, "fake/b": 6}
@@ -221,8 +224,6 @@ def test_part_of_the_labels_is_kept_for_test_and_stays_there(
 
 
 def test_only_images_with_a_verdict_in_the_log_are_drawn(draw, place, tmp_path):
-    from detector.base.files import sha256
-
     files = sorted((place / "uploads").rglob("*.*"))[:5]
     events = [{"event": "verdict", "sha256": sha256(path.read_bytes())} for path in files]
     (tmp_path / "service.log").write_text("\n".join(map(json.dumps, [{"event": "x"}, *events])))
@@ -232,6 +233,23 @@ def test_only_images_with_a_verdict_in_the_log_are_drawn(draw, place, tmp_path):
     (tmp_path / "service.log").write_text("")
     result = draw("--log", tmp_path / "service.log")
     assert_one_line_error(result, "--log", "no file of", "has a verdict there")
+
+
+def test_tables_of_three_people_are_refused(place, script):
+    flags = ["--data_dir", place / "uploads", "--model_path", place / "m.joblib"]
+    result = script("evaluate.py", *flags, "--labels_file", "a.csv", "b.csv", "c.csv")
+    assert_one_line_error(result, "--labels_file a.csv b.csv c.csv: takes the tables of one or two")
+
+
+def test_a_folder_whose_images_all_trained_the_model_is_refused(draw, place, tmp_path):
+    model = load_model(place / "m.joblib")
+    (tmp_path / "seen").mkdir()
+    for number, path in enumerate((place / "data").rglob("*.jpg")):
+        if trained_on(model, [sha256(path.read_bytes())]).all():
+            shutil.copy(path, tmp_path / "seen" / f"{number}.jpg")
+    result = draw("--data_dir", tmp_path / "seen")
+    assert_one_line_error(result, f"--data_dir {tmp_path / 'seen'}: no readable image is left")
+    assert not list((tmp_path / "to_label").glob("*.jpg"))
 
 
 def test_a_second_draw_into_one_folder_is_refused(draw, tmp_path):
