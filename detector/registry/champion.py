@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import socket
+import uuid
 from datetime import UTC, datetime
 
 from detector.base.errors import UsageError
@@ -96,6 +97,7 @@ def move(client, version, action, before, **details):
         "version": version.tags["version"],
         "by": who(),
         "at": datetime.now(UTC).isoformat(),
+        "id": uuid.uuid4().hex,  # MLflow takes an equal value twice, and clocks may agree
         **details,
     }
     try:
