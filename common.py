@@ -2,7 +2,7 @@
 
 from common import load_clip, preprocess, read_image
 encoder = load_clip("ViT-B/16-8bit")                         # prepared at the first use
-pixels = preprocess(read_image("photo.jpg"), encoder.resolution)
+pixels = preprocess(read_image("photo.jpg"), encoder.transform)
 features = encoder.encode(pixels[None])                      # float32 [1, 768]
 """
 
@@ -16,7 +16,7 @@ __all__ = ["load_clip", "preprocess", "read_image"]
 
 
 def load_clip(clip_model, layers="final", device="auto", precision="auto"):
-    """Name (docs/encoders.md) or checkpoint -> Encoder.
+    """Name (docs/encoders.md), checkpoint or prepared folder -> Encoder.
 
     `encoder.encode` takes float32 [n, 3, r, r]. Missing weights are fetched and prepared.
     Raises EncoderError.

@@ -5,21 +5,23 @@
     python prepare_clip.py --clip_model finetuned.pt   # your own checkpoint
     python prepare_clip.py --precision int8 --data_dir data  # faster, tested on your images
     python prepare_clip.py --layers penultimate        # features of another layer
+    python prepare_clip.py --clip_model timm:vit_pe_core_large_patch14_336.fb
     python prepare_clip.py --clip_model ViT-B/16-8bit --compare ViT-B-16.pt
 
 The folder is below encoders/ in CLIP_CACHE (default: ~/.cache/clip). It holds encoder.xml and
 encoder.bin for OpenVINO, vision.safetensors for CUDA, and the manifest encoder.json. Only a ResNet
-needs torch here.
+and timm's towers need torch here.
 """
 
 import argparse
 import os
 
 from detector.base.console import need_folder, run
-from detector.base.constants import LEAST_INT8_IMAGES
+from detector.base.constants import CROP_MODES, LEAST_INT8_IMAGES
 from detector.base.errors import UsageError
 from detector.encoders import catalogue
 from detector.encoders.layers import layers_flag
+from detector.encoders.runtime import TIMM
 
 
 def parse_args(argv):
@@ -36,8 +38,8 @@ def add_encoder_arguments(parser):
         "--clip_model",
         default=os.environ.get("CLIP_MODEL") or "ViT-L/14",
         metavar="NAME|FILE",
-        help=f"{', '.join(catalogue.NAMES)}, or a checkpoint in OpenAI's format "
-        "(default: CLIP_MODEL, else ViT-L/14)",
+        help=f"{', '.join(catalogue.NAMES)}, a checkpoint in OpenAI's format, or timm:NAME or "
+        "timm:NAME@FILE.safetensors (default: CLIP_MODEL, else ViT-L/14)",
     )
     parser.add_argument(
         "--weights",
@@ -59,6 +61,17 @@ def add_encoder_arguments(parser):
         metavar="L",
         help="final, penultimate, multi or block numbers, as in extract_features.py "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--crop_share",
+        type=float,
+        metavar="X",
+        help="of timm:NAME: share of the resized side that is kept (default: timm's)",
+    )
+    parser.add_argument(
+        "--crop_mode",
+        choices=CROP_MODES,
+        help="of timm:NAME: crop the middle, or squash both sides alike (default: timm's)",
     )
 
 
@@ -90,8 +103,21 @@ def check_args(args):
             f"--weights {args.weights}: needs a named encoder, but --clip_model is "
             f"{args.clip_model}; drop one of the two flags"
         )
+    if args.crop_share is not None and not 0 < args.crop_share <= 1:
+        raise UsageError(f"--crop_share {args.crop_share:g}: must be above 0 and at most 1")
+    if crop_of(args) and not args.clip_model.startswith(TIMM):
+        raise UsageError(
+            f"--crop_share and --crop_mode are for timm:NAME, but --clip_model is "
+            f"{args.clip_model}; drop them"
+        )
     if args.data_dir:
         need_folder(args.data_dir)
+
+
+def crop_of(args):
+    """The flags that change the crop of a timm tower, where they are given."""
+    given = {"crop_share": args.crop_share, "crop_mode": args.crop_mode}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def main(argv=None):
@@ -102,7 +128,9 @@ def main(argv=None):
         from detector.encoders.closeness import compare
 
         return compare(args.clip_model, args.compare, args.weights)
-    folder = ensure_encoder(args.clip_model, layers=args.layers, weights=args.weights)
+    folder = ensure_encoder(
+        args.clip_model, layers=args.layers, weights=args.weights, crop=crop_of(args)
+    )
     if args.precision == "int8":
         from detector.encoders.quantize import ensure_int8
 

@@ -80,11 +80,11 @@ def load(server, body, clients, requests):
     return len(rows) / (max(when for *_, when in rows) - started), [taken for _, taken, _ in rows]
 
 
-def decode_seconds(data, side):
+def decode_seconds(data, transform):
     """Processor seconds of one upload's decoding."""
     started = time.process_time()
     for _ in range(10):
-        preprocess(decode_image(data), side)
+        preprocess(decode_image(data), transform)
     return (time.process_time() - started) / 10
 
 
@@ -146,8 +146,8 @@ def main(argv=None):
     folder = encoder_folder(load_model(args.model_path)["encoder"], args.model_path)
     encoder = runtime.Encoder(folder, "cpu", threads=runtime.processors())
     data = Path(args.image).read_bytes()
-    decoding = decode_seconds(data, encoder.resolution)
-    runs = measure(args, encoder, preprocess(decode_image(data), encoder.resolution))
+    decoding = decode_seconds(data, encoder.transform)
+    runs = measure(args, encoder, preprocess(decode_image(data), encoder.transform))
     print(
         f"Encoder `{Path(encoder.name).stem}`, {encoder.precision}, {runtime.processors()}"
         f" processors, {len(data) / 1000:.0f} kB, {1000 * decoding:.0f} ms of a processor to"

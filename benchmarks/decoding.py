@@ -30,7 +30,7 @@ from detector.encoders.prepare import ensure_encoder
 from detector.images.decoding import decode_image, load_rgb, open_image
 from detector.images.facts import describe_image
 from detector.images.folders import draw_evenly, list_images
-from detector.images.preprocessing import preprocess
+from detector.images.preprocessing import clip_transform, preprocess
 
 SIDE = 224
 TILE = 240  # pixels of each picture of a mosaic
@@ -88,18 +88,18 @@ def plain(transform):
 
 
 def ours(data, side=SIDE):
-    return preprocess(decode_image(data), side)
+    return preprocess(decode_image(data), clip_transform(side))
 
 
 def ours_described(data):
     """As extract_features.py does, with hash, facts and thumbnail."""
-    return preprocess(describe_image(data)[0], SIDE)
+    return preprocess(describe_image(data)[0], clip_transform(SIDE))
 
 
 def drafted(data, side=SIDE):
     image = open_image(data)
     image.draft("RGB", (MARGIN * side, MARGIN * side))
-    return preprocess(load_rgb(image), side)
+    return preprocess(load_rgb(image), clip_transform(side))
 
 
 def in_threads(function):

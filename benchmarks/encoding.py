@@ -35,7 +35,7 @@ from detector.encoders import runtime
 from detector.encoders.catalogue import EIGHT_BIT
 from detector.encoders.prepare import ensure_encoder
 from detector.images.facts import describe_image
-from detector.images.preprocessing import preprocess
+from detector.images.preprocessing import clip_transform, preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
 GFLOP = 162  # of an image in a ViT-L/14
@@ -214,7 +214,7 @@ def decode_seconds(path, side):
     """Processor seconds of one file: decode, hash, facts, preprocess."""
     data, started = path.read_bytes(), time.process_time()
     for _ in range(3):
-        preprocess(describe_image(data)[0], side)
+        preprocess(describe_image(data)[0], clip_transform(side))
     return (time.process_time() - started) / 3
 
 

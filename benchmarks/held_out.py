@@ -122,8 +122,10 @@ def encode_resaved(encoder, data_dir, paths, crops, share, quality):
     features = []
     for path in paths:
         image = resaved(decoding.decode_image(read_bytes(Path(data_dir, path))), share, quality)
-        pieces = preprocessing.in_pieces(image, encoder.resolution, crops)
-        features.append(encoder.encode(preprocessing.normalise(np.stack(pieces))))
+        pieces = preprocessing.in_pieces(image, encoder.transform, crops)
+        features.append(
+            encoder.encode(preprocessing.normalise(np.stack(pieces), encoder.transform))
+        )
     return np.stack(features)
 
 

@@ -78,8 +78,9 @@ def rates(encoders, batch, runs):
 
 def measure(args, folder, place):
     """-> (pictures that calibrated nothing, {batch size: rates}, {name: (MB, closeness)})"""
-    side = runtime.read_manifest(folder)["resolution"]
-    pixels, labels = quantize.read_images(args.data_dir, args.limit, side)
+    pixels, labels = quantize.read_images(
+        args.data_dir, args.limit, runtime.transform_of(runtime.read_manifest(folder))
+    )
     half = len(pixels) // 2
     reference = quantize.encode(runtime.Encoder(folder, "cpu", "float32"), pixels)
     encoders = variants(folder, place, pixels[:half], reference[:half])

@@ -44,7 +44,8 @@ class Detector:
         """PIL RGB image -> encoder's input, float32 [3, r, r]; with crops [1 + crops, 3, r, r]."""
         from detector.images.preprocessing import in_pieces, normalise
 
-        pieces = normalise(in_pieces(image, self.encoder.resolution, self.crops))
+        transform = self.encoder.transform
+        pieces = normalise(in_pieces(image, transform, self.crops), transform)
         return pieces if self.crops else pieces[0]
 
     def features(self, pixels):
@@ -126,7 +127,8 @@ def encoder_folder(encoder, model_path, prepare=True):
         ensure_encoder(clip_model, layers=encoder["layers"])
         folder = runtime.find_encoder(identity=encoder["identity"])
     if folder is None:
-        checkpoint = clip_model if clip_model in catalogue.NAMES else "with its checkpoint"
+        named = clip_model in catalogue.NAMES or clip_model.startswith(runtime.TIMM)
+        checkpoint = clip_model if named else "with its checkpoint"
         if encoder["layers"] != "final":
             checkpoint += f" --layers {encoder['layers']}"
         raise EncoderError(

@@ -135,9 +135,9 @@ def crop_features(number):
         left, top = rng.integers(photo.width - side), rng.integers(photo.height - side)
         crops.append(photo.crop((left, top, left + side, top + side)))
     crops += [Image.merge("RGB", crop.split()[::-1]) for crop in crops]
-    side = small.ARCH["input_resolution"]
+    transform = preprocessing.clip_transform(small.ARCH["input_resolution"])
     return runtime.Encoder(small.ENCODER, "cpu").encode(
-        np.stack([preprocessing.preprocess(crop, side) for crop in crops])
+        np.stack([preprocessing.preprocess(crop, transform) for crop in crops])
     )
 
 

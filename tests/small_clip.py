@@ -28,7 +28,8 @@ def crops(photos):
 
 
 def pixels_of(images, resolution):
-    return np.stack([preprocessing.preprocess(image, resolution) for image in images])
+    transform = preprocessing.clip_transform(resolution)
+    return np.stack([preprocessing.preprocess(image, transform) for image in images])
 
 
 def small_vit(images, seed=0, resolution=64):

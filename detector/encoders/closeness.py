@@ -33,6 +33,8 @@ def compare(clip_model, checkpoint, weights=None):
         print(f"{name}: {cosines(ours[name].reshape(1, -1), theirs[name].reshape(1, -1))[0]:.6f}")
     for path in samples.installed_photos():
         image = decoding.decode_image(read_bytes(path))
-        pixels = preprocessing.preprocess(image, arch["input_resolution"])[None]
+        pixels = preprocessing.preprocess(
+            image, preprocessing.clip_transform(arch["input_resolution"])
+        )[None]
         both = (numpy_forward(arrays, arch, "final", pixels) for arrays in (ours, theirs))
         print(f"features of {path.name}: {cosines(*both)[0]:.6f}")

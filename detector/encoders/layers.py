@@ -4,7 +4,8 @@
     module = with_layers(visual, layers)  # pixels float32 [n, 3, r, r] -> features [n, d]
 
 `final` is CLIP's embedding, `penultimate` the layer before its projection. Both are left unscaled.
-A block of a ViT gives its class token, a stage of a ResNet the mean of its output. Each block's
+A block of a ViT gives its class token, or the mean of its patches where there is no class token. A
+stage of a convolutional network gives the mean of its output. Each block's
 output is scaled to length 1, because late blocks have far longer outputs. Then the outputs are
 joined (RINE: Koutlis and Papadopoulos, ECCV 2024).
 """
@@ -46,15 +47,12 @@ def canonical(layers, arch):
 
 
 def with_layers(tower, layers):
-    """CLIP's VisionTransformer or ModifiedResNet -> a module with the output of canonical `layers`.
-
-    Changes the tower.
-    """
+    """Tower -> a module with the output of canonical `layers`. Changes the tower."""
     import torch
 
     if layers == "final":
         return tower
-    if layers == "penultimate":
+    if layers == "penultimate" and not hasattr(tower, "forward_intermediates"):
         if hasattr(tower, "transformer"):
             tower.proj = None  # clip.model then skips the projection
         else:  # clip.model always projects here: make the projection an identity
@@ -66,9 +64,21 @@ def with_layers(tower, layers):
     return joined(tower, layers.split(","))
 
 
+def run_of(tower):
+    """Tower -> its function: pixels -> (output of each block or stage, final output)."""
+    if hasattr(tower, "forward_intermediates"):
+        return timm_outputs
+    return transformer_outputs if hasattr(tower, "transformer") else resnet_outputs
+
+
 def joined(tower, names):
-    """Tower and names (block numbers, 'final') -> a module with their joined outputs."""
+    """Tower and names -> a module with their joined outputs.
+
+    Names are block numbers and 'final', or 'penultimate' alone: the last block, unscaled.
+    """
     import torch
+
+    run = run_of(tower)
 
     class Joined(torch.nn.Module):
         def __init__(self):
@@ -76,8 +86,9 @@ def joined(tower, names):
             self.tower = tower
 
         def forward(self, pixels):
-            run = transformer_outputs if hasattr(tower, "transformer") else resnet_outputs
             outputs, final = run(self.tower, pixels)
+            if names == ["penultimate"]:
+                return outputs[-1]
             parts = [final if name == "final" else outputs[int(name) - 1] for name in names]
             return torch.cat(
                 [torch.nn.functional.normalize(part.float(), dim=1) for part in parts], 1
@@ -115,3 +126,18 @@ def resnet_outputs(tower, x):
         x = getattr(tower, f"layer{i}")(x)
         outputs.append(x.float().mean((2, 3)))
     return outputs, tower.attnpool(x)
+
+
+def timm_outputs(tower, x):
+    """`forward_intermediates` of timm -> (output of each block or stage, pooled output).
+
+    A block's output is its class token, or the mean of its patches where there is no class token.
+    """
+    prefixed = bool(getattr(tower, "num_prefix_tokens", 0))
+    flags = {"return_prefix_tokens": True} if prefixed else {}
+    final, blocks = tower.forward_intermediates(x, **flags)
+    if prefixed and getattr(tower, "cls_token", None) is not None:
+        parts = [prefix[:, 0] for _, prefix in blocks]
+    else:
+        parts = [(block[0] if prefixed else block).mean((2, 3)) for block in blocks]
+    return parts, tower.forward_head(final, pre_logits=True)

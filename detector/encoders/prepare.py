@@ -1,4 +1,4 @@
-"""Convert CLIP weights into a vision-only encoder folder in the cache."""
+"""Convert the weights of a vision tower into an encoder folder in the cache."""
 
 import json
 import os
@@ -15,24 +15,45 @@ from detector.encoders import catalogue
 from detector.encoders.layers import canonical, with_layers
 from detector.encoders.runtime import (
     PREPROCESSING,
+    TIMM,
     cache_dir,
     golden_image,
+    is_timm,
     prepared,
     read_manifest,
+    transform_of,
     vision_tower,
 )
 
 
-def ensure_encoder(clip_model, precision="float16", layers="final", weights=None):
-    """Name or checkpoint -> folder of the prepared encoder.
+def ensure_encoder(clip_model, precision="float16", layers="final", weights=None, crop=None):
+    """Name, checkpoint or prepared folder -> folder of the prepared encoder.
 
     Prepares the encoder if it is missing, except int8, which needs images. `weights`: see
-    `catalogue.fetch`. Raises EncoderError.
+    `catalogue.fetch`. `crop`: see `timm_towers.read`. Raises EncoderError.
     """
-    source = source_of(clip_model)
+    if (Path(clip_model) / "encoder.json").is_file():
+        return prepared_folder(clip_model, precision, layers)
+    source = source_of(clip_model, crop)
     if precision == "int8":
         return find_int8(clip_model, source, layers)
-    return find_layers(source, layers) or prepare_once(clip_model, source, layers, weights)
+    return find_layers(source, layers) or prepare_once(clip_model, source, layers, weights, crop)
+
+
+def prepared_folder(folder, precision, layers):
+    """A folder that prepare_clip.py printed -> the folder. Raises EncoderError."""
+    manifest = read_manifest(folder)
+    if not any(Path(folder).samefile(other) for other in prepared()):
+        raise EncoderError(
+            f"--clip_model {folder}: is no encoder of the cache {cache_dir()}; prepare it there"
+        )
+    if layers != "final" and canonical(layers, manifest["arch"]) != manifest["layers"]:
+        raise EncoderError(
+            f"--layers {layers}: {folder} has the layers {manifest['layers']}; leave out --layers"
+        )
+    if precision == "int8" and manifest.get("precision") != "int8":
+        raise EncoderError(f"--precision int8: {folder} is not int8; leave out --precision")
+    return Path(folder)
 
 
 def find_int8(clip_model, source, layers):
@@ -46,7 +67,7 @@ def find_int8(clip_model, source, layers):
     return folder
 
 
-def prepare_once(clip_model, source, layers, weights):
+def prepare_once(clip_model, source, layers, weights, crop):
     """Prepare the encoder under a lock. A second process waits, then finds the folder."""
     from filelock import FileLock
 
@@ -58,7 +79,7 @@ def prepare_once(clip_model, source, layers, weights):
             f"cannot write {cache_dir()}: {error.strerror}; set CLIP_CACHE to another place"
         ) from None
     with lock:
-        return find_layers(source, layers) or prepare(clip_model, source, layers, weights)
+        return find_layers(source, layers) or prepare(clip_model, source, layers, weights, crop)
 
 
 def find_layers(source, layers):
@@ -73,16 +94,27 @@ def find_layers(source, layers):
     return None
 
 
-def source_of(clip_model):
-    """Name -> the name; checkpoint -> 'sha256:' and the hash of the file. Raises EncoderError."""
+def source_of(clip_model, crop=None):
+    """Name -> the name; checkpoint -> 'sha256:' and the hash of the file. Raises EncoderError.
+
+    A tower of timm has both, and the crop that the user asked for.
+    """
     if clip_model in catalogue.NAMES:
         return clip_model
+    if clip_model.startswith(TIMM):
+        name, _, file = clip_model.partition("@")
+        return name + (f"@sha256:{catalogue.hash_of(file)}" if file else "") + crop_words(crop)
     if Path(clip_model).is_file():
         return "sha256:" + catalogue.hash_of(clip_model)
     raise EncoderError(
-        f"'{clip_model}' is neither a file nor one of {', '.join(catalogue.NAMES)}; "
+        f"'{clip_model}' is neither a file nor one of {', '.join(catalogue.NAMES)}, {TIMM}NAME; "
         f"set --clip_model or CLIP_MODEL to one of these{catalogue.suggestion(clip_model)}"
     )
+
+
+def crop_words(crop):
+    """{'crop_share': 0.9} -> ' --crop_share 0.9', as the user writes it."""
+    return "".join(f" --{name} {value}" for name, value in (crop or {}).items())
 
 
 def require_torch(what):
@@ -112,16 +144,31 @@ def read_weights(clip_model, weights=None):
     return read_checkpoint(path)
 
 
-def prepare(clip_model, source, layers, weights=None):
+def read_encoder(clip_model, weights, crop):
+    """-> ({name: array}, architecture, Transform). Raises EncoderError."""
+    from detector.encoders.weights import architecture
+    from detector.images.preprocessing import clip_transform
+
+    if clip_model.startswith(TIMM):
+        from detector.encoders.timm_towers import read
+
+        return read(clip_model, crop or {})
+    arrays = read_weights(clip_model, weights)
+    arch = architecture(arrays)
+    return arrays, arch, clip_transform(arch["input_resolution"])
+
+
+def prepare(clip_model, source, layers, weights=None, crop=None):
     """Load, convert and store the weights -> the new folder.
 
     Writes a scratch folder and renames it, so the cache never contains half an encoder.
     """
     from tqdm import tqdm
 
-    arrays = read_weights(clip_model, weights)
+    arrays, arch, transform = read_encoder(clip_model, weights, crop)
     with tqdm(total=3, desc=f"preparing {clip_model}", unit="step") as progress:
-        manifest = describe(clip_model, source, layers, arrays)
+        manifest = describe(name_of(clip_model, source, crop), layers, arrays, arch, transform)
+        manifest = read_card(clip_model) | manifest | {"source": source}
         progress.update()
         # we hold the lock, so a killed process left these
         for leftover in cache_dir().glob(".preparing-*"):
@@ -137,22 +184,30 @@ def prepare(clip_model, source, layers, weights=None):
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def describe(clip_model, source, layers, arrays):
-    """-> the manifest, without what running the encoder adds: 'dim' and 'golden'."""
-    from detector.encoders.weights import architecture, identity_of
-
-    arch = architecture(arrays)
-    layers = canonical(layers, arch)
+def name_of(clip_model, source, crop):
+    """What the user named, without the folders of a file."""
+    if clip_model.startswith(TIMM):
+        name, _, file = clip_model.partition("@")
+        return name + (f"@{Path(file).name}" if file else "") + crop_words(crop)
     name = clip_model if source == clip_model else Path(clip_model).stem
     if source != clip_model and name in catalogue.NAMES:
         name += " (a file)"  # else a model's error would recommend a download from OpenAI
-    return read_card(clip_model) | {
+    return name
+
+
+def describe(name, layers, arrays, arch, transform):
+    """-> the manifest, without its source, and what running adds: 'dim' and 'golden'."""
+    from detector.encoders.weights import identity_of
+
+    layers = canonical(layers, arch)
+    own = transform if is_timm(arch) else None  # so that CLIP's identities stay those of before
+    return {
         "name": name if layers == "final" else f"{name} {layers}",
-        "source": source,
-        "identity": identity_of(arrays, arch, layers),
+        "identity": identity_of(arrays, arch, layers, own),
         "layers": layers,
         "preprocessing": PREPROCESSING,
-        "resolution": arch["input_resolution"],
+        "resolution": transform.resolution,
+        "transform": transform._asdict(),
         "arch": arch,
     }
 
@@ -184,15 +239,21 @@ def read_card(clip_model):
 
 
 def load_visual(clip_model):
-    """Name or checkpoint -> its vision tower in torch, float32, eval mode. Raises EncoderError."""
+    """CLIP's name or checkpoint -> its vision tower in torch, float32, eval mode.
+
+    Raises EncoderError.
+    """
     from detector.encoders.weights import architecture
 
+    if clip_model.startswith(TIMM):
+        raise EncoderError(f"--clip_model {clip_model}: only CLIP can be fine-tuned; name a CLIP")
     arrays = read_weights(clip_model)
     return torch_tower(arrays, architecture(arrays))
 
 
 def torch_tower(arrays, arch):
-    require_torch("a ResNet" if arch["kind"] == "ModifiedResNet" else "training an encoder")
+    if not is_timm(arch):
+        require_torch("a ResNet" if arch["kind"] == "ModifiedResNet" else "training an encoder")
     import torch
 
     return vision_tower(arch, {name: torch.from_numpy(array) for name, array in arrays.items()})
@@ -213,7 +274,7 @@ def write_folder(arrays, manifest, folder, progress):
     from detector.images.preprocessing import preprocess
 
     arch, layers = manifest["arch"], manifest["layers"]
-    pixels = preprocess(decode_image(golden_image()), arch["input_resolution"])[None]
+    pixels = preprocess(decode_image(golden_image()), transform_of(manifest))[None]
     save_file(
         {name: np.ascontiguousarray(array) for name, array in arrays.items()},
         folder / "vision.safetensors",
@@ -222,7 +283,7 @@ def write_folder(arrays, manifest, folder, progress):
         model = openvino_model(arrays, arch, layers)
         golden = numpy_forward(arrays, arch, layers, pixels)
     else:
-        model, golden = resnet_model(arrays, arch, layers, pixels)
+        model, golden = traced_model(arrays, arch, layers, pixels)
     progress.update()
     ov.save_model(model, folder / "encoder.xml", compress_to_fp16=True)
     golden = [float(f"{value:.6g}") for value in golden[0]]
@@ -232,8 +293,8 @@ def write_folder(arrays, manifest, folder, progress):
     progress.update()
 
 
-def resnet_model(arrays, arch, layers, pixels):
-    """-> (openvino.Model of a ResNet, its features of `pixels` by torch).
+def traced_model(arrays, arch, layers, pixels):
+    """-> (openvino.Model of a ResNet or of timm's tower, its features of `pixels` by torch).
 
     `ov.convert_model` would first multiply the batch norms into the convolutions. The products are
     no fp16 numbers: the cosine to the original was 0.99999 and not 1.0. So we call the frontend.
@@ -244,7 +305,7 @@ def resnet_model(arrays, arch, layers, pixels):
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # torch's tracer warns of asserts in multi-head attention
+        warnings.simplefilter("ignore")  # the tracer warns of asserts and of checked shapes
         golden = module(torch.from_numpy(pixels)).numpy()
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchScriptPythonDecoder(module, example_input=torch.zeros(2, 3, side, side))

@@ -33,6 +33,7 @@ from detector.encoders.runtime import (
     golden_image,
     openvino_core,
     read_manifest,
+    transform_of,
 )
 from detector.images import decoding, preprocessing
 from detector.images.folders import draw_evenly, list_images
@@ -47,7 +48,7 @@ def ensure_int8(folder, args):
     int8_folder = find_encoder(source=f"{manifest['source']} int8", layers=manifest["layers"])
     if int8_folder is None:
         require_nncf()
-        images = read_images(args.data_dir, args.limit, manifest["resolution"])
+        images = read_images(args.data_dir, args.limit, transform_of(manifest))
         int8_folder, report = quantize(folder, *images)
         say(report)
     return int8_folder
@@ -56,6 +57,7 @@ def ensure_int8(folder, args):
 LEAST_COSINE = 0.99  # mean over the images, int8 to float32 features
 LEAST_AGREEMENT = 0.99  # share of unchanged verdicts
 BATCH = 8
+TRANSFORMERS = ("VisionTransformer", "timm:VisionTransformer", "timm:Eva")
 RANKED = 20  # images by which accuracy control ranks a hundred layers
 C = 1e-2  # regularisation of the compared verdicts: the middle of train_model.py's grid
 
@@ -71,7 +73,7 @@ def require_nncf():
     return nncf
 
 
-def read_images(data_dir, limit, resolution):
+def read_images(data_dir, limit, transform):
     """A labelled folder -> (pixels float32 [n, 3, r, r], labels int [n]), n at most `limit`.
 
     Draws the classes as evenly as possible, in random order. Copies and unreadable images are left
@@ -83,7 +85,7 @@ def read_images(data_dir, limit, resolution):
     def read(entry):
         with contextlib.suppress(ImageError, UsageError):
             data = read_bytes(Path(data_dir, entry.path))
-            pixels = preprocessing.preprocess(decoding.decode_image(data), resolution)
+            pixels = preprocessing.preprocess(decoding.decode_image(data), transform)
             return sha256(data), (pixels, entry.label)
 
     with ThreadPoolExecutor() as pool:
@@ -174,7 +176,7 @@ def accuracy_controlled(folder, scratch, pixels, reference):
 def prepared_model(folder):
     """-> (nncf, the encoder as an openvino model, NNCF's arguments for it)."""
     nncf = require_nncf()
-    transformer = read_manifest(folder)["arch"]["kind"] == "VisionTransformer"
+    transformer = read_manifest(folder)["arch"]["kind"] in TRANSFORMERS
     arguments = {
         "preset": nncf.QuantizationPreset.MIXED,
         "model_type": nncf.ModelType.TRANSFORMER if transformer else None,
@@ -231,7 +233,7 @@ def describe(folder, scratch):
     (scratch / "encoder.json").write_text(json.dumps(manifest))
     encoder = Encoder(scratch, "cpu")
     golden = encoder.encode(
-        preprocessing.preprocess(decoding.decode_image(golden_image()), encoder.resolution)[None]
+        preprocessing.preprocess(decoding.decode_image(golden_image()), encoder.transform)[None]
     )[0]
     manifest["golden"] = [float(f"{value:.6g}") for value in golden]
     (scratch / "encoder.json").write_text(json.dumps(manifest, indent=1))

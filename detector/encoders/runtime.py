@@ -21,6 +21,7 @@ from detector.base.errors import EncoderError
 
 # Part of an encoder's identity. Change it whenever the same bytes would become other pixels.
 PREPROCESSING = "clip-1"
+TIMM = "timm:"  # how the names of timm's towers begin
 
 # Intel's usage statistics: with this entry OpenVINO sends nothing.
 sys.modules.setdefault("openvino_telemetry", None)
@@ -64,6 +65,14 @@ def prepared(**wanted):
 def find_encoder(**wanted):
     """The first folder of `prepared`, or None."""
     return next(prepared(**wanted), None)
+
+
+def transform_of(manifest):
+    """encoder.json -> `Transform` of its images. Older files are CLIP's and do not state it."""
+    from detector.images.preprocessing import Transform, clip_transform
+
+    stated = manifest.get("transform")
+    return Transform(**stated) if stated else clip_transform(manifest["resolution"])
 
 
 def clip_model_of(encoder):
@@ -111,9 +120,14 @@ def cuda_visible():
     return not failed and count.value > 0
 
 
-def has_torch():
-    """Are the packages of the CUDA path installed? Does not import them."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "clip", "safetensors"))
+def is_timm(arch):
+    return arch["kind"].startswith(TIMM)
+
+
+def has_torch(arch):
+    """Are the packages that build this architecture on CUDA installed? Does not import them."""
+    names = ("torch", "safetensors", "timm" if is_timm(arch) else "clip")
+    return all(importlib.util.find_spec(name) for name in names)
 
 
 class Encoder:
@@ -122,7 +136,8 @@ class Encoder:
     encoder = Encoder(folder)  # a folder that prepare_clip.py wrote
     encoder.encode(pixels)     # float32 [n, 3, r, r] -> float32 [n, d]
 
-    `identity` is that of the weights, layers and preprocessing. `precision` ('float32', 'bfloat16',
+    `identity` is that of the weights, layers and preprocessing. `transform` prepares an image for
+    `preprocess`. `precision` ('float32', 'bfloat16',
     on CUDA 'float16') does not change the identity. 'int8' is another encoder in its own folder.
     Several threads may call `encode`. On a CPU a pass uses all `threads` of one socket, and other
     passes wait. `compile`: on CUDA, spend some seconds at the first pass to speed up later ones.
@@ -137,14 +152,15 @@ class Encoder:
             )
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
+        self.transform = transform_of(self.manifest)
         if precision == "auto":
             precision = self.manifest.get("precision", "auto")
         weights = Path(folder) / "vision.safetensors"
         if device == "auto":  # the quickest check first
-            on_cuda = weights.is_file() and has_torch() and cuda_visible()
+            on_cuda = weights.is_file() and has_torch(self.manifest["arch"]) and cuda_visible()
             device = "cuda" if on_cuda else "cpu"
         elif device == "cuda":
-            check_cuda(weights, self.name)
+            check_cuda(weights, self.manifest)
         self.device = device
         if device == "cuda":
             self._forward, self.precision = torch_forward(
@@ -161,8 +177,9 @@ class Encoder:
         return self._forward(pixels)
 
 
-def check_cuda(weights, name):
-    """Raises EncoderError if the encoder `name` cannot run on CUDA here."""
+def check_cuda(weights, manifest):
+    """Raises EncoderError if the encoder cannot run on CUDA here."""
+    name, arch = manifest["name"], manifest["arch"]
     if not cuda_visible():
         raise EncoderError("--device cuda: no CUDA device is visible here; use --device cpu")
     if not weights.is_file():
@@ -170,9 +187,12 @@ def check_cuda(weights, name):
             f"--device cuda: '{name}' has no weights for CUDA here, vision.safetensors; "
             "use --device cpu"
         )
-    if not has_torch():
+    if not has_torch(arch):
+        package, file = (
+            ("timm", "requirements/timm.txt") if is_timm(arch) else ("clip", "requirements.txt")
+        )
         raise EncoderError(
-            "--device cuda: torch and clip are not installed: pip install -r requirements.txt"
+            f"--device cuda: torch and {package} are not installed: pip install -r {file}"
         )
 
 
@@ -233,11 +253,17 @@ def openvino_forward(folder, precision, threads):
 
 
 def vision_tower(arch, weights):
-    """Result of `architecture`, {name: torch tensor} -> torch module, float32, eval mode."""
-    import clip.model
+    """Architecture of a manifest, {name: torch tensor} -> torch module, float32, eval mode."""
+    if is_timm(arch):
+        import timm
 
-    arguments = dict(arch)
-    tower = getattr(clip.model, arguments.pop("kind"))(**arguments)
+        tower = timm.create_model(arch["model"], pretrained=False)
+        tower.reset_classifier(0)
+    else:
+        import clip.model
+
+        arguments = dict(arch)
+        tower = getattr(clip.model, arguments.pop("kind"))(**arguments)
     tower.load_state_dict(weights)
     return tower.eval()
 
@@ -253,6 +279,8 @@ def torch_forward(weights, manifest, device, precision, compile=False):
     import torch
 
     module, dtype = torch_module(weights, manifest, device, precision, compile)
+    # CLIP's tower holds float16 weights. timm's towers hold float32, which each pass rounds.
+    mixed = is_timm(manifest["arch"]) and dtype == torch.float16
     largest, streams = 0, queue.SimpleQueue()
     for _ in range(2):
         streams.put(torch.cuda.Stream() if device == "cuda" else None)
@@ -266,7 +294,7 @@ def torch_forward(weights, manifest, device, precision, compile=False):
             batch = torch.cat([batch, batch.new_zeros(largest - n, *batch.shape[1:])])
         stream = streams.get()
         try:
-            with torch.cuda.stream(stream):  # does nothing for None
+            with torch.cuda.stream(stream), torch.autocast(device, torch.float16, mixed):
                 if device == "cuda":
                     batch = batch.pin_memory().to(device, non_blocking=True)
                 features = module(batch.contiguous(memory_format=torch.channels_last))
@@ -280,7 +308,6 @@ def torch_forward(weights, manifest, device, precision, compile=False):
 def torch_module(weights, manifest, device, precision, compile):
     """-> (the tower with its layers on the device, its dtype)."""
     import torch
-    from clip.model import convert_weights
     from safetensors.torch import load_file
 
     from detector.encoders.layers import with_layers
@@ -291,11 +318,14 @@ def torch_module(weights, manifest, device, precision, compile):
         )
     dtype = torch.float32 if precision == "float32" else torch.float16
     tower = vision_tower(manifest["arch"], load_file(weights))
-    if dtype == torch.float16:
+    if dtype == torch.float16 and not is_timm(manifest["arch"]):
+        from clip.model import convert_weights
+
         convert_weights(tower)  # like clip.load on CUDA; CLIP's norms need float32
     # cuDNN's float16 convolutions expect channels_last
     tower = tower.to(device, memory_format=torch.channels_last)
     if compile:
-        for part in tower.transformer.resblocks if hasattr(tower, "transformer") else [tower]:
+        parts = getattr(getattr(tower, "transformer", None), "resblocks", None)
+        for part in parts or getattr(tower, "blocks", [tower]):
             part.compile()
     return with_layers(tower, manifest["layers"]), dtype

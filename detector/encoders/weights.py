@@ -11,6 +11,7 @@ in another member. We call no function that a file names, and read no number out
 
 import hashlib
 import io
+import json
 import pickle
 import pickletools
 import re
@@ -327,15 +328,16 @@ def vit_shapes(arch):
     return shapes
 
 
-def identity_of(weights, arch, layers="final"):
+def identity_of(weights, arch, layers="final", transform=None):
     """SHA-256 over the fp16 tensors in name order, the layers and the preprocessing.
 
     Both file forms of the same weights give the same hash. `arch` is hashed as text, so its numbers
-    must be plain ints.
+    must be plain ints. `transform`: a Transform that is not CLIP's own.
     """
-    digest = hashlib.sha256(
-        f"layers={layers} preprocessing={PREPROCESSING} {sorted(arch.items())}".encode()
-    )
+    text = f"layers={layers} preprocessing={PREPROCESSING} {sorted(arch.items())}"
+    if transform is not None:
+        text += json.dumps(transform._asdict())
+    digest = hashlib.sha256(text.encode())
     for name, array in sorted(weights.items()):
         if array.dtype.kind == "f":
             digest.update(f"{name} {array.shape}".encode())

@@ -6,7 +6,7 @@ from detector.base.constants import CLASSES
 from detector.evaluation.intervals import wilson
 from detector.evaluation.metrics import BINS
 from detector.images.occlusion import MEANING
-from detector.images.preprocessing import MEAN, STD
+from detector.images.preprocessing import colours
 
 COLOURS = ("#2c7fb8", "#e6550d")  # real, fake
 
@@ -197,13 +197,13 @@ def plot_operating(report):
     return figure
 
 
-def plot_map(pixels, rows):
+def plot_map(pixels, transform, rows):
     """The encoder's input, float32 [3, r, r], beside its map of `Detector.explain` -> figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.imshow((np.moveaxis(pixels, 0, -1) * STD + MEAN).clip(0, 1))
+    left.imshow(colours(pixels, transform))
     left.set(title="the picture as the encoder sees it", xticks=[], yticks=[])
     most = max(np.abs(rows).max(), 1e-9)
     drawn = right.imshow(rows, cmap="PuOr_r", vmin=-most, vmax=most)

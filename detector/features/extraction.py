@@ -53,7 +53,7 @@ def draw(entries, limit, seed=0):
 # ---- encoding ----
 
 
-def read_row(data_dir, entry, resolution, max_pixels, views=0, crops=0):
+def read_row(data_dir, entry, transform, max_pixels, views=0, crops=0):
     """Read and prepare one image of a folder or an object store.
 
     -> (entry, pieces uint8 [1 + views, 1 + crops, r, r, 3], its stored columns), or for a bad file
@@ -67,7 +67,7 @@ def read_row(data_dir, entry, resolution, max_pixels, views=0, crops=0):
         rgb, row = describe_image(storage.read_bytes(data_dir, entry.path), max_pixels)
         base = manageable(rgb) if views else None
         copies = (degrade(base, view_rng(row["sha256"], number)) for number in range(1, views + 1))
-        pieces = [preprocessing.in_pieces(image, resolution, crops) for image in (rgb, *copies)]
+        pieces = [preprocessing.in_pieces(image, transform, crops) for image in (rgb, *copies)]
         return entry, np.stack(pieces), row
     except (ImageError, OSError) as error:
         is_image = getattr(error, "is_image", True) or has_extension(entry.path)
@@ -99,7 +99,7 @@ def encode_ahead(data_dir, entries, encoder, size, readers, max_pixels, views=0,
 
     def read(batch):
         return [
-            readers.submit(read_row, data_dir, entry, encoder.resolution, max_pixels, views, crops)
+            readers.submit(read_row, data_dir, entry, encoder.transform, max_pixels, views, crops)
             for entry in batch
         ]
 
@@ -128,7 +128,7 @@ def encode_batch(rows, encoder, size, crops):
         for piece in several.reshape(-1, *several.shape[2:])
     ]
     features = [
-        encoder.encode(preprocessing.normalise(np.stack(pieces[i : i + size])))
+        encoder.encode(preprocessing.normalise(np.stack(pieces[i : i + size]), encoder.transform))
         for i in range(0, len(pieces), size)
     ]
     features = np.concatenate([np.empty((0, encoder.dim), np.float32), *features])
@@ -226,7 +226,7 @@ def store_ahead(missing, args, encoder):
     """
     readers = reader_pool(encoder.device, runtime.processors())
     encoding, waiting = ThreadPoolExecutor(2), deque()
-    options = encoder.resolution, args.max_pixels, args.views, args.crops
+    options = encoder.transform, args.max_pixels, args.views, args.crops
     try:
         for batch, path in missing:
             share = math.ceil(len(batch) / runtime.processors())

@@ -158,7 +158,9 @@ class Views:
             if rng.random() < DEGRADED:
                 image = degrade(manageable(image, SIDE), rng)
             image = random_view(image, rng, self.resolution)
-        return np.array(preprocessing.resize_and_crop(image, self.resolution)), label
+        return np.array(
+            preprocessing.resize_and_crop(image, preprocessing.clip_transform(self.resolution))
+        ), label
 
 
 def load(rows, batches, resolution, workers):

@@ -41,7 +41,9 @@ def precision():
 
 def to_pixels(crops, labels, device):
     """The loader's uint8 [n, r, r, 3] and int64 [n] -> CLIP's input and float32 labels."""
-    pixels = torch.from_numpy(preprocessing.normalise(crops.numpy()))
+    pixels = torch.from_numpy(
+        preprocessing.normalise(crops.numpy(), preprocessing.clip_transform(crops.shape[1]))
+    )
     return pixels.to(device), labels.float().to(device)
 
 

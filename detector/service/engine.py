@@ -421,7 +421,7 @@ def prove(detector):
             f"{runtime.cache_dir() / 'encoders'} and run prepare_clip.py again"
         )
     image = decoding.decode_image(runtime.golden_image())
-    pixels = preprocessing.preprocess(image, detector.encoder.resolution)
+    pixels = preprocessing.preprocess(image, detector.encoder.transform)
     features = np.stack([np.float32(recorded), detector.encoder.encode(pixels[None])[0]])
     norms = np.linalg.norm(features, axis=1)
     cosine = float(features[0] @ features[1] / norms[0] / norms[1])

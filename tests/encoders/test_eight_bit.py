@@ -94,7 +94,8 @@ def test_query_key_and_value_matrices_match_their_named_biases(arrays, wheel):
 @pytest.fixture(scope="module")
 def pixels():
     images = [decoding.decode_image(path.read_bytes()) for path in samples.installed_photos()]
-    return np.stack([preprocessing.preprocess(image, 224) for image in images])
+    transform = preprocessing.clip_transform(224)
+    return np.stack([preprocessing.preprocess(image, transform) for image in images])
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from small_clip import encode
 
 from detector.base.errors import EncoderError
 from detector.encoders import prepare, runtime, weights
-from detector.images import preprocessing
+from detector.images.preprocessing import clip_transform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,13 +150,14 @@ def prepared(case, pixels):
     return encoder_of(case, "float32").encode(np.ascontiguousarray(pixels))
 
 
+MEAN, STD = (
+    np.float32(getattr(clip_transform(1), name))[:, None, None] for name in ("mean", "std")
+)
 FAULTS = {
     "half the heads": lambda case: with_heads(case, 0.5),
     "twice the heads": lambda case: with_heads(case, 2),
     "swapped channels": lambda case: prepared(case, case.pixels[:, ::-1]),
-    "no normalisation": lambda case: prepared(
-        case, case.pixels * preprocessing.STD[:, None, None] + preprocessing.MEAN[:, None, None]
-    ),
+    "no normalisation": lambda case: prepared(case, case.pixels * STD + MEAN),
     "two images exchanged": lambda case: prepared(
         case, case.pixels[[1, 0, *range(2, len(case.pixels))]]
     ),

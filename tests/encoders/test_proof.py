@@ -87,8 +87,8 @@ def test_a_machine_that_computes_wrong_features_is_refused(pair, monkeypatch, na
 def test_other_preprocessing_is_refused(pair, monkeypatch):
     preprocess = preprocessing.preprocess
 
-    def upside_down(image, side):
-        return preprocess(image, side)[:, ::-1].copy()
+    def upside_down(image, transform):
+        return preprocess(image, transform)[:, ::-1].copy()
 
     monkeypatch.setattr(preprocessing, "preprocess", upside_down)
     with pytest.raises(EncoderError, match="cannot be trusted"):

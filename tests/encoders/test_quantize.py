@@ -70,7 +70,7 @@ def test_int8_is_another_encoder_and_reports_its_closeness(int8_run, monkeypatch
     encoder = runtime.Encoder(folder)
     assert encoder.precision == "int8"
     image = decoding.decode_image(runtime.golden_image())
-    pixels = preprocessing.preprocess(image, encoder.resolution)[None]
+    pixels = preprocessing.preprocess(image, encoder.transform)[None]
     np.testing.assert_allclose(encoder.encode(pixels)[0], int8["golden"], rtol=1e-4, atol=1e-4)
     size, float_size = ((f / "encoder.bin").stat().st_size for f in (folder, float_folder))
     assert size < 0.7 * float_size
@@ -171,9 +171,10 @@ def test_copies_of_an_image_count_once_for_int8(make_folder, tmp_path):
         for i in range(1, 30):
             shutil.copy(folder / label / "000.jpg", folder / label / f"{i:03d}.jpg")
     with pytest.raises(UsageError, match="2 different images can be read"):
-        quantize.read_images(folder, 400, 64)
+        quantize.read_images(folder, 400, preprocessing.clip_transform(64))
 
 
 def test_too_few_int8_images_are_refused(make_folder, tmp_path):
     with pytest.raises(UsageError, match="14 different images can be read; int8 needs at least 40"):
-        quantize.read_images(make_folder(tmp_path / "data", {"real": 10, "fake": 4}), 400, 64)
+        folder = make_folder(tmp_path / "data", {"real": 10, "fake": 4})
+        quantize.read_images(folder, 400, preprocessing.clip_transform(64))

@@ -88,7 +88,7 @@ def test_each_row_is_about_its_own_file(few, tmp_path):
         assert columns["facts"][i]["bytes"] == len(data) and columns["facts"][i]["format"] == "JPEG"
         assert (columns["facts"][i]["width"], columns["facts"][i]["height"]) == image.size
         # another batch size only changes the rounding
-        alone = encoder.encode(preprocessing.preprocess(image, encoder.resolution)[None])
+        alone = encoder.encode(preprocessing.preprocess(image, encoder.transform)[None])
         assert cosines(alone, columns["features"][[i]])[0] > 0.999
 
 

@@ -49,7 +49,7 @@ def test_copies_are_the_stated_degradations_of_the_image(few, plain):
         image = decoding.decode_image((few / columns["paths"][i]).read_bytes())
         if columns["view"][i]:
             image = degrade(image, view_rng(columns["sha256"][i], int(columns["view"][i])))
-        alone = encoder.encode(preprocessing.preprocess(image, encoder.resolution)[None])[0]
+        alone = encoder.encode(preprocessing.preprocess(image, encoder.transform)[None])[0]
         np.testing.assert_allclose(columns["features"][i], alone, rtol=0.05, atol=0.05)
 
 

@@ -94,7 +94,8 @@ def test_a_view_depends_on_its_key_and_without_a_seed_is_the_whole_picture(folde
     ((again, _),) = images.load(rows, [keys], 32, 1)
     assert once.shape == (4, 32, 32, 3) and labels.tolist() == [rows[i[0]][1] for i in keys]
     assert (once == again).all() and (once[0] != once[1]).any()
-    whole = preprocessing.resize_and_crop(decoding.decode_image(Path(rows[0][0]).read_bytes()), 32)
+    image = decoding.decode_image(Path(rows[0][0]).read_bytes())
+    whole = preprocessing.resize_and_crop(image, preprocessing.clip_transform(32))
     assert (once[3].numpy() == whole).all()
 
 

@@ -38,7 +38,7 @@ def noise(size, mode="RGB", seed=0):
 def differing_values(data, resolution, rgb_by_us=False):
     """Number of input values that differ between our transform and CLIP's, for an image file."""
     image = decoding.decode_image(data)
-    ours = preprocessing.preprocess(image, resolution)
+    ours = preprocessing.preprocess(image, preprocessing.clip_transform(resolution))
     source = image if rgb_by_us else Image.open(io.BytesIO(data))
     theirs = _transform(resolution)(source).numpy()
     assert ours.dtype == theirs.dtype == np.float32
@@ -114,23 +114,23 @@ def test_other_modes_give_clips_pixels_of_our_rgb(mode, resolution):
 right = preprocessing.preprocess  # the faults below wrap it
 
 
-def bilinear(image, resolution):
-    size = [int(side * resolution / min(image.size)) for side in image.size]
-    return right(image.resize(size, Image.Resampling.BILINEAR), resolution)
+def bilinear(image, transform):
+    size = [int(side * transform.resolution / min(image.size)) for side in image.size]
+    return right(image.resize(size, Image.Resampling.BILINEAR), transform)
 
 
 FAULTS = {
     "swapped channels": lambda image, n: right(Image.merge("RGB", image.split()[::-1]), n),
     "no normalisation": (
         lambda image, n: (
-            right(image, n) * preprocessing.STD[:, None, None] + preprocessing.MEAN[:, None, None]
+            preprocessing.colours(right(image, n), n).transpose(2, 0, 1).astype(np.float32)
         )
     ),
     "a bilinear filter": bilinear,
     "a crop one pixel beside": lambda image, n: np.roll(right(image, n), 1, axis=2),
-    "no crop": lambda image, n: right(image.resize((n, n), Image.Resampling.BICUBIC), n),
+    "no crop": lambda image, n: right(image, n._replace(crop_mode="squash")),
     "one value one bit off": lambda image, n: np.nextafter(
-        right(image, n), np.float32(9), where=np.eye(n)[0] > 0, out=right(image, n)
+        right(image, n), np.float32(9), where=np.eye(224)[0] > 0, out=right(image, n)
     ),
 }
 
@@ -142,7 +142,7 @@ def test_the_comparison_detects_a_planted_fault(fault, monkeypatch, photos):
 
 
 def test_the_pixels_are_contiguous_in_memory_as_the_runtimes_require():
-    assert right(noise((30, 20)), 224).flags["C_CONTIGUOUS"]
+    assert right(noise((30, 20)), preprocessing.clip_transform(224)).flags["C_CONTIGUOUS"]
 
 
 # ---- decoded RGB ----

@@ -19,6 +19,7 @@ from detector.training.classifiers import fit
 from detector.verdict import Detector
 
 CROPS = 3
+TRANSFORM = preprocessing.clip_transform(160)
 
 
 # ---- crops ----
@@ -40,7 +41,7 @@ def positions(crops):
 @pytest.mark.parametrize("size", [(160, 160), (900, 400), (161, 3000)])
 def test_crops_are_pixels_of_the_image_and_the_first_is_its_middle(size):
     image = marked(*size)
-    crops = preprocessing.native_crops(image, 160, 8)
+    crops = preprocessing.native_crops(image, TRANSFORM, 8)
     assert crops.shape == (8, 160, 160, 3) and crops.dtype == np.uint8
     left, top = positions(crops)
     assert (left[0], top[0]) == tuple(round((side - 160) / 2) for side in size)
@@ -50,23 +51,23 @@ def test_crops_are_pixels_of_the_image_and_the_first_is_its_middle(size):
 
 def test_crops_spread_over_the_picture_and_fewer_are_the_first_of_more():
     image = marked(2000, 2000)
-    crops = preprocessing.native_crops(image, 160, 16)
+    crops = preprocessing.native_crops(image, TRANSFORM, 16)
     left, top = positions(crops)
     assert len(set(zip(left // 500, top // 500, strict=True))) >= 10  # of 16 parts of the picture
-    assert (preprocessing.native_crops(image, 160, 5) == crops[:5]).all()
+    assert (preprocessing.native_crops(image, TRANSFORM, 5) == crops[:5]).all()
 
 
 def test_a_small_picture_is_enlarged_to_the_crop(photos):
     small = Image.open(photos["china.jpg"]).convert("RGB").resize((40, 30))
-    crops = preprocessing.native_crops(small, 160, 2)
+    crops = preprocessing.native_crops(small, TRANSFORM, 2)
     enlarged = small.resize((213, 160), Image.Resampling.BICUBIC).crop((26, 0, 186, 160))
     assert crops.shape == (2, 160, 160, 3) and (crops[0] == np.asarray(enlarged)).all()
 
 
 def test_without_crops_the_only_piece_is_the_whole(photos):
     image = Image.open(photos["coffee.png"]).convert("RGB")
-    pieces = preprocessing.normalise(preprocessing.in_pieces(image, 160))
-    assert (pieces == preprocessing.preprocess(image, 160)[None]).all()
+    pieces = preprocessing.normalise(preprocessing.in_pieces(image, TRANSFORM), TRANSFORM)
+    assert (pieces == preprocessing.preprocess(image, TRANSFORM)[None]).all()
 
 
 # ---- from files to verdicts ----

@@ -90,11 +90,12 @@ def test_the_verdict_stays_and_the_map_lies_beside_the_picture(explain, script, 
 
 def test_the_plot_has_the_picture_the_map_a_scale_and_the_sentence():
     from detector.evaluation.plots import plot_map
-    from detector.images.preprocessing import normalise
+    from detector.images.preprocessing import clip_transform, normalise
 
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     rows = np.linspace(-0.5, 1, CELLS**2).reshape(CELLS, CELLS)
-    figure = plot_map(normalise(picture), rows)
+    transform = clip_transform(64)
+    figure = plot_map(normalise(picture, transform), transform, rows)
     left, right, scale = figure.axes
     assert np.abs(left.images[0].get_array() * 255 - picture).max() < 0.01
     assert (right.images[0].get_array() == rows).all() and right.images[0].get_clim() == (-1, 1)
