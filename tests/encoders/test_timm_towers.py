@@ -1,13 +1,14 @@
 """Encoders of timm: its pixels bit for bit, its features, its layers, and what is refused."""
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import timm_small
-from commands import assert_one_line_error
+from commands import ROOT, assert_one_line_error
 from made_up import write_features
 from PIL import Image
 from small_clip import centred_cosines, crops
@@ -18,7 +19,7 @@ from detector.encoders.layers import canonical
 from detector.images import preprocessing
 
 LITE0 = "tf_efficientnet_lite0.in1k"
-PE = "vit_pe_core_tiny_patch16_384.fb"
+ENCODERS = ROOT / "docs" / "encoders.md"
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,9 @@ def test_the_features_of_each_family_are_those_of_timm(family, towers):
     expected = {key: value.numpy() for key, value in expected.items()}
     depth = len(expected) - 1
     for layers in ("final", "penultimate", f"1,{depth}", "multi"):
-        encoder = runtime.Encoder(
-            prepare.ensure_encoder(f"timm:{name}@{path}", layers=layers), "cpu", "float32"
-        )
+        folder = prepare.ensure_encoder(f"timm:{name}@{path}", layers=layers)
+        runtime.Encoder(folder, "cpu", "float32")  # compiles; the next takes it from the cache
+        encoder = runtime.Encoder(folder, "cpu", "float32")
         stated = json.loads(json.dumps(timm_small.transform_of(name)))
         assert list(encoder.transform) == stated
         parts = [expected[part] for part in parts_of(layers, depth)]
@@ -243,6 +244,17 @@ def test_licence_and_notes_are_printed_once(lite0, script):
 )
 def test_a_licence_that_restricts_is_pointed_out(name, words):
     assert words in timm_towers.licence(name)
+
+
+def test_the_documented_licences_are_those_that_timm_states():
+    rows = re.findall(r"^\| .* \| `timm:(\S+)` \| (.*) \|$", ENCODERS.read_text(), re.MULTILINE)
+    names = {"Apache-2.0": "apache-2.0", "DINOv3": "dinov3-license", "CC-BY-NC-4.0": "cc-by-nc-4.0"}
+    assert len(rows) >= 7
+    for tower, words in rows:
+        stated = timm_towers.config_of(tower).license
+        assert stated == next(name for start, name in names.items() if words.startswith(start))
+        advice = timm_towers.licence(stated).partition(": ")[2]
+        assert advice in words
 
 
 @pytest.mark.parametrize(

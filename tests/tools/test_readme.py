@@ -127,6 +127,8 @@ def trained(clone, tmp_path_factory):
     place, env = tmp_path_factory.mktemp("trained") / "clone", clone[1]
     shutil.copytree(clone[0], place, symlinks=True)
     small_clip.save_state_dict(small_clip.small_vit(None), place / "start.pt")
+    timm_small = pytest.importorskip("timm_small")
+    timm_small.save_random("convnext_atto.d2_in1k", place / "weights.safetensors")
     for command in (
         "python extract_features.py --data_dir data",
         "python train_model.py --model_version v1.2.0",
