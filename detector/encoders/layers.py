@@ -10,6 +10,7 @@ output is scaled to length 1, because late blocks have far longer outputs. Then 
 joined (RINE: Koutlis and Papadopoulos, ECCV 2024).
 """
 
+import inspect
 import re
 
 from detector.base.errors import EncoderError, UsageError
@@ -133,9 +134,10 @@ def timm_outputs(tower, x):
 
     A block's output is its class token, or the mean of its patches where there is no class token.
     """
-    prefixed = bool(getattr(tower, "num_prefix_tokens", 0))
-    flags = {"return_prefix_tokens": True} if prefixed else {}
-    final, blocks = tower.forward_intermediates(x, **flags)
+    flag = "return_prefix_tokens"
+    prefixed = flag in inspect.signature(tower.forward_intermediates).parameters
+    prefixed = prefixed and tower.num_prefix_tokens > 0
+    final, blocks = tower.forward_intermediates(x, **({flag: True} if prefixed else {}))
     if prefixed and getattr(tower, "cls_token", None) is not None:
         parts = [prefix[:, 0] for _, prefix in blocks]
     else:

@@ -20,12 +20,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # as OpenVINO's, in runt
 OPEN = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "mit")
 
 
-def split_name(clip_model):
-    """'timm:NAME@FILE' -> ('NAME', 'FILE'); without a file ('NAME', '')."""
-    name, _, file = clip_model.removeprefix(TIMM).partition("@")
-    return name, file
-
-
 def read(clip_model, crop):
     """Name -> ({name: array} with floats as float16, architecture, Transform). Raises EncoderError.
 
@@ -37,15 +31,16 @@ def read(clip_model, crop):
         raise EncoderError(
             f"preparing '{clip_model}' needs timm ({error}): pip install -r requirements/timm.txt"
         ) from None
-    name, file = split_name(clip_model)
+    name, _, file = clip_model.removeprefix(TIMM).partition("@")
     config = config_of(name)
+    name = f"{config.architecture}.{config.tag}".removesuffix(".")
     transform = transform_of(clip_model, config, crop)
-    tower = load(clip_model, file, config)
+    tower = load(clip_model, name, file, config.hf_hub_id)
     for line in (licence(config.license), *(config.notes or ())):
         say(f"{clip_model}: {line}")
     arch = {
         "kind": f"{TIMM}{type(tower).__name__}",
-        "model": f"{config.architecture}.{config.tag}".removesuffix("."),
+        "model": name,
         "layers": len(tower.feature_info),
         "input_resolution": transform.resolution,
     }
@@ -91,12 +86,11 @@ def transform_of(clip_model, config, crop):
     return Transform(height, *numbers, data["interpolation"], share, data["crop_mode"])
 
 
-def load(clip_model, file, config):
+def load(clip_model, name, file, repository):
     """-> the tower with its weights, in eval mode. Raises EncoderError."""
     import timm
     from safetensors.torch import load_file
 
-    name = f"{config.architecture}.{config.tag}".removesuffix(".")
     try:
         # as a state dict and with the classifier, so that timm refuses missing tensors
         overlay = {"state_dict": load_file(file)} if file else None
@@ -104,7 +98,7 @@ def load(clip_model, file, config):
             name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache_dir() / "timm"
         )
     except Exception as error:  # of the hub, of the network, of safetensors and of torch
-        hub = f" of https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else ""
+        hub = f" of https://huggingface.co/{repository}" if repository else ""
         raise EncoderError(
             f"cannot load '{clip_model}' ({type(error).__name__}: {one_line(error)}): fetch "
             f"model.safetensors{hub} and name it, --clip_model {TIMM}{name}@model.safetensors"
