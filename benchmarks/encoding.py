@@ -1,16 +1,16 @@
 """Encoding: images a second of ours, of OpenAI's loop and of open_clip's, and the machine's limit.
 
+    python -m benchmarks.encoding --image photo.jpg         # ViT-B/16-8bit
     python -m benchmarks.random_clip --output vit-l-14.pt
     python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg
-    python -m benchmarks.encoding --image photo.jpg         # ViT-B/16-8bit
     python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg --device cuda \
         --batch_sizes 1 64 256 --megapixels 0.25 2 --images 4096 12288
 
-The second line takes an hour on a processor without bfloat16. The last line is for a GPU.
+The third line takes an hour on a processor without bfloat16. The last line is for a GPU.
 
-With a checkpoint of a ViT-L/14, `clip.load` takes part, and open_clip where it is installed
-(pip install open_clip_torch). The limit is torch's own matrix multiplication at the shapes of a
-ViT-L/14, which takes 162 GFLOP an image.
+open_clip takes part where it is installed (pip install open_clip_torch). The limit is the encoder's
+own matrix multiplications and nothing else, by torch and on a processor by OpenVINO. It counts what
+the features need. The last block's other tokens than the class token do not count.
 
 Encoding starts from pixels in the machine's memory and ends with features there. The loops run in
 turns, and extract_features.py after them. Prints Markdown.
@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops
 
-from benchmarks.measure import heading, in_turns, ratios, row, run, spread
+from benchmarks.checkpoint import checkpoint_of
+from benchmarks.measure import heading, in_turns, machine, ratios, row, run, spread
 from detector.encoders import runtime
 from detector.encoders.catalogue import EIGHT_BIT
 from detector.encoders.prepare import ensure_encoder
@@ -38,10 +39,8 @@ from detector.images.facts import describe_image
 from detector.images.preprocessing import clip_transform, preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
-GFLOP = 162  # of an image in a ViT-L/14
-# of its four matrix products, with 257 rows an image
-SHAPES = [(1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)]
 DTYPES = {"cpu": "float32", "cuda": "float16"}  # what clip.load computes in
+PEERS = {768: "ViT-B-16-quickgelu", 1024: "ViT-L-14-quickgelu"}  # open_clip's names, by width
 PASSES = {"cpu": 1, "cuda": 8}
 THREADS = {"cpu": 1, "cuda": 2}  # that call our encoder, as in extract_features.py
 COMPILED = "ours, compiled"
@@ -49,10 +48,7 @@ COMPILED = "ours, compiled"
 
 def add_encoder_arguments(parser):
     parser.add_argument(
-        "--clip_model",
-        default=EIGHT_BIT,
-        metavar="NAME|FILE",
-        help="encoder to measure; a file holds a ViT-L/14, as random_clip.py writes it",
+        "--clip_model", default=EIGHT_BIT, metavar="NAME|FILE", help="encoder to measure"
     )
     parser.add_argument(
         "--image", required=True, metavar="IMG", help="photograph that all images are made of"
@@ -116,7 +112,7 @@ def torch_loop(checkpoint, device):
     return torch_forward(model, device, torch.float32)
 
 
-def open_clip_loop(device):
+def open_clip_loop(width, device):
     """The same network by open_clip, with its initial weights; None where it is not installed."""
     try:
         import open_clip
@@ -125,27 +121,8 @@ def open_clip_loop(device):
     import torch
 
     dtype = getattr(torch, DTYPES[device])
-    model = open_clip.create_model("ViT-L-14-quickgelu", device=device).eval().to(dtype)
+    model = open_clip.create_model(PEERS[width], device=device).eval().to(dtype)
     return torch_forward(model, device, dtype)
-
-
-def multiplications(n, device):
-    """-> (function that multiplies, the number of images whose encoding takes as much).
-
-    It multiplies what `n` images multiply in one of the 24 layers.
-    """
-    import torch
-
-    kind = {"device": device, "dtype": getattr(torch, DTYPES[device])}
-    pairs = [(torch.randn(257 * n, a, **kind), torch.randn(a, b, **kind)) for a, b in SHAPES]
-    worth = sum(2 * 257 * n * a * b for a, b in SHAPES) / (GFLOP * 1e9)
-
-    def multiply(_):
-        for left, right in pairs:
-            product = left @ right
-        product[0, 0].item()  # waits for the GPU
-
-    return multiply, worth
 
 
 def loops_of(args, folder):
@@ -156,12 +133,77 @@ def loops_of(args, folder):
         loops[COMPILED] = runtime.Encoder(folder, args.device, compile=True).encode
     elif runtime.has_bfloat16():
         loops["ours, float32"] = runtime.Encoder(folder, "cpu", "float32").encode
-    if args.clip_model != EIGHT_BIT:
-        dtype = DTYPES[args.device]
-        loops[f"`clip.load`, torch {dtype}"] = torch_loop(args.clip_model, args.device)
-        if peer := open_clip_loop(args.device):
-            loops[f"open_clip, torch {dtype}"] = peer
+    dtype = DTYPES[args.device]
+    with tempfile.TemporaryDirectory() as place:
+        checkpoint = checkpoint_of(args.clip_model, place)
+        loops[f"`clip.load`, torch {dtype}"] = torch_loop(checkpoint, args.device)
+    if peer := open_clip_loop(ours.manifest["arch"]["width"], args.device):
+        loops[f"open_clip, torch {dtype}"] = peer
     return loops
+
+
+# ---- the machine's limit ----
+
+
+def products(arch, n):
+    """Architecture, images -> (rows and shapes of a block's matrix products, FLOP of an image)."""
+    width, patch = arch["width"], arch["patch_size"]
+    tokens = (arch["input_resolution"] // patch) ** 2 + 1
+    # in an order in which each product's result can be the next one's input
+    shapes = [(width, 4 * width), (4 * width, width), (width, width), (width, 3 * width)]
+    block = 2 * tokens * sum(a * b for a, b in shapes) + 4 * tokens**2 * width
+    spared = 2 * (tokens - 1) * 9 * width**2  # of the last block: all but q, k and v
+    patches = 2 * (tokens - 1) * 3 * patch**2 * width
+    return n * tokens, shapes, arch["layers"] * block - spared + patches
+
+
+def by_torch(rows, shapes, device, dtype):
+    import torch
+
+    kind = {"device": device, "dtype": getattr(torch, dtype)}
+    pairs = [(torch.randn(rows, a, **kind), torch.randn(a, b, **kind)) for a, b in shapes]
+
+    def multiply(_):
+        for left, right in pairs:
+            product = left @ right
+        product[0, 0].item()  # waits for the GPU
+
+    return multiply
+
+
+def by_openvino(rows, shapes, dtype):
+    """A chain, so that only the first input has to be converted."""
+    import openvino as ov
+    from openvino import opset13
+
+    rng = np.random.default_rng(0)
+    x = parameter = opset13.parameter([rows, shapes[0][0]], np.float32)
+    for a, b in shapes:
+        matrix = (rng.standard_normal((a, b)) / a**0.5).astype(np.float32)
+        x = opset13.matmul(x, opset13.constant(matrix), False, False)
+    hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
+    model = ov.Model([x], [parameter], "products")
+    request = runtime.openvino_core().compile_model(model, "CPU", config).create_infer_request()
+    left = rng.standard_normal((rows, shapes[0][0])).astype(np.float32)
+    return lambda _: request.infer([left], share_inputs=True, share_outputs=True)
+
+
+def limits(device, arch, n):
+    """-> ({name: function that multiplies}, the images whose encoding multiplies as much)."""
+    rows, shapes, image = products(arch, n)
+    dtypes = [DTYPES[device]]
+    if device == "cpu" and runtime.has_bfloat16():
+        dtypes.insert(0, "bfloat16")
+    multiply = {}
+    for dtype in dtypes:
+        multiply[f"limit, {dtype}: torch"] = by_torch(rows, shapes, device, dtype)
+        if device == "cpu":
+            multiply[f"limit, {dtype}: OpenVINO"] = by_openvino(rows, shapes, dtype)
+    return multiply, sum(2 * rows * a * b for a, b in shapes) / image
+
+
+# ---- rates ----
 
 
 def rate(forward, batches, worth, apply):
@@ -174,7 +216,8 @@ def rate(forward, batches, worth, apply):
 def rates(args, folder):
     """-> {name: {batch size: [images a second]}}"""
     loops, measures, rng = loops_of(args, folder), {}, np.random.default_rng(0)
-    side = runtime.read_manifest(folder)["resolution"]
+    arch = runtime.read_manifest(folder)["arch"]
+    side = arch["input_resolution"]
     pool = ThreadPoolExecutor(THREADS[args.device])
     for n in args.batch_sizes:
         pixels = rng.standard_normal((n, 3, side, side)).astype(np.float32)
@@ -183,10 +226,11 @@ def rates(args, folder):
             if name != COMPILED or n == max(args.batch_sizes):  # it pads smaller ones to that
                 apply = pool.map if name.startswith("ours") else map
                 measures[name, n] = partial(rate, forward, batches, n, apply)
-        if args.clip_model != EIGHT_BIT:
-            multiply, worth = multiplications(n, args.device)
-            name = f"limit: torch's {DTYPES[args.device]} matrix product"
-            measures[name, n] = partial(rate, multiply, batches, worth, map)
+        multiply, worth = limits(args.device, arch, n)
+        for name, function in multiply.items():
+            # as many calls as multiply about what encoding the batch does
+            calls = range(len(batches) * max(1, round(n / worth)))
+            measures[name, n] = partial(rate, function, calls, worth, map)
     by_name = {name: {} for name, _ in measures}
     for (name, n), measured in in_turns(measures, args.runs).items():
         by_name[name][n] = measured
@@ -259,6 +303,20 @@ def extraction(args, encoder, bare, megapixels):
     )
 
 
+def print_shares(measured, batch_sizes):
+    """Rows of the table: ours as a share of the faster limit of its dtype, by medians."""
+    for name in measured:
+        limit = name.replace("ours, ", "limit, ") + ":"
+        bounds = [by_size for other, by_size in measured.items() if other.startswith(limit)]
+        if bounds:
+            shares = (
+                statistics.median(measured[name][n])
+                / max(statistics.median(bound[n]) for bound in bounds)
+                for n in batch_sizes
+            )
+            row(f"{name}, share of the limit", *(f"{100 * share:.0f}%" for share in shares), "")
+
+
 def print_rates(measured, batch_sizes):
     """The table of forward passes. -> median images a second of ours at its best batch size"""
     best = {
@@ -271,6 +329,7 @@ def print_rates(measured, batch_sizes):
     for name, by_size in measured.items():
         cells = [spread(by_size[n], 3) if n in by_size else "-" for n in batch_sizes]
         row(name, *cells, ratios(best[name], best[base], 2))
+    print_shares(measured, batch_sizes)
     return statistics.median(best[ours])
 
 
@@ -280,6 +339,8 @@ def main(argv=None):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         folder = pool.submit(ensure_encoder, args.clip_model).result()
         measured = pool.submit(rates, args, folder).result()
+    if args.device == "cpu":
+        print(f"`{args.clip_model}`, {machine()}.\n")
     bare = print_rates(measured, args.batch_sizes)
     if args.megapixels:
         print()

@@ -4,6 +4,25 @@ import os
 import statistics
 import subprocess
 import time
+from pathlib import Path
+
+from detector.encoders.runtime import processors
+
+# what decides the speed of matrix products, and its name in /proc/cpuinfo
+FLAGS = {
+    "AVX2": "avx2",
+    "AVX512": "avx512f",
+    "VNNI": "avx512_vnni",
+    "AVX512-BF16": "avx512_bf16",
+    "AMX": "amx_tile",
+}
+
+
+def machine():
+    """For example '2 processors with AVX2, AVX512, VNNI, AVX512-BF16, no AMX', of Linux alone."""
+    has = Path("/proc/cpuinfo").read_text().split()
+    flags = (name if flag in has else f"no {name}" for name, flag in FLAGS.items())
+    return f"{processors()} processors with {', '.join(flags)}"
 
 
 def run(command):

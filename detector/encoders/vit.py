@@ -44,13 +44,16 @@ class Tower:
 
     def features(self, pixels, layers):
         """Canonical `layers`: 'final', 'penultimate', or blocks, scaled to length 1 and joined."""
+        names = layers.split(",")
+        depth = max(int(name) if name.isdigit() else self.arch["layers"] for name in names)
         x, tokens = self.norm(self.embed(pixels), "ln_pre"), []
-        for number in range(self.arch["layers"]):
+        for number in range(depth - 1):
             x = self.block(x, f"transformer.resblocks.{number}")
             tokens.append(self.class_token(x))
+        tokens.append(self.block(x, f"transformer.resblocks.{depth - 1}", last=True))
         if layers in ("final", "penultimate"):
             return self.output(tokens, layers)
-        return self.join([self.unit(self.output(tokens, name)) for name in layers.split(",")])
+        return self.join([self.unit(self.output(tokens, name)) for name in names])
 
     def output(self, tokens, name):
         if name.isdigit():
@@ -58,9 +61,16 @@ class Tower:
         x = self.norm(tokens[-1], "ln_post")
         return self.product(x, "proj") if name == "final" else x
 
-    def block(self, x, name):
+    def block(self, x, name, last=False):
+        """[n, tokens, width] -> the same, or of the last block the class token, [n, width].
+
+        No later block attends to the last block's other tokens, so they are not computed.
+        """
         inner = self.linear(self.norm(x, f"{name}.ln_1"), f"{name}.attn.in_proj_")
-        x = x + self.linear(self.attend(inner), f"{name}.attn.out_proj.")
+        attended = self.attend(inner)
+        if last:
+            x, attended = self.class_token(x), self.class_token(attended)
+        x = x + self.linear(attended, f"{name}.attn.out_proj.")
         inner = self.linear(self.norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc.")
         return x + self.linear(self.quick_gelu(inner), f"{name}.mlp.c_proj.")
 
