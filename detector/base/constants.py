@@ -9,6 +9,5 @@ VERSION = re.compile(r"[!-~]{1,64}")  # of a model; an HTTP header of every verd
 NOTICE = re.compile(r"[ -~]{1,200}")  # of a model; an HTTP header carries it too
 MAX_VIEWS = 20  # degraded copies of an image; memory holds those of three batches at a time
 MAX_CROPS = 32  # full-resolution crops of an image; each costs one forward pass
-LEAST_INT8_IMAGES = 40  # for the calibration and the proof of int8
 MARGIN = 0.03  # of balanced accuracy, by which a promoted version may be worse than the champion
 CROP_MODES = ("center", "squash")  # how a picture becomes a square

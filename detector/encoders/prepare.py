@@ -27,21 +27,18 @@ from detector.encoders.runtime import (
 )
 
 
-def ensure_encoder(clip_model, precision="float16", layers="final", weights=None, crop=None):
-    """Name, checkpoint or prepared folder -> folder of the prepared encoder.
+def ensure_encoder(clip_model, layers="final", weights=None, crop=None):
+    """Name, checkpoint or prepared folder -> folder of the encoder, prepared if it is missing.
 
-    Prepares the encoder if it is missing, except int8, which needs images. `weights`: see
-    `catalogue.fetch`. `crop`: see `timm_towers.read`. Raises EncoderError.
+    `weights`: see `catalogue.fetch`. `crop`: see `timm_towers.read`. Raises EncoderError.
     """
     if (Path(clip_model) / "encoder.json").is_file():
-        return prepared_folder(clip_model, precision, layers)
+        return prepared_folder(clip_model, layers)
     source = source_of(clip_model, crop)
-    if precision == "int8":
-        return find_int8(clip_model, source, layers)
     return find_layers(source, layers) or prepare_once(clip_model, source, layers, weights, crop)
 
 
-def prepared_folder(folder, precision, layers):
+def prepared_folder(folder, layers):
     """A folder that prepare_clip.py printed -> the folder. Raises EncoderError."""
     manifest = read_manifest(folder)
     if not any(Path(folder).samefile(other) for other in prepared()):
@@ -52,20 +49,7 @@ def prepared_folder(folder, precision, layers):
         raise EncoderError(
             f"--layers {layers}: {folder} has the layers {manifest['layers']}; leave out --layers"
         )
-    if precision == "int8" and manifest.get("precision") != "int8":
-        raise EncoderError(f"--precision int8: {folder} is not int8; leave out --precision")
     return Path(folder)
-
-
-def find_int8(clip_model, source, layers):
-    folder = find_layers(f"{source} int8", layers)
-    if folder is None:
-        flags = f"--clip_model {clip_model}" + (f" --layers {layers}" if layers != "final" else "")
-        raise EncoderError(
-            f"--precision int8: '{clip_model}' has no int8 form in {cache_dir()} yet: "
-            f"run python prepare_clip.py {flags} --precision int8 --data_dir DIR"
-        )
-    return folder
 
 
 def prepare_once(clip_model, source, layers, weights, crop):

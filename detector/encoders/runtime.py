@@ -54,11 +54,12 @@ def read_manifest(folder):
 def prepared(**wanted):
     """Folders of the prepared encoders whose manifest has these values (identity=..., source=...).
 
-    Encoders made for other preprocessing are skipped.
+    Encoders made for other preprocessing are skipped, and int8 ones, which earlier versions made.
     """
     wanted["preprocessing"] = PREPROCESSING
     for folder in sorted((cache_dir() / "encoders").glob("*")):
-        if wanted.items() <= read_manifest(folder).items():
+        manifest = read_manifest(folder)
+        if wanted.items() <= manifest.items() and manifest.get("precision") != "int8":
             yield folder
 
 
@@ -137,11 +138,10 @@ class Encoder:
     encoder.encode(pixels)     # float32 [n, 3, r, r] -> float32 [n, d]
 
     `identity` is that of the weights, layers and preprocessing. `transform` prepares an image for
-    `preprocess`. `precision` ('float32', 'bfloat16',
-    on CUDA 'float16') does not change the identity. 'int8' is another encoder in its own folder.
-    Several threads may call `encode`. On a CPU a pass uses all `threads` of one socket, and other
-    passes wait. `compile`: on CUDA, spend some seconds at the first pass to speed up later ones.
-    Raises EncoderError.
+    `preprocess`. `precision` ('float32', 'bfloat16', on CUDA 'float16') does not change the
+    identity. Several threads may call `encode`. On a CPU a pass uses all `threads` of one socket,
+    and other passes wait. `compile`: on CUDA, spend some seconds at the first pass to speed up
+    later ones. Raises EncoderError.
     """
 
     def __init__(self, folder, device="auto", precision="auto", threads=0, compile=False):
@@ -225,8 +225,7 @@ def openvino_forward(folder, precision, threads):
         )
     fastest = "bfloat16" if has_bfloat16() else "float32"
     precision = fastest if precision == "auto" else precision
-    # an int8 encoder has float layers, too
-    hint = {"float32": "f32", "bfloat16": "bf16"}[fastest if precision == "int8" else precision]
+    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads

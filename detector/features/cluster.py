@@ -416,7 +416,7 @@ def extract(args):
     listing, stamps = storage.list_folder(args.data_dir)
     images = drawn(args, find_images(args, listing))
     entries = [e for e in images.entries if can_be_stored(e.path)]
-    folder = ensure_encoder(args.clip_model, args.precision, args.layers)
+    folder = ensure_encoder(args.clip_model, args.layers)
     encoder = runtime.read_manifest(folder)
     with connected(args.ray) as ray:
         workers = plan(ray.nodes(), args.device, folder)

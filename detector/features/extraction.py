@@ -408,7 +408,7 @@ def extract(args):
 
     from detector.encoders.prepare import ensure_encoder
 
-    folder = ensure_encoder(args.clip_model, args.precision, args.layers)
+    folder = ensure_encoder(args.clip_model, args.layers)
     encoder = runtime.Encoder(
         folder, args.device, args.precision, compile=len(entries) >= COMPILE_FROM
     )

@@ -23,8 +23,8 @@ INSTRUCTIONS = read_dockerfile(ROOT / "Dockerfile")
 DEMO = steps_of(read_stages(INSTRUCTIONS))
 PREPARED = steps_of(read_stages(INSTRUCTIONS, CLIP_MODEL="ViT-L/14"))
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
-# Imported inside functions, for CUDA, a ResNet or int8. The image does not have them.
-PREPARING = {"torch", "clip", "nncf"}
+# Imported inside functions, for CUDA or a ResNet. The image does not have them.
+PREPARING = {"torch", "clip"}
 OPTIONAL = {"c2pa"}  # without it, details say so
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".heic"}
 
@@ -199,7 +199,7 @@ def test_a_prepared_encoder_is_copied_to_the_cache():
 def test_the_image_installs_one_requirements_file_without_torch(steps):
     named = re.findall(r"-r (\S+)", " ".join(values(steps, "RUN")))
     assert named == ["requirements-serve.txt"]
-    heavy = {name for name in requirements(named[0]) if re.match("torch|clip|nvidia|nncf", name)}
+    heavy = {name for name in requirements(named[0]) if re.match("torch|clip|nvidia", name)}
     assert not heavy, f"{named[0]} brings {heavy}"
 
 

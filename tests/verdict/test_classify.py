@@ -268,6 +268,17 @@ def test_a_missing_encoder_is_one_line_that_names_the_command(classify, photos, 
     assert_one_line_error(result, "mine", "cdcdcdcdcdcd", cache, "prepare_clip.py")
 
 
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_a_model_of_an_int8_encoder_is_one_line(classify, photos, tmp_path, in_cache):
+    """Earlier versions made int8 encoders."""
+    if in_cache:
+        other_encoder("mine int8", precision="int8")
+    model = baseline_for(tmp_path / "old.joblib", name="mine int8")
+    result = classify(photos["china.jpg"], model=model)
+    words = "int8 is no longer supported: extract features with 'mine' and train again"
+    assert_one_line_error(result, model, "'mine int8'", words)
+
+
 @pytest.mark.parametrize("setting", ["ViT-L/14", "nonsense", "small", ""])
 def test_clip_model_has_no_effect(classify, photos, setting):
     result = classify(photos["china.jpg"], CLIP_MODEL=setting)
