@@ -23,8 +23,8 @@ INSTRUCTIONS = read_dockerfile(ROOT / "Dockerfile")
 DEMO = steps_of(read_stages(INSTRUCTIONS))
 PREPARED = steps_of(read_stages(INSTRUCTIONS, CLIP_MODEL="ViT-L/14"))
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
-# Imported inside functions, for CUDA or a ResNet. The image does not have them.
-PREPARING = {"torch", "clip"}
+# Imported inside functions, for CUDA, a ResNet or timm. The image does not have them.
+PREPARING = {"torch", "clip", "timm"}
 OPTIONAL = {"c2pa"}  # without it, details say so
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff", ".heic"}
 
