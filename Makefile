@@ -83,11 +83,12 @@ tools:
 
 # make study DATA=DIR: audit, training without and with copies, classifiers, evaluation; on one page
 # make study DATA=DIR LEVERS=1: also compare other layers of the encoder, and crops
+# make study DATA=DIR CLIP_MODELS="ViT-L/14 ViT-B/16-8bit": also compare encoders
 LIMIT ?= 400
 VIEWS ?= 1
 study: $(VENV)/.ready
 	$(VENV)/bin/python -m tools.study --data_dir "$(DATA)" --limit $(LIMIT) \
-	  --views $(VIEWS) $(if $(LEVERS),--levers)
+	  --views $(VIEWS) $(if $(LEVERS),--levers) $(if $(CLIP_MODELS),--clip_models $(CLIP_MODELS))
 
 # make ship IMAGES=DIR: make the shipped features, model, cards and pictures again
 NOTICE = a baseline trained on 2,800 pictures, many without a stated licence: a demonstration, \

@@ -2,28 +2,46 @@
 
     python -m tools.study --data_dir data
     python -m tools.study --data_dir data --limit 4000 --views 3 --robustness_images 200
-    python -m tools.study --data_dir data --levers --checkpoints finetuned.pt
+    python -m tools.study --data_dir data --levers
+    python -m tools.study --data_dir data --clip_models ViT-L/14 ViT-B/16-8bit finetuned.pt
 
 The first takes about 20 minutes on two cores with ViT-L/14 (400 images). The third compares other
-layers, crops and an encoder of your own with the embedding. `make study DATA=data` sets up the
-environment first. The page is study/index.html. An interrupted run is resumed.
+layers and crops with the embedding, and the fourth compares encoders. `make study DATA=data` sets
+up the environment first. The page is study/index.html. An interrupted run is resumed.
 """
 
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from detector.base.console import Help, need_folder, run, say
+from detector.base.console import Help, need_folder, printable, run, say
 from detector.base.constants import MAX_VIEWS
 from detector.base.errors import UsageError
 from detector.base.files import atomic_write, check_folder
 from detector.base.project import HERE
 
 CROPS = 4  # full-resolution crops of each image that --levers tries
+# alternatives to the embedding: words, flags for extraction, flags for training
+LEVERS = (
+    ("layer before the projection", ["--layers", "penultimate"], []),
+    ("middle blocks and embedding", ["--layers", "multi"], []),
+    (f"embedding, and of {CROPS} crops", ["--crops", CROPS], ["--crops", CROPS]),
+)
+PASSES = 5  # forward passes that are timed
+HEADINGS = (
+    "encoder",
+    "AUC, known sources",
+    "AUC, sources left out",
+    "AUC, degraded copies",
+    "images/s",
+    "MB",
+    "seconds to start",
+)
 FINDING = ("audit.py", "evaluate.py")  # exit code 1 of these is a finding, not a failure
 
 
@@ -55,11 +73,12 @@ def add_comparison_arguments(parser):
         help=f"compare with other layers and with {CROPS} crops; takes as long as 7 extractions",
     )
     parser.add_argument(
-        "--checkpoints",
+        "--clip_models",
         nargs="+",
-        default=[],
-        metavar="FILE",
-        help="compare with these encoders too, for example of finetune_clip.py",
+        default=[os.environ.get("CLIP_MODEL") or "ViT-L/14"],
+        metavar="NAME|FILE",
+        help="encoders to compare (docs/encoders.md); the page is about the first; CLIP_MODEL sets "
+        "the default",
     )
     parser.add_argument(
         "--max_fpr",
@@ -91,7 +110,10 @@ def parse_args(argv):
 
 
 class Steps:
-    """The project's commands on one folder. `times`: command and seconds of each."""
+    """The project's commands on one folder.
+
+    `times`: command of each, and seconds from its start to the first line of its results.
+    """
 
     def __init__(self, args):
         self.args, self.out, self.times = args, Path(args.output_dir), []
@@ -100,18 +122,21 @@ class Steps:
         """Run a command, shown as a user would type it, with its progress. -> its stdout"""
         words = [str(word) for word in words]
         say("$ python " + " ".join(words))
-        start = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, str(HERE / words[0]), *words[1:]], stdout=subprocess.PIPE, text=True
-        )
-        if result.returncode == 2:
-            raise UsageError(f"{words[0]} failed (see the line above)")
-        failed = result.returncode not in ((0, 1) if words[0] in FINDING else (0,))
-        if failed or not result.stdout:
-            raise SystemExit(result.returncode or 1)  # the command has printed the reason
-        seconds = round(time.perf_counter() - start)
+        command, start = [sys.executable, str(HERE / words[0]), *words[1:]], time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            first = process.stdout.readline()
+            seconds = round(time.perf_counter() - start, 1)
+            printed = first + process.stdout.read()
+        failed = process.returncode not in ((0, 1) if words[0] in FINDING else (0,))
+        if failed or not printed:
+            raise SystemExit(process.returncode or 1)  # the command has printed the reason
         self.times.append({"command": "python " + " ".join(words), "seconds": seconds})
-        return result.stdout
+        return printed
+
+    def prepare(self):
+        """Prepare all encoders. -> {value of --clip_models: its prepared folder}"""
+        names = self.args.clip_models
+        return {n: Path(self.run("prepare_clip.py", "--clip_model", n).rstrip("\n")) for n in names}
 
     def extract(self, name, *flags):
         """Write NAME.npz. -> seconds"""
@@ -134,12 +159,19 @@ class Steps:
         files += ("--features_file", self.out / f"{features}.npz")
         self.run("evaluate.py", *files, *flags, "--report_dir", self.out / folder)
 
+    def measure(self, name, extraction, training=()):
+        """Extract, train and evaluate under one name. -> seconds of the extraction"""
+        seconds = self.extract(name, *extraction)
+        self.train(name, name, *training)
+        self.evaluate(name, name, name)
+        return seconds
+
     def metrics_of(self, folder):
         return json.loads((self.out / folder / "metrics.json").read_text())
 
 
 def without_views(source, target):
-    """Copy a features file without the degraded copies."""
+    """Copy a features file without the degraded copies. -> the columns of the copy"""
     import numpy as np
 
     with np.load(source) as file:
@@ -148,56 +180,132 @@ def without_views(source, target):
     with atomic_write(target) as file:
         kept = {name: values[whole] for name, values in columns.items()}
         np.savez_compressed(file, meta=meta, **kept)
-
-
-def levers(args):
-    """Alternatives to the embedding -> (words, flags for extraction, flags for training)."""
-    if args.levers:
-        yield "layer before the projection", ["--layers", "penultimate"], []
-        yield "middle blocks and embedding", ["--layers", "multi"], []
-        yield f"embedding, and of {CROPS} crops", ["--crops", CROPS], ["--crops", CROPS]
-    for checkpoint in args.checkpoints:
-        yield checkpoint, ["--clip_model", checkpoint], []
+    return kept
 
 
 def compare_levers(steps, seconds):
-    """-> rows {words, seconds of extraction, evaluation, left_out}, the embedding first.
+    """-> rows {words, seconds of extraction, evaluation}, the embedding first.
 
     Each is trained and evaluated with the degraded copies. `seconds`: of the embedding.
     """
-    rows = [lever_row(steps, "embedding", seconds, "with")]
-    for number, (words, extraction, training) in enumerate(levers(steps.args), 1):
-        name = f"lever{number}"
-        seconds = steps.extract(name, *extraction)
-        steps.train(name, name, *training)
-        steps.evaluate(name, name, name)
-        rows.append(lever_row(steps, words, seconds, name))
-    return rows if len(rows) > 1 else []
+    rows = [{"words": "embedding", "seconds": seconds, **steps.metrics_of("with")}]
+    for number, (words, extraction, training) in enumerate(LEVERS, 1):
+        name, encoder = f"lever{number}", ("--clip_model", steps.args.clip_models[0])
+        seconds = steps.measure(name, [*encoder, *extraction], training)
+        rows.append({"words": words, "seconds": seconds, **steps.metrics_of(name)})
+    return rows
 
 
-def lever_row(steps, words, seconds, name):
-    left_out = steps.metrics_of(f"{name}_report")["leave_one_source_out"]
-    mean = sum(row["value"] for row in left_out) / len(left_out) if left_out else None
-    return {"words": words, "seconds": seconds, **steps.metrics_of(name), "left_out": mean}
+def compare_encoders(steps, folders, columns):
+    """-> {sentences on the images, rows of text under HEADINGS}, the first encoder first.
+
+    All are trained and evaluated alike. `folders`: of `Steps.prepare`; `columns`: of
+    `without_views`.
+    """
+    measured, rows = [], []
+    for clip_model, folder in folders.items():
+        name = folder.name if rows else "with"  # the study has measured the first
+        if rows:
+            steps.measure(name, ["--clip_model", clip_model])
+        image = Path(steps.args.data_dir, str(columns["paths"][0]))
+        for _ in range(2):  # the first start fills the caches
+            model = ("--model_path", steps.out / f"{name}.joblib")
+            steps.run("classify.py", "--image_path", image, *model)
+        measured.append(steps.metrics_of(name))
+        seconds = steps.times[-1]["seconds"]
+        rows.append([clip_model, *aucs(measured[-1]), *speed_and_size(folder), f"{seconds:.1f}"])
+    return {"words": words_on_images(steps.args, columns, measured), "rows": rows}
 
 
-def study(steps):
-    """Run every command on the folder. -> the audit, rows of `compare_levers`"""
+def aucs(measured):
+    """metrics.json of an evaluation -> three AUCs as text; '-' without such images."""
+    from detector.evaluation.intervals import words
+
+    # without named sources, test images count as of the training's sources
+    known = measured["known"] or (None if measured["unseen"] else measured["overall"])
+    parts = known, measured["trained"]["left_out"], measured["degraded"]
+    return [words(part["auc"]) if part and part["auc"] else "-" for part in parts]
+
+
+def speed_and_size(folder):
+    """Prepared encoder -> (images a second, megabytes of its weights) as text.
+
+    The speed is that of forward passes of extraction's size, without reading the files.
+    """
+    import statistics
+    import timeit
+
+    import numpy as np
+
+    from detector.encoders.runtime import Encoder
+    from detector.features.extraction import BATCH
+
+    encoder = Encoder(folder)
+    shape = BATCH[encoder.device], 3, encoder.resolution, encoder.resolution
+    pixels = np.random.default_rng(0).random(shape, np.float32)
+    seconds = timeit.repeat(lambda: encoder.encode(pixels), number=1, repeat=1 + PASSES)[1:]
+    weights = "vision.safetensors" if encoder.device == "cuda" else "encoder.bin"
+    size = (folder / weights).stat().st_size
+    return f"{len(pixels) / statistics.median(seconds):.1f}", f"{size / 1e6:.1f}"
+
+
+def words_on_images(args, columns, measured):
+    """What the table of encoders was measured on -> sentences. `measured`: metrics.json of each."""
+    first, sources = measured[0], len(set(columns["sources"]) - {""})
+    trained = first["training_data"]["real"] + first["training_data"]["fake"]
+    copies = f"{args.views} degraded {'copy' if args.views == 1 else 'copies'}"
+    sentences = [
+        f"{len(columns['paths'])} images of {sources} named sources in {args.data_dir}, and"
+        f" {copies} of each.",
+        f"{trained} images trained the same kind of classifier ({first['classifier']}) on each"
+        f" encoder's features, and {first['overall']['n']} tested it.",
+        "Known sources: the test images of sources that trained it.",
+        "Sources left out: the training images, each judged by a classifier without its source.",
+        "Degraded copies: those of all test images.",
+        "Each AUC has its 95% interval over groups. A source left out is a group.",
+        "images/s: forward passes, without reading files. MB: the encoder's weights.",
+        "Seconds to start: from the start of classify.py to its first verdict, with warm caches.",
+    ]
+    if len({(m["data"]["overall"], m["training_data"]["sha256"]) for m in measured}) > 1:
+        sentences.append(
+            "WARNING: the images differ between encoders, because images that fine-tuned an encoder"
+            " are left out."
+        )
+    return sentences
+
+
+def study(steps, folders):
+    """Run every command on the folder.
+
+    -> the audit, rows of `compare_levers`, the table of `compare_encoders`
+    """
     args, out = steps.args, steps.out
+    clip_model, folder = next(iter(folders.items()))
+    features = folder.name  # so that the encoders may come in another order later
     audit = json.loads(steps.run("audit.py", "--data_dir", args.data_dir, "--json"))
-    seconds = steps.extract("features")
-    without_views(out / "features.npz", out / "untouched.npz")
+    seconds = steps.extract(features, "--clip_model", clip_model)
+    columns = without_views(out / f"{features}.npz", out / "untouched.npz")
     steps.train("untouched", "without")
-    steps.train("features", "model", "--classifier", "all")
-    steps.train("features", "with")
+    steps.train(features, "model", "--classifier", "all")
+    steps.train(features, "with")
     for name in ("without", "with"):  # the same classifier, on the same images and their copies
-        steps.evaluate("features", name, name)
+        steps.evaluate(features, name, name)
     images = ("--data_dir", args.data_dir, "--robustness_images", args.robustness_images)
-    steps.evaluate("features", "model", "evaluation", *images)
-    return audit, compare_levers(steps, seconds)
+    steps.evaluate(features, "model", "evaluation", *images)
+    encoders = compare_encoders(steps, folders, columns)
+    return audit, compare_levers(steps, seconds) if args.levers else [], encoders
 
 
-def write_page(steps, measured, audit, compared):
+def aligned(rows):
+    """Rows of text -> lines with columns of even width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def write_page(steps, measured, audit, compared, encoders):
     from detector.evaluation import report
 
     training, evaluation = steps.metrics_of("model_report"), steps.out / "evaluation"
@@ -205,6 +313,7 @@ def write_page(steps, measured, audit, compared):
         **measured,
         "folder": audit,
         "levers": compared,
+        "encoders": {"headings": HEADINGS, **encoders},
         "times": steps.times,
         "arguments": vars(steps.args),
         "models": {name: steps.metrics_of(name) for name in ("without", "with")},
@@ -225,9 +334,11 @@ def main(argv=None):
     list_images(args.data_dir)  # raises before any command starts
     check_folder(args.output_dir, f"--output_dir {args.output_dir}")
     steps = Steps(args)
-    audit, compared = study(steps)
+    audit, compared, encoders = study(steps, steps.prepare())
     measured = steps.metrics_of("evaluation")
-    write_page(steps, measured, audit, compared)
+    write_page(steps, measured, audit, compared, encoders)
+    for line in (*aligned([HEADINGS, *encoders["rows"]]), *encoders["words"]):
+        print(printable(line))
     balanced, auc = (words(measured["overall"][name]) for name in ("balanced_accuracy", "auc"))
     print(
         f"{steps.out / 'index.html'}: {measured['overall']['n']} images not trained on, "

@@ -31,6 +31,7 @@ from detector.encoders import runtime
 from detector.features import growing, storage
 from detector.features.columns import COLUMNS, SEEN, count_cells, join_columns
 from detector.features.extraction import (
+    BATCH,
     check_skipped,
     drawn,
     encode_ahead,
@@ -420,7 +421,7 @@ def extract(args):
     encoder = runtime.read_manifest(folder)
     with connected(args.ray) as ray:
         workers = plan(ray.nodes(), args.device, folder)
-        args.batch_size = args.batch_size or (256 if workers[0] == "cuda" else 16)
+        args.batch_size = args.batch_size or BATCH[workers[0]]
         key = run_key(args, encoder, args.precision)
         before = open_output(args.output_file, key)
         stay, drop, gone = changes(before, stamps, args.prune, listing)

@@ -31,6 +31,7 @@ from detector.images.folders import Entry, has_extension, list_files, read_folde
 from detector.images.labels_file import keep_for_test, read_labels
 
 COMPILE_FROM = 30_000  # images; torch.compile takes 6 s on CUDA and saves 0.2 ms an image
+BATCH = {"cpu": 16, "cuda": 256}  # images in one forward pass
 AHEAD = 3  # batches in work: one being decoded, one being encoded, one decoded and ready
 
 
@@ -412,7 +413,7 @@ def extract(args):
     encoder = runtime.Encoder(
         folder, args.device, args.precision, compile=len(entries) >= COMPILE_FROM
     )
-    args.batch_size = args.batch_size or (256 if encoder.device == "cuda" else 16)
+    args.batch_size = args.batch_size or BATCH[encoder.device]
     key = run_key(args, encoder.manifest, encoder.precision)
     open_parts(parts, key)
 

@@ -9,6 +9,7 @@ from detector.base.files import sha256
 from detector.base.project import code_commit
 from detector.evaluation import intervals, metrics, report
 from detector.features.columns import COLUMNS
+from detector.images.facts import merge_named
 from detector.model.file import FORMAT, load_model
 from detector.model.score import decision, p_fake_of, probability
 from detector.model.threshold import choose_band, choose_threshold, training_scores
@@ -130,37 +131,43 @@ def rate_warnings(content):
 def leave_one_source_out(model, rows, seed):
     """Judge the untouched images of each source by a classifier trained without that source.
 
-    -> rows {source, label, n, value, interval}, worst first. [] unless both classes have two named
-    sources or more.
+    -> (rows {source, label, n, value, interval}, worst first; the AUC over the images of all these
+    sources, with an interval that draws whole sources). ([], None) unless both classes have two
+    named sources or more.
     """
     from tqdm import tqdm
 
     sources, labels = rows.columns["sources"], rows.labels
     names = np.setdiff1d(sources, [""])
     if min(len(np.intersect1d(names, sources[labels == label])) for label in (0, 1)) < 2:
-        return []
+        return [], None
     order, table = np.random.default_rng(seed).permutation(len(labels)), []
+    p_fake = np.full(len(labels), np.nan)
     for source in tqdm(names, desc="leaving one source out"):
         own = np.flatnonzero(rows.whole & (sources == source))
         others = order[~np.isin(rows.groups[order], rows.groups[own]) & (sources[order] != source)]
         others = others[: HELD_OUT_ROWS // (1 + model["crops"])]
         if len(np.unique(labels[others])) < 2:
             continue
-        fake = held_out_p_fake(model, rows, others, own, seed) >= model["threshold"]
+        p_fake[own] = held_out_p_fake(model, rows, others, own, seed)
+        fake = p_fake[own] >= model["threshold"]
         for label in np.unique(labels[own]):
             mask = labels[own] == label
             accuracy = intervals.share(fake[mask] == label, rows.twins[own][mask])
             table.append({"source": str(source), "label": CLASSES[label], **accuracy})
-    return sorted(table, key=lambda row: (row["value"], -row["n"]))
+    judged, groups = np.isfinite(p_fake), merge_named(rows.groups, sources)
+    auc = metrics.auc(labels[judged], p_fake[judged], groups[judged])
+    return sorted(table, key=lambda row: (row["value"], -row["n"])), auc
 
 
-def summary_of(rows):
-    """Rows of `leave_one_source_out` -> {sources, mean, worst: three rows}; None without rows."""
+def summary_of(rows, auc):
+    """Result of `leave_one_source_out` -> {sources, mean, auc, worst: three rows}, or None."""
     if not rows:
         return None
     return {
         "sources": len({row["source"] for row in rows}),
         "mean": float(np.mean([row["value"] for row in rows])),
+        "auc": auc,
         "worst": rows[:3],
     }
 
@@ -306,14 +313,14 @@ def describe_model(model, kinds, data, audited, seed):
     assessed = report.assess(model, data.columns, data.test, data.groups, data.twins)
     audited["labels"] = audit_labels_of(model, data.rows)
     audited["detector"] = {"on_test": assessed["overall"]["auc"]}
-    left_out = leave_one_source_out(model, data.rows, seed)
+    left_out, left_out_auc = leave_one_source_out(model, data.rows, seed)
     model["metrics"] = {
         "split": data.split,
         **{name: assessed[name] for name in ("overall", "degraded", "calibration")},
         "out_of_fold": next(
             row["out_of_fold"] for row in kinds if row["classifier"] == model["classifier"]
         ),
-        "left_out": summary_of(left_out),
+        "left_out": summary_of(left_out, left_out_auc),
     }
     content = {
         **report.about(model),

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -261,7 +262,7 @@ def test_every_json_response_of_the_pages_has_the_documented_keys():
     "command", sorted({c for page in COMMANDS.values() for c in page if c.startswith("make ")})
 )
 def test_every_make_target_exists(command):
-    words = ["make", "-n", *command.split()[1:]]
+    words = ["make", "-n", *shlex.split(command)[1:]]
     assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
 
 

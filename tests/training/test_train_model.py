@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import ROOT, assert_one_line_error
 from made_up import ENCODER, build, make_columns, training_rows, with_views, write_features
+from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import train_model
@@ -329,7 +330,7 @@ def test_each_source_is_judged_by_a_classifier_without_it_and_its_twins(monkeypa
     rows.groups[2:4] = 0  # the second image is a twin in another source
     spy = Mock(wraps=classifiers.fit)
     monkeypatch.setattr(recipe, "fit", spy)
-    table = recipe.leave_one_source_out(model, rows, 0)
+    table, _ = recipe.leave_one_source_out(model, rows, 0)
 
     held_out = []
     for call in spy.call_args_list:
@@ -361,6 +362,24 @@ def test_the_table_of_held_out_sources_is_printed_worst_first(train):
     assert content["overall"]["accuracy_fake"]["value"] > worst["value"]
 
 
+def test_the_auc_of_held_out_sources_is_over_images_judged_without_their_source(train, monkeypatch):
+    judged = []
+
+    def kept(model, rows, used, own, seed):
+        judged.append((rows.labels[own], held_out_p_fake(model, rows, used, own, seed)))
+        return judged[-1][1]
+
+    held_out_p_fake = recipe.held_out_p_fake
+    monkeypatch.setattr(recipe, "held_out_p_fake", kept)
+    model, content, _, _ = train(with_views(with_sources(gap=1), 1), classifier="logistic")
+    labels, p_fake = map(np.concatenate, zip(*judged, strict=True))
+    auc = content["trained"]["left_out"]["auc"]
+    assert auc == model["metrics"]["left_out"]["auc"] and auc["n"] == len(labels) == 80
+    assert auc["value"] == pytest.approx(roc_auc_score(labels, p_fake))
+    low, high = auc["interval"]
+    assert low < auc["value"] < high and high - low > 0.5  # of four sources, not of 80 images
+
+
 @pytest.mark.parametrize(
     "real, fake",
     [(("",), ("",)), (("a", "b"), ("x",)), (("a", "b"), ("x", "")), (("a",), ("a",))],
@@ -369,6 +388,7 @@ def test_the_table_of_held_out_sources_is_printed_worst_first(train):
 def test_without_two_sources_in_both_classes_the_table_is_left_out(train, quick, real, fake):
     _, content, printed, _ = train(with_sources(real, fake))
     assert content["leave_one_source_out"] == [] and "source held out" not in printed
+    assert content["trained"]["left_out"] is None
 
 
 # ---- refusals ----
