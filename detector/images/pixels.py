@@ -60,6 +60,8 @@ def declare_png(image, data):
     if key is None:
         return
     if colour == 0 and bits < 16:
+        if bits == 1:  # Pillow keeps no more of the value than whether it is 0
+            key = data.partition(b"IDAT")[0].rpartition(b"tRNS")[2][1]
         most = 2**bits - 1
         image.info["transparency"] = (key & most) * (255 // most)
     elif colour == 2 and bits == 16:

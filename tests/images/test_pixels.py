@@ -88,11 +88,14 @@ def test_a_16_bit_colour_png_with_a_transparent_colour_is_refused():
         decoding.decode_image(data)
 
 
-def test_bits_of_a_transparent_value_above_the_depth_do_not_count():
-    """PNG 11.3.2.1: only the low bits count."""
-    grey = stored(RAMP, 2)
-    right = over_white(grey / 3, (grey != 1).astype(float))
-    assert_pixels(png(2, 0, grey, chunk(b"tRNS", struct.pack(">H", 4 + 1))), right)
+@pytest.mark.parametrize("low", [0, 1])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_bits_of_a_transparent_value_above_the_depth_do_not_count(bits, low):
+    """PNG 11.3.2.1: only the low bits count. libpng reads the value alike."""
+    grey = stored(RAMP, bits)
+    data = png(bits, 0, grey, chunk(b"tRNS", struct.pack(">H", 2**bits + low)))
+    assert_pixels(data, over_white(grey / (2**bits - 1), (grey != low).astype(float)))
+    assert ((imagecodecs.png_decode(data)[..., 1] == 0) == (grey == low)).all()
 
 
 def test_a_picture_with_a_transparent_end_is_accepted(monkeypatch):
@@ -511,6 +514,16 @@ def test_a_heic_whose_box_and_exif_give_the_same_turn_is_turned_once():
     data = heic(stored(COLOURS, 8), exif=tag.tobytes())
     assert b"irot" in data
     assert_pixels(data, np.rot90(255 * COLOURS, -1), 3)
+
+
+def test_a_heic_is_cut_to_its_clean_aperture():
+    """ISO 14496-12, box `clap`: width, height, and the distance of both middles, as fractions."""
+    image = np.tile(stored(COLOURS, 8), (4, 4, 1))  # 96 by 160 pixels
+    coded, configuration = heif_boxes.coded_picture(Image.fromarray(image), quality=-1, chroma=444)
+    aperture = heif_boxes.box(b"clap", struct.pack(">4I4i", 80, 1, 40, 1, -10, 1, 8, 1))
+    properties = [configuration, heif_boxes.size(160, 96), aperture]
+    data = heif_boxes.heic([(1, b"hvc1", coded)], properties, {1: [1, 2, 3]})
+    assert_pixels(data, image[36:76, 30:110], 3)
 
 
 def test_the_tiles_of_a_heic_lie_side_by_side():
