@@ -518,12 +518,12 @@ def test_a_heic_whose_box_and_exif_give_the_same_turn_is_turned_once():
 
 def test_a_heic_is_cut_to_its_clean_aperture():
     """ISO 14496-12, box `clap`: width, height, and the distance of both middles, as fractions."""
-    image = np.tile(stored(COLOURS, 8), (4, 4, 1))  # 96 by 160 pixels
+    image = np.tile(stored(COLOURS, 8), (4, 4, 1))
     coded, configuration = heif_boxes.coded_picture(Image.fromarray(image), quality=-1, chroma=444)
-    aperture = heif_boxes.box(b"clap", struct.pack(">4I4i", 80, 1, 40, 1, -10, 1, 8, 1))
+    aperture = heif_boxes.box(b"clap", struct.pack(">4I4i", 120, 1, 60, 1, -10, 1, 8, 1))
     properties = [configuration, heif_boxes.size(160, 96), aperture]
     data = heif_boxes.heic([(1, b"hvc1", coded)], properties, {1: [1, 2, 3]})
-    assert_pixels(data, image[36:76, 30:110], 3)
+    assert_pixels(data, image[26:86, 10:130], 3)
 
 
 def test_the_tiles_of_a_heic_lie_side_by_side():
