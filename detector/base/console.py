@@ -93,6 +93,7 @@ def run(main):
     An error that the user can correct becomes one line and exit code 2.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -111,14 +112,21 @@ def run(main):
         if error.errno not in REMEDIES:
             raise
         end(2, f"error: {error.filename or 'the output'}: {reason(error)}")
+    finally:
+        drop_refused(sys.stderr)
 
 
 def end(code, line=None):
-    """Exit. Buffered output that stdout refuses is dropped."""
+    """Exit."""
     if line:
         say(line)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    drop_refused(sys.stdout)
     sys.exit(code)
+
+
+def drop_refused(stream):
+    """Drop what a full disk behind the stream refuses. Python would write it again and exit 120."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

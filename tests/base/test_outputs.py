@@ -213,6 +213,26 @@ def test_a_full_stdout_is_one_line(command, script, data):
     assert_one_line_error(result, "the output: No space left on device; free some")
 
 
+def test_help_into_a_full_stdout_is_one_line(script):
+    with open("/dev/full", "w") as full:
+        result = script("classify.py", "--help", stdout=full, PYTHONUNBUFFERED=None)
+    assert_one_line_error(result, "the output: No space left on device; free some")
+
+
+@pytest.mark.parametrize(
+    "words, code",
+    [(["--help"], 0), (["--nonsense"], 2), (["--image_path", "nowhere"], 2)],
+    ids=["help", "argparse", "ours"],
+)
+@pytest.mark.parametrize("target", ["/dev/full", None], ids=["full", "closed"])
+def test_a_full_or_closed_stderr_keeps_the_exit_code(script, words, code, target):
+    def first():
+        os.dup2(os.open(target, os.O_WRONLY), 2) if target else os.close(2)
+
+    result = script("classify.py", *words, first=first, PYTHONUNBUFFERED=None)
+    assert result.returncode == code and "error" not in result.stdout
+
+
 def test_a_closed_stdout_is_no_error(script, data):
     result = script("audit.py", "--features_file", "f.npz", first=lambda: os.close(1))
     assert "Traceback" not in result.stderr
