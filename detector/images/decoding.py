@@ -31,6 +31,7 @@ from detector.base.console import one_line
 from detector.base.constants import MAX_PIXELS
 from detector.base.errors import BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
 from detector.images.formats import (
+    BASE64,
     FORMATS,
     TAKEN,
     heif_items,
@@ -110,6 +111,8 @@ def open_image(data, max_pixels=MAX_PIXELS):
 
 def unsupported(known, data):
     """The error for bytes of a known format that we do not accept, or of no known format."""
+    if known == BASE64:
+        return UnsupportedImage(f"{known} is not taken: decode it, and send the bytes of the image")
     if known:
         return UnsupportedImage(
             f"{known} is not among the formats taken ({TAKEN}): save the image as JPEG or PNG"

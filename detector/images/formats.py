@@ -53,6 +53,8 @@ STARTS = (
     (b"P6\n", "PPM"),
     (b"P7\n", "PAM"),
 )
+BASE64 = "base64 text of an image"
+BASE64_START = re.compile(rb"data:image/|/9j/|iVBORw0KGgo|UklGR|R0lGOD|SUkqA|TU0AK|AAAA..Z0eXB")
 # ISO base media files list "brands" in their first box: major, version, compatible brands
 BRANDS = {
     b"avif": "AVIF",
@@ -83,6 +85,8 @@ def sniff(data):
         return "WEBP"
     if re.match(rb"\s*<[?!s]", data[:100]) and b"<svg" in data[:1000]:
         return "SVG"
+    if BASE64_START.match(data):
+        return BASE64
     return next((name for start, name in STARTS if data.startswith(start)), None)
 
 

@@ -4,6 +4,7 @@ Pillow warns about some broken files before it gives up. Warnings are errors in 
 for users, so tests of broken files use the fixture `as_users_have_it`.
 """
 
+import base64
 import contextlib
 import re
 import struct
@@ -232,6 +233,12 @@ def test_a_known_format_that_is_not_accepted_is_named_with_the_remedy(name, data
     with pytest.raises(UnsupportedImage, match=f"{name}.*save the image as JPEG or PNG") as error:
         decoding.decode_image(data)
     assert error.value.is_image and error.value.status == 415
+
+
+@pytest.mark.parametrize("kind", sorted(FILES.keys() - {"BMP"}))  # BM starts words
+def test_an_image_in_base64_is_named_with_the_remedy(kind):
+    with pytest.raises(UnsupportedImage, match="base64 text of an image.*: decode it"):
+        decoding.decode_image(base64.b64encode(FILES[kind]()))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Unusual uploads: clear forms are accepted, and an error names what arrived and what to send."""
 
+import base64
 import gzip
 import io
 import json
@@ -200,6 +201,12 @@ def test_of_headers_without_end_no_more_is_kept_than_a_field_may_have(client, mo
 
 def test_a_file_of_text_is_no_image_and_no_missing_file(client):
     assert_error(post(client, part(b"hello", filename=b"a.txt") + END), 415, "not an image")
+
+
+@pytest.mark.parametrize("start", [b"", b"data:image/png;base64,"], ids=["bare", "data URL"])
+def test_a_file_of_base64_is_named_with_what_to_send(client, start):
+    body = part(start + base64.b64encode(PICTURE), filename=b"a.png") + END
+    assert_error(post(client, body), 415, "base64 text of an image", "decode it", "send the bytes")
 
 
 @pytest.mark.parametrize("text", ["photo.jpg", "SECRET"])
