@@ -13,14 +13,13 @@ from detector.base.errors import ImageError, UsageError
 from detector.evaluation.intervals import words
 from detector.evaluation.metrics import auc
 from detector.evaluation.probes import (
-    MIN_IMAGES,
     doubtful_sources,
     label_errors,
     linear_scores,
     probe_all,
     telling_values,
 )
-from detector.evaluation.rules import LEAK_AUC, MAX_REPEATED, TELLING_AUC
+from detector.evaluation.rules import LEAK_AUC, MAX_REPEATED, MIN_IMAGES, TELLING_AUC
 from detector.features.columns import SEEN, without_repeats
 from detector.features.file import load_features
 from detector.images.facts import describe_image, make_groups, twin_clusters
@@ -367,7 +366,8 @@ def report(findings):
     nothing = (
         f"no format, size or other fact that separates the labels (AUC {TELLING_AUC} or more)"
         if findings["probes"]
-        else f"too few images for more: a probe takes {MIN_IMAGES} of each class"
+        else "too few images for an AUC, so no file fact can be a LEAK here: an AUC takes"
+        f" {MIN_IMAGES} of each class"
     )
     lines = [
         f"{findings['images']} images; formats of reals {findings['formats']['real']}, of fakes"

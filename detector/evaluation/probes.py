@@ -11,9 +11,9 @@ from detector.base.console import SOON
 from detector.base.constants import CLASSES
 from detector.evaluation.intervals import between_groups, groups_of_rarer_class, interval, share
 from detector.evaluation.metrics import auc, drawn_auc
+from detector.evaluation.rules import MIN_IMAGES
 
 FOLDS = 5
-MIN_IMAGES = 20  # of each class; there is no probe with fewer
 # With fewer rows, threads only wait for each other. On a busy machine they made an audit 8x slower.
 FEW_ROWS = 10_000
 MANY_GROUPS = 5000  # with more groups, folds are made without weighing each group

@@ -1,5 +1,7 @@
 """When a fact of the files is a note, and when it is a leak."""
 
+# Of each class; there is no probe with fewer. No smaller class trains a classifier either.
+MIN_IMAGES = 20
 # The share of a split with a duplicate in train. Accuracy on it may be too high by this share.
 # Also the share of all images that have copies under both labels.
 MAX_REPEATED = 0.01
@@ -12,7 +14,8 @@ RULES = f"""A fact of the files is a note where the 95% interval of its AUC star
 or above. A note becomes a LEAK where that interval also reaches {LEAK_AUC}, or the interval of a
 detector's AUC on the same images. (On 73 groups a perfect probe has the interval {LEAK_AUC} to 1.)
 The detector's AUC then proves no more than the files do. With --features_file that detector is a
-logistic regression. Duplicates in train and in test, val or external are a LEAK above
+logistic regression. An AUC takes {MIN_IMAGES} images of each class. With fewer, no file fact is a
+LEAK. Duplicates in train and in test, val or external are a LEAK above
 {MAX_REPEATED:.0%} of that split, because accuracy on it may be too high by that share. Images with
 copies under both labels are a LEAK above {MAX_REPEATED:.0%} of all images. Exit codes: 0 no leak,
 1 a LEAK, 2 nothing could be done."""

@@ -11,7 +11,7 @@ import numpy as np
 from detector.base.console import say
 from detector.base.constants import CLASSES
 from detector.base.errors import UsageError
-from detector.evaluation.probes import MIN_IMAGES
+from detector.evaluation.rules import MIN_IMAGES
 from detector.features.columns import COLUMNS, distinct
 from detector.features.file import load_rows, open_files
 from detector.training.classifiers import fold_rows, row_weights

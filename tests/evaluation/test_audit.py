@@ -538,6 +538,17 @@ def test_a_folder_of_png_fakes_and_jpeg_reals_is_a_leak(make_folder, run, tmp_pa
     assert "AUC 1.00" in line and "Save both classes alike" in line
 
 
+def test_too_few_images_for_a_leak_are_named_with_the_number_needed(make_folder, run, tmp_path):
+    folder = make_folder(tmp_path / "few", {"real": 19, "fake": 19})
+    for path in folder.rglob("fake/*.jpg"):
+        with Image.open(path) as image:
+            image.save(path, "PNG")
+    done = run("--data_dir", folder)
+    assert done.returncode == 0 and "note  PNG files: 0% of the reals, 100%" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert "no file fact can be a LEAK" in last and "takes 20 of each class" in last
+
+
 def test_the_same_file_under_two_names_counts_once(clean, run, tmp_path, without_probes):
     folder = shutil.copytree(clean, tmp_path / "twice")
     for name in ("train/real/000.jpg", "train/fake/003.jpg"):

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
-from detector.evaluation import metrics, probes
+from detector.evaluation import metrics, probes, rules
 from detector.evaluation.probes import (
     boosted,
     cross_validated,
@@ -206,7 +206,7 @@ def test_a_probe_trained_on_train_is_tested_on_test():
 
 
 @pytest.mark.parametrize(
-    "reals, probed_at_all", [(probes.MIN_IMAGES - 1, False), (probes.MIN_IMAGES, True)]
+    "reals, probed_at_all", [(rules.MIN_IMAGES - 1, False), (rules.MIN_IMAGES, True)]
 )
 def test_a_class_of_too_few_images_has_no_probes(reals, probed_at_all):
     labels = np.repeat([0, 1], [reals, 200 - reals])

@@ -5,7 +5,7 @@ import pytest
 from made_up import make_columns, training_arguments, with_views, write_features
 
 from detector.base.errors import UsageError
-from detector.evaluation import probes
+from detector.evaluation import rules
 from detector.features.columns import COLUMNS, without_repeats
 from detector.features.file import FeaturesFile, load_rows
 from detector.images.facts import make_groups
@@ -183,7 +183,7 @@ def test_copies_share_the_group_and_the_side_of_their_image(flags):
 
 @pytest.mark.parametrize("flags", [{}, {"resplit": True}], ids=["the folders' split", "our own"])
 def test_degraded_copies_count_neither_as_images_nor_as_twins(flags):
-    too_few = probes.MIN_IMAGES - 1
+    too_few = rules.MIN_IMAGES - 1
     with pytest.raises(UsageError, match=f"{too_few} real images to train on"):
         chosen(with_views(make_columns(real=too_few, fake=60, splits=False), 3), **flags)
     assert len(chosen(with_views(make_columns(real=30, fake=30), 60), **flags)[0])
