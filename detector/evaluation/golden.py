@@ -8,14 +8,21 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from detector.base.addresses import behind_proxy
 from detector.base.console import SOON, printable, say
 from detector.base.constants import CLASSES
-from detector.base.errors import UsageError
+from detector.base.errors import ImageError, UsageError
 from detector.base.files import read_bytes, sha256
 from detector.evaluation import intervals, metrics
+from detector.evaluation.audit import HUGE
+from detector.features.columns import COLUMNS
+from detector.images.decoding import decode_image
+from detector.images.facts import make_groups, thumbnail
 from detector.images.folders import list_images
 from detector.model.file import trained_on
 
@@ -168,33 +175,56 @@ def form(data):
 
 
 def read_golden(data_dir):
-    """Folder -> [(path, 'real' | 'fake')], duplicate files once. Raises UsageError.
+    """Folder -> [(path, 'real' | 'fake', group number)], duplicate files once. Raises UsageError.
 
     The order is shuffled. If the model changes during the run, both versions see both classes.
     """
-    first, chosen, entries = {}, [], list_images(data_dir)
-    for entry in entries:
-        path = Path(data_dir, entry.path)
-        try:
-            digest = sha256(read_bytes(path))
-        except UsageError:  # `run_through` reports and counts it
-            digest = entry.path
-        if digest not in first:
-            first[digest] = entry
-            chosen.append((path, CLASSES[entry.label]))
-        elif first[digest].label != entry.label:
-            raise UsageError(
-                f"--data_dir {data_dir}: {first[digest].path} and {entry.path} are one picture"
-                " under both labels; remove the wrong one"
-            )
-    if len(chosen) < len(entries):
-        say(f"left out: {len(entries) - len(chosen)} copies of other images in {data_dir}")
+    from tqdm import tqdm
+
+    entries = list_images(data_dir)
+    names = ("label", "path", "source", "group")
+    columns = {f"{name}s": np.array([getattr(entry, name) for entry in entries]) for name in names}
+    read = tqdm(entries, "reading", unit="image", delay=SOON, disable=None)
+    hashes, thumbs = zip(*(describe(Path(data_dir, entry.path)) for entry in read), strict=True)
+    columns |= {"sha256": np.array(hashes), "thumb": np.stack(thumbs)}
+    refuse_both_labels(columns, f"--data_dir {data_dir}")
+    rows = np.sort(np.unique(columns["sha256"], return_index=True)[1])
+    if len(rows) < len(entries):
+        say(f"left out: {len(entries) - len(rows)} copies of other images in {data_dir}")
+    groups, _ = make_groups({name: values[rows] for name, values in columns.items()})
+    chosen = [
+        (Path(data_dir, entries[row].path), CLASSES[entries[row].label], group)
+        for row, group in zip(rows, groups.tolist(), strict=True)
+    ]
     random.Random(0).shuffle(chosen)
     return chosen
 
 
+def describe(path):
+    """Image file -> (SHA-256, thumbnail uint8 [64]).
+
+    A file that cannot be read resembles no other. `run_through` reports and counts it.
+    """
+    digest, thumb = str(path), np.zeros(64, np.uint8)
+    with suppress(UsageError, ImageError):
+        data = read_bytes(path)
+        digest = sha256(data)
+        thumb = thumbnail(decode_image(data, HUGE))
+    return digest, thumb
+
+
+def refuse_both_labels(columns, given):
+    """Raises UsageError for one picture under both labels. `given`: the flag and its value."""
+    for digest in np.intersect1d(*(columns["sha256"][columns["labels"] == k] for k in (0, 1)))[:1]:
+        same = columns["sha256"] == digest
+        fake, real = (columns["paths"][same & (columns["labels"] == k)][0] for k in (1, 0))
+        raise UsageError(
+            f"{given}: {fake} and {real} are one picture under both labels; remove the wrong one"
+        )
+
+
 def run_through(service, images, version):
-    """Post all images -> {version: {'real': [right or not], 'fake': [...], 'errors': n}}.
+    """Post all images -> {version: {'real': [(right or not, group)], 'fake': ..., 'errors': n}}.
 
     A verdict counts for the version in its header. An image without a verdict counts for the
     version of the last verdict, at first for `version`.
@@ -204,14 +234,14 @@ def run_through(service, images, version):
     tallies = defaultdict(lambda: {**{label: [] for label in CLASSES}, "errors": 0})
     tally = tallies[version]
     asked = tqdm(images, "asking the service", unit="image", delay=SOON, disable=None)
-    for path, label in asked:
+    for path, label, group in asked:
         result, by = classify(service, path)
         if by is None:
             asked.write(printable(f"no verdict on {path}: {result}"), file=sys.stderr)
             tally["errors"] += 1
         else:
             tally = tallies[by]
-            tally[label].append(result == label)
+            tally[label].append((result == label, group))
     return tallies
 
 
@@ -221,9 +251,10 @@ def tally_of(judged):
     Images that trained the model do not count.
     """
     new = ~trained_on(judged.model, judged.columns["sha256"])
-    labels, fake = judged.columns["labels"][new], judged.p_fake[new] >= judged.model["threshold"]
-    right = {name: (fake == k)[labels == k].tolist() for k, name in enumerate(CLASSES)}
-    return right | {"errors": 0}
+    columns = {name: judged.columns[name][new] for name in COLUMNS}
+    right = (judged.p_fake[new] >= judged.model["threshold"]) == columns["labels"]
+    scored = np.stack([right, make_groups(columns)[0]], axis=1)
+    return {name: scored[columns["labels"] == k] for k, name in enumerate(CLASSES)} | {"errors": 0}
 
 
 def accuracies(tally):
@@ -231,7 +262,7 @@ def accuracies(tally):
 
     Each is {'value', 'interval', 'n'}.
     """
-    real, fake = (intervals.share(tally[label]) for label in CLASSES)
+    real, fake = (intervals.share(*np.reshape(tally[label], (-1, 2)).T) for label in CLASSES)
     return real, fake, metrics.of_both(real, fake)
 
 

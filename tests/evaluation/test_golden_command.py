@@ -13,6 +13,7 @@ from commands import ROOT, assert_one_line_error
 from live import Live, free_port
 from made_up import build, make_columns
 from patience import PATIENCE
+from PIL import Image
 from standins import MODEL, REAL, Stub, make_models, pushed, pushgateway, tinted
 
 import golden as command
@@ -227,6 +228,32 @@ def test_copies_of_an_image_count_once(here, service, folder, tmp_path):
         shutil.copy(folder / "real" / "000.jpg", tmp_path / "more" / "real" / f"copy{i}.jpg")
     _, out, err = here(service.url, tmp_path / "more")
     assert out == here(service.url, folder)[1] and "left out: 30 copies" in err
+
+
+def test_an_interval_counts_copies_saved_anew_as_one_image(here, four):
+    """Their bytes differ. All verdicts are 'real', so each class has one accuracy."""
+    for label in CLASSES:
+        with Image.open(four / label / "000.jpg") as image:
+            for quality in range(60, 90, 3):
+                image.save(four / label / f"copy{quality}.jpg", quality=quality)
+    with Stub(by_path(REAL)) as stub:
+        _, out, err = here(stub.url, four)
+    assert rows(out)["v1"][0] == 24 and "left out" not in err
+    pair = {label: [label == "real"] * 2 for label in CLASSES}
+    assert shown(pair) in " ".join(rows(out)["v1"][2])
+
+
+def test_an_interval_of_a_promotion_counts_copies_saved_anew_as_one_image():
+    columns = {name: np.repeat(values, 5, 0) for name, values in make_columns(seed=2).items()}
+    columns["sha256"] = np.array([f"{i:064x}" for i in range(len(columns["labels"]))])
+    model = build(make_columns(seed=1))
+    tally = golden.tally_of(Judged(model, None, columns, p_fake_of(model, columns["features"])))
+    every_fifth = {name: [right for right, _ in tally[name][::5]] for name in CLASSES}
+    assert 0 < np.mean(every_fifth["real"]) < 1
+    whole, of_few = golden.accuracies(tally)[0], share(every_fifth["real"])
+    assert whole["n"] == 5 * of_few["n"] and whole["interval"] == pytest.approx(
+        of_few["interval"], abs=0.02
+    )
 
 
 def test_images_that_trained_a_model_do_not_count_for_its_promotion():
