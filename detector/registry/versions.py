@@ -296,6 +296,7 @@ def judged_on(client, versions, images, place):
             f"--golden {images}: holds images that cannot be read (see above); mend or remove them"
         )
     return judged
+    golden.refuse_both_labels(judged[0].columns, f"--golden {images}")
 
 
 def fails_golden(judged, versions):

@@ -242,6 +242,16 @@ def test_a_golden_folder_with_an_image_that_cannot_be_read_is_refused(run, pictu
     assert number() is None
 
 
+def test_a_golden_folder_with_a_picture_under_both_labels_is_refused(run, pictures, tmp_path):
+    both = shutil.copytree(pictures / "golden", tmp_path / "both")
+    shutil.copy(both / "real/001.jpg", both / "fake/x.jpg")
+    run("register", pictures / "good.joblib", "--allow_dirty")
+    words = "--golden .*both: fake/x.jpg and real/001.jpg are one picture under both labels"
+    with pytest.raises(UsageError, match=words):
+        run("promote", "v1.0.0", "--golden", both)
+    assert number() is None
+
+
 def test_a_version_without_test_metrics_has_no_floor(run, pictures):
     run("register", pictures / "untested.joblib", "--allow_dirty")
     code, out, _ = run("promote", "v0.9.0", "--golden", pictures / "golden")
