@@ -243,18 +243,19 @@ def undo(client, run, place, version):
 
 
 def fetch(client, version, place):
-    """Path of a version's model file, checked against the registered hash.
+    """-> (path of a version's model file, its bytes, checked against the registered hash).
 
     A server's file is downloaded below `place`. Raises UsageError.
     """
     path = Path(local_folder(version, place), "model.joblib")
-    if sha256(read_bytes(path)) != version.tags["sha256"]:
+    data = read_bytes(path)
+    if sha256(data) != version.tags["sha256"]:
         raise UsageError(
             f"the registry's file of {title(version)} is not the one that was registered (SHA-256 "
             f"{version.tags['sha256']}): do not use it; register the original under another version"
         )
     load_model(path)
-    return path
+    return path, data
 
 
 def local_folder(version, place):
@@ -283,7 +284,7 @@ def judged_on(client, versions, images, place):
                 f"--golden {images}: the versions have two encoders, and a features file fits"
                 " one: name the folder of the images"
             )
-    names = {str(fetch(client, v, Path(place, number_of(v)))): title(v) for v in versions}
+    names = {str(fetch(client, v, Path(place, number_of(v)))[0]): title(v) for v in versions}
     try:
         judged, unreadable = judge_images(list(names), **given)
     except DetectorError as error:  # its file goes with `place`
@@ -295,8 +296,8 @@ def judged_on(client, versions, images, place):
         raise UsageError(
             f"--golden {images}: holds images that cannot be read (see above); mend or remove them"
         )
-    return judged
     golden.refuse_both_labels(judged[0].columns, f"--golden {images}")
+    return judged
 
 
 def fails_golden(judged, versions):
@@ -375,10 +376,10 @@ def pull(args):
     client = connect()
     version, out = find(client, args.name, args.ref), Path(args.out)
     with tempfile.TemporaryDirectory() as place:
-        path = fetch(client, version, place)
+        path, data = fetch(client, version, place)
         signed = signature_path(path).is_file()
         with contextlib.ExitStack() as outputs:  # both files take their names at the end
-            outputs.enter_context(atomic_write(out)).write(path.read_bytes())
+            outputs.enter_context(atomic_write(out)).write(data)
             if signed:
                 signature = outputs.enter_context(atomic_write(signature_path(out)))
                 signature.write(signature_path(path).read_bytes())

@@ -338,6 +338,15 @@ def test_a_pull_that_fails_keeps_the_previous_model_and_signature(filled, refuse
     assert Path("m.joblib").read_text() == signature_path("m.joblib").read_text() == "before"
 
 
+def test_a_file_that_changes_after_its_check_is_not_pulled(filled, place, monkeypatch):
+    def replaced(path):
+        Path(path).write_text("planted")
+
+    monkeypatch.setattr(versions, "load_model", replaced)
+    registry.main(["pull", "d@champion"])
+    assert Path("model.joblib").read_bytes() == (place / "good.joblib").read_bytes()
+
+
 def test_a_reason_too_long_for_a_record_is_refused(refused):
     refused(
         ["promote", "d", "1", "--force", "x" * 501],
