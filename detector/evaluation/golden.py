@@ -372,6 +372,8 @@ def push(gateway, tallies, floors, changed):
     try:
         push_to_gateway(gateway, job=JOB, registry=registry, timeout=10)
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # the response of a gateway that refuses
         url = gateway if "://" in gateway else f"http://{gateway}"
         raise UsageError(
             f"--pushgateway {gateway}: the metrics could not be sent ({error}); is a Pushgateway"
