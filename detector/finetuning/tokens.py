@@ -40,6 +40,11 @@ def drawn_views(rows, args, steps):
     return sorted({(row, drawn_view(seed, args.views)[0]) for b in batches for row, *seed in b})
 
 
+def view_key(rows, row, number, seed):
+    """Key for `load` of view `number`, the same wherever the image is among the rows."""
+    return (row,) if number == WHOLE else (row, seed, int(rows[row][3][:8], 16), number)
+
+
 class Tokens:
     """Stored tokens of `views`, pairs (index into `rows`, number of the view or WHOLE)."""
 
@@ -78,6 +83,8 @@ class Tokens:
         starts = range(0, len(self.views), FILE_VIEWS)
         missing = [i for i in starts if not self.path(i // FILE_VIEWS).is_file()]
         views = [self.views[i : i + FILE_VIEWS] for i in missing]
+        if not missing:
+            return
         number = sum(map(len, views))
         with refusal(f"cannot write {number * self.record.itemsize / 1e9:.1f} GB to {self.folder}"):
             reserve(self.folder, number * self.record.itemsize)
@@ -91,12 +98,7 @@ class Tokens:
     def compute(self, views):
         """Views -> their records, a batch at a time."""
         training, size = self.training, self.training.args.batch_size
-        keys = [
-            (row,)
-            if number == WHOLE
-            else (row, training.args.seed, int(self.rows[row][3][:8], 16), number)
-            for row, number in views
-        ]
+        keys = [view_key(self.rows, row, number, training.args.seed) for row, number in views]
         batches = [keys[i : i + size] for i in range(0, len(keys), size)]
         resolution = training.tower.input_resolution
         for crops, labels in load(self.rows, batches, resolution, training.workers):
