@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+from argparse import Namespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import small_clip
 import torch
@@ -155,6 +157,36 @@ def test_another_start_has_its_own_tokens(interrupted, tmp_path):
     assert not before.keys() & interrupted("--clip_model", other).keys()
 
 
+@pytest.fixture
+def described(tmp_path):
+    """Function: changes of a training's values -> Tokens of two views of a picture."""
+
+    def make(digest="ab" * 32, views=((0, 0), (0, 1)), **changes):
+        values = {"start": "sha256:1", "seed": 0, "frozen": 1, "dtype": torch.float32} | changes
+        args = Namespace(start=values["start"], seed=values["seed"])
+        model = [Namespace(frozen=values["frozen"])]
+        tower = small_clip.small_vit(None, resolution=32)
+        training = Namespace(args=args, model=model, tower=tower, dtype=values["dtype"])
+        return Tokens(training, [("a.jpg", 1, "s", digest)], views, tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start": "sha256:2"},
+        {"seed": 1},
+        {"frozen": 2},
+        {"dtype": torch.bfloat16},
+        {"digest": "cd" * 32},
+        {"views": ((0, 0), (0, 2))},
+    ],
+)
+def test_all_that_determines_the_tokens_names_their_files(changes, described):
+    assert described().path(0) == described().path(0) != described(**changes).path(0)
+
+
 def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -196,9 +228,11 @@ def test_a_step_draws_half_of_the_patches_and_an_evaluation_takes_all(
     monkeypatch.setattr(tuning, "precision", lambda: ("cpu", torch.float32))
     tower = load_visual(args.clip_model)
     adapters.choose_trained(tower, args.train)
-    rows = list_rows(args)[0][:1]
-    stored = Tokens(tuning.Training(args, tower), rows, [(0, 0), (0, tokens.WHOLE)], tmp_path / "t")
+    rows, views = list_rows(args)[0][:1], [(0, 0), (0, 1), (0, tokens.WHOLE)]
+    stored = Tokens(tuning.Training(args, tower), rows, views, tmp_path / "t")
     stored.fill()
+    records = np.memmap(stored.path(0), stored.record, "r")["tokens"]
+    assert len({record.tobytes() for record in records}) == 3  # no two views are equal
     keys = [[(0, 0, step, 0) for step in range(20)], [(0,)]]
     (drawn, _), (whole, labels) = stored.batches(rows, keys)
     assert drawn.shape == (20, 3, 128) and whole.shape == (1, 5, 128)  # class token and patches
