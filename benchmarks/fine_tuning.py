@@ -33,7 +33,6 @@ from detector.images.folders import read_folder
 from detector.model.score import decision
 from detector.training.classifiers import fit, row_weights
 
-FROZEN = ["final", "10"]  # layers
 ARMS = ["lora:8 --last 4", "blocks:2", "norms"]
 RESAVE = "50%, quality 40"
 KEEP = 0.5  # default of finetune_clip.py
@@ -48,6 +47,7 @@ def parse_args(argv):
     add("--sources_file", required=True, metavar="FILE", help="CSV: source and repository")
     add("--work_dir", required=True, metavar="DIR", help="checkpoints and features, kept")
     add("--clip_model", default="ViT-B/16-8bit", metavar="NAME|FILE", help="encoder to start from")
+    add("--layers", nargs="+", default=["final", "10"], metavar="L", help="of the frozen encoder")
     add("--arms", nargs="*", default=ARMS, metavar="WHAT", help="values of --train to measure")
     add("--folds", type=int, nargs="+", default=[*range(FOLDS)], metavar="K", help="folds to use")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds of each arm")
@@ -178,7 +178,7 @@ def main(argv=None):
         f" {sizes} images. 95% intervals over sources. C is the best of {C} on untouched images.\n"
     )
     heading("encoder", "classifier's images", "C", "folds", "untouched", f"re-saved at {RESAVE}")
-    for layers in FROZEN:
+    for layers in args.layers:
         encoder = Encoder(ensure_encoder(args.clip_model, layers=layers), "cpu")
         for name, seen_all in (("all", True), ("kept", False)):
             of_fold = dict.fromkeys(args.folds, encoder).get
