@@ -77,6 +77,22 @@ def add_step_arguments(add):
             " rank R on all linear layers)"
         ),
     )
+    add(
+        "--last",
+        type=int,
+        metavar="K",
+        help="adapters in the last K blocks of a vision transformer alone, for --train lora:R",
+    )
+    add(
+        "--views",
+        type=int,
+        default=3,
+        metavar="N",
+        help=(
+            "fixed views of an image, where the first blocks are frozen: their outputs are stored"
+            " beside --output until the training ends. 0: new views in each step, nothing stored"
+        ),
+    )
     add("--steps", type=int, default=2000, metavar="N", help="optimiser steps")
     add(
         "--batch_size",
@@ -138,10 +154,16 @@ def check(args):
         raise UsageError(
             f"--train {args.train}: must be blocks:K, norms or lora:R, with K or R at least 1"
         )
+    if args.last is not None and not args.train.startswith("lora"):
+        raise UsageError(
+            f"--last {args.last}: goes with --train lora:R; --train blocks:K has its own number"
+        )
+    if args.views < 0:
+        raise UsageError(f"--views {args.views}: must be at least 0")
     if args.lr is None:
         args.lr = LEARNING_RATES[args.train.split(":")[0]]
-    for name in ("steps", "batch_size", "accumulate", "every", "patience"):
-        if (value := getattr(args, name)) < 1:
+    for name in ("steps", "batch_size", "accumulate", "every", "patience", "last"):
+        if (value := getattr(args, name)) is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
     for name in ("keep", "holdout"):
         if not 0 <= (value := getattr(args, name)) <= 1:

@@ -131,7 +131,7 @@ def encode_resaved(encoder, data_dir, paths, crops, share, quality):
 
 def mean_auc(labels, scores, fold, sources):
     """AUCs of the folds and 'mean [interval]': sources are drawn anew within each fold."""
-    masks = [fold == k for k in range(FOLDS)]
+    masks = [fold == k for k in np.unique(fold)]
     aucs = [metrics.drawn_auc(labels[m], scores[m], sources[m]) for m in masks]
     values, drawn, numbers = zip(*aucs, strict=True)
     drawn = np.mean([d[: min(map(len, drawn))] for d in drawn], axis=0)

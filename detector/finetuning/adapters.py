@@ -1,6 +1,7 @@
 """Choose the trained part of a vision tower, and merge it into plain weights. Needs torch.
 
-choose_trained(tower, "lora:8")         # everything else is frozen
+choose_trained(tower, "lora:8", last=4) # everything else is frozen
+frozen_blocks(tower)                    # 8 of ViT-B/16: their outputs never change
 checkpoint_blocks(tower)                # less memory, about a third more time
 best = Best(Trained(model), patience=5) # early stopping: the best trained weights so far
 merge(tower)                            # adds low-rank adapters to the weights that they change
@@ -42,12 +43,12 @@ def blocks_of(tower):
     return [block for i in (1, 2, 3, 4) for block in getattr(tower, f"layer{i}")]
 
 
-def choose_trained(tower, train):
+def choose_trained(tower, train, last=None):
     """Freeze all of the tower except what `train` names.
 
     'blocks:K': the last K blocks and the layers after them. 'norms': the affine parameters of the
-    norms. 'lora:R': adapters of rank R beside every linear layer and attention. Raises UsageError
-    for a K or R above what the tower has.
+    norms. 'lora:R': adapters of rank R beside every linear layer and attention, or beside those of
+    the `last` blocks of a transformer. Raises UsageError for a number above what the tower has.
     """
     kind, _, number = train.partition(":")
     tower.requires_grad_(False)
@@ -58,7 +59,21 @@ def choose_trained(tower, train):
             if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
                 module.requires_grad_(True)
     else:
-        add_adapters(tower, int(number))
+        add_adapters(tower if last is None else last_blocks(tower, last), int(number))
+
+
+def last_blocks(tower, number):
+    blocks = tower.transformer.resblocks if hasattr(tower, "transformer") else []
+    if number > len(blocks):
+        raise UsageError(f"--last {number}: this network has {len(blocks)} transformer blocks")
+    return blocks[-number:]
+
+
+def frozen_blocks(tower):
+    """Number of blocks of a transformer before the first trained block. 0 for a ResNet."""
+    blocks = tower.transformer.resblocks if hasattr(tower, "transformer") else []
+    trained = (any(p.requires_grad for p in block.parameters()) for block in blocks)
+    return next((i for i, is_trained in enumerate(trained) if is_trained), 0)
 
 
 def train_blocks(tower, number):

@@ -163,6 +163,15 @@ class Views:
         ), label
 
 
+def to_pixels(crops, labels, device):
+    """The loader's uint8 [n, r, r, 3] and int64 [n] -> CLIP's input and float32 labels."""
+    import torch
+
+    transform = preprocessing.clip_transform(crops.shape[1])
+    pixels = torch.from_numpy(preprocessing.normalise(crops.numpy(), transform))
+    return pixels.to(device), labels.float().to(device)
+
+
 def load(rows, batches, resolution, workers):
     """Rows and batches of keys -> (uint8 [n, r, r, 3], int64 labels [n]) in that order.
 

@@ -7,8 +7,10 @@ import math
 import resource
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -22,8 +24,9 @@ from detector.encoders.prepare import load_visual, read_card
 from detector.encoders.runtime import has_bfloat16, processors
 from detector.finetuning import adapters
 from detector.finetuning.descent import descend, resume, save, store, training_key
-from detector.finetuning.images import balanced_draw, draws, evenly, list_rows, load
-from detector.images import preprocessing
+from detector.finetuning.images import balanced_draw, draws, evenly, list_rows, load, to_pixels
+from detector.finetuning.tail import Tail
+from detector.finetuning.tokens import WHOLE, Tokens, drawn_views
 
 HEAD_LR = 1e-3  # learning rate of the head, whatever --lr, because the head starts untrained
 # Most images in an evaluation, even over class and source. They cost as much as a dozen steps.
@@ -39,25 +42,16 @@ def precision():
     return "cuda", torch.bfloat16 if native else torch.float16
 
 
-def to_pixels(crops, labels, device):
-    """The loader's uint8 [n, r, r, 3] and int64 [n] -> CLIP's input and float32 labels."""
-    pixels = torch.from_numpy(
-        preprocessing.normalise(crops.numpy(), preprocessing.clip_transform(crops.shape[1]))
-    )
-    return pixels.to(device), labels.float().to(device)
-
-
-def held_auc(model, rows, resolution, batch_size, autocast, device, workers):
-    """AUC of the head on untouched images, from rows (path, label, source, sha256)."""
-    keys, scores = [(i,) for i in range(len(rows))], []
-    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+def held_auc(model, batches, autocast):
+    """AUC of the head on batches (input of the model, float32 labels)."""
+    scores, labels = [], []
     with torch.inference_mode(), autocast:
-        for crops, labels in load(rows, batches, resolution, workers):
-            pixels, _ = to_pixels(crops, labels, device)
-            scores.append(model(pixels)[:, 0].float().cpu())
+        for inputs, truth in batches:
+            scores.append(model(inputs)[:, 0].float().cpu())
+            labels.append(truth.cpu())
     # NaN after a step that was too large; the loss of the next step ends the training
     scores = np.nan_to_num(torch.cat(scores).numpy())
-    return float(roc_auc_score([row[1] for row in rows], scores))
+    return float(roc_auc_score(torch.cat(labels).numpy(), scores))
 
 
 def peak_gb(device):
@@ -74,10 +68,13 @@ class Training:
     def __init__(self, args, tower):
         self.args, self.tower = args, tower
         self.device, self.dtype = precision()
+        # views that are new in each step cannot be stored
+        self.frozen = adapters.frozen_blocks(tower) if args.views else 0
+        part = Tail(tower, self.frozen, args.checkpointing) if self.frozen else tower
         # evaluation mode, so that batch norms keep their statistics
-        self.model = torch.nn.Sequential(tower, torch.nn.Linear(tower.output_dim, 1)).eval()
+        self.model = torch.nn.Sequential(part, torch.nn.Linear(tower.output_dim, 1)).eval()
         self.model.to(self.device, memory_format=torch.channels_last)
-        if args.checkpointing:
+        if args.checkpointing and not self.frozen:
             adapters.checkpoint_blocks(tower)
         trained = [p for p in tower.parameters() if p.requires_grad]
         groups = [{"params": trained}, {"params": self.model[1].parameters()}]
@@ -111,17 +108,11 @@ class Training:
             )
         return loss
 
-    def evaluate(self, rows, step):
-        """Record and log the AUC on rows of held-out sources after `step` steps."""
-        auc = held_auc(
-            self.model,
-            rows,
-            self.tower.input_resolution,
-            self.args.batch_size,
-            self.autocast,
-            self.device,
-            self.workers,
-        )
+    def evaluate(self, inputs, rows, step):
+        """Record and log the AUC on untouched images of held-out sources after `step` steps."""
+        keys, size = [(i,) for i in range(len(rows))], self.args.batch_size
+        batches = [keys[i : i + size] for i in range(0, len(keys), size)]
+        auc = held_auc(self.model, inputs.batches(rows, batches), self.autocast)
         self.best.record(auc, step)
         say(
             f" step {step}: AUC {auc:.3f} on {len(rows)} images of held-out sources, best"
@@ -145,6 +136,46 @@ class Training:
         )
 
 
+class Pixels:
+    """The pixels of views, which are read and made when their batch is due."""
+
+    def __init__(self, training):
+        self.training = training
+
+    def batches(self, rows, batches):
+        """Rows and batches of keys, as for `load` -> (CLIP's input, float32 labels)."""
+        training, resolution = self.training, self.training.tower.input_resolution
+        for batch in load(rows, batches, resolution, training.workers):
+            yield to_pixels(*batch, training.device)
+
+
+@contextmanager
+def open_inputs(training, seen, test):
+    """Yields Pixels, or Tokens if the first blocks are frozen. The tokens are removed at the end.
+
+    After an interruption the tokens stay for the resumed training. A dry run prints their cost.
+    """
+    if not training.frozen:
+        yield Pixels(training)
+        return
+    args, whole = training.args, [(len(seen) + i, WHOLE) for i in range(len(test))]
+    views = drawn_views(seen, args, args.steps) + whole
+    tokens = Tokens(training, seen + test, views, f"{args.output}.tokens")
+    if args.dry_run:
+        with TemporaryDirectory() as folder:
+            few = Tokens(training, seen, drawn_views(seen, args, MEASURED), folder)
+            started = time.monotonic()
+            few.fill()
+            seconds = (time.monotonic() - started) * len(views) / len(few.views)
+            print(f"{tokens.description}, {timedelta(seconds=round(seconds))} to compute")
+            yield few
+    else:
+        say(tokens.description)
+        tokens.fill()
+        yield tokens
+        tokens.remove()
+
+
 def fine_tune(args):
     """Tune what --train names, with a linear head that is discarded at the end.
 
@@ -152,7 +183,7 @@ def fine_tune(args):
     """
     tower = load_visual(args.clip_model)
     torch.manual_seed(args.seed)  # after loading, which draws weights before it replaces them
-    adapters.choose_trained(tower, args.train)
+    adapters.choose_trained(tower, args.train, args.last)
     seen, kept, held = list_rows(args)
     say(
         f"{len(seen)} images to train on, {len(kept)} kept for the classifier, {len(held)} of"
@@ -163,25 +194,25 @@ def fine_tune(args):
     first = 0 if args.dry_run else resume(args, key, training.parts)
     last = min(args.steps, MEASURED) if args.dry_run else args.steps
     test = evenly(held, HELD_IMAGES)
-    for number in take_steps(training, seen, first, last):
-        if not args.dry_run and (number % args.every == 0 or number == args.steps):
-            if test:
-                training.evaluate(test, number)
-            store(args, key, training.parts, number)
-    if not args.dry_run:
-        finish(args, tower, training.best, seen, held)
+    with open_inputs(training, seen, test) as inputs:
+        for number in take_steps(training, inputs, seen, first, last):
+            if not args.dry_run and (number % args.every == 0 or number == args.steps):
+                if test:
+                    training.evaluate(inputs, test, number)
+                store(args, key, training.parts, number)
+        if not args.dry_run:
+            finish(args, tower, training.best, seen, held)
     return not args.dry_run
 
 
-def take_steps(training, rows, first, last):
+def take_steps(training, inputs, rows, first, last):
     """Train on the rows from step `first` to `last`, with progress. Yield each step's number.
 
     Prints or logs the cost as soon as it is measured.
     """
     args, durations = training.args, []
     keys = draws(balanced_draw(rows), args, first)
-    views = load(rows, keys, training.tower.input_resolution, training.workers)
-    batches = (to_pixels(*batch, training.device) for batch in views)
+    batches = inputs.batches(rows, keys)
     progress = tqdm(range(first + 1, last + 1), initial=first, total=last, unit="step")
     for number in progress:
         if training.best.over:

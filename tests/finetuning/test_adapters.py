@@ -58,6 +58,12 @@ def run(model, steps, make=torch.optim.AdamW, lr=1e-2, scaler=None, dtype=torch.
     return losses, optimizer
 
 
+def choose(tower, train):
+    """`train`: the value of --train, and of --last where it is given."""
+    train, _, last = train.partition(" --last ")
+    adapters.choose_trained(tower, train, int(last) if last else None)
+
+
 def changed(before, tower):
     after = tower.state_dict()
     assert after.keys() == before.keys()
@@ -90,16 +96,24 @@ def is_trained(name, kind, train):
         ),
         ("vit", "lora:2"): name.endswith(attention_or_mlp),
         ("resnet", "lora:2"): name.endswith(attention_or_mlp),
+        ("vit", "lora:2 --last 1"): (
+            name.startswith("transformer.resblocks.1.") and name.endswith(attention_or_mlp)
+        ),
     }
     return of[kind, train]
 
 
-@pytest.mark.parametrize("train", ["blocks:1", "norms", "lora:2"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, train",
+    [
+        *((kind, train) for kind in KINDS for train in ("blocks:1", "norms", "lora:2")),
+        ("vit", "lora:2 --last 1"),
+    ],
+)
 def test_a_step_changes_the_named_parameters_and_no_other(kind, train, tower_of, labels):
     tower, pixels = tower_of(kind)
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
-    adapters.choose_trained(tower, train)
+    choose(tower, train)
     run(with_head(tower), [[(pixels[:8], labels[:8])]] * 2)
     adapters.merge(tower)
     named = {name for name in before if is_trained(name, kind, train)}
@@ -209,6 +223,31 @@ def test_the_best_weights_are_restored_after_evaluations_without_a_gain():
     assert again.over
     again.restore()
     assert model.weight.item() == 2
+
+
+@pytest.mark.parametrize(
+    "kind, train, frozen",
+    [
+        ("vit", "blocks:1", 1),
+        ("vit", "lora:2 --last 1", 1),
+        ("vit", "blocks:2", 0),
+        ("vit", "lora:2", 0),
+        ("vit", "norms", 0),
+        ("resnet", "blocks:1", 0),
+        ("resnet", "lora:2", 0),
+    ],
+)
+def test_blocks_before_the_first_trained_block_are_frozen(kind, train, frozen, tower_of):
+    tower, _ = tower_of(kind)
+    choose(tower, train)
+    assert adapters.frozen_blocks(tower) == frozen
+
+
+@pytest.mark.parametrize("kind, blocks", [("vit", 2), ("resnet", 0)])
+def test_adapters_in_more_blocks_than_the_network_has_are_refused(kind, blocks, tower_of):
+    message = f"^--last 3: this network has {blocks} transformer blocks$"
+    with pytest.raises(UsageError, match=message):
+        adapters.choose_trained(tower_of(kind)[0], "lora:2", 3)
 
 
 @pytest.mark.parametrize("train, most", [("blocks:3", "2 blocks"), ("lora:129", "at most 128")])

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from argparse import Namespace
 from unittest.mock import Mock
 
 import clip
@@ -115,7 +116,7 @@ def test_training_stops_without_a_gain_and_stores_the_best_weights(tune, monkeyp
     scores, states = iter([0.6, 0.9, 0.7, 0.8]), []
 
     def scripted(model, *_):
-        states.append(clip_state_dict(model[0]))
+        states.append(clip_state_dict(model[0].tower))
         return next(scores)
 
     monkeypatch.setattr(tuning, "held_auc", scripted)
@@ -189,6 +190,11 @@ def test_the_head_detects_swapped_channels_on_held_out_sources(tune, capsys):
         (["--clip_model", "START", "--output", "/dev/null"], ["--output /dev/null", "device"]),
         (["--clip_model", "START", "--accumulate", "0"], ["--accumulate 0", "at least 1"]),
         (["--clip_model", "START", "--steps", "0"], ["--steps 0", "at least 1"]),
+        (["--clip_model", "START", "--last", "0"], ["--last 0", "at least 1"]),
+        (["--clip_model", "START", "--last", "3"], ["--last 3", "2 transformer blocks"]),
+        (["--clip_model", "START", "--train", "blocks:1", "--last", "1"], ["--last 1", "lora:R"]),
+        (["--clip_model", "START", "--train", "norms", "--last", "1"], ["--last 1", "lora:R"]),
+        (["--clip_model", "START", "--views", "-1"], ["--views -1", "at least 0"]),
         (["--clip_model", "START", "--holdout", "2"], ["--holdout 2", "between 0 and 1"]),
         (["--clip_model", "START", "--lr", "0"], ["--lr 0"]),
         (
@@ -280,5 +286,10 @@ def test_the_scores_of_an_evaluation_do_not_depend_on_its_batches(folder, start)
     paths = sorted(map(str, folder.glob("train/*/s0/*")))
     rows = [(path, int("fake" in path), "s", "") for path in paths]
     autocast = torch.autocast("cpu", enabled=False)
-    few, many = (tuning.held_auc(model, rows, 32, n, autocast, "cpu", 0) for n in (5, 12))
-    assert few == pytest.approx(many) and 0 < few < 1
+    training = Namespace(tower=tower, workers=0, device="cpu")
+
+    def auc(size):
+        keys = [[(i,) for i in range(k, min(k + size, 12))] for k in range(0, 12, size)]
+        return tuning.held_auc(model, tuning.Pixels(training).batches(rows, keys), autocast)
+
+    assert auc(5) == pytest.approx(auc(12)) and 0 < auc(5) < 1

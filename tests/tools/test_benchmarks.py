@@ -4,6 +4,7 @@ benchmarks/speed.md has their figures. Nothing here measures time.
 """
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -179,6 +180,57 @@ def test_the_held_out_table_has_a_row_for_each_recipe_and_point(
     assert len([row for row in rows if row.startswith("| ")]) == 4 * 2 + 4 * 9
     row_form = r"\|.*\|.*\|( 0\.\d{3}[,\d. ]*| 1\.000[,\d. ]*)\|( [01]\.\d{3} \[.*\] \|){2,4}"
     assert all(re.fullmatch(row_form, row) for row in rows if row[0] == "|"), rows
+
+
+def test_the_study_of_fine_tuning_has_a_row_for_each_encoder_and_resumes(
+    in_repositories, monkeypatch, tmp_path, capsys
+):
+    import finetune_clip
+    from benchmarks import fine_tuning
+
+    monkeypatch.chdir(in_repositories)
+    documented = [flags for script, flags in commands(fine_tuning.__doc__)]
+    for flags in documented:
+        fine_tuning.parse_args(shlex.split(flags))
+    flags = shlex.split(documented[0]) + ["--clip_model", str(small.CHECKPOINT)]
+    flags += ["--work_dir", str(tmp_path), "--steps", "1", "--folds", "0", "2", "--arms", "norms"]
+    flags += ["--layers", "final", "1"]
+    fine_tuning.main(flags)
+    table = capsys.readouterr().out
+    title, _, _, _, *rows = table.splitlines()
+    assert "1 steps of 32. Folds [0, 2] of 3 with [24, 24] images" in title
+    names = [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in rows]
+    frozen = [(f"frozen, {layers}", of) for layers in ("final", "1") for of in ("all", "kept")]
+    assert names == [*frozen, ("`norms`, seed 0", "kept")]
+    row_form = r"\|[^|]*\|[^|]*\|[^|]*\|( [01]\.\d{3},? ?){2}\|( [01]\.\d{3} \[.*\] \|){2}"
+    assert all(re.fullmatch(row_form, row) for row in rows), rows
+    seen = [json.loads(path.read_text())["seen"] for path in tmp_path.glob("*.json")]
+    assert len(seen) == 2 and not set(seen[0]) == set(seen[1])
+    monkeypatch.setattr(finetune_clip, "main", None)  # nothing is trained again
+    fine_tuning.main(flags)
+    assert capsys.readouterr().out == table
+
+
+def test_no_image_of_a_fold_trains_its_encoder_or_classifier(
+    in_repositories, monkeypatch, tmp_path
+):
+    from benchmarks import fine_tuning
+
+    monkeypatch.chdir(in_repositories)
+    flags = "--data_dir data --sources_file SOURCES.csv --work_dir".split()
+    args = fine_tuning.parse_args([*flags, str(tmp_path)])
+    images = fine_tuning.Images(args)
+    for k in range(3):
+        held = set(images.paths[images.fold == k])
+        folder = fine_tuning.linked(args, images, k)
+        linked = {path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")}
+        assert held and linked == set(images.paths) - held
+    trained = []
+    monkeypatch.setattr(fine_tuning, "fit", lambda kind, rows, *_, **point: trained.append(rows))
+    monkeypatch.setattr(fine_tuning, "decision", lambda classifier, rows: rows)
+    monkeypatch.setattr(fine_tuning, "encoded", lambda args, encoder, paths, resave=None: paths)
+    fine_tuning.fold_scores(args, images, None, 1, images.kept)
+    assert set(trained[0]) == set(images.paths[images.kept & (images.fold != 1)])
 
 
 @pytest.mark.parametrize(
