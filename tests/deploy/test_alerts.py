@@ -223,7 +223,7 @@ def pushed():
         )
         golden.push(
             "http://nowhere",
-            {"v1": {"real": [True], "fake": [False], "errors": 0}},
+            {"v1": {"real": [(True, 0)], "fake": [(False, 1)], "errors": 0}},
             {"v1": 0.5},
             False,
         )

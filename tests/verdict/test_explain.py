@@ -11,6 +11,7 @@ from PIL import Image
 
 import classify
 from detector.images.occlusion import CELLS, MEANING, PASSES
+from detector.images.preprocessing import clip_transform
 from detector.model.file import load_model
 from detector.verdict import Detector
 
@@ -32,7 +33,8 @@ def planted(y, x, **changes):
         **changes,
     }
     encoder = SimpleNamespace(
-        encode=lambda pixels: pixels[cell].mean((1, 2, 3), keepdims=True)[:, :, 0, 0]
+        encode=lambda pixels: pixels[cell].mean((1, 2, 3), keepdims=True)[:, :, 0, 0],
+        transform=clip_transform(SIDE),
     )
     pixels = np.zeros((3, SIDE, SIDE), np.float32)
     pixels[cell[1:]] = 1
@@ -90,7 +92,7 @@ def test_the_verdict_stays_and_the_map_lies_beside_the_picture(explain, script, 
 
 def test_the_plot_has_the_picture_the_map_a_scale_and_the_sentence():
     from detector.evaluation.plots import plot_map
-    from detector.images.preprocessing import clip_transform, normalise
+    from detector.images.preprocessing import normalise
 
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     rows = np.linspace(-0.5, 1, CELLS**2).reshape(CELLS, CELLS)
