@@ -3,11 +3,11 @@
     layers = canonical("multi", architecture(visual))  # '8,14,20,final' for a ViT-L/14
     module = with_layers(visual, layers)  # pixels float32 [n, 3, r, r] -> features [n, d]
 
-`final` is CLIP's embedding, `penultimate` the layer before its projection. Both are left unscaled.
-A block of a ViT gives its class token, or the mean of its patches where there is no class token. A
-stage of a convolutional network gives the mean of its output. Each block's
-output is scaled to length 1, because late blocks have far longer outputs. Then the outputs are
-joined (RINE: Koutlis and Papadopoulos, ECCV 2024).
+`final` is CLIP's embedding, `penultimate` the layer before its projection. Of a tower of timm they
+are the pooled output and the last block. Both are left unscaled. A block of a ViT gives its class
+token, or the mean of its patches where there is no class token. A stage of a convolutional network
+gives the mean of its output. Each block's output is scaled to length 1, because late blocks have
+far longer outputs. Then the outputs are joined (RINE: Koutlis and Papadopoulos, ECCV 2024).
 """
 
 import inspect

@@ -9,7 +9,6 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from detector.base.console import one_line
 from detector.base.errors import EncoderError
 from detector.base.files import refusal, reserve
 from detector.encoders import catalogue
@@ -181,7 +180,7 @@ def name_of(clip_model, source, crop):
 
 
 def describe(name, layers, arrays, arch, transform):
-    """-> the manifest, without its source, and what running adds: 'dim' and 'golden'."""
+    """-> the manifest, without its source and without what running adds: 'dim' and 'golden'."""
     from detector.encoders.weights import identity_of
 
     layers = canonical(layers, arch)
@@ -268,7 +267,7 @@ def write_folder(arrays, manifest, folder, progress):
         model = openvino_model(arrays, arch, layers)
         golden = numpy_forward(arrays, arch, layers, pixels)
     else:
-        model, golden = converted(arrays, arch, layers, pixels)
+        model, golden = traced_model(arrays, arch, layers, pixels)
     progress.update()
     ov.save_model(model, folder / "encoder.xml", compress_to_fp16=True)
     golden = [float(f"{value:.6g}") for value in golden[0]]
@@ -276,19 +275,6 @@ def write_folder(arrays, manifest, folder, progress):
         json.dumps({**manifest, "dim": len(golden), "golden": golden}, indent=1)
     )
     progress.update()
-
-
-def converted(arrays, arch, layers, pixels):
-    """`traced_model`. Raises EncoderError for a tower of timm that OpenVINO cannot run."""
-    try:
-        return traced_model(arrays, arch, layers, pixels)
-    except Exception as error:  # of timm's thousand towers, of the tracer and of the frontend
-        if not is_timm(arch):
-            raise
-        raise EncoderError(
-            f"{TIMM}{arch['model']} with --layers {layers} cannot be converted to OpenVINO "
-            f"({type(error).__name__}: {one_line(error)}); choose other layers or another tower"
-        ) from None
 
 
 def traced_model(arrays, arch, layers, pixels):

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from detector.base.errors import EncoderError
 
-# Part of an encoder's identity. Change it whenever the same bytes would become other pixels.
+# Version of detector/images/preprocessing.py, part of every encoder's identity. Change it whenever
+# the same bytes and the same Transform would become other pixels.
 PREPROCESSING = "clip-1"
 TIMM = "timm:"  # how the names of timm's towers begin
 
@@ -153,7 +154,7 @@ class Encoder:
         self.name, self.identity = self.manifest["name"], self.manifest["identity"]
         self.resolution, self.dim = self.manifest["resolution"], self.manifest["dim"]
         self.transform = transform_of(self.manifest)
-        if precision == "auto":
+        if precision == "auto":  # a manifest may fix the precision, as that of the tests does
             precision = self.manifest.get("precision", "auto")
         weights = Path(folder) / "vision.safetensors"
         if device == "auto":  # the quickest check first

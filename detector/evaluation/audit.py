@@ -19,14 +19,13 @@ from detector.evaluation.probes import (
     probe_all,
     telling_values,
 )
-from detector.evaluation.rules import LEAK_AUC, MAX_REPEATED, MIN_IMAGES, TELLING_AUC
+from detector.evaluation.rules import HUGE, LEAK_AUC, MAX_REPEATED, MIN_IMAGES, TELLING_AUC
 from detector.features.columns import SEEN, without_repeats
 from detector.features.file import load_features
 from detector.images.facts import describe_image, make_groups, twin_clusters
 from detector.images.folders import has_extension, list_images
 from detector.images.labels_file import read_labels
 
-HUGE = 50_000_000  # pixels: the service refuses larger images
 SHOWN = 5  # of each kind
 NEEDED = ("labels", "splits", "sources", "paths", "groups", "facts", "thumb", "sha256")
 

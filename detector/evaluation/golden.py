@@ -19,7 +19,7 @@ from detector.base.constants import CLASSES
 from detector.base.errors import ImageError, UsageError
 from detector.base.files import read_bytes, sha256
 from detector.evaluation import intervals, metrics
-from detector.evaluation.audit import HUGE
+from detector.evaluation.rules import HUGE
 from detector.features.columns import COLUMNS
 from detector.images.decoding import decode_image
 from detector.images.facts import make_groups, thumbnail

@@ -2,6 +2,7 @@
 
 # Of each class; there is no probe with fewer. No smaller class trains a classifier either.
 MIN_IMAGES = 20
+HUGE = 50_000_000  # pixels: the service refuses larger images
 # The share of a split with a duplicate in train. Accuracy on it may be too high by this share.
 # Also the share of all images that have copies under both labels.
 MAX_REPEATED = 0.01

@@ -61,7 +61,7 @@ def declare_png(image, data):
         return
     if colour == 0 and bits < 16:
         if bits == 1:  # Pillow keeps no more of the value than whether it is 0
-            key = data.partition(b"IDAT")[0].rpartition(b"tRNS")[2][1]
+            key = lowest_byte_of_key(data)
         most = 2**bits - 1
         image.info["transparency"] = (key & most) * (255 // most)
     elif colour == 2 and bits == 16:
@@ -71,6 +71,14 @@ def declare_png(image, data):
         )
     elif colour == 2:
         image.info["transparency"] = tuple(value & 255 for value in key)
+
+
+def lowest_byte_of_key(data):
+    """Bytes of a grey PNG in which Pillow found a tRNS chunk -> the lower byte of its value."""
+    at = 8
+    while data[at : at + 8] != b"\0\0\0\2tRNS":
+        at += 12 + int.from_bytes(data[at : at + 4])
+    return data[at + 9]
 
 
 def refuse_tiff_kind(data):

@@ -232,6 +232,16 @@ def test_licence_and_notes_are_printed_once(lite0, script):
     assert first.stdout == second.stdout
 
 
+def test_the_notes_of_timm_are_printed(script, tmp_path):
+    name = "cspnext_tiny.rsb_a1_in1k"
+    path = timm_small.save_random(
+        name, tmp_path / "weights.safetensors", np.ones((2, 3, 64, 64), np.float32)
+    )
+    result = script("prepare_clip.py", "--clip_model", f"timm:{name}@{path}")
+    for note in timm_towers.config_of(name).notes:
+        assert f"timm:{name}@{path}: {note}\n" in result.stderr
+
+
 @pytest.mark.parametrize(
     "name, words",
     [

@@ -93,7 +93,9 @@ def test_a_16_bit_colour_png_with_a_transparent_colour_is_refused():
 def test_bits_of_a_transparent_value_above_the_depth_do_not_count(bits, low):
     """PNG 11.3.2.1: only the low bits count. libpng reads the value alike."""
     grey = stored(RAMP, bits)
-    data = png(bits, 0, grey, chunk(b"tRNS", struct.pack(">H", 2**bits + low)))
+    key = chunk(b"tRNS", struct.pack(">H", 2**bits + low))
+    exif = chunk(b"eXIf", b"II*\0\x08\0\0\0\0\0\0\0\0\0 tRNS" + bytes([0, 1 - low]) + b"IDAT")
+    data = png(bits, 0, grey, exif, key, exif)
     assert_pixels(data, over_white(grey / (2**bits - 1), (grey != low).astype(float)))
     assert ((imagecodecs.png_decode(data)[..., 1] == 0) == (grey == low)).all()
 
