@@ -12,6 +12,7 @@ import zlib
 from contextlib import suppress
 from itertools import chain
 
+import numpy as np
 from pi_heif import HeifImagePlugin  # noqa: F401
 
 # The plug-ins of our formats, by name. Otherwise Pillow imports all forty at the first WebP.
@@ -238,22 +239,42 @@ def upright(image):
 
 
 def load(image):
-    """Decodes an image of `open_image` in place. A complete JPEG may lack its end marker."""
+    """Decodes an image of `open_image` in place. A complete JPEG may lack its end marker.
+
+    Where the bits of a JPEG end too early at a marker, libjpeg draws grey without an error.
+    """
+    file = image.fp
     try:
         image.load()
     except OSError as error:
-        data = image.fp.getvalue() if image.format == "JPEG" and "truncated" in str(error) else b""
-        if not 0 < jpeg_scans(data) * image.width * image.height <= MAX_SCANNED:
+        if image.format != "JPEG" or "truncated" not in str(error):
             raise
-        image._im, checksums = None, set()
-        for ended in jpeg_ends(data):
-            complete = None  # free the memory before the next one is decoded
-            complete = Image.open(io.BytesIO(ended), formats=["JPEG"])
-            complete.load()
-            checksums.add(checksum(complete))
-            if len(checksums) > 1:
-                raise
-        image.im, image.tile = complete.im, []
+        image._im = None  # free the memory before another is decoded
+        image.im, image.tile = complete_jpeg(image, file, error).im, []
+    else:
+        if image.format == "JPEG" and is_grey_below(image):
+            complete_jpeg(image, file, OSError("its lower rows are missing"))
+
+
+def is_grey_below(image):
+    """Are the last rows of the decoded JPEG the grey of missing bits (127 in CMYK)?"""
+    bottom = image.crop((0, max(0, image.height - 8), *image.size))
+    return {*np.ravel(bottom.getextrema())} <= {127, 128}
+
+
+def complete_jpeg(image, file, error):
+    """A JPEG and its file -> the image, decoded from `jpeg_ends`. Raises `error` if bits miss."""
+    data, checksums = file.getvalue(), set()
+    if not 0 < jpeg_scans(data) * image.width * image.height <= MAX_SCANNED:
+        raise error
+    for ended in jpeg_ends(data):
+        complete = None  # free the memory before the next one is decoded
+        complete = Image.open(io.BytesIO(ended), formats=["JPEG"])
+        complete.load()
+        checksums.add(checksum(complete))
+        if len(checksums) > 1:
+            raise error
+    return complete
 
 
 def checksum(image):

@@ -5,6 +5,7 @@ data, texts = needed_parts(data, "PNG")   # the picture alone, and the file's te
 tiff_tags(data)                           # {256: (width,), ...} of the first directory
 """
 
+import itertools
 import re
 import struct
 import zlib
@@ -71,6 +72,8 @@ MAX_TEXTS = 4 << 20  # bytes of all texts
 TRANSPARENCY = {b"\0": (2,), b"\2": (6,), b"\3": range(257)}
 # a scan holds stuffed bytes and restart markers only
 JPEG_MARKER = re.compile(rb"\xff+[\x02-\xcf\xd9-\xfe]")
+JPEG_SCAN_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # ends the bits of a scan
+JPEG_ANY_MARKER = re.compile(rb"\xff+[\x01-\xfe]")  # ends those of a scan without restarts
 TIFF_TYPES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}  # unsigned numbers
 
 
@@ -343,18 +346,42 @@ def jpeg_scans(data):
     return 0 if any(map(any, levels.values())) else scans
 
 
+def jpeg_scan_ends(data):
+    """Where a decoder stops to read the bits of each scan: at a marker, or where the file ends."""
+    at, restarts, ends = 2, False, []
+    while marker := JPEG_MARKER.search(data, at):
+        code, at = data[marker.end() - 1], marker.end()
+        if code == 0xD9:
+            break
+        length = int.from_bytes(data[at : at + 2])
+        if code == 0xDD:
+            restarts = any(data[at + 2 : at + 4])
+        at += length
+        if code == 0xDA:
+            end = (JPEG_SCAN_MARKER if restarts else JPEG_ANY_MARKER).search(data, at)
+            ends.append(end.start() if end else len(data))
+    return ends
+
+
 def jpeg_ends(data):
-    """A JPEG without its end marker -> four files, each with another tail and an end marker.
+    """A JPEG -> four files that end, with other bits after the bits of each scan.
 
     A complete picture decodes to the same pixels in all files. A cut picture does not, because the
-    decoder reads its missing bits from the tail. Two tails agree by chance in 1 of 4,000 cuts.
-    After a cut at a restart marker a decoder skips to the next restart marker, so the tails have
-    restart markers too.
+    decoder reads its missing bits from the added bits. Two files agree by chance in 1 of 4,000
+    cuts. After a cut at a restart marker a decoder skips to the next restart marker, so the added
+    bits have restart markers too.
     """
     data = data.rstrip(b"\xff")  # half of a marker or of a stuffed byte
-    restarts = re.findall(rb"\xff[\xd0-\xd7]", data[data.rfind(b"\xff\xda") :])
-    first = restarts[-1][1] + 1 if restarts else 0
+    places = [0, *jpeg_scan_ends(data), len(data)]
+    parts = [data[start:end] for start, end in itertools.pairwise(places)]
     noise = np.random.default_rng(0).integers(1, 255, (2, 64), np.uint8)
     for filler in map(bytes, (*noise, *~noise)):
-        restarts = (b"\xff" + bytes([0xD0 | (first + i) & 7]) + filler for i in range(8))
-        yield data + filler + b"".join(restarts) + b"\xff\xd9"
+        filled = (part + more_bits(part, filler) for part in parts[:-1])
+        yield b"".join([*filled, parts[-1], b"\xff\xd9"])
+
+
+def more_bits(part, filler):
+    """The filler, and eight times a restart marker and the filler, for the end of a scan."""
+    restarts = re.findall(rb"\xff[\xd0-\xd7]", part[part.rfind(b"\xff\xda") :])
+    first = restarts[-1][1] + 1 if restarts else 0
+    return filler + b"".join(bytes([0xFF, 0xD0 | (first + i) & 7]) + filler for i in range(8))

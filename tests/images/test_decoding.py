@@ -208,6 +208,31 @@ def test_a_jpeg_without_its_end_marker_is_read_only_where_it_is_complete(options
             decoding.decode_image(data[:cut])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_cut_by_an_early_end_marker_is_no_grey_picture(mode, options):
+    data = encode(picture(mode, (300, 220)), "JPEG", **options)
+    at = data.index(b"\xff\xda") + 150  # in the first scan, whose loss leaves grey
+    with pytest.raises(BrokenImage, match="its lower rows are missing"):
+        decoding.decode_image(data[:at].rstrip(b"\xff") + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("marker", [b"\xff\1", b"\xff\xd0", b"\xff\xd5", b"\xff\xfe\0\2"])
+def test_a_jpeg_with_a_marker_amid_its_bits_is_no_grey_picture(marker):
+    data = encode(picture(size=(300, 220)), "JPEG")
+    at = data.index(b"\xff\xda") + 2000
+    with pytest.raises(BrokenImage, match="its lower rows are missing"):
+        decoding.decode_image(data[:at].rstrip(b"\xff") + marker + data[at:])
+
+
+@pytest.mark.parametrize("mode, grey", [("RGB", (128,) * 3), ("L", 128), ("CMYK", (127,) * 4)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+def test_a_sound_jpeg_that_is_grey_below_is_read(mode, grey, options):
+    image = picture(mode=mode)
+    image.paste(grey, (0, image.height // 2, *image.size))
+    assert decoding.decode_image(encode(image, "JPEG", **options)).size == image.size
+
+
 # ---- other formats ----
 
 OTHERS = {
