@@ -81,7 +81,7 @@ def add_step_arguments(add):
         "--last",
         type=int,
         metavar="K",
-        help="adapters in the last K blocks of a vision transformer alone, for --train lora:R",
+        help="for norms and lora:R: the last K blocks of a vision transformer alone",
     )
     add(
         "--views",
@@ -154,9 +154,9 @@ def check(args):
         raise UsageError(
             f"--train {args.train}: must be blocks:K, norms or lora:R, with K or R at least 1"
         )
-    if args.last is not None and not args.train.startswith("lora"):
+    if args.last is not None and args.train.startswith("blocks"):
         raise UsageError(
-            f"--last {args.last}: goes with --train lora:R; --train blocks:K has its own number"
+            f"--last {args.last}: goes with --train lora:R or norms; blocks:K has its own number"
         )
     if args.views < 0:
         raise UsageError(f"--views {args.views}: must be at least 0")

@@ -33,7 +33,7 @@ from detector.images.folders import read_folder
 from detector.model.score import decision
 from detector.training.classifiers import fit, row_weights
 
-ARMS = ["lora:8 --last 4", "blocks:2", "norms"]
+ARMS = ["lora:8 --last 4", "norms --last 4", "blocks:2"]
 RESAVE = "50%, quality 40"
 KEEP = 0.5  # default of finetune_clip.py
 C = [1e-4, 1e-3, 1e-2]

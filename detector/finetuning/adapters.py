@@ -47,19 +47,20 @@ def choose_trained(tower, train, last=None):
     """Freeze all of the tower except what `train` names.
 
     'blocks:K': the last K blocks and the layers after them. 'norms': the affine parameters of the
-    norms. 'lora:R': adapters of rank R beside every linear layer and attention, or beside those of
-    the `last` blocks of a transformer. Raises UsageError for a number above what the tower has.
+    norms. 'lora:R': adapters of rank R beside every linear layer and attention. `last`: those of
+    the last blocks of a transformer alone. Raises UsageError for a number above what the tower has.
     """
     kind, _, number = train.partition(":")
     tower.requires_grad_(False)
+    part = tower if last is None else last_blocks(tower, last)
     if kind == "blocks":
         train_blocks(tower, int(number))
     elif kind == "norms":
-        for module in tower.modules():
+        for module in part.modules():
             if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
                 module.requires_grad_(True)
     else:
-        add_adapters(tower if last is None else last_blocks(tower, last), int(number))
+        add_adapters(part, int(number))
 
 
 def last_blocks(tower, number):

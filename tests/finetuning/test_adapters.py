@@ -99,6 +99,7 @@ def is_trained(name, kind, train):
         ("vit", "lora:2 --last 1"): (
             name.startswith("transformer.resblocks.1.") and name.endswith(attention_or_mlp)
         ),
+        ("vit", "norms --last 1"): name.startswith("transformer.resblocks.1.ln_"),
     }
     return of[kind, train]
 
@@ -108,6 +109,7 @@ def is_trained(name, kind, train):
     [
         *((kind, train) for kind in KINDS for train in ("blocks:1", "norms", "lora:2")),
         ("vit", "lora:2 --last 1"),
+        ("vit", "norms --last 1"),
     ],
 )
 def test_a_step_changes_the_named_parameters_and_no_other(kind, train, tower_of, labels):
