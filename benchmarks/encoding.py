@@ -1,12 +1,13 @@
 """Encoding: images a second of ours, of OpenAI's loop and of open_clip's, and the machine's limit.
 
     python -m benchmarks.encoding --image photo.jpg         # ViT-B/16-8bit
+    python -m benchmarks.encoding --image photo.jpg --megapixels 0.1 2 --views 1
     python -m benchmarks.random_clip --output vit-l-14.pt
     python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg
     python -m benchmarks.encoding --clip_model vit-l-14.pt --image photo.jpg --device cuda \
         --batch_sizes 1 64 256 --megapixels 0.25 2 --images 4096 12288
 
-The third line takes an hour on a processor without bfloat16. The last line is for a GPU.
+The fourth line takes an hour on a processor without bfloat16. The last line is for a GPU.
 
 open_clip takes part where it is installed (pip install open_clip_torch). The limit is the encoder's
 own matrix multiplications and nothing else, by torch and on a processor by OpenVINO. It counts what
@@ -22,9 +23,8 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,12 @@ from PIL import Image, ImageChops
 
 from benchmarks.checkpoint import checkpoint_of
 from benchmarks.measure import heading, in_turns, machine, ratios, row, run, spread
+from detector.base.constants import MAX_PIXELS
 from detector.encoders import runtime
 from detector.encoders.catalogue import EIGHT_BIT
 from detector.encoders.prepare import ensure_encoder
-from detector.images.facts import describe_image
-from detector.images.preprocessing import clip_transform, preprocess
+from detector.features.extraction import read_row
+from detector.images.folders import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"cpu": "float32", "cuda": "float16"}  # what clip.load computes in
@@ -75,6 +76,7 @@ def add_extraction_arguments(parser):
         default=[16, 48],
         help="numbers of photographs for it; their difference gives the rate",
     )
+    parser.add_argument("--views", type=int, default=0, help="its degraded copies of an image")
 
 
 def parse_args(argv):
@@ -254,12 +256,12 @@ def photographs(path, megapixels, n, folder):
         (folder / f"{i:05d}.jpg").write_bytes(saved[i % 10] + b"%d" % i)
 
 
-def decode_seconds(path, side):
-    """Processor seconds of one file: decode, hash, facts, preprocess."""
-    data, started = path.read_bytes(), time.process_time()
-    for _ in range(3):
-        preprocess(describe_image(data)[0], clip_transform(side))
-    return (time.process_time() - started) / 3
+def reading_seconds(folder, transform, views):
+    """Processor seconds of a file: decode, hash, facts, degraded copies, preprocess."""
+    paths, started = sorted(folder.iterdir())[:10], time.process_time()
+    for path in paths:
+        read_row(str(folder), Entry(path.name, -1, "", "", ""), transform, MAX_PIXELS, views)
+    return (time.process_time() - started) / len(paths)
 
 
 def time_extractions(args, place, megapixels):
@@ -270,6 +272,7 @@ def time_extractions(args, place, megapixels):
         command = ["sh", "-c", f'rm -rf {output}*; exec "$@"', "sh", sys.executable]
         command += [ROOT / "extract_features.py", "--unlabelled", "--clip_model", args.clip_model]
         command += ["--device", args.device, "--data_dir", place / str(n), "--output_file", output]
+        command += ["--views", args.views]
         measures[n] = partial(run, command)
     return in_turns(measures, max(1, args.runs - 1))
 
@@ -279,17 +282,18 @@ def extraction(args, encoder, bare, megapixels):
     few, many = args.images
     with tempfile.TemporaryDirectory() as folder:
         measured = time_extractions(args, Path(folder), megapixels)
-        image = next(Path(folder, str(many)).iterdir())
-        decoding = decode_seconds(image, runtime.read_manifest(encoder)["resolution"])
+        transform = runtime.transform_of(runtime.read_manifest(encoder))
+        reading = reading_seconds(Path(folder, str(many)), transform, args.views)
     seconds = {n: [taken for taken, _ in measured[n]] for n in args.images}
     peaks = [f"{max(megabytes for _, megabytes in measured[n]):.0f}" for n in args.images]
     rates = [
         (many - few) / (long - short)
         for short, long in zip(seconds[few], seconds[many], strict=True)
     ]
-    rate, decoded = statistics.median(rates), runtime.processors() / decoding
+    rate, read = statistics.median(rates), runtime.processors() / reading
+    bare /= 1 + args.views
     # on a CPU decoding and encoding share the processors
-    allowed = 1 / (1 / bare + 1 / decoded) if args.device == "cpu" else min(bare, decoded)
+    allowed = 1 / (1 / bare + 1 / read) if args.device == "cpu" else min(bare, read)
     row(
         f"{megapixels:g}",
         spread(rates, 3),
@@ -297,7 +301,7 @@ def extraction(args, encoder, bare, megapixels):
         f"{100 * rate / bare:.0f}%",
         f"{allowed:.3f}",
         f"{100 * rate / allowed:.0f}%",
-        f"{1000 * decoding:.0f}",
+        f"{1000 * reading:.0f}",
         f"{many / statistics.median(seconds[many]):.3f}",
         ", ".join(peaks),
     )
@@ -335,10 +339,8 @@ def print_rates(measured, batch_sizes):
 
 def main(argv=None):
     args = parse_args(argv)
-    # in another process, because a child's peak memory includes what its parent held at the start
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        folder = pool.submit(ensure_encoder, args.clip_model).result()
-        measured = pool.submit(rates, args, folder).result()
+    folder = ensure_encoder(args.clip_model)
+    measured = rates(args, folder)
     if args.device == "cpu":
         print(f"`{args.clip_model}`, {machine()}.\n")
     bare = print_rates(measured, args.batch_sizes)
@@ -347,11 +349,11 @@ def main(argv=None):
         heading(
             "megapixels",
             "`extract_features.py`, images/s",
-            "encoder alone",
+            "encoder alone, all copies",
             "share of it",
             "arithmetic allows",
             "share of it",
-            "ms of processor to decode",
+            "ms of processor to read",
             "whole run, start included",
             "peak MB of the shorter, the longer",
         )

@@ -1,9 +1,8 @@
 """Measuring in turns and printing tables, for the benchmarks beside this file."""
 
-import os
 import statistics
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 from detector.encoders.runtime import processors
@@ -16,6 +15,13 @@ FLAGS = {
     "AVX512-BF16": "avx512_bf16",
     "AMX": "amx_tile",
 }
+STARTER = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(os.waitstatus_to_exitcode(status), time.perf_counter() - started, usage.ru_maxrss / 1000)
+"""
 
 
 def machine():
@@ -25,17 +31,17 @@ def machine():
     return f"{processors()} processors with {', '.join(flags)}"
 
 
-def run(command):
-    """Run a process -> (seconds, peak MB). A failure ends the benchmark with its stderr."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(map(str, command))} failed: {errors.decode()}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1000
+def run(command, good=(0,)):
+    """Run a process -> (seconds, peak MB). Another exit code than `good` ends the benchmark.
+
+    A small process starts it, because a child's peak memory includes what its parent held.
+    """
+    starter = [sys.executable, "-S", "-c", STARTER, *map(str, command)]
+    done = subprocess.run(starter, capture_output=True, text=True)
+    code, seconds, megabytes = map(float, done.stdout.split())
+    if code not in good:
+        raise SystemExit(f"{' '.join(map(str, command))} failed: {done.stderr}")
+    return seconds, megabytes
 
 
 def in_turns(measures, runs):

@@ -111,13 +111,13 @@ class Server:
         self.wait("/readyz" if "app.py" in command else "/healthz")
 
     def wait(self, path):
-        for _ in range(600):
+        for _ in range(3000):
             try:
                 return urllib.request.urlopen(self.url + path, timeout=5).close()
             except (urllib.error.URLError, ConnectionError):
                 if self.process.poll() is not None:
                     sys.exit(f"the service ended: {self.log.read_text()}")
-                time.sleep(0.1)
+                time.sleep(0.02)
         sys.exit("the service is not ready after a minute")
 
     def memory(self):

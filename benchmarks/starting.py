@@ -1,4 +1,4 @@
-"""One verdict as a whole process: classify.py against the loop of OpenAI's README.
+"""One verdict as a whole process, against the loop of OpenAI's README, and the service's start.
 
     python -m benchmarks.starting --image photo.jpg         # ViT-B/16-8bit
     python -m benchmarks.random_clip --output vit-l-14.pt
@@ -7,6 +7,7 @@
 Naive: `clip.load`, one image, and a calibrated scikit-learn SVC from joblib. Both classifiers were
 trained on the same made-up features. Their verdicts are worth nothing; their times are measured.
 At a first start the cache holds the encoder and not yet its compiled form. The page cache is warm.
+The service is ready when /readyz responds with 200.
 Prints Markdown.
 """
 
@@ -15,13 +16,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+import time
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.checkpoint import checkpoint_of
 from benchmarks.measure import heading, in_turns, machine, ratios, row, run, spread
+from benchmarks.service import Server
 from benchmarks.training import made_up, write_features
 from detector.encoders import runtime
 from detector.encoders.catalogue import EIGHT_BIT
@@ -90,15 +91,23 @@ def first_start(command, cache, place):
     return ["env", f"CLIP_CACHE={place}", *empty, *command]
 
 
+def until_ready(folder, model_path):
+    """Start the service -> (seconds until it is ready, resident MB)."""
+    started = time.perf_counter()
+    server = Server([sys.executable, "app.py"], folder, None, MODEL_PATH=str(model_path))
+    try:
+        return time.perf_counter() - started, server.memory()
+    finally:
+        server.stop()
+
+
 def main(argv=None):
     args = parse_args(argv)
     image, python = os.path.abspath(args.image), sys.executable
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        # in another process, because a child's peak memory includes what its parent held
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            encoder = pool.submit(ensure_encoder, args.clip_model).result().absolute()
-            checkpoint = pool.submit(checkpoint_of, args.clip_model, folder).result()
+        encoder = ensure_encoder(args.clip_model).absolute()
+        checkpoint = checkpoint_of(args.clip_model, folder)
         ours, naive = train_both(place, runtime.read_manifest(encoder), args.rows)
         classify = [python, ROOT / "classify.py", "--image_path", image, "--model_path", ours]
         commands = {
@@ -110,6 +119,7 @@ def main(argv=None):
             "the encoder alone, no cache": [python, "-c", BARE, encoder / "encoder.xml"],
         }
         measures = {name: partial(run, command) for name, command in commands.items()}
+        measures["`app.py`, until ready"] = partial(until_ready, folder, ours)
         measured = in_turns(measures, args.runs)
     print(f"`{args.clip_model}`, {machine()}.\n")
     whole, ratio = "one image, whole process", "naive's seconds to its own, pair by pair"

@@ -13,8 +13,6 @@ import os
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.measure import heading, row, run
@@ -66,9 +64,7 @@ def copy_images(data_dir, folder):
 def measure(name, data_dir, place):
     """Print the row of a tower."""
     clip_model = f"timm:{name}@{place}/weights.safetensors"
-    # in a process of its own, because its memory would count as that of the commands
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        million = pool.submit(save_random, name, place / "weights.safetensors").result() / 1e6
+    million = save_random(name, place / "weights.safetensors") / 1e6
     prepared = run(command("prepare_clip.py", clip_model=clip_model))
     image = copy_images(data_dir, place / "data")
     files = {"data_dir": place / "data", "output_file": place / "f.npz"}
