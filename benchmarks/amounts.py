@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import heading, machine, row, run
-from detector.base.console import Help, need_folder
+from detector.base.console import Help
 from detector.encoders.catalogue import EIGHT_BIT
 from detector.features.extraction import draw
 from detector.images.decoding import decode_image
@@ -33,9 +33,7 @@ def parse_args(argv):
     add("--thousands", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="amounts")
     add("--clip_model", default=EIGHT_BIT, metavar="NAME|FILE", help="encoder")
     add("--robustness_images", type=int, default=500, metavar="N", help="of evaluate.py")
-    args = parser.parse_args(argv)
-    need_folder(args.data_dir)
-    return args
+    return parser.parse_args(argv)
 
 
 def write_images(data_dir, count, folder):

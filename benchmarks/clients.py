@@ -3,7 +3,7 @@
     python -m benchmarks.clients --image photo.jpg
     python -m benchmarks.random_clip --output vit-l-14.pt
     export CLIP_MODEL=vit-l-14.pt
-    python extract_features.py --data_dir data --output_file random.npz --limit 40
+    python extract_features.py --data_dir data --output_file random.npz --limit 80
     python train_model.py --features_file random.npz --model_output_path random.joblib
     python -m benchmarks.clients --image photo.jpg --model_path random.joblib --requests 32 --runs 1
 

@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 
 from benchmarks.held_out import FOLDS, prepared_columns
 from benchmarks.measure import heading, row
-from detector.base.console import Help, need_features, run, say
+from detector.base.console import Help, run, say
 from detector.base.errors import UsageError
 from detector.evaluation import intervals, metrics
 from detector.features.file import load_features
@@ -176,9 +176,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--features_file", required=True, metavar="FILE", help="features of several blocks")
     add("--sources_file", required=True, metavar="FILE", help="CSV: source and repository")
-    args = parser.parse_args(argv)
-    need_features(args.features_file)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -18,7 +18,10 @@ from commands import ROOT
 
 from detector.base.errors import UsageError
 
-NAMES = ["clients", "decoding", "encoding", "precision", "service", "starting", "training"]
+NAMES = [
+    *("amounts", "clients", "decoding", "encoding", "levers", "precision", "service", "starting"),
+    "training",
+]
 
 
 def commands(text):
@@ -36,7 +39,7 @@ def test_the_commands_of_a_benchmark_s_docstring_parse(name):
 
 def test_the_commands_of_speed_md_parse():
     documented = commands((ROOT / "benchmarks" / "speed.md").read_text())
-    assert {name for name, _ in documented} >= set(NAMES) - {"service"}
+    assert {name for name, _ in documented} >= set(NAMES) - {"amounts", "levers", "service"}
     for name, flags in documented:
         if name != "random_clip":
             importlib.import_module(f"benchmarks.{name}").parse_args(shlex.split(flags))
@@ -260,3 +263,28 @@ def test_a_table_of_sources_that_makes_no_folds_is_a_one_line_error(
     monkeypatch.chdir(in_repositories)
     with pytest.raises(UsageError, match=re.escape(words)):
         held_out.main(["--features_file", "held.npz", "--sources_file", str(table)])
+
+
+def test_an_amount_beyond_the_images_adds_crops_of_them_in_their_folders(
+    make_folder, tmp_path_factory, tmp_path
+):
+    from benchmarks import amounts
+    from detector.images.folders import list_images
+
+    folder = make_folder(tmp_path_factory.mktemp("few"), {"real": 3, "fake": 3})
+    amounts.write_images(str(folder), 10, tmp_path)
+    entries = list_images(str(tmp_path))
+    assert len(entries) == 10 and {entry.label for entry in entries} == {0, 1}
+    data = {(tmp_path / entry.path).read_bytes() for entry in entries}
+    assert len(data) == 10
+
+
+def test_the_memory_of_a_measured_process_is_its_own():
+    from benchmarks.measure import run
+
+    held = bytearray(400_000_000)
+    _, megabytes = run([sys.executable, "-c", "pass"])
+    assert megabytes < 100 < len(held) / 1e6
+    with pytest.raises(SystemExit, match="failed: bad"):
+        run([sys.executable, "-c", "raise SystemExit('bad')"])
+    assert run([sys.executable, "-c", "raise SystemExit(1)"], good=(0, 1))[0] > 0

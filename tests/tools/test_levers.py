@@ -1,0 +1,81 @@
+"""benchmarks/levers.py: a better head is found, a useless one is not, and folds stay apart."""
+
+import numpy as np
+import pytest
+
+from benchmarks import levers
+from benchmarks.held_out import FOLDS
+
+IMAGES, SOURCES = 240, 24  # untouched images and their sources
+
+
+@pytest.fixture
+def columns():
+    """Columns of `prepared_columns` with one degraded copy of each image."""
+    source = np.tile(np.arange(IMAGES) % SOURCES, 2)
+    return {
+        "labels": source % 2,
+        "sources": np.array([f"s{i}" for i in source]),
+        "fold": source // 2 % FOLDS,
+        "view": np.repeat([0, 1], IMAGES),
+    }
+
+
+@pytest.fixture
+def features(columns):
+    """Block 10 separates the classes poorly, block 8 well, block 11 holds nothing."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(3, 2 * IMAGES, 12))
+    gaps = np.array([0.5, 3, 0])[:, None, None]
+    noise[:, :, :1] += gaps * columns["labels"][:, None]
+    return dict(zip(("10", "8", "11"), noise, strict=True))
+
+
+@pytest.fixture
+def measured(columns, features):
+    """Function: a lever's words -> its result on the untouched images."""
+    tried = levers.levers(list(features))
+    conditions = [np.flatnonzero(columns["view"] == 0)]
+
+    def measure(words):
+        return levers.best_of(tried[words], columns, features, conditions)[1][0]
+
+    return measure
+
+
+def interval(text):
+    return [float(number) for number in text.partition("[")[2].strip("]").split(", ")]
+
+
+def test_a_better_block_has_a_difference_above_zero(measured):
+    base = measured("base: block 10, logistic")
+    low, high = interval(levers.difference(measured("block 8"), base))
+    assert 0 < low < high and measured("block 8")[0] > 0.95
+
+
+def test_a_block_without_information_is_at_chance(measured):
+    assert abs(measured("block 11")[0] - 0.5) < 0.15
+
+
+def test_the_base_differs_from_itself_by_nothing(measured):
+    base = measured("base: block 10, logistic")
+    assert levers.difference(base, base) == "+0.000 [+0.000, +0.000]"
+
+
+@pytest.mark.parametrize("words", levers.levers(["8", "10", "11"]))
+def test_every_change_scores_a_fold_without_its_own_labels(words, columns, features):
+    """Labels of a fold that are turned around change no score of this fold."""
+    lever = levers.levers(["8", "10", "11"])[words]
+    if "components" in words:  # there are fewer features here than components
+        lever = lever._replace(scaled=levers.partial(levers.components, 4))
+    own = columns["fold"] == 1
+    turned = columns | {"labels": np.where(own, 1 - columns["labels"], columns["labels"])}
+    scores = [levers.scores_of(lever, c, features, 0)[own] for c in (columns, turned)]
+    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-7)
+
+
+def test_a_source_weighs_by_the_power_of_its_images():
+    labels, sources = np.array([0, 0, 0, 1, 1]), np.array(["a", "a", "b", "c", "d"])
+    weight = levers.by_source(0, labels, sources)
+    assert weight[:2].sum() == pytest.approx(weight[2]) and weight[labels == 0].sum() == 2.5
+    assert levers.by_source(1, labels, sources)[0] == pytest.approx(2.5 / 3)
