@@ -149,7 +149,7 @@ def main(argv=None):
     decoding = decode_seconds(data, encoder.transform)
     runs = measure(args, encoder, preprocess(decode_image(data), encoder.transform))
     print(
-        f"Encoder `{Path(encoder.name).stem}`, {encoder.precision}, {runtime.processors()}"
+        f"Encoder `{encoder.name}`, {encoder.precision}, {runtime.processors()}"
         f" processors, {len(data) / 1000:.0f} kB, {1000 * decoding:.0f} ms of a processor to"
         f" decode; {args.runs} runs of {args.requests} requests.\n"
     )

@@ -276,7 +276,7 @@ def sizing(server, capacity, cpus):
     print()
     heading("encoder", "images/s a processor", "MB a pod", uploads)
     row(
-        f"`{Path(encoder['name']).stem}`, {encoder['precision']}",
+        f"`{encoder['name']}`, {encoder['precision']}",
         f"{capacity / cpus:.2g}",
         f"{server.memory():.0f}",
         ", ".join(map(str, pods)),
