@@ -325,41 +325,43 @@ def heif_links(data, start, end):
     return links
 
 
+def jpeg_segments(data):
+    """(marker, start and end of its content) of each segment before the end marker."""
+    at = 2
+    while marker := JPEG_MARKER.search(data, at):
+        code, at = data[marker.end() - 1], marker.end()
+        if code == 0xD9:
+            break
+        start, at = at + 2, at + int.from_bytes(data[at : at + 2])
+        yield code, start, at
+
+
 def jpeg_scans(data):
     """Number of a JPEG's scans; 0 unless their headers cover every bit of every coefficient.
 
     ISO 10918-1, B.2.3 and G.1.1.
     """
-    at, levels, scans = 2, {}, 0
-    while marker := JPEG_MARKER.search(data, at):
-        code, at = data[marker.end() - 1], marker.end()
-        body = data[at + 2 : at + int.from_bytes(data[at : at + 2])]
-        if code == 0xD9:
-            break
+    levels, scans = {}, 0
+    for code, start, end in jpeg_segments(data):
+        body = data[start:end]
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
             levels = {part: [8] * 64 for part in body[6::3]}
         elif code == 0xDA and len(body) > 3:
             scans, first, last, level = scans + 1, body[-3], min(body[-2], 63), body[-1] & 15
             for part in body[1:-3:2]:
                 levels.setdefault(part, [8] * 64)[first : last + 1] = [level] * (last + 1 - first)
-        at += 2 + len(body)
     return 0 if any(map(any, levels.values())) else scans
 
 
 def jpeg_scan_ends(data):
     """Where a decoder stops to read the bits of each scan: at a marker, or where the file ends."""
-    at, restarts, ends = 2, False, []
-    while marker := JPEG_MARKER.search(data, at):
-        code, at = data[marker.end() - 1], marker.end()
-        if code == 0xD9:
-            break
-        length = int.from_bytes(data[at : at + 2])
+    restarts, ends = False, []
+    for code, start, end in jpeg_segments(data):
         if code == 0xDD:
-            restarts = any(data[at + 2 : at + 4])
-        at += length
-        if code == 0xDA:
-            end = (JPEG_SCAN_MARKER if restarts else JPEG_ANY_MARKER).search(data, at)
-            ends.append(end.start() if end else len(data))
+            restarts = any(data[start:end])
+        elif code == 0xDA:
+            marker = (JPEG_SCAN_MARKER if restarts else JPEG_ANY_MARKER).search(data, end)
+            ends.append(marker.start() if marker else len(data))
     return ends
 
 
