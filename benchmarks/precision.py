@@ -102,9 +102,9 @@ def calibrated(original, pixels, in_float=()):
 def narrowing(model):
     """Names of the products that follow QuickGELU: their matrices have four times more columns."""
     for node in model.get_ops():
-        if node.get_type_name() == "MatMul" and node.input(1).get_partial_shape().is_static:
-            rows, *columns = node.input(1).get_shape()
-            if columns == [4 * rows]:
+        if node.get_type_name() in ("MatMul", "Convolution"):
+            shape = node.input(1).get_partial_shape()
+            if shape.is_static and shape[1].get_length() == 4 * shape[0].get_length():
                 yield node.get_friendly_name()
 
 

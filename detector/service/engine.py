@@ -106,12 +106,14 @@ class Slots:
 class SharedDetector(Detector):
     """A detector in service: uploads that wait for its encoder share forward passes.
 
-    `passes`: the passes of a detector with the same encoder.
+    They take turns where a shared pass is no faster. `passes`: those of a detector with the same
+    encoder.
     """
 
     def __init__(self, *args, passes=None, **known):
         super().__init__(*args, **known)
-        self.passes = passes or Together(lambda pixels: self.encoder.encode(pixels))
+        most = 1 if self.encoder.single else TOGETHER
+        self.passes = passes or Together(lambda pixels: self.encoder.encode(pixels), most)
 
     def features(self, pixels):
         """As in `Detector.features`, in the shared passes."""
@@ -398,7 +400,7 @@ def load_detector(settings, current=None):
         review=settings["review"],
     )
     prove(detector)
-    if not same:
+    if not same and not detector.encoder.single:
         side = detector.encoder.resolution
         for n in range(1, TOGETHER + 1):  # the first pass of each size is slow
             detector.encoder.encode(np.zeros((n, 3, side, side), np.float32))

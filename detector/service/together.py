@@ -18,11 +18,12 @@ class Together:
     """Runs the function once at a time, in a thread of its own.
 
     Rows that wait meanwhile go together into the next run, first come, first served. A run has at
-    most TOGETHER rows, or more where a single call brings more.
+    `most` rows, or more where a single call brings more.
     """
 
-    def __init__(self, function):
+    def __init__(self, function, most=TOGETHER):
         self._function, self._waiting, self._thread = function, deque(), ThreadPoolExecutor(1)
+        self._most = most
 
     def __call__(self, rows):
         """rows [n, ...] -> (the function's [n, ...], seconds waited before its run).
@@ -54,7 +55,7 @@ class Together:
     def _take(self):
         """The calls of the next run: [(rows, future)]."""
         calls, count = [], 0
-        while self._waiting and (not calls or count + len(self._waiting[0][0]) <= TOGETHER):
+        while self._waiting and (not calls or count + len(self._waiting[0][0]) <= self._most):
             calls.append(self._waiting.popleft())
             count += len(calls[-1][0])
         return calls

@@ -187,6 +187,17 @@ def test_the_same_pixels_give_the_same_features_every_time(case, precision):
     assert (encode(second.encode, case.pixels, 8) == features).all()
 
 
+@pytest.mark.parametrize("case", [("vit", "state dict")], indirect=True, ids=["vit"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("number", [2, runtime.BLOCK, 2 * runtime.BLOCK + 3])
+def test_alone_or_among_others_an_image_has_the_same_features(case, precision, number):
+    encoder = encoder_of(case, precision)
+    rows = np.random.default_rng(0).integers(len(case.pixels), size=number)
+    assert encoder.single
+    alone = encode(encoder.encode, case.pixels, 1)[rows]
+    assert (encoder.encode(case.pixels[rows]) == alone).all()
+
+
 def test_features_returned_earlier_are_not_overwritten_by_later_calls(case):
     encoder = encoder_of(case, "float32")
     first = encoder.encode(case.pixels[:2])

@@ -90,9 +90,9 @@ def test_the_numpy_vit_matches_hooks_on_clips_modules(asked, photos):
 def test_the_last_block_multiplies_the_class_token_alone(photos):
     arrays = small_clip.arrays_of(small_clip.small_vit(small_clip.crops(photos)))
     model = vit.openvino_model(arrays, weights.architecture(arrays), "final")
-    products = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
-    axes = [node.get_output_partial_shape(0).rank.get_length() for node in products]
-    assert axes == [3, 3, 3, 3, 3, 2, 2, 2, 2]  # two blocks and the projection; 3 with all tokens
+    kinds = [node.get_type_name() for node in model.get_ordered_ops()]
+    assert kinds.count("Convolution") == 1 + 4 + 1  # of the patches, and of all tokens
+    assert kinds.count("MatMul") == 3 + 1  # of the class token, the last is the projection
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -155,7 +155,14 @@ def sizes(monkeypatch):
     return sizes
 
 
-def test_every_shared_batch_size_is_warm_before_the_first_request(sizes):
+def test_a_pass_of_one_image_is_warm_before_the_first_request(sizes):
+    load_detector(read_settings(DEMO))
+    assert set(sizes) == {1}
+
+
+def test_every_shared_batch_size_is_warm_before_the_first_request(sizes, monkeypatch):
+    forward = runtime.openvino_forward
+    monkeypatch.setattr(runtime, "openvino_forward", lambda *args: (*forward(*args)[:2], False))
     load_detector(read_settings(DEMO))
     assert set(sizes) == set(range(1, TOGETHER + 1))
 

@@ -182,7 +182,7 @@ def test_an_image_changed_after_a_kill_is_read_again(many, few, tmp_path):
 def other_precision(monkeypatch):
     """Rename the default precision of this processor."""
     forward = runtime.openvino_forward
-    monkeypatch.setattr(runtime, "openvino_forward", lambda *a: (forward(*a)[0], "float8"))
+    monkeypatch.setattr(runtime, "openvino_forward", lambda *a: (forward(*a)[0], "float8", True))
     return []
 
 

@@ -71,6 +71,15 @@ def test_waiting_calls_share_passes_in_the_order_in_which_they_came(pool, calls,
     assert held.sizes == sizes and max(n for n in sizes if n != 16) <= TOGETHER
 
 
+def test_calls_take_turns_where_a_run_has_one_row_at_most(pool):
+    held = Held()
+    futures = waiting(Together(held, 1), pool, held, [rows(1), rows(2), rows(3, 4)])
+    held.go.set()
+    for future in futures:
+        future.result(PATIENCE)
+    assert held.sizes == [1, 1, 1, 2]
+
+
 def test_a_single_call_starts_at_once():
     held = Held()
     held.go.set()
