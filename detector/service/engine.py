@@ -234,8 +234,8 @@ class Engine:
     def explain(self, detector, data):
         """Bytes of an image -> (its facts, the map of `Detector.explain`, or None with an error).
 
-        One map is made at a time. Each of its passes has a place for the images of others, so
-        verdicts go on. Raises Busy.
+        One map is made at a time. Others have their turn after each of its passes, so verdicts
+        go on. Raises Busy.
         """
         if not self.explaining.acquire(blocking=False):
             raise Busy("queue_full", "busy: another map is being made; try again later")
