@@ -192,7 +192,10 @@ def test_the_head_detects_swapped_channels_on_held_out_sources(tune, capsys):
         (["--clip_model", "START", "--steps", "0"], ["--steps 0", "at least 1"]),
         (["--clip_model", "START", "--last", "0"], ["--last 0", "at least 1"]),
         (["--clip_model", "START", "--last", "3"], ["--last 3", "2 transformer blocks"]),
-        (["--clip_model", "START", "--train", "blocks:1", "--last", "1"], ["--last 1", "lora:R or norms"]),
+        (
+            ["--clip_model", "START", "--train", "blocks:1", "--last", "1"],
+            ["--last 1", "lora:R or norms"],
+        ),
         (["--clip_model", "START", "--views", "-1"], ["--views -1", "at least 0"]),
         (["--clip_model", "START", "--holdout", "2"], ["--holdout 2", "between 0 and 1"]),
         (["--clip_model", "START", "--lr", "0"], ["--lr 0"]),
