@@ -129,14 +129,23 @@ def encode_resaved(encoder, data_dir, paths, crops, share, quality):
     return np.stack(features)
 
 
-def mean_auc(labels, scores, fold, sources):
-    """AUCs of the folds and 'mean [interval]': sources are drawn anew within each fold."""
+def drawn_aucs(labels, scores, fold, sources):
+    """-> (AUC of each fold, draws of their mean, groups of the rarer class).
+
+    Sources are drawn anew within each fold, whatever the scores.
+    """
     masks = [fold == k for k in np.unique(fold)]
     aucs = [metrics.drawn_auc(labels[m], scores[m], sources[m]) for m in masks]
     values, drawn, numbers = zip(*aucs, strict=True)
     drawn = np.mean([d[: min(map(len, drawn))] for d in drawn], axis=0)
+    return values, drawn, sum(numbers)
+
+
+def mean_auc(labels, scores, fold, sources):
+    """AUCs of the folds and 'mean [interval]'."""
+    values, drawn, number = drawn_aucs(labels, scores, fold, sources)
     value = float(np.mean(values))
-    interval = intervals.interval(value, drawn, sum(numbers))
+    interval = intervals.interval(value, drawn, number)
     return values, intervals.words({"value": value, "interval": interval}, 3)
 
 

@@ -18,11 +18,11 @@ from functools import partial
 import numpy as np
 from sklearn.decomposition import PCA
 
-from benchmarks.held_out import FOLDS, prepared_columns
+from benchmarks.held_out import FOLDS, drawn_aucs, prepared_columns
 from benchmarks.measure import heading, row
 from detector.base.console import Help, run, say
 from detector.base.errors import UsageError
-from detector.evaluation import intervals, metrics
+from detector.evaluation import intervals
 from detector.features.file import load_features
 from detector.training.classifiers import estimator, row_weights
 
@@ -85,7 +85,7 @@ def by_source(power, labels, sources):
     return weight
 
 
-Lever = namedtuple("Lever", "blocks, weights, copies, scaled, kinds", defaults=[None] * 5)
+Lever = namedtuple("Lever", "blocks, weights, copies, scaled, kinds")
 BASE = Lever([(BASE_BLOCK,)], row_weights, 0, standardised, ["logistic"])
 
 
@@ -121,6 +121,11 @@ def levers(blocks):
 # ---- measuring ----
 
 
+def value_of(kind, place):
+    """C of that place, or the last where the kind has fewer."""
+    return C[kind][min(place, len(C[kind]) - 1)]
+
+
 def scores_of(lever, columns, features, place):
     """Scores of all rows, float64 [n]: those of fold k by heads fitted without fold k.
 
@@ -133,7 +138,7 @@ def scores_of(lever, columns, features, place):
         heads = [
             head_scores(
                 lever.scaled(np.hstack([features[block] for block in blocks]), train),
-                *(labels, weight, train, kind, C[kind][min(place, len(C[kind]) - 1)]),
+                *(labels, weight, train, kind, value_of(kind, place)),
             )
             for blocks in lever.blocks
             for kind in lever.kinds
@@ -143,30 +148,27 @@ def scores_of(lever, columns, features, place):
     return scores
 
 
-def fold_draws(columns, rows, scores):
+def mean_draws(columns, rows, scores):
     """Rows of all folds -> (mean AUC, its draws [resamples], groups of the rarer class)."""
-    aucs = []
-    for k in range(FOLDS):
-        own = rows[columns["fold"][rows] == k]
-        aucs.append(metrics.drawn_auc(columns["labels"][own], scores[own], columns["sources"][own]))
-    values, draws, numbers = zip(*aucs, strict=True)
-    return np.mean(values), np.mean([d[: min(map(len, draws))] for d in draws], 0), sum(numbers)
+    labels, fold, sources = (columns[name][rows] for name in ("labels", "fold", "sources"))
+    values, drawn, number = drawn_aucs(labels, scores[rows], fold, sources)
+    return np.mean(values), drawn, number
 
 
 def difference(measured, base):
-    """Paired difference of two results of `fold_draws`, in words."""
+    """Paired difference of two results of `mean_draws`, in words."""
     value, drawn, number = measured[0] - base[0], measured[1] - base[1], base[2]
     interval = intervals.interval(value, drawn, number, -1, 1)
     return f"{value:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
 def best_of(lever, columns, features, conditions):
-    """-> (value of C, [result of `fold_draws` of each condition]) with the best untouched AUC."""
+    """-> (value of C, [result of `mean_draws` of each condition]) with the best untouched AUC."""
     tried = []
     for place in range(max(len(C[kind]) for kind in lever.kinds)):
         scores = scores_of(lever, columns, features, place)
-        values = [C[kind][min(place, len(C[kind]) - 1)] for kind in lever.kinds]
-        results = [fold_draws(columns, rows, scores) for rows in conditions]
+        values = [value_of(kind, place) for kind in lever.kinds]
+        results = [mean_draws(columns, rows, scores) for rows in conditions]
         tried.append((", ".join(f"{value:g}" for value in values), results))
     return max(tried, key=lambda pair: pair[1][0][0])
 

@@ -7,8 +7,7 @@
 Naive: `clip.load`, one image, and a calibrated scikit-learn SVC from joblib. Both classifiers were
 trained on the same made-up features. Their verdicts are worth nothing; their times are measured.
 At a first start the cache holds the encoder and not yet its compiled form. The page cache is warm.
-The service is ready when /readyz responds with 200.
-Prints Markdown.
+The service is ready when /readyz responds with 200. Prints Markdown.
 """
 
 import argparse

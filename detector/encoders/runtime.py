@@ -286,8 +286,8 @@ def passes_of_one_image(request, path, config):
 
     def infer(pixels):
         whole = len(pixels) - len(pixels) % BLOCK
-        passes = [(request_of_block(), range(i, i + BLOCK)) for i in range(0, whole, BLOCK)]
-        passes += [(request, [i]) for i in range(whole, len(pixels))]
+        passes = [(request_of_block(), slice(i, i + BLOCK)) for i in range(0, whole, BLOCK)]
+        passes += [(request, slice(i, i + 1)) for i in range(whole, len(pixels))]
         return np.concatenate([own.infer([pixels[rows]])[0].copy() for own, rows in passes])
 
     return infer
