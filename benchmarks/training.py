@@ -14,8 +14,6 @@ support vectors. Time and agreement are measured, not how well anything detects.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import heading, row, spread
+from benchmarks.measure import heading, row, run, spread
 from detector.base.files import sha256
 from detector.images.facts import FACTS
 from detector.model.file import load_model
@@ -221,13 +219,10 @@ def train(features, labels, n):
     """train_model.py as a process -> (model, seconds, peak GB)"""
     with tempfile.TemporaryDirectory() as folder:
         write_features(Path(folder, "features.npz"), features, labels, n)
-        started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, ROOT / "train_model.py"], cwd=folder)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        if status:
-            sys.exit("train_model.py failed")
-        return load_model(Path(folder, "model.joblib")), seconds, usage.ru_maxrss / 1e6
+        model = Path(folder, "model.joblib")
+        files = ["--features_file", Path(folder, "features.npz"), "--model_output_path", model]
+        seconds, megabytes = run([sys.executable, ROOT / "train_model.py", *files])
+        return load_model(model), seconds, megabytes / 1000
 
 
 def whole(n, compare):
@@ -261,7 +256,7 @@ def compare_verdicts(model, features, labels, n):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.whole:  # first, because a child's peak memory includes its parent's at the start
+    if args.whole:
         whole(args.whole, args.stock)
     if args.rows:
         growth(args)
