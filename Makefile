@@ -96,7 +96,7 @@ NOTICE = a baseline trained on 2,800 pictures, many without a stated licence: a 
 ship: $(VENV)/.ready
 	rm -rf runs/ship && mkdir -p runs/ship  # models/ changes last, so the model names a clean commit
 	CLIP_MODEL=$(ENCODER) $(VENV)/bin/python extract_features.py --data_dir "$(IMAGES)" \
-	  --output_file runs/ship/all.npz --layers $(LAYERS) --precision float32
+	  --output_file runs/ship/all.npz --layers $(LAYERS) --precision float32 --views 1
 	$(VENV)/bin/python -m tools.thin runs/ship/all.npz runs/ship/features.npz
 	$(VENV)/bin/python train_model.py --features_file runs/ship/features.npz \
 	  --model_output_path runs/ship/baseline.joblib \

@@ -17,17 +17,17 @@ from detector.verdict import SHIPPED_MODEL, Detector, encoder_folder
 GOLDEN = Path(__file__).with_name("golden_photos.npz")
 
 
-def features_of(photos, precision="float32"):
-    """Paths -> float32 [n, d] by the shipped encoder, in the same precision on each machine."""
+def features_of(images, precision="float32"):
+    """RGB images -> float32 [n, d] by the shipped encoder, in the same precision everywhere."""
     model = load_model(SHIPPED_MODEL)
     folder = encoder_folder(model["encoder"], SHIPPED_MODEL)
     detector = Detector(SHIPPED_MODEL, model=model, encoder=Encoder(folder, "cpu", precision))
-    pixels = [detector.pixels(decode_image(path.read_bytes())) for path in photos]
-    return detector.encoder.encode(np.stack(pixels))
+    return detector.encoder.encode(np.stack([detector.pixels(image) for image in images]))
 
 
 if __name__ == "__main__":
     photos = samples.installed_photos()
     names = np.array([path.name for path in photos])
+    features = features_of([decode_image(path.read_bytes()) for path in photos])
     with atomic_write(GOLDEN) as file:
-        np.savez(file, names=names, features=features_of(photos))
+        np.savez(file, names=names, features=features)

@@ -1,8 +1,9 @@
-"""Features as they ship: untouched images, rounded to float16. Part of `make ship`.
+"""Features as they ship: rounded to float16. Part of `make ship`.
 
     python -m tools.thin runs/ship/all.npz runs/ship/features.npz
 
-The columns stay the same. Rounded numbers halve the size of the compressed file.
+The columns stay the same. Rounded numbers halve the size of the compressed file. Degraded copies
+stay in the splits that train the model. Those of the others would add a tenth to the file.
 """
 
 import json
@@ -18,8 +19,8 @@ from detector.features.file import load_features
 
 def main(source, target):
     columns = load_features(source)
-    whole = columns["view"] == 0
-    kept = {name: columns[name][whole] for name in COLUMNS}
+    used = (columns["view"] == 0) | np.isin(columns["splits"], ["train", "extra"])
+    kept = {name: columns[name][used] for name in COLUMNS}
     kept["features"] = kept["features"].astype(np.float16).astype(np.float32)
     meta = {**columns["meta"], "rounded": "float16"}
     with atomic_write(target) as file:

@@ -498,7 +498,7 @@ def test_the_model_card_has_the_numbers_of_the_json_file_beside_it(written):
             in text
         )
     assert (
-        "Trained on 70 real and 60 fake images with 2 degraded copies each, of 2 sources" in text
+        "Trained on 70 real and 60 fake images and degraded copies, 2 of each, of 2 sources" in text
         and "stated error rate 10%" in text
     )
 

@@ -5,6 +5,7 @@ With IMAGES_DIR, the folder of development images, also from pictures to feature
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ from commands import ROOT
 from make_golden import GOLDEN, features_of
 
 from detector.encoders.runtime import has_bfloat16
+from detector.evaluation.intervals import words
 from detector.evaluation.metrics import measure
 from detector.features.file import load_features
 from detector.images import samples
+from detector.images.decoding import decode_image
+from detector.images.distort import degrade, manageable, view_rng
 from detector.model.file import load_model
 from detector.model.score import p_fake_of
 from detector.model.threshold import outside
@@ -107,6 +111,28 @@ def test_the_shipped_evaluation_is_that_of_the_shipped_model(script, tmp_path):
         assert now[part]["auc"]["value"] == pytest.approx(recorded[part]["auc"]["value"], abs=1e-6)
 
 
+@pytest.mark.long
+def test_the_tables_of_threshold_md_are_those_of_the_shipped_model(script, tmp_path):
+    limits = "--suggest_review", "--max_false_reject", 0.005, "--max_missed", 0.2
+    result = script("evaluate.py", "--features_file", FEATURES, "--prevalence", 0.01, *limits)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    expected = set()
+    for row in report["operating"]:
+        if row["images"] == "sources never seen" and row["rule"] not in ("FPR 0.02", "FPR 0.1"):
+            shares = words(row["false_positives"], 3), words(row["caught"], 3)
+            a_day = f"{row['alarms']['value']:.0f}, {row['false_alarms']['value']:.0f}"
+            cells = f"{row['rule']}: from {row['threshold']:.3f}", *shares, words(row["precision"])
+            expected.add(f"| {' | '.join([*cells, a_day])} |")
+    review = report["review"]
+    for row in review["rows"]:
+        shares = words(row["passed_fakes"], 3), words(row["rejected_reals"], 3)
+        expected.add(f"| {' | '.join([row['images'], words(row['queue'], 0), *shares])} |")
+    documented = re.sub(r", \d+ reals and \d+ fakes", "", (ROOT / "docs/threshold.md").read_text())
+    assert len(expected) == 6 and expected <= set(documented.splitlines()), expected
+    assert f"it proposes {review['low']:.4f} and {review['high']:.4f}:" in documented
+
+
 def test_the_model_was_trained_on_train_and_extra_without_sources_of_external(baseline, columns):
     trained, data = np.isin(columns["splits"], ["train", "extra"]), baseline["training_data"]
     numbers = np.array([int(digest[:16], 16) - 2**63 for digest in columns["sha256"]])
@@ -119,7 +145,8 @@ def test_the_encoder_gives_the_stored_features_of_installed_photographs(openai):
     golden, photos = np.load(GOLDEN), samples.installed_photos()
     names = [path.name for path in photos]
     assert names == list(golden["names"])
-    cosines = centred_cosines(features_of(photos), golden["features"])
+    images = [decode_image(path.read_bytes()) for path in photos]
+    cosines = centred_cosines(features_of(images), golden["features"])
     assert cosines.min() >= 0.99999, dict(zip(names, cosines.round(6), strict=True))
 
 
@@ -132,12 +159,20 @@ def test_at_most_two_of_the_installed_photographs_are_called_fake(baseline):
 
 if os.environ.get("IMAGES_DIR"):
 
+    def image_of(columns, row):
+        """The picture whose features are this row: an image of the folder or its degraded copy."""
+        path = Path(os.environ["IMAGES_DIR"], columns["paths"][row])
+        image, view = decode_image(path.read_bytes()), columns["view"][row]
+        rng = view_rng(columns["sha256"][row], view)
+        return degrade(manageable(image), rng) if view else image
+
     @pytest.mark.long
-    def test_from_pictures_to_the_shipped_features(columns, openai):
-        """60 random images, because all of them take an hour."""
-        rows = np.random.default_rng(0).permutation(len(columns["paths"]))[:60]
-        paths = [Path(os.environ["IMAGES_DIR"], path) for path in columns["paths"][rows]]
-        cosines = centred_cosines(features_of(paths), columns["features"][rows])
+    @pytest.mark.parametrize("view", [0, 1])
+    def test_from_pictures_to_the_shipped_features(columns, openai, view):
+        """30 random images or copies, because all of them take an hour."""
+        rows = np.random.default_rng(0).permutation(np.flatnonzero(columns["view"] == view))[:30]
+        images = [image_of(columns, row) for row in rows]
+        cosines = centred_cosines(features_of(images), columns["features"][rows])
         assert cosines.min() > 0.9999
 
     @pytest.mark.long
@@ -148,9 +183,9 @@ if os.environ.get("IMAGES_DIR"):
         measured = np.flatnonzero(np.isin(columns["splits"], ["test", "external"]))
         p_fake = p_fake_of(baseline, columns["features"][measured])
         rows = measured[np.argsort(np.abs(p_fake - baseline["threshold"]))[:80]]
-        paths = [Path(os.environ["IMAGES_DIR"], path) for path in columns["paths"][rows]]
+        images = [image_of(columns, row) for row in rows]
         low, exact = (
-            p_fake_of(baseline, features_of(paths, precision))
+            p_fake_of(baseline, features_of(images, precision))
             for precision in ("bfloat16", "float32")
         )
         differ = (low >= baseline["threshold"]) != (exact >= baseline["threshold"])
