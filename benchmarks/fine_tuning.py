@@ -7,20 +7,27 @@
 The folds are those of benchmarks.held_out. For each of them finetune_clip.py tunes the encoder on
 `train` and `extra` without the fold's repositories. A logistic regression is fitted on the images
 that it kept for the classifier, and scored on the fold's images of `train`. The frozen encoders are
-measured with the same images, and with all images of the other folds.
+measured with the same images, and with all images of the other folds. The base is the first row:
+the frozen encoder with the same images. Differences are paired, with 95% intervals over sources.
 
 Everything made is kept in --work_dir, so the same command resumes. Prints Markdown. Needs torch.
 """
 
 import argparse
-import itertools
 import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.held_out import FOLDS, folds_of, mean_auc, read_repositories
+from benchmarks.held_out import (
+    FOLDS,
+    difference,
+    drawn_aucs,
+    folds_of,
+    mean_words,
+    read_repositories,
+)
 from benchmarks.measure import heading, row
 from detector.base.console import Help, need_folder, run, say
 from detector.base.files import atomic_write, read_bytes, sha256
@@ -31,12 +38,12 @@ from detector.images import decoding, preprocessing
 from detector.images.distort import RESAVED, resaved
 from detector.images.folders import read_folder
 from detector.model.score import decision
-from detector.training.classifiers import fit, row_weights
+from detector.training.classifiers import GRIDS, fit, row_weights
 
 ARMS = ["lora:8 --last 4", "norms --last 4", "blocks:2"]
 RESAVE = "50%, quality 40"
 KEEP = 0.5  # default of finetune_clip.py
-C = [1e-4, 1e-3, 1e-2]
+C = [point["C"] for point in GRIDS["logistic"]]
 BATCH = 16
 
 
@@ -148,7 +155,7 @@ def fold_scores(args, images, encoder, k, trained):
 
 
 def measured(args, images, encoder_of, seen_all):
-    """AUCs and intervals of an encoder over the folds -> cells of the table, at its best C."""
+    """An encoder -> (its best C in words, results of `drawn_aucs`: untouched, re-saved)."""
     scores = {}
     for k in args.folds:
         trained = images.scored | True if seen_all else images.kept
@@ -160,12 +167,29 @@ def measured(args, images, encoder_of, seen_all):
         for column in (images.labels, images.sources, images.fold)
     )
     results = {
-        key: mean_auc(labels, np.concatenate(values), fold, sources)
+        key: drawn_aucs(labels, np.concatenate(values), fold, sources)
         for key, values in scores.items()
     }
     best = max(C, key=lambda value: np.mean(results["untouched", value][0]))
-    folds = ", ".join(f"{auc:.3f}" for auc in results["untouched", best][0])
-    return f"{best:g}", folds, results["untouched", best][1], results["re-saved", best][1]
+    return f"{best:g}", results["untouched", best], results["re-saved", best]
+
+
+def mean_of(seeds):
+    """Results of `measured`, one a seed, all with the same draws -> the result of their mean."""
+    means = []
+    for condition in (1, 2):
+        aucs, drawn, groups = zip(*(result[condition] for result in seeds), strict=True)
+        means.append((np.mean(aucs, axis=0), np.mean(drawn, axis=0), groups[0]))
+    return ", ".join(sorted({best for best, *_ in seeds})), *means
+
+
+def print_row(words, seen, result, base):
+    """A result of `measured`, and what it differs by from that of the base."""
+    best, *conditions = result
+    folds = ", ".join(f"{auc:.3f}" for auc in conditions[0][0])
+    pairs = zip(conditions, base[1:], strict=True)
+    cells = (text for own, other in pairs for text in (mean_words(*own), difference(own, other)))
+    row(words, seen, best, folds, *cells)
 
 
 def main(argv=None):
@@ -177,15 +201,23 @@ def main(argv=None):
         f"Encoder `{args.clip_model}`, {args.steps} steps of 32. Folds {args.folds} of {FOLDS} with"
         f" {sizes} images. 95% intervals over sources. C is the best of {C} on untouched images.\n"
     )
-    heading("encoder", "classifier's images", "C", "folds", "untouched", f"re-saved at {RESAVE}")
+    conditions = "untouched", "to the base", f"re-saved at {RESAVE}", "to the base"
+    heading("encoder", "classifier's images", "C", "folds", *conditions)
+    base = None
     for layers in args.layers:
         encoder = Encoder(ensure_encoder(args.clip_model, layers=layers), "cpu")
-        for name, seen_all in (("all", True), ("kept", False)):
-            of_fold = dict.fromkeys(args.folds, encoder).get
-            row(f"frozen, {layers}", name, *measured(args, images, of_fold, seen_all))
-    for arm, seed in itertools.product(args.arms, args.seeds):
-        of_fold = partial(tuned_encoder, args, images, arm, seed)
-        row(f"`{arm}`, seed {seed}", "kept", *measured(args, images, of_fold, False))
+        for name, seen_all in (("kept", False), ("all", True)):
+            result = measured(args, images, dict.fromkeys(args.folds, encoder).get, seen_all)
+            base = base or result
+            print_row(f"frozen, {layers}", name, result, base)
+    for arm in args.arms:
+        seeds = []
+        for seed in args.seeds:
+            of_fold = partial(tuned_encoder, args, images, arm, seed)
+            seeds.append(measured(args, images, of_fold, False))
+            print_row(f"`{arm}`, seed {seed}", "kept", seeds[-1], base)
+        if len(seeds) > 1:
+            print_row(f"`{arm}`, mean of {len(seeds)} seeds", "kept", mean_of(seeds), base)
 
 
 if __name__ == "__main__":

@@ -141,12 +141,24 @@ def drawn_aucs(labels, scores, fold, sources):
     return values, drawn, sum(numbers)
 
 
-def mean_auc(labels, scores, fold, sources):
-    """AUCs of the folds and 'mean [interval]'."""
-    values, drawn, number = drawn_aucs(labels, scores, fold, sources)
+def mean_words(values, drawn, number):
+    """A result of `drawn_aucs` -> 'mean [interval]'."""
     value = float(np.mean(values))
     interval = intervals.interval(value, drawn, number)
-    return values, intervals.words({"value": value, "interval": interval}, 3)
+    return intervals.words({"value": value, "interval": interval}, 3)
+
+
+def difference(result, base):
+    """Paired difference of two results of `drawn_aucs`, in words."""
+    value, drawn = np.mean(result[0]) - np.mean(base[0]), result[1] - base[1]
+    low, high = intervals.interval(value, drawn, base[2], -1, 1)
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def mean_auc(labels, scores, fold, sources):
+    """AUCs of the folds and 'mean [interval]'."""
+    result = drawn_aucs(labels, scores, fold, sources)
+    return result[0], mean_words(*result)
 
 
 def held_scores(columns, seen, kind, point, copies, crops, combine):

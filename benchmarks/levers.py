@@ -3,12 +3,13 @@
     python extract_features.py --clip_model ViT-B/16-8bit --data_dir data --output_file held.npz \
         --layers 8,10,11 --views 2
     python -m benchmarks.levers --features_file held.npz --sources_file SOURCES.csv
+    python -m benchmarks.levers --features_file held.npz --sources_file SOURCES.csv --C 1e-4
 
 Each change costs no second pass in service. Folds and images are those of benchmarks.held_out, so
-`test` and `external` are not used. The base is the recipe of the shipped model: block 10 alone,
-logistic regression, the weights of train_model.py, no degraded copies. Each row has its best C,
-chosen on the same untouched images. "Degraded" is a degraded copy of each image. The differences
-are paired, with 95% intervals over sources. Prints Markdown.
+`test` and `external` are not used. The base is the shipped recipe without its degraded copies:
+block 10 alone, logistic regression, the weights of train_model.py. Each row has its best C, chosen
+on the same untouched images. "Degraded" is a degraded copy of each image. The differences are
+paired, with 95% intervals over sources. Prints Markdown.
 """
 
 import argparse
@@ -18,11 +19,10 @@ from functools import partial
 import numpy as np
 from sklearn.decomposition import PCA
 
-from benchmarks.held_out import FOLDS, drawn_aucs, prepared_columns
+from benchmarks.held_out import FOLDS, difference, drawn_aucs, prepared_columns
 from benchmarks.measure import heading, row
 from detector.base.console import Help, run, say
 from detector.base.errors import UsageError
-from detector.evaluation import intervals
 from detector.features.file import load_features
 from detector.training.classifiers import estimator, row_weights
 
@@ -121,15 +121,19 @@ def levers(blocks):
 # ---- measuring ----
 
 
-def value_of(kind, place):
-    """C of that place, or the last where the kind has fewer."""
-    return C[kind][min(place, len(C[kind]) - 1)]
+def points_of(kinds, grid):
+    """-> [{kind: C}] to try. A kind with fewer values keeps its last."""
+    most = max(len(grid[kind]) for kind in kinds)
+    return [
+        {kind: grid[kind][min(place, len(grid[kind]) - 1)] for kind in kinds}
+        for place in range(most)
+    ]
 
 
-def scores_of(lever, columns, features, place):
+def scores_of(lever, columns, features, point):
     """Scores of all rows, float64 [n]: those of fold k by heads fitted without fold k.
 
-    `features`: {block: [n, d]}. `place`: which of the values of C.
+    `features`: {block: [n, d]}. `point`: {kind: C}.
     """
     labels, scores = columns["labels"], np.zeros(len(columns["labels"]))
     for k in range(FOLDS):
@@ -138,7 +142,7 @@ def scores_of(lever, columns, features, place):
         heads = [
             head_scores(
                 lever.scaled(np.hstack([features[block] for block in blocks]), train),
-                *(labels, weight, train, kind, value_of(kind, place)),
+                *(labels, weight, train, kind, point[kind]),
             )
             for blocks in lever.blocks
             for kind in lever.kinds
@@ -148,29 +152,17 @@ def scores_of(lever, columns, features, place):
     return scores
 
 
-def mean_draws(columns, rows, scores):
-    """Rows of all folds -> (mean AUC, its draws [resamples], groups of the rarer class)."""
-    labels, fold, sources = (columns[name][rows] for name in ("labels", "fold", "sources"))
-    values, drawn, number = drawn_aucs(labels, scores[rows], fold, sources)
-    return np.mean(values), drawn, number
-
-
-def difference(measured, base):
-    """Paired difference of two results of `mean_draws`, in words."""
-    value, drawn, number = measured[0] - base[0], measured[1] - base[1], base[2]
-    interval = intervals.interval(value, drawn, number, -1, 1)
-    return f"{value:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-
-
-def best_of(lever, columns, features, conditions):
-    """-> (value of C, [result of `mean_draws` of each condition]) with the best untouched AUC."""
+def best_of(lever, columns, features, conditions, grid):
+    """-> (value of C, [result of `drawn_aucs` of each condition]) with the best untouched AUC."""
     tried = []
-    for place in range(max(len(C[kind]) for kind in lever.kinds)):
-        scores = scores_of(lever, columns, features, place)
-        values = [value_of(kind, place) for kind in lever.kinds]
-        results = [mean_draws(columns, rows, scores) for rows in conditions]
-        tried.append((", ".join(f"{value:g}" for value in values), results))
-    return max(tried, key=lambda pair: pair[1][0][0])
+    for point in points_of(lever.kinds, grid):
+        scores = scores_of(lever, columns, features, point)
+        results = []
+        for rows in conditions:
+            labels, fold, sources = (columns[name][rows] for name in ("labels", "fold", "sources"))
+            results.append(drawn_aucs(labels, scores[rows], fold, sources))
+        tried.append((", ".join(f"{value:g}" for value in point.values()), results))
+    return max(tried, key=lambda pair: np.mean(pair[1][0][0]))
 
 
 def parse_args(argv):
@@ -178,6 +170,14 @@ def parse_args(argv):
     add = parser.add_argument
     add("--features_file", required=True, metavar="FILE", help="features of several blocks")
     add("--sources_file", required=True, metavar="FILE", help="CSV: source and repository")
+    add(
+        "--C",
+        type=float,
+        nargs="+",
+        default=C["logistic"],
+        metavar="X",
+        help="values of C to try, for logistic regression",
+    )
     return parser.parse_args(argv)
 
 
@@ -203,10 +203,14 @@ def main(argv=None):
     base = None
     for words, lever in levers(blocks).items():
         say(words)
-        value, results = best_of(lever, columns, features, conditions)
+        value, results = best_of(lever, columns, features, conditions, C | {"logistic": args.C})
         base = base or results
-        pairs = zip(results, base, strict=True)
-        row(words, value, *(t for r, b in pairs for t in (f"{r[0]:.3f}", difference(r, b))))
+        cells = (
+            text
+            for own, other in zip(results, base, strict=True)
+            for text in (f"{np.mean(own[0]):.3f}", difference(own, other))
+        )
+        row(words, value, *cells)
 
 
 if __name__ == "__main__":

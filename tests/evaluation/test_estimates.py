@@ -64,7 +64,7 @@ def test_the_truth_lies_in_95_of_100_intervals_and_not_without_the_weights():
     truth = true_figures(labels, fake, images)
     probabilities = sampling.inclusion(sampling.closeness(p_fake, report["threshold"]), 150)
     hits = {name: [[], []] for name in truth}
-    for seed in range(400):
+    for seed in range(4000):
         rows = sampling.draw(probabilities, seed)
         for weighted, drawn in enumerate((np.full(150, 150 / len(labels)), probabilities[rows])):
             figures = sampling.estimates(labels[rows], fake[rows], drawn, images[rows])

@@ -1,6 +1,6 @@
 """The benchmarks on a small scale: their commands parse, and they compare the right things.
 
-benchmarks/speed.md has their figures. Nothing here measures time.
+The pages beside them have their figures. Nothing here measures time.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from detector.base.errors import UsageError
 
 NAMES = [
     *("amounts", "clients", "decoding", "encoding", "levers", "precision", "service", "starting"),
-    "training",
+    *("training", "tuning_step"),
 ]
 
 
@@ -37,11 +38,13 @@ def test_the_commands_of_a_benchmark_s_docstring_parse(name):
         module.parse_args(shlex.split(flags))
 
 
-def test_the_commands_of_speed_md_parse():
-    documented = commands((ROOT / "benchmarks" / "speed.md").read_text())
-    assert {name for name, _ in documented} >= set(NAMES) - {"amounts", "levers", "service"}
+def test_each_benchmark_has_its_commands_and_figures_on_a_page(in_repositories, monkeypatch):
+    monkeypatch.chdir(in_repositories)
+    pages = [page.read_text().replace("\\\n", "") for page in (ROOT / "benchmarks").glob("*.md")]
+    documented = [command for page in pages for command in commands(page)]
+    assert {name for name, _ in documented} >= {*NAMES, "fine_tuning", "held_out", "peers"}
     for name, flags in documented:
-        if name != "random_clip":
+        if name != "efficientnet":  # takes the names of two files
             importlib.import_module(f"benchmarks.{name}").parse_args(shlex.split(flags))
 
 
@@ -203,15 +206,29 @@ def test_the_study_of_fine_tuning_has_a_row_for_each_encoder_and_resumes(
     title, _, _, _, *rows = table.splitlines()
     assert "1 steps of 32. Folds [0, 2] of 3 with [24, 24] images" in title
     names = [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in rows]
-    frozen = [(f"frozen, {layers}", of) for layers in ("final", "1") for of in ("all", "kept")]
+    frozen = [(f"frozen, {layers}", of) for layers in ("final", "1") for of in ("kept", "all")]
     assert names == [*frozen, ("`norms`, seed 0", "kept")]
-    row_form = r"\|[^|]*\|[^|]*\|[^|]*\|( [01]\.\d{3},? ?){2}\|( [01]\.\d{3} \[.*\] \|){2}"
+    figures = r"( [01]\.\d{3} \[[^|]*\] \| [+-][01]\.\d{3} \[[^|]*\] \|){2}"
+    row_form = r"\|[^|]*\|[^|]*\|[^|]*\|( [01]\.\d{3},? ?){2}\|" + figures
+    assert rows[0].count("+0.000 [+0.000, +0.000]") == 2  # the base
     assert all(re.fullmatch(row_form, row) for row in rows), rows
     seen = [json.loads(path.read_text())["seen"] for path in tmp_path.glob("*.json")]
     assert len(seen) == 2 and not set(seen[0]) == set(seen[1])
     monkeypatch.setattr(finetune_clip, "main", None)  # nothing is trained again
     fine_tuning.main(flags)
     assert capsys.readouterr().out == table
+
+
+def test_the_mean_of_seeds_averages_the_folds_and_the_draws():
+    from benchmarks.fine_tuning import mean_of
+
+    first = [np.array([0.5, 0.7]), np.array([0.6, 0.8]), 9]
+    second = [np.array([0.7, 0.9]), np.array([0.8, 1.0]), 9]
+    seeds = ("0.01", first, second), ("0.001", second, second)
+    best, untouched, resaved = mean_of(seeds)
+    assert best == "0.001, 0.01" and untouched[2] == resaved[2] == 9
+    np.testing.assert_allclose(untouched[:2], [[0.6, 0.8], [0.7, 0.9]])
+    np.testing.assert_allclose(resaved[:2], second[:2])
 
 
 def test_no_image_of_a_fold_trains_its_encoder_or_classifier(
@@ -273,8 +290,11 @@ def test_an_amount_beyond_the_images_adds_crops_of_them_in_their_folders(
 
     folder = make_folder(tmp_path_factory.mktemp("few"), {"real": 3, "fake": 3})
     amounts.write_images(str(folder), 10, tmp_path)
-    entries = list_images(str(tmp_path))
-    assert len(entries) == 10 and {entry.label for entry in entries} == {0, 1}
+    entries, places = list_images(str(tmp_path)), {e.path for e in list_images(str(folder))}
+    assert len(entries) == 10
+    for entry in entries:
+        path = Path(entry.path)
+        assert str(path.with_name(path.name.partition("-")[2])) in places
     data = {(tmp_path / entry.path).read_bytes() for entry in entries}
     assert len(data) == 10
 
@@ -288,3 +308,41 @@ def test_the_memory_of_a_measured_process_is_its_own():
     with pytest.raises(SystemExit, match="failed: bad"):
         run([sys.executable, "-c", "raise SystemExit('bad')"])
     assert run([sys.executable, "-c", "raise SystemExit(1)"], good=(0, 1))[0] > 0
+
+
+@pytest.mark.parametrize("arm", ["lora:2 --last 1", "blocks:1"])
+@pytest.mark.parametrize("own_code, code", [(False, "Tail"), (True, "ClipTail")])
+def test_a_timed_step_uses_the_code_and_the_patches_asked_for(
+    arm, own_code, code, tmp_path, monkeypatch
+):
+    import small_clip
+
+    from benchmarks import tuning_step
+
+    taken, step = [], tuning_step.Training.step
+
+    def watched(training, batches, number):
+        taken.append((type(training.model[0]).__name__, tuple(batches[0][0].shape)))
+        return step(training, batches, number)
+
+    monkeypatch.setattr(tuning_step.Training, "step", watched)
+    tower = small_clip.small_vit(None, resolution=32)
+    start = small_clip.save_state_dict(tower, tmp_path / "start.pt")
+    assert tuning_step.timed_step(str(start), arm, 0.5, own_code)() > 0
+    assert taken == [(code, (32, 3, 128))]  # the class token and two of four patches
+
+
+def test_a_step_of_clip_s_own_code_computes_what_ours_does():
+    import small_clip
+    import torch
+
+    from benchmarks.tuning_step import ClipTail
+    from detector.finetuning.tail import Tail
+
+    tower = small_clip.small_vit(None, resolution=32)
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = Tail(tower, 1).first(pixels)
+        expected = tower(pixels)
+        for tail in (ClipTail(tower, 1), Tail(tower, 1)):
+            torch.testing.assert_close(tail(tokens), expected, rtol=1e-4, atol=1e-5)
