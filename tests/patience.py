@@ -15,7 +15,11 @@ def additions():
 
 @contextmanager
 def costs_at_most(million_additions):
-    """Fails if the body takes more processor time than so many million additions in Python."""
+    """Fails if the body takes more processor time than so many million additions in Python.
+
+    The limit is at least four times what the body takes, because a busy machine doubles the time
+    of work on memory. The fault that it guards against takes still more.
+    """
     before, started = additions(), time.process_time()
     yield
     seconds = time.process_time() - started

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from extracting import BLOWS, LATE_BLOWS, digest, extract, names, rows, strike
 from made_up import make_columns, with_views
-from patience import costs_at_most
 from PIL import Image
 
+from detector.features import growing
 from detector.features.columns import join_columns
 from detector.features.file import load_features
 from detector.features.growing import digests_of, whats_new, words
+from detector.images.facts import pairs_between
 
 pytestmark = pytest.mark.usefixtures("settings")
 
@@ -130,13 +131,19 @@ def test_the_ten_largest_sources_are_named(number, ends_with):
     assert line.startswith("from new sources: s05 2, s00 1, ") and line.endswith(ends_with)
 
 
-def test_a_thousand_new_images_beside_48000_are_reported_in_seconds():
-    """Comparing all pairs would be 49 times the work."""
-    old, new = make_columns(real=24_000, fake=24_000), make_columns(real=500, fake=500, seed=1)
-    new["thumb"][:] = old["thumb"][:1000]
-    columns, before = join_columns([old, new]), digests_of(old)
-    with costs_at_most(120):
-        assert len(whats_new(before, columns)["alike"]) == 1000
+def test_only_new_images_are_compared_with_those_before(monkeypatch):
+    """Comparing all pairs of 49,000 images would be 49 times the work for 1,000 new ones."""
+    compared = []
+
+    def watched(thumb, others):
+        compared.append((len(thumb), len(others)))
+        return pairs_between(thumb, others)
+
+    monkeypatch.setattr(growing, "pairs_between", watched)
+    old, new = make_columns(real=240, fake=240), make_columns(real=5, fake=5, seed=1)
+    new["thumb"][:] = old["thumb"][:10]
+    assert len(grown(old, new)["alike"]) == 10
+    assert compared == [(10, 480)]
 
 
 # ---- the command ----

@@ -66,7 +66,8 @@ def costs(tmp_path_factory):
 def test_a_bomb_costs_neither_memory_nor_time(costs, name):
     status, message, additions, megabytes = costs[name]
     assert status == BOMBS[name]()[0] and (status != 413 or "pixels" in message)
-    assert additions < 30 and megabytes < 40, (additions, megabytes)
+    # it takes at most 20; without the limits, those that end with the same status take 100 and more
+    assert additions < 80 and megabytes < 40, (additions, megabytes)
 
 
 @pytest.mark.parametrize("status, make", POLYGLOTS.values(), ids=POLYGLOTS)

@@ -6,8 +6,8 @@ import io
 import json
 import struct
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import c2pa
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 from crafted import segments
 from engines import client_on, until, upload
 from made_up import BASELINE
-from patience import PATIENCE, costs_at_most
+from patience import PATIENCE
 from PIL import Image
 from signed import (
     TERMS,
@@ -293,11 +293,8 @@ STORES = {
 
 
 @pytest.mark.parametrize("make", STORES.values(), ids=STORES)
-def test_a_crafted_store_is_unreadable_and_takes_no_second(make):
-    data = with_store(plain(), make())
-    image = decoded(data)
-    with costs_at_most(16):
-        assert read_provenance(image, data)["c2pa"] == {"state": "unreadable"}
+def test_a_crafted_store_is_unreadable(make):
+    assert credentials(with_store(plain(), make())) == {"state": "unreadable"}
 
 
 FILES = {
@@ -311,10 +308,6 @@ FILES = {
     ),
     "a million marks of segments": (
         lambda: plain("JPEG") + b"\xff\xeb\xff\xff" * 2_400_000,
-        "unreadable",
-    ),
-    "many empty chunks behind the pixels": (
-        lambda: plain()[:-12] + chunk(b"tEXt", b"a\0") * 150_000 + plain()[-12:],
         "unreadable",
     ),
     "segments of another kind": (lambda: segments(0xEB, b"JP" + bytes(60_000)), "none"),
@@ -335,12 +328,18 @@ FILES = {
 
 
 @pytest.mark.parametrize("make, state", FILES.values(), ids=FILES)
-def test_a_crafted_file_takes_no_second(make, state):
-    data = make()
-    image = decoded(data)
-    started = time.process_time()  # in seconds, as the limit of the reads is
-    assert read_provenance(image, data)["c2pa"]["state"] == state
-    assert time.process_time() - started < 2 * provenance.MAX_READ_S
+def test_a_crafted_file_is_unreadable_or_has_no_manifest(make, state):
+    assert credentials(make())["state"] == state
+
+
+@pytest.mark.parametrize("seconds, state", [(1e-3, "unreadable"), (1e-6, "none")])
+def test_the_reads_of_a_file_end_after_their_time(seconds, state, monkeypatch):
+    """The clock is the test's own: each look at it takes these seconds."""
+    looks = count(1)
+    monkeypatch.setattr(provenance.time, "thread_time", lambda: seconds * next(looks))
+    chunks = chunk(b"tEXt", b"a\0") * 1000
+    assert credentials(plain()[:-12] + chunks + plain()[-12:]) == {"state": state}
+    assert (next(looks) * seconds > provenance.MAX_READ_S) == (state == "unreadable")
 
 
 @pytest.mark.parametrize(
@@ -368,8 +367,7 @@ def test_a_store_of_thirty_valid_manifests_is_read():
     data = sign(plain(), "PNG", others=[sign(plain(), "PNG")] * 2)
     for _ in range(30):
         data = sign(plain(), "PNG", parent=data)
-    with costs_at_most(16):
-        assert credentials(data) == CLAIMS
+    assert credentials(data) == CLAIMS
 
 
 def test_names_are_printable():
