@@ -249,7 +249,7 @@ def load(image):
     except OSError as error:
         if image.format != "JPEG" or "truncated" not in str(error):
             raise
-        image._im = error.__traceback__ = None  # both hold memory that the next decoding needs
+        image._im = error.__traceback__ = None  # the traceback's frames hold the pixels, too
         image.im, image.tile = complete_jpeg(image, file, error).im, []
     else:
         if image.format == "JPEG" and is_grey_below(image):

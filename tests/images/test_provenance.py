@@ -573,7 +573,7 @@ def long_exif(size):
     return png(chunk(b"eXIf", data.tobytes()[6:] + bytes(size)))
 
 
-LONG_FIELDS = {  # the limit, and the function that makes a file with a claim in so many bytes
+LONG_FIELDS = {  # the limit, and a function: size -> a file with a claim of or behind that size
     "EXIF": ("EXIF_BYTES", long_exif),
     "XMP": (
         "XMP_BYTES",
@@ -589,6 +589,12 @@ def test_a_field_is_read_up_to_its_limit_because_reading_costs_time(limit, make)
     size = getattr(provenance, limit)
     assert len(claims(make(size // 2))) == 1
     assert claims(make(size)) == []
+
+
+def test_iptc_in_a_tiff_is_not_read_because_pillow_would_read_it_byte_by_byte():
+    record = b"\x1c\2A\0\4GIMP"
+    data = tiff(grid(8, 8, 1, t273=2000, t278=8, t279=64, t33723=(7, 9, record)), bytes(64))
+    assert claims(data) == []
 
 
 def test_an_error_of_a_parser_gives_no_claim(monkeypatch):
